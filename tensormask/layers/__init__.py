@@ -1,0 +1,7 @@
+"""Tensors in, tensors out: the 4D-tensor operation of the paper, and masks in and out of
+windows."""
+
+from .masks import crop_masks, paste_masks
+from .swap_align2nat import SwapAlign2Nat, swap_align2nat, swap_align2nat_at
+
+__all__ = ["SwapAlign2Nat", "crop_masks", "paste_masks", "swap_align2nat", "swap_align2nat_at"]

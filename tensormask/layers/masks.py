@@ -1,0 +1,60 @@
+"""Masks into windows and back: target masks cropped to windows, predicted masks pasted into
+pictures."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+
+def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Crop each object's mask to a window and resize it (detectron2's `BitMasks.crop_and_resize`).
+
+    Args:
+        masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in a picture.
+        objects (Tensor[K]): int64, the object of each window.
+        boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels; they may leave the
+            picture.
+        side: mask side, in mask pixels.
+
+    Returns:
+        Tensor[K, side, side]: bool, True where at least half of the mask pixel belongs to the
+        object.
+    """
+    rois = torch.cat([objects.to(boxes.dtype)[:, None], boxes], dim=1)
+    soft = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
+    return soft[:, 0] >= 0.5
+
+
+def paste_masks(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
+) -> Tensor:
+    """Paste masks into a frame: bilinear at pixel centres, 0 outside of the mask.
+
+    Args:
+        masks (Tensor[K, V, U]): probabilities, floating.
+        boxes (Tensor[K, 4]): where each mask goes, ``(x0, y0, x1, y1)`` in pixels of the frame; may
+            leave it.
+        size: ``(height, width)`` of the frame.
+        threshold: a pixel belongs to the object from this probability on.
+
+    Returns:
+        Tensor[K, height, width]: bool.
+    """
+    height, width = size
+    out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    # One pixel around the window: the bilinear rim of a mask reaches half a mask pixel, seldom
+    # above threshold.
+    corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).long().tolist()
+    for mask, box, region, (x0, y0, x1, y1) in zip(masks, boxes, out, corners, strict=True):
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        if x0 >= x1 or y0 >= y1:
+            continue
+        xs = torch.arange(x0, x1, device=box.device, dtype=box.dtype) + 0.5
+        ys = torch.arange(y0, y1, device=box.device, dtype=box.dtype) + 0.5
+        xs = (xs - box[0]) / (box[2] - box[0]) * 2 - 1
+        ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
+        grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=2)
+        pasted = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
+        region[y0:y1, x0:x1] = pasted[0, 0] >= threshold
+    return out
