@@ -1,0 +1,91 @@
+"""ResNet trunks: torchvision's layers, cut into the stages res2..res5 that the pyramid reads."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+_BLOCKS = {
+    18: (resnet.BasicBlock, [2, 2, 2, 2]),
+    34: (resnet.BasicBlock, [3, 4, 6, 3]),
+    50: (resnet.Bottleneck, [3, 4, 6, 3]),
+    101: (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": lambda channels: nn.GroupNorm(32, channels),
+}
+
+
+def get_norm(name: str) -> Callable[[int], nn.Module]:
+    """The constructor of a norm layer for a number of channels: FrozenBN, BN, SyncBN or GN (32
+    groups)."""
+    if name not in _NORMS:
+        raise ValueError(f"norm {name!r} is not one of {', '.join(_NORMS)}")
+    return _NORMS[name]
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        norm: "FrozenBN", "BN", "SyncBN" or "GN".
+        freeze_at: stages that are not trained: 0 none, 1 the stem, 2 the stem and res2, ... up to
+            5.
+        stride_in_1x1: the stride of a bottleneck is in its first 1x1 convolution (MSRA's weights)
+            and not in its 3x3 one (torchvision's weights). Depths 18 and 34 have no bottleneck and
+            take no notice.
+    """
+
+    def __init__(
+        self, depth: int, *, norm: str = "FrozenBN", freeze_at: int = 2, stride_in_1x1: bool = True
+    ) -> None:
+        super().__init__()
+        if depth not in _BLOCKS:
+            raise ValueError(f"ResNet depth {depth} is not one of {', '.join(map(str, _BLOCKS))}")
+        block, layers = _BLOCKS[depth]
+        trunk = resnet.ResNet(block, layers, norm_layer=get_norm(norm))
+        self.stem = nn.Sequential()
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            self.stem.add_module(name, getattr(trunk, name))
+        self.res2, self.res3, self.res4, self.res5 = (
+            trunk.layer1,
+            trunk.layer2,
+            trunk.layer3,
+            trunk.layer4,
+        )
+        self.out_channels = [64 * 2**i * block.expansion for i in range(4)]
+        if stride_in_1x1:
+            _move_stride_to_1x1(self)
+        for stage in [self.stem, self.res2, self.res3, self.res4, self.res5][:freeze_at]:
+            _freeze(stage)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Pictures (N, 3, H, W), normalised, to the features of res2..res5, of strides 4, 8, 16,
+        32."""
+        x = self.stem(x)
+        features = []
+        for stage in (self.res2, self.res3, self.res4, self.res5):
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def _move_stride_to_1x1(trunk: nn.Module) -> None:
+    for module in trunk.modules():
+        if isinstance(module, resnet.Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
+
+def _freeze(stage: nn.Module) -> None:
+    """No gradients, and batch norms that neither learn nor follow the batches."""
+    for parameter in stage.parameters():
+        parameter.requires_grad = False
+    for module in list(stage.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
+                setattr(module, name, FrozenBatchNorm2d(child.num_features))

@@ -1,0 +1,113 @@
+"""From a config to a model: the only reader of the keys below MODEL, and of the model's keys in
+INPUT and TEST."""
+
+import torch
+
+from .backbone import ResNet
+from .fpn import FPN
+from .head import ClassBoxHead
+from .mask_head import MaskHead
+from .tensormask import TensorMask
+from .windows import Windows
+
+
+def build_model(cfg) -> TensorMask:
+    """A `TensorMask` from a config (see config.py), on ``cfg.MODEL.DEVICE``, with fresh weights.
+
+    Raises:
+        ValueError: the config is no TensorMask, or asks for what does not exist.
+    """
+    model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
+    if model.META_ARCHITECTURE != "TensorMask":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {model.META_ARCHITECTURE!r}: this is no TensorMask. "
+            "Start from configs/tensormask_R_50_FPN_1x.yaml, or base yours on Base-TensorMask.yaml"
+        )
+    stages = ["res2", "res3", "res4", "res5"]
+    for key, value in (
+        ("MODEL.RESNETS.OUT_FEATURES", model.RESNETS.OUT_FEATURES),
+        ("MODEL.FPN.IN_FEATURES", model.FPN.IN_FEATURES),
+    ):
+        if list(value) != stages:
+            raise ValueError(f"{key} must be {stages}, got {list(value)}")
+    levels = [int(name.removeprefix("p")) for name in head.IN_FEATURES]
+    if levels != list(range(levels[0], levels[0] + len(levels))):
+        raise ValueError(
+            "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
+            f"got {head.IN_FEATURES}"
+        )
+    if [list(ratios) for ratios in model.ANCHOR_GENERATOR.ASPECT_RATIOS] != [[1.0]]:
+        raise ValueError(
+            "TensorMask's windows are square: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]]"
+        )
+    windows = Windows(
+        strides=tuple(2**k for k in levels),
+        sizes=tuple(tuple(sizes) for sizes in model.ANCHOR_GENERATOR.SIZES),
+    )
+    backbone = ResNet(
+        model.RESNETS.DEPTH,
+        norm=model.RESNETS.NORM,
+        freeze_at=model.BACKBONE.FREEZE_AT,
+        stride_in_1x1=model.RESNETS.STRIDE_IN_1X1,
+    )
+    fpn = FPN(
+        backbone.out_channels,
+        model.FPN.OUT_CHANNELS,
+        levels=(levels[0], levels[-1]),
+        norm=model.FPN.NORM,
+        fuse=model.FPN.FUSE_TYPE,
+    )
+    class_box_head = ClassBoxHead(
+        model.FPN.OUT_CHANNELS,
+        windows.num_sizes,
+        head.NUM_CLASSES,
+        cls_channels=head.CLS_CHANNELS,
+        bbox_channels=head.BBOX_CHANNELS,
+        num_convs=head.NUM_CONVS,
+        init=head.INIT,
+    )
+    mask_head = None
+    if model.MASK_ON:
+        mask_head = MaskHead(
+            model.FPN.OUT_CHANNELS,
+            windows.mask_sizes,
+            windows.strides,
+            aligned=head.ALIGNED_ON,
+            bipyramid=head.BIPYRAMID_ON,
+            channels=head.MASK_CHANNELS,
+            num_convs=head.NUM_CONVS,
+            init=head.INIT,
+        )
+    return TensorMask(
+        backbone,
+        fpn,
+        class_box_head,
+        mask_head,
+        windows,
+        num_classes=head.NUM_CLASSES,
+        pixel_mean=model.PIXEL_MEAN,
+        pixel_std=model.PIXEL_STD,
+        channel_order=cfg.INPUT.FORMAT,
+        box_weights=head.BBOX_REG_WEIGHTS,
+        focal_alpha=head.FOCAL_LOSS_ALPHA,
+        focal_gamma=head.FOCAL_LOSS_GAMMA,
+        mask_loss_weight=head.MASK_LOSS_WEIGHT,
+        mask_positive_weight=head.POSITIVE_WEIGHT,
+        score_threshold=head.SCORE_THRESH_TEST,
+        num_candidates=head.TOPK_CANDIDATES_TEST,
+        nms_threshold=head.NMS_THRESH_TEST,
+        num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    ).to(resolve_device(model.DEVICE))
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto": the GPU where there is one, else the CPU. A device that is asked for and not there
+    is a ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {name!r} and no GPU is available: set it to 'cpu' or 'auto'"
+        )
+    return device

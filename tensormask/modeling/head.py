@@ -1,0 +1,76 @@
+"""Class and box heads: two towers of convolutions, shared over the levels (paper, sec. 5.2)."""
+
+import math
+
+from torch import Tensor, nn
+
+
+def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
+    """``num_convs`` 3x3 convolutions, a ReLU after each."""
+    layers: list[nn.Module] = []
+    for _ in range(num_convs):
+        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        in_channels = channels
+    return nn.Sequential(*layers)
+
+
+def init_convs(module: nn.Module, init: str) -> None:
+    """Set every convolution: "normal" (std 0.01, detectron2's) or "he" (fan-in; keeps the signal in
+    narrow towers)."""
+    if init not in ("normal", "he"):
+        raise ValueError(f"init must be 'normal' or 'he', got {init!r}")
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            if init == "he":
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            else:
+                nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+
+class ClassBoxHead(nn.Module):
+    """Scores each window for each class, and regresses a box from it.
+
+    Args:
+        in_channels: channels of the pyramid.
+        num_sizes: windows at each place.
+        num_classes: classes, background not counted.
+        cls_channels, bbox_channels: channels of the towers.
+        num_convs: convolutions in each tower.
+        init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
+        prior: the score that every window starts at.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_sizes: int,
+        num_classes: int,
+        *,
+        cls_channels: int = 256,
+        bbox_channels: int = 128,
+        num_convs: int = 4,
+        init: str = "normal",
+        prior: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
+        self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
+        self.cls_score = nn.Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
+        for tower in (self.cls_subnet, self.bbox_subnet):
+            init_convs(tower, init)
+        for predictor in (self.cls_score, self.bbox_pred):
+            init_convs(predictor, "normal")
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Pyramid features, per level (N, C, H, W), to
+
+        - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
+        class``;
+        - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``.
+        """
+        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
+        return logits, deltas

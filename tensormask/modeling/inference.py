@@ -1,0 +1,133 @@
+"""From dense outputs to detections: candidates, NMS, and masks pasted into the output frame."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from ..layers import paste_masks
+from .box_coder import decode_boxes
+from .windows import Windows
+
+
+class Kept(NamedTuple):
+    """K detections of one picture, best first, before their masks are made. int64 (K,) unless
+    said."""
+
+    boxes: Tensor  # (K, 4) float, pixels of the network's input
+    scores: Tensor  # (K,) float
+    labels: Tensor
+    level: Tensor
+    size: Tensor
+    y: Tensor
+    x: Tensor
+    windows: Tensor  # (K, 4) float, the boxes of the windows
+
+    def __getitem__(self, index: Tensor) -> "Kept":
+        return Kept(*(t[index] for t in self._asdict().values()))
+
+
+def select(
+    logits_per_level: list[Tensor],
+    deltas_per_level: list[Tensor],
+    windows: Windows,
+    *,
+    box_weights: tuple[float, ...],
+    score_threshold: float,
+    num_candidates: int,
+    nms_threshold: float,
+    num_detections: int,
+) -> Kept:
+    """The best windows of one picture.
+
+    Args:
+        logits_per_level: per level (num_sizes * num_classes, H, W).
+        deltas_per_level: per level (num_sizes * 4, H, W).
+        windows: their geometry.
+        box_weights: of `box_coder`.
+        score_threshold: scores must be above it.
+        num_candidates: (window, class) pairs that enter NMS, best first, over all levels.
+        nms_threshold: IoU above which the worse of two boxes of one class falls.
+        num_detections: how many are kept at most.
+    """
+    found = []
+    threshold = (
+        math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
+    )
+    for level, (logits, deltas) in enumerate(zip(logits_per_level, deltas_per_level, strict=True)):
+        logits = logits.float().unflatten(0, (windows.num_sizes, -1))
+        size, label, y, x = torch.where(logits > threshold)
+        score = logits[size, label, y, x].sigmoid()
+        delta = deltas.unflatten(0, (windows.num_sizes, 4))[size, :, y, x].float()
+        found.append((score, delta, label, torch.full_like(size, level), size, y, x))
+    scores, deltas, labels, level, size, y, x = (torch.cat(t) for t in zip(*found, strict=True))
+
+    scores, best = scores.sort(descending=True, stable=True)
+    scores, best = scores[:num_candidates], best[:num_candidates]
+    deltas, labels, level, size, y, x = (t[best] for t in (deltas, labels, level, size, y, x))
+    boxes_of_windows = windows.boxes(level, size, y, x)
+    boxes = decode_boxes(deltas, boxes_of_windows, box_weights)
+    keep = batched_nms(boxes, scores, labels, nms_threshold)[:num_detections]
+    return Kept(boxes, scores, labels, level, size, y, x, boxes_of_windows)[keep]
+
+
+def to_frame(kept: Kept, input_size: tuple[int, int], output_size: tuple[int, int]) -> Kept:
+    """Scale boxes and windows to the output frame, clip the boxes to it and drop those that leave
+    it.
+
+    Both sizes are ``(height, width)`` in pixels, the input's without padding.
+    """
+    (height, width), (out_height, out_width) = input_size, output_size
+    scale = kept.boxes.new_tensor([out_width / width, out_height / height] * 2)
+    limit = kept.boxes.new_tensor([out_width, out_height] * 2)
+    boxes = torch.minimum((kept.boxes * scale).clamp(min=0), limit)
+    kept = kept._replace(boxes=boxes, windows=kept.windows * scale)
+    return kept[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+
+
+def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
+    """Group the detections of a batch by level and window size, which decide how large their masks
+    are.
+
+    Returns:
+        - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
+        `MaskHead.forward` wants;
+        - per group the positions of its windows among all detections of the batch, picture after
+        picture.
+    """
+    level, size, y, x = (
+        torch.cat([getattr(kept, name) for kept in kept_per_image])
+        for name in ("level", "size", "y", "x")
+    )
+    image = torch.cat([torch.full_like(kept.level, n) for n, kept in enumerate(kept_per_image)])
+    rows = torch.stack([image, y, x], dim=1)
+    kinds, kind = torch.unique(torch.stack([level, size]), dim=1, return_inverse=True)
+    positions = [torch.where(kind == i)[0] for i in range(kinds.shape[1])]
+    groups = [(k, s, rows[p]) for (k, s), p in zip(kinds.T.tolist(), positions, strict=True)]
+    return groups, positions
+
+
+def paste_groups(
+    masks_per_group: list[Tensor],
+    positions: list[Tensor],
+    kept_per_image: list[Kept],
+    output_sizes: list[tuple[int, int]],
+) -> list[Tensor]:
+    """Mask logits of groups to the masks of each picture: bool (K, height, width), in the order of
+    `Kept`."""
+    starts = [0]
+    for kept in kept_per_image:
+        starts.append(starts[-1] + len(kept.scores))
+    masks = [
+        torch.zeros(len(kept.scores), *size, dtype=torch.bool, device=kept.scores.device)
+        for kept, size in zip(kept_per_image, output_sizes, strict=True)
+    ]
+    for logits, position in zip(masks_per_group, positions, strict=True):
+        probabilities = logits.float().sigmoid()
+        for n, (kept, size) in enumerate(zip(kept_per_image, output_sizes, strict=True)):
+            here = (position >= starts[n]) & (position < starts[n + 1])
+            row = position[here] - starts[n]
+            masks[n][row] = paste_masks(probabilities[here], kept.windows[row], size)
+    return masks

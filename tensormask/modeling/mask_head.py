@@ -1,0 +1,122 @@
+"""Mask heads: what is in the window, at the windows that are asked for (paper, sec. 5.2 and fig.
+6).
+
+Natural: a 1x1 convolution at the window's place gives its mask. Aligned: it gives, at each place,
+    the values of that
+pixel in the masks of the windows around it, and swap_align2nat turns them into masks. Bipyramid:
+the same at the finest resolution for every level, so that a window of level k has masks ``2^k``
+times finer.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import swap_align2nat, swap_align2nat_at
+from .head import conv_tower, init_convs
+
+
+class MaskHead(nn.Module):
+    """Class-agnostic masks of windows.
+
+    Args:
+        in_channels: channels of the pyramid.
+        mask_sizes: side of the masks on the finest level, per window size.
+        strides: pixels per step, per level, fine to coarse.
+        aligned: predict in the aligned representation.
+        bipyramid: large masks on coarse levels; needs ``aligned``.
+        channels, num_convs: of the tower.
+        init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mask_sizes: list[int],
+        strides: tuple[int, ...],
+        *,
+        aligned: bool = True,
+        bipyramid: bool = True,
+        channels: int = 128,
+        num_convs: int = 4,
+        init: str = "normal",
+    ) -> None:
+        super().__init__()
+        if bipyramid and not aligned:
+            raise ValueError(
+                "the tensor bipyramid is made of aligned masks: set "
+                "MODEL.TENSOR_MASK.ALIGNED_ON to True, or BIPYRAMID_ON to False"
+            )
+        self.aligned, self.bipyramid = aligned, bipyramid
+        # Ratio of a level's unit to the unit of its masks.
+        self.lambdas = [stride // strides[0] if bipyramid else 1 for stride in strides]
+        self.mask_subnet = conv_tower(in_channels, channels, num_convs)
+        self.mask_pred = nn.ModuleList(nn.Conv2d(channels, side**2, 1) for side in mask_sizes)
+        init_convs(self.mask_subnet, init)
+        init_convs(self.mask_pred, "normal")
+        if bipyramid:
+            self.mask_fuse = conv_tower(channels, channels, 1)
+            init_convs(self.mask_fuse, init)
+
+    def forward(
+        self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
+    ) -> list[Tensor]:
+        """Mask logits at chosen windows. Levels without windows cost nothing.
+
+        Args:
+            features: pyramid features, per level (N, C, H, W).
+            windows_per_group: ``(level, size, windows)`` in order of level, with ``windows``
+                Tensor[K, 3] of int64 rows ``(n, y, x)``.
+
+        Returns:
+            per group Tensor[K, side, side], ``side = mask_sizes[size] * lambda`` of the level.
+        """
+        masks = []
+        finest, current, level_features = None, None, None
+        for level, size, windows in windows_per_group:
+            if self.bipyramid and finest is None:
+                finest = self.mask_subnet(features[0])
+            if level != current:
+                level_features, current = self._level_features(features, level, finest), level
+            masks.append(self._masks_at(level_features, level, size, windows))
+        return masks
+
+    def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
+        """Mask logits at all windows: the definition that `forward` is tested against.
+
+        Returns:
+            per level and window size Tensor[N, side * side, H, W], as large as this project avoids
+            to make.
+        """
+        finest = self.mask_subnet(features[0]) if self.bipyramid else None
+        masks_per_level = []
+        for level, lambda_val in enumerate(self.lambdas):
+            x = self._level_features(features, level, finest)
+            masks = [pred(x) for pred in self.mask_pred]
+            if self.aligned:
+                masks = [swap_align2nat(m, lambda_val) for m in masks]
+            masks_per_level.append(masks)
+        return masks_per_level
+
+    def _level_features(self, features: list[Tensor], level: int, finest: Tensor | None) -> Tensor:
+        """What the 1x1 convolutions of a level read: (N, C, H, W), on the bipyramid of the finest
+        level's size."""
+        if finest is None:
+            return self.mask_subnet(features[level])
+        height, width = finest.shape[-2:]
+        x = finest
+        if level > 0:
+            # The scale, not the size: a padded coarse level is larger than the finest one, and is
+            # cropped.
+            x = self.mask_subnet(features[level])
+            scale = float(self.lambdas[level])
+            x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+        return self.mask_fuse(x[:, :, :height, :width] + finest)
+
+    def _masks_at(self, x: Tensor, level: int, size: int, windows: Tensor) -> Tensor:
+        pred = self.mask_pred[size]
+        if self.aligned:
+            return swap_align2nat_at(pred(x), windows, self.lambdas[level])
+        n, row, column = windows.unbind(1)
+        masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
+        side = round(masks.shape[1] ** 0.5)
+        return masks.unflatten(1, (side, side))

@@ -1,0 +1,288 @@
+"""TensorMask (Chen et al., arXiv 1903.12174): pictures to masks through sliding windows.
+
+Letters: N pictures, K objects or windows, C channels, (V, U) rows and columns of a mask, (H, W)
+    rows and columns of
+windows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import crop_masks
+from .assignment import Assignment, assign
+from .backbone import ResNet
+from .box_coder import encode_boxes
+from .fpn import FPN
+from .head import ClassBoxHead
+from .inference import group_windows, paste_groups, select, to_frame
+from .losses import box_loss, focal_loss_star, mask_loss
+from .mask_head import MaskHead
+from .windows import Windows
+
+# res5 has this stride: inputs are padded to a multiple of it, so that the pyramid's levels fit each
+# other.
+_SIZE_DIVISOR = 32
+
+
+class TensorMask(nn.Module):
+    """The whole model.
+
+    Args:
+        backbone, fpn, head, mask_head: the parts. ``mask_head`` None: boxes only.
+        windows: geometry of the sliding windows, a level of it per level of the pyramid.
+        num_classes: classes, background not counted.
+        pixel_mean, pixel_std: per channel, on the scale 0..255, in the order of ``channel_order``.
+        channel_order: "RGB" or "BGR", what the backbone's weights were trained with. Pictures are
+            always given as RGB.
+        box_weights: weights of the box offsets ``(dx, dy, dw, dh)``.
+        focal_alpha, focal_gamma: of FL*.
+        mask_loss_weight, mask_positive_weight: weight of the mask loss, and of the pixels of the
+            object in it.
+        score_threshold, num_candidates, nms_threshold, num_detections: see `inference.select`.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNet,
+        fpn: FPN,
+        head: ClassBoxHead,
+        mask_head: MaskHead | None,
+        windows: Windows,
+        *,
+        num_classes: int = 80,
+        pixel_mean: tuple[float, ...] = (103.53, 116.28, 123.675),
+        pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0),
+        channel_order: str = "BGR",
+        box_weights: tuple[float, ...] = (1.5, 1.5, 0.75, 0.75),
+        focal_alpha: float = 0.3,
+        focal_gamma: float = 3.0,
+        mask_loss_weight: float = 2.0,
+        mask_positive_weight: float = 1.5,
+        score_threshold: float = 0.05,
+        num_candidates: int = 6000,
+        nms_threshold: float = 0.5,
+        num_detections: int = 100,
+    ) -> None:
+        super().__init__()
+        if channel_order not in ("RGB", "BGR"):
+            raise ValueError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
+        self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
+        self.windows = windows
+        self.num_classes = num_classes
+        self.channel_order = channel_order
+        self.box_weights = tuple(box_weights)
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.mask_loss_weight, self.mask_positive_weight = mask_loss_weight, mask_positive_weight
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.num_candidates, self.num_detections = num_candidates, num_detections
+        for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(
+        self,
+        images: list[Tensor],
+        targets: list[dict[str, Tensor]] | None = None,
+        output_sizes: list[tuple[int, int]] | None = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in train mode, detections in eval mode.
+
+        Args:
+            images: per picture Tensor[3, H, W], RGB, uint8 in 0..255 or floating in 0..1, of any
+                sizes.
+            targets: in train mode, per picture ``boxes`` (K, 4) float ``(x0, y0, x1, y1)`` in
+                pixels, ``labels`` (K,) int64 from 0, ``masks`` (K, H, W) bool or uint8. K may be 0.
+            output_sizes: in eval mode, per picture the ``(height, width)`` that results are wanted
+                in; by default the picture's own.
+
+        Returns:
+            in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
+            window of the batch; in eval mode per picture ``boxes`` (K, 4), ``scores`` (K,),
+            ``labels`` (K,) and ``masks`` (K, height, width) bool, best first. Without a mask head,
+            ``loss_mask`` and ``masks`` are left out.
+
+        Raises:
+            ValueError: a picture or target of another shape, dtype or range, or targets missing in
+                train mode.
+        """
+        batch = self.preprocess(images)
+        features = self.fpn(self.backbone(batch))
+        logits, deltas = self.head(features)
+        if self.training:
+            if targets is None:
+                raise ValueError(
+                    "targets are needed in train mode; call model.eval() for detections"
+                )
+            targets = [
+                _checked_target(target, image, self.num_classes, self.device)
+                for image, target in zip(images, targets, strict=True)
+            ]
+            return self._losses(features, logits, deltas, targets)
+        input_sizes = [tuple(image.shape[-2:]) for image in images]
+        return self._detections(features, logits, deltas, input_sizes, output_sizes or input_sizes)
+
+    def preprocess(self, images: list[Tensor]) -> Tensor:
+        """Normalise, pad with zeros on the right and bottom, and batch: (N, 3, H, W), H and W
+        multiples of 32."""
+        normalized = []
+        for image in images:
+            _check_image(image)
+            image = image.to(self.device)
+            image = image.float() if image.dtype == torch.uint8 else image.float() * 255
+            if self.channel_order == "BGR":
+                image = image.flip(0)
+            normalized.append((image - self.pixel_mean) / self.pixel_std)
+        height, width = (
+            -(-max(image.shape[axis] for image in images) // _SIZE_DIVISOR) * _SIZE_DIVISOR
+            for axis in (1, 2)
+        )
+        batch = normalized[0].new_zeros(len(images), 3, height, width)
+        for image, place in zip(normalized, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+    # ---- training ----
+
+    def _losses(
+        self,
+        features: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        grids = [tuple(x.shape[-2:]) for x in logits]
+        owned = assign([t["boxes"] for t in targets], self.windows, grids)
+        normalizer = max(1, len(owned.object))
+        # Objects of the whole batch, one after the other.
+        first = owned.image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
+        objects = first[owned.image] + owned.object
+        labels = torch.cat([t["labels"] for t in targets])[objects]
+        boxes = torch.cat([t["boxes"] for t in targets])[objects]
+
+        n, size, y, x = owned.image, owned.size, owned.y, owned.x
+        channel = size * self.num_classes + labels
+        positives = [(n[at], channel[at], y[at], x[at]) for at in owned.levels()]
+        deltas_at_windows = [
+            level.unflatten(1, (-1, 4))[n[at], size[at], :, y[at], x[at]]
+            for level, at in zip(deltas, owned.levels(), strict=True)
+        ]
+        loss_cls = focal_loss_star(
+            logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
+        )
+        target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
+        losses = {
+            "loss_cls": loss_cls / normalizer,
+            "loss_box_reg": box_loss(torch.cat(deltas_at_windows), target_deltas) / normalizer,
+        }
+        if self.mask_head is not None:
+            masks = [t["masks"] for t in targets]
+            losses["loss_mask"] = self._mask_loss(features, owned, masks) / normalizer
+        return losses
+
+    def _mask_loss(self, features: list[Tensor], owned: Assignment, masks: list[Tensor]) -> Tensor:
+        rows = torch.stack([owned.image, owned.y, owned.x], dim=1)
+        groups = owned.groups()
+        # A size that owns nothing gets no window of the coarsest level in use: its loss is 0 and
+        # reaches its parameters, so that momentum and weight decay act on them in every step.
+        level = groups[-1][0] if groups else self.windows.num_levels - 1
+        absent = set(range(self.windows.num_sizes)) - {size for _, size, _ in groups}
+        groups += [(level, size, slice(0, 0)) for size in sorted(absent)]
+        logits_per_group = self.mask_head(features, [(k, s, rows[at]) for k, s, at in groups])
+        total = 0
+        for (level, size, at), logits in zip(groups, logits_per_group, strict=True):
+            target = torch.cat(
+                [
+                    crop_masks(masks_of_image, objects, windows, logits.shape[-1])
+                    for masks_of_image, objects, windows in zip(
+                        masks,
+                        owned.object[at].split(owned.counts[level][size]),
+                        owned.boxes[at].split(owned.counts[level][size]),
+                        strict=True,
+                    )
+                ]
+            )
+            total = total + mask_loss(logits, target, positive_weight=self.mask_positive_weight)
+        return self.mask_loss_weight * total
+
+    # ---- inference ----
+
+    def _detections(
+        self,
+        features: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        input_sizes: list[tuple[int, int]],
+        output_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        kept_per_image = []
+        for n, (input_size, output_size) in enumerate(zip(input_sizes, output_sizes, strict=True)):
+            kept = select(
+                [x[n] for x in logits],
+                [x[n] for x in deltas],
+                self.windows,
+                box_weights=self.box_weights,
+                score_threshold=self.score_threshold,
+                num_candidates=self.num_candidates,
+                nms_threshold=self.nms_threshold,
+                num_detections=self.num_detections,
+            )
+            kept_per_image.append(to_frame(kept, input_size, output_size))
+        detections = [
+            {"boxes": kept.boxes, "scores": kept.scores, "labels": kept.labels}
+            for kept in kept_per_image
+        ]
+        if self.mask_head is not None:
+            groups, positions = group_windows(kept_per_image)
+            logits_per_group = self.mask_head(features, groups)
+            masks = paste_groups(logits_per_group, positions, kept_per_image, output_sizes)
+            for detection, masks_of_image in zip(detections, masks, strict=True):
+                detection["masks"] = masks_of_image
+        return detections
+
+
+def _check_image(image: Tensor) -> None:
+    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"a picture must be (3, H, W), RGB, got shape {tuple(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"a picture must be uint8 or floating, got {image.dtype}")
+    # Elsewhere the look would wait for the device.
+    if image.is_floating_point() and image.device.type == "cpu" and image.max() > 2:
+        raise ValueError(
+            f"a floating picture must be in 0..1, got a value of {image.max():.4g}: "
+            "divide it by 255, or give it as uint8"
+        )
+
+
+def _checked_target(
+    target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The target on the model's device, after its shapes were compared with each other and with the
+    picture."""
+    boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+    num_objects, size = len(boxes), tuple(image.shape[-2:])
+    if boxes.shape != (num_objects, 4) or labels.shape != (num_objects,):
+        raise ValueError(
+            "boxes must be (K, 4) and labels (K,), "
+            f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+        )
+    if masks.shape != (num_objects, *size):
+        raise ValueError(
+            f"masks must be (K, H, W) = {(num_objects, *size)} like the boxes and the picture, "
+            f"got {tuple(masks.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if num_objects and labels.device.type == "cpu":
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}: "
+                "set MODEL.TENSOR_MASK.NUM_CLASSES to the number of classes of the data"
+            )
+    return {
+        "boxes": boxes.to(device).float(),
+        "labels": labels.to(device),
+        "masks": masks.to(device),
+    }

@@ -1,0 +1,70 @@
+"""The sliding windows: where they are, how large, and how they are numbered.
+
+A window is five numbers: image, level, size (an index into the sizes of its level), row ``y`` and
+    column ``x`` on the
+level's grid. It is a square centred on ``(x * stride, y * stride)`` pixels and is not clipped to
+the picture.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The geometry of the windows of all levels.
+
+    Args:
+        strides: pixels between neighbouring windows, per level, fine to coarse.
+        sizes: side of the square windows in pixels, per level; each level has as many.
+
+    Raises:
+        ValueError: the lists do not fit each other, or a size of the finest level is no multiple of
+            its stride.
+    """
+
+    strides: tuple[int, ...]
+    sizes: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.strides) != len(self.sizes) or len({len(s) for s in self.sizes}) != 1:
+            raise ValueError(
+                f"{len(self.strides)} levels need as many lists of window sizes, of one length, "
+                f"got {self.sizes}"
+            )
+        if any(size % self.strides[0] or size <= self.strides[0] for size in self.sizes[0]):
+            raise ValueError(
+                f"window sizes of the finest level must be multiples of its stride, "
+                f"{self.strides[0]} px, and larger than it, got {self.sizes[0]}"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.strides)
+
+    @property
+    def num_sizes(self) -> int:
+        """Windows at each place."""
+        return len(self.sizes[0])
+
+    @property
+    def mask_sizes(self) -> list[int]:
+        """Side of the masks of the finest level, per window size, in mask pixels."""
+        return [int(size) // self.strides[0] for size in self.sizes[0]]
+
+    @property
+    def min_size(self) -> float:
+        """Objects smaller than half of this are assigned as if they were that large, in pixels."""
+        return min(self.sizes[0]) - self.strides[0]
+
+    def boxes(self, level: Tensor, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Boxes ``(x0, y0, x1, y1)`` in pixels of chosen windows: four int64 (K,) to float32 (K,
+        4)."""
+        strides = torch.tensor(self.strides, dtype=torch.float32, device=level.device)
+        half = torch.tensor(self.sizes, dtype=torch.float32, device=level.device)[level, size] / 2
+        center_x, center_y = x * strides[level], y * strides[level]
+        return torch.stack(
+            [center_x - half, center_y - half, center_x + half, center_y + half], dim=1
+        )
