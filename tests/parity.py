@@ -1,0 +1,62 @@
+"""detectron2's numbers for seeded weights (tests/data), and the models and pictures that they
+belong to."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from seeded import image, state_dict
+
+import tensormask
+
+DATA = Path(__file__).parent / "data"
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load_case(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The json of a case and, where there is one, its arrays."""
+    arrays = DATA / f"{name}.npz"
+    case = json.loads((DATA / f"{name}.json").read_text())
+    return case, dict(np.load(arrays)) if arrays.exists() else {}
+
+
+def build_model(case: dict, kind: str, folder: Path) -> tensormask.TensorMask:
+    """The model of a case on the CPU, its weights read from a file in detectron2's checkpoint
+    format."""
+    shapes = json.loads((DATA / f"shapes_r50_{kind}.json").read_text())
+    checkpoint = {"model": state_dict(shapes, case["weight_seed"]), "__author__": "Detectron2"}
+    path = folder / "model_final.pkl"
+    path.write_bytes(pickle.dumps(checkpoint))
+    model = tensormask.build_model(get_cfg(case))
+    assert not any(tensormask.load_weights(model, path))
+    return model
+
+
+def get_cfg(case: dict):
+    cfg = tensormask.get_cfg()
+    cfg.merge_from_file(CONFIGS / case.get("yaml", "tensormask_R_50_FPN_1x.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *case["opts"]])
+    return cfg
+
+
+def picture(entry: dict) -> torch.Tensor:
+    """RGB (3, H, W) uint8."""
+    array = image(entry["height"], entry["width"], entry["seed"])
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def target(entry: dict) -> dict[str, torch.Tensor]:
+    """Objects of a picture, polygons made bitmaps by pycocotools."""
+    height, width = entry["height"], entry["width"]
+    masks = [
+        mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)))
+        for polygons in entry["polygons"]
+    ]
+    return {
+        "boxes": torch.tensor(entry["boxes"]),
+        "labels": torch.tensor(entry["classes"]),
+        "masks": torch.from_numpy(np.stack(masks)).bool(),
+    }

@@ -1,0 +1,84 @@
+"""Seeded inputs for the parity cases: weights under detectron2's parameter names, and images.
+
+Nothing is stored: every array follows from its own name, its shape and a seed, so that two programs
+which share no code can be given the same model and the same pictures.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def _rng(seed: int, name: str) -> np.random.RandomState:
+    return np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()) & 0xFFFFFFFF)
+
+
+def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """One parameter or buffer, float32, scaled so that activations stay near one."""
+    rng = _rng(seed, name)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "num_batches_tracked":
+        return np.zeros(shape, dtype=np.int64)
+    if leaf == "running_var":
+        value = rng.uniform(0.7, 1.3, shape)
+    elif leaf == "running_mean":
+        value = rng.normal(0.0, 0.1, shape)
+    elif len(shape) == 1 and ".norm." in name:  # scale and shift of a (frozen) batch norm
+        if leaf == "weight":
+            last = "conv3.norm" in name or ("conv2.norm" in name and "block2" in name)
+            value = rng.uniform(0.2, 0.4, shape) if last else rng.uniform(0.8, 1.2, shape)
+        else:
+            value = rng.normal(0.0, 0.1, shape)
+    elif leaf == "bias":
+        if "cls_score" in name:
+            value = rng.normal(-6.0, 0.3, shape)
+        elif "mask_pred" in name:
+            value = rng.normal(0.0, 0.7, shape)
+        else:
+            value = rng.normal(0.0, 0.05, shape)
+    else:
+        fan_in = int(np.prod(shape[1:]))
+        gain = 2.0
+        if "stem.conv1" in name:
+            gain = 2.0 / 60**2  # pixels are centred, not divided by their deviation
+        elif "cls_score" in name:
+            gain = 1.6
+        elif "bbox_pred" in name:
+            gain = 0.15
+        elif "mask_pred" in name:
+            gain = 2.5
+        elif "fpn_" in name:
+            gain = 1.0
+        value = rng.normal(0.0, np.sqrt(gain / fan_in), shape)
+    return value.astype(np.float32)
+
+
+def state_dict(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Weights for a table of names and shapes (see shapes_*.json)."""
+    return {name: weight(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+def image(height: int, width: int, seed: int) -> np.ndarray:
+    """A uint8 RGB picture (H, W, 3): smooth colour fields, with sharp discs and boxes on them."""
+    rng = _rng(seed, f"image{height}x{width}")
+    ys, xs = np.mgrid[0:height, 0:width].astype(np.float64)
+    out = np.empty((height, width, 3))
+    for c in range(3):
+        field = np.zeros((height, width))
+        for _ in range(4):
+            fy, fx = rng.uniform(0.5, 6.0, 2)
+            py, px = rng.uniform(0, 2 * np.pi, 2)
+            field += np.sin(2 * np.pi * fy * ys / height + py) * np.cos(
+                2 * np.pi * fx * xs / width + px
+            )
+        out[..., c] = 110 + 28 * field
+    for _ in range(14):
+        cy, cx = rng.uniform(0, height), rng.uniform(0, width)
+        ry, rx = rng.uniform(0.02, 0.3, 2) * min(height, width)
+        colour = rng.uniform(0, 255, 3)
+        if rng.rand() < 0.5:
+            inside = ((ys - cy) / ry) ** 2 + ((xs - cx) / rx) ** 2 <= 1
+        else:
+            inside = (abs(ys - cy) <= ry) & (abs(xs - cx) <= rx)
+        out[inside] = 0.35 * out[inside] + 0.65 * colour
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
