@@ -1,0 +1,16 @@
+"""COCO evaluation: scores, tables and pictures."""
+
+from tensormask.evaluation.coco import coco_results, evaluate, evaluate_results
+from tensormask.evaluation.oracle import evaluate_oracle, oracle_detections
+from tensormask.evaluation.report import UnexpectedResultsError, results_table, verify_results
+
+__all__ = [
+    "UnexpectedResultsError",
+    "coco_results",
+    "evaluate",
+    "evaluate_oracle",
+    "evaluate_results",
+    "oracle_detections",
+    "results_table",
+    "verify_results",
+]

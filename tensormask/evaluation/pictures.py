@@ -1,0 +1,105 @@
+"""Pictures of an evaluation: predictions beside ground truth, and a contact sheet of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle_tools
+from torch import Tensor
+
+from tensormask.data.coco import segmentation_to_rle
+from tensormask.evaluation.ground_truth import has_mask
+from tensormask.visualizer import (
+    contact_sheet,
+    draw_instances,
+    save_picture,
+    shrink,
+    side_by_side,
+    unique_stem,
+)
+
+DRAWN_SCORE = 0.3
+SHEET_COLUMNS = 2
+SHEET_CELL_WIDTH = 800
+
+
+class PictureWriter:
+    """Draws some pictures of a data set while its evaluation runs.
+
+    `add` takes every picture's detections and draws those of `num_pictures` pictures, spread evenly
+    over the data set, to `<output_dir>/pictures/<stem>.png`; `finish` writes
+    `<output_dir>/contact_sheet.png`. Only the sheet's small copies stay in memory.
+    """
+
+    def __init__(self, output_dir: Path, dataset: Any, num_pictures: int) -> None:
+        self.output_dir = output_dir
+        self.dataset = dataset
+        self.chosen_ids = set(evenly_spread(dataset.image_ids, num_pictures))
+        self.stems: set[str] = set()
+        self.sheet: list[np.ndarray] = []
+
+    def add(self, image_id: int, detections: Mapping[str, Tensor]) -> None:
+        if image_id not in self.chosen_ids:
+            return
+        rgb, _ = self.dataset.load(image_id)
+        predicted = draw_predictions(rgb, detections, self.dataset.class_names)
+        truth, num_crowds = draw_ground_truth(rgb, self.dataset, image_id)
+        truth_title = "ground truth"
+        if num_crowds:
+            truth_title += f", without {num_crowds} crowd" + "s" * (num_crowds > 1)
+        titles = (f"predicted, score >= {DRAWN_SCORE}", truth_title)
+        picture = side_by_side(predicted, truth, titles)
+        file_name = Path(self.dataset.coco.imgs[image_id]["file_name"])
+        stem = unique_stem(file_name.stem, self.stems)
+        save_picture(self.output_dir / "pictures" / f"{stem}.png", picture)
+        self.sheet.append(shrink(picture, SHEET_CELL_WIDTH))
+
+    def finish(self) -> None:
+        if self.sheet:
+            sheet = contact_sheet(self.sheet, columns=SHEET_COLUMNS)
+            save_picture(self.output_dir / "contact_sheet.png", sheet)
+
+
+def evenly_spread(items: Sequence, count: int) -> list:
+    """`count` of `items` (all of them if there are fewer), from the first to the last, in order."""
+    count = min(count, len(items))
+    if count == 0:
+        return []
+    places = np.linspace(0, len(items) - 1, count).round().astype(int)
+    return [items[place] for place in places]
+
+
+def draw_predictions(
+    rgb: np.ndarray,
+    detections: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    min_score: float = DRAWN_SCORE,
+) -> np.ndarray:
+    """`rgb (H, W, 3)` with the detections that score at least `min_score` drawn into it."""
+    keep = detections["scores"] >= min_score
+    return draw_instances(
+        rgb,
+        detections["boxes"][keep],
+        detections["labels"][keep],
+        detections["masks"][keep] if "masks" in detections else None,
+        detections["scores"][keep],
+        class_names,
+    )
+
+
+def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: int) -> tuple[np.ndarray, int]:
+    """`rgb (H, W, 3)` with its annotated objects, and the number of crowds, which are left out."""
+    annotations = dataset.coco.imgToAnns[image_id]
+    objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
+    labels = [label_of.get(annotation["category_id"], -1) for annotation in objects]
+    boxes = np.array([annotation["bbox"] for annotation in objects], float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = np.zeros((len(objects), *rgb.shape[:2]), bool)
+    for mask, annotation in zip(masks, objects, strict=True):
+        if has_mask(annotation):
+            code = segmentation_to_rle(annotation["segmentation"], mask.shape)
+            mask[:] = rle_tools.decode(code)
+    picture = draw_instances(rgb, boxes, labels, masks, class_names=dataset.class_names)
+    return picture, len(annotations) - len(objects)
