@@ -1,0 +1,279 @@
+"""Draws objects into pictures, and arranges pictures.
+
+Pictures are uint8 RGB arrays `(H, W, 3)`, in and out; what is given is never changed.
+"""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+DRAWN_SIDE = 512  # pixels: pictures much smaller than this are magnified to be drawn on
+MASK_OPACITY = 0.45
+OUTLINE_WIDTH = 2
+MAX_LABELS = 40
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+WHITE, DARK = (255, 255, 255), (32, 32, 32)
+FONT, FONT_SCALE, FONT_MARGIN = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 3
+GAP = 8  # pixels between pictures that are arranged beside each other
+
+Rectangle = tuple[int, int, int, int]
+
+
+def draw_instances(
+    image: np.ndarray,
+    boxes: Any,
+    labels: Any,
+    masks: Any | None,
+    scores: Any | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    draw_boxes: bool = True,
+    magnify: int | None = None,
+) -> np.ndarray:
+    """A copy of `image` with K objects: a tinted mask with an outline, a box, a name and a score.
+
+    Each object has its own colour, so that touching ones can be told apart. A text that would cover
+    another one is left out, and beyond 40 objects all of them are.
+
+    Args:
+        image: `(H, W, 3)` uint8 RGB.
+        boxes: `(K, 4)` xyxy in pixels of `image`, array or tensor; so are the next three.
+        labels: `(K,)` integers from 0.
+        masks: `(K, H, W)` bool, or None to draw boxes only.
+        scores: `(K,)` in 0..1.
+        class_names: name by label; "class 3" stands for a label without one.
+        draw_boxes: whether boxes are outlined; they always are where there are no masks.
+        magnify: whole factor by which the picture is enlarged first; None chooses one that gives
+            small pictures room for text (4 for 128 pixels, 1 from 342 on).
+
+    Returns:
+        `(magnify * H, magnify * W, 3)` uint8 RGB.
+
+    Raises:
+        ValueError: an image that is not uint8 `(H, W, 3)`, or shapes that do not fit each other.
+    """
+    _check_picture(image)
+    height, width = image.shape[:2]
+    labels = _to_numpy(labels).astype(int).reshape(-1)
+    boxes = _to_numpy(boxes).astype(float).reshape(-1, 4)
+    scores = None if scores is None else _to_numpy(scores).reshape(-1)
+    masks = None if masks is None else _to_numpy(masks).astype(bool)
+    num_objects = len(labels)
+    if masks is not None and masks.shape != (num_objects, height, width):
+        raise ValueError(
+            f"masks of shape {masks.shape} do not fit {num_objects} labels and a picture of "
+            f"{height} x {width}; expected {(num_objects, height, width)}"
+        )
+    if len(boxes) != num_objects or (scores is not None and len(scores) != num_objects):
+        raise ValueError(
+            f"{num_objects} labels, {len(boxes)} boxes and "
+            f"{'no' if scores is None else len(scores)} scores do not fit each other"
+        )
+
+    factor = magnification(height, width) if magnify is None else magnify
+    picture = _enlarge(image, factor)
+    if masks is not None:
+        # Large ones first, or they would hide the small ones that they overlap.
+        for index in np.argsort(-masks.sum((1, 2)), kind="stable"):
+            _draw_mask(picture, masks[index], factor, instance_colour(index))
+    corners = np.nan_to_num(boxes * factor, posinf=0, neginf=0)
+    corners = np.clip(corners, -1e6, 1e6).round().astype(int)
+    if draw_boxes or masks is None:
+        for index, (x0, y0, x1, y1) in enumerate(corners.tolist()):
+            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), instance_colour(index), 1)
+    if num_objects <= MAX_LABELS:
+        taken: list[Rectangle] = []
+        for index, corner in enumerate(corners.tolist()):
+            text = class_name(labels[index], class_names)
+            if scores is not None:
+                text += f" {scores[index]:.0%}"
+            _draw_label(picture, text, corner, instance_colour(index), taken)
+    return picture
+
+
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """The name of `label`, or "class 3" for the label 3 where there is no name."""
+    if class_names is not None and 0 <= label < len(class_names):
+        return class_names[label]
+    return f"class {label}"
+
+
+def instance_colour(index: int) -> tuple[int, int, int]:
+    """RGB colour of the object number `index`: hues a golden ratio apart, neighbours far apart."""
+    hue = (0.6 + index * GOLDEN_RATIO) % 1
+    saturation = (0.9, 0.65)[index % 2]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
+    return red, green, blue
+
+
+def magnification(height: int, width: int) -> int:
+    """The whole factor that brings the longer side closest to 512 pixels, at least 1."""
+    return max(1, round(DRAWN_SIDE / max(height, width)))
+
+
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, titles: tuple[str, str] | None = None
+) -> np.ndarray:
+    """Two pictures on white, tops aligned, each under its title."""
+    pictures = [left, right]
+    if titles is not None:
+        pictures = [
+            _titled(picture, title) for picture, title in zip(pictures, titles, strict=True)
+        ]
+    return contact_sheet(pictures, columns=2)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of any sizes in rows of `columns` on white.
+
+    Columns are as wide as their widest picture and rows as high as their highest.
+
+    Raises:
+        ValueError: no pictures, or fewer than one column.
+    """
+    if not pictures or columns < 1:
+        raise ValueError(f"{len(pictures)} pictures in {columns} columns make no contact sheet")
+    for picture in pictures:
+        _check_picture(picture)
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    widths = [
+        max(picture.shape[1] for picture in pictures[c::columns]) for c in range(len(rows[0]))
+    ]
+    tops = np.cumsum([0, *(height + GAP for height in heights)])
+    lefts = np.cumsum([0, *(width + GAP for width in widths)])
+    sheet = np.full((tops[-1] - GAP, lefts[-1] - GAP, 3), 255, np.uint8)
+    for top, row in zip(tops, rows, strict=False):
+        for x, picture in zip(lefts, row, strict=False):
+            sheet[top : top + picture.shape[0], x : x + picture.shape[1]] = picture
+    return sheet
+
+
+def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
+    """A copy that is at most `max_width` pixels wide, of the same proportions."""
+    height, width = image.shape[:2]
+    if width <= max_width:
+        return image.copy()
+    size = (max_width, max(1, round(height * max_width / width)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def save_picture(path: str | Path, rgb: np.ndarray) -> None:
+    """Writes `rgb (H, W, 3)` uint8 to `path` in the format of its suffix; makes the folder.
+
+    Raises:
+        ValueError: a picture of another form, or a suffix that OpenCV has no encoder for.
+    """
+    _check_picture(rgb)
+    path = Path(path)
+    try:
+        encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    except cv2.error:
+        encoded = False
+    if not encoded:
+        raise ValueError(f"{path}: cannot write pictures as {path.suffix!r}; try .png or .jpg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())  # cv2.imwrite loses non-ASCII names on Windows
+
+
+def unique_stem(stem: str, taken: set[str]) -> str:
+    """`stem`, or `stem_2`, `stem_3`, ... if it is in `taken`, to which the result is added."""
+    unique, number = stem, 1
+    while unique in taken:
+        number += 1
+        unique = f"{stem}_{number}"
+    taken.add(unique)
+    return unique
+
+
+def _check_picture(image: np.ndarray) -> None:
+    form = (getattr(image, "dtype", type(image)), getattr(image, "shape", None))
+    if form[0] != np.uint8 or len(form[1]) != 3 or form[1][2] != 3 or 0 in form[1]:
+        raise ValueError(
+            f"expected a picture as a uint8 array (H, W, 3); given {form[0]} of shape {form[1]}"
+        )
+
+
+def _to_numpy(values: Any) -> np.ndarray:
+    """Array of a tensor on any device, or of anything that numpy takes."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    """A copy with each pixel as `factor` x `factor` of them."""
+    return np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def _draw_mask(
+    picture: np.ndarray, mask: np.ndarray, factor: int, colour: tuple[int, int, int]
+) -> None:
+    """Tints `mask`, given before magnification, in `picture`, and draws its inner rim."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    inside = _enlarge(mask[y0:y1, x0:x1].astype(np.uint8), factor)
+    region = picture[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
+    # The rim is inside the mask, so those of touching objects lie beside each other.
+    core = cv2.erode(
+        inside,
+        np.ones((3, 3), np.uint8),
+        iterations=OUTLINE_WIDTH,
+        borderType=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    inside, core = inside.astype(bool), core.astype(bool)
+    tinted = region[core] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY
+    region[inside & ~core] = colour
+    region[core] = tinted.round().astype(np.uint8)
+
+
+def _draw_label(
+    picture: np.ndarray,
+    text: str,
+    box: Sequence[int],
+    colour: tuple[int, int, int],
+    taken: list[Rectangle],
+) -> None:
+    """Writes `text` at the first free place by `box`: above it, below it, inside, or nowhere."""
+    (text_width, text_height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
+    width = text_width + 2 * FONT_MARGIN
+    height = text_height + baseline + FONT_MARGIN
+    x0, y0, _, y1 = box
+    for y in (y0 - height, y1, y0):
+        x = max(0, min(x0, picture.shape[1] - width))
+        y = max(0, min(y, picture.shape[0] - height))
+        place = (x, y, x + width, y + height)
+        if not any(_overlap(place, other) for other in taken):
+            break
+    else:
+        return
+    taken.append(place)
+    cv2.rectangle(picture, place[:2], (place[2] - 1, place[3] - 1), DARK, cv2.FILLED)
+    cv2.rectangle(picture, place[:2], (x + FONT_MARGIN - 2, place[3] - 1), colour, cv2.FILLED)
+    _write(picture, text, x + FONT_MARGIN, y + text_height + FONT_MARGIN - 1, WHITE)
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _titled(picture: np.ndarray, title: str) -> np.ndarray:
+    """`picture` under a white strip with `title`; widened to hold it."""
+    _check_picture(picture)
+    (text_width, text_height), baseline = cv2.getTextSize(title, FONT, FONT_SCALE, 1)
+    strip = text_height + baseline + 2 * FONT_MARGIN
+    height, width = picture.shape[:2]
+    titled = np.full((strip + height, max(width, text_width + 2 * FONT_MARGIN), 3), 255, np.uint8)
+    titled[strip:, :width] = picture
+    _write(titled, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
+    return titled
+
+
+def _write(picture: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
+    cv2.putText(picture, text, (x, y), FONT, FONT_SCALE, colour, 1, cv2.LINE_AA)

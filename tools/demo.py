@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Draw what a model finds: `python tools/demo.py --config-file C --weights W --input pictures/`.
+
+Writes a drawing of each picture and all detections, in COCO's results format, to --output.
+"""
+
+import argparse
+import glob
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from tensormask.config import get_cfg
+from tensormask.data.coco import read_image
+from tensormask.evaluation import coco_results
+from tensormask.predictor import Predictor
+from tensormask.visualizer import draw_instances, save_picture, unique_stem
+
+logger = logging.getLogger("tensormask.tools.demo")
+
+DETECTIONS_FILE = "detections.json"
+EXIT_NOTHING_READ = 1
+EXIT_MISTAKE = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `opts` holds the `KEY VALUE` words."""
+    parser = argparse.ArgumentParser(
+        description="Detect and draw the objects in pictures.",
+        epilog="KEY VALUE pairs at the end override the config, as in --input a.jpg --output out "
+        "MODEL.DEVICE cpu. Directly after --input's list they need --opts before them.",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="pictures, folders (their pictures, not those of folders in them) or quoted globs; "
+        "** goes through folders",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/demo",
+        metavar="DIR",
+        help="folder for a PNG per picture, named like it (a_2.png for a second a), and "
+        f"{DETECTIONS_FILE}: a list of COCO results with image_id (the place of the picture in the "
+        "sorted list of inputs, from 0), category_id, category_name, bbox (x, y, width, height), "
+        "score, segmentation (RLE) and file_name (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights", default="", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score that is drawn and written; the model itself drops what is below "
+        "MODEL.TENSOR_MASK.SCORE_THRESH_TEST (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--opts", dest="more_opts", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+    )
+    args = parser.parse_args(arguments)
+    args.opts += args.more_opts
+    return args
+
+
+def find_pictures(inputs: list[str]) -> list[Path]:
+    """The files that `inputs` mean, sorted, each once; what matches nothing is kept as it is.
+
+    A folder stands for the files in it whose suffix is a picture's, a glob for the files that it
+    matches.
+    """
+    suffixes = Image.registered_extensions()
+    found = set()
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            found |= {file for file in path.iterdir() if file.suffix.lower() in suffixes}
+        elif path.exists():  # before globs: a name may hold brackets
+            found.add(path)
+        else:
+            matches = (Path(match) for match in glob.glob(text, recursive=True))
+            found |= {match for match in matches if match.is_file()} or {path}
+    return sorted(found)
+
+
+def process(
+    predictor: Predictor, pictures: list[Path], output: Path, min_score: float
+) -> tuple[list[dict[str, Any]], int]:
+    """Draws each picture to `output`.
+
+    Returns:
+        The detections in COCO's results format, and how many of the pictures could not be read.
+
+    Raises:
+        ValueError: a drawing would overwrite a picture; nothing has been written then.
+    """
+    taken: set[str] = set()
+    drawings = [output / f"{unique_stem(picture.stem, taken)}.png" for picture in pictures]
+    overwritten = {file.resolve() for file in drawings} & {file.resolve() for file in pictures}
+    if overwritten:
+        raise ValueError(
+            f"drawings would overwrite the pictures, such as {min(overwritten)}: "
+            "give another folder as --output"
+        )
+    results, num_unread = [], 0
+    todo = tqdm(zip(pictures, drawings, strict=True), total=len(pictures), disable=None)
+    for image_id, (picture, drawing) in enumerate(todo):
+        try:
+            rgb = read_image(picture)
+        except Exception as error:  # a broken file makes PIL fail in many ways
+            logger.error("%s cannot be read: %s", picture, error)
+            num_unread += 1
+            continue
+        detections = predictor(rgb)
+        keep = detections["scores"] >= min_score
+        names = [name for name, kept in zip(detections["class_names"], keep, strict=True) if kept]
+        fields = {key: detections[key][keep] for key in detections if key != "class_names"}
+        found = coco_results(fields, image_id, predictor.category_ids)
+        for result, name in zip(found, names, strict=True):
+            results.append(result | {"category_name": name, "file_name": str(picture)})
+        drawn = draw_instances(
+            rgb,
+            fields["boxes"],
+            fields["labels"],
+            fields.get("masks"),
+            fields["scores"],
+            predictor.class_names,
+        )
+        save_picture(drawing, drawn)
+    return results, num_unread
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and give its exit code: 1 if no picture could be read, 2 for a mistake."""
+    args = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    pictures = find_pictures(args.input)
+    output = Path(args.output)
+    try:
+        cfg = get_cfg()
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+        predictor = Predictor(cfg, args.weights or None)
+        results, num_unread = process(predictor, pictures, output, args.confidence_threshold)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    num_read = len(pictures) - num_unread
+    if num_read:
+        (output / DETECTIONS_FILE).write_text(json.dumps(results), encoding="utf-8")
+    print(
+        f"{len(results)} detections in {num_read} pictures written to {output}; "
+        f"{num_unread} files could not be read"
+    )
+    return 0 if num_read else EXIT_NOTHING_READ
+
+
+if __name__ == "__main__":
+    sys.exit(main())
