@@ -137,7 +137,7 @@ def _to_our_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails in many ways, and all of them mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path}: not a checkpoint that can be read as plain data ({reason})"
@@ -149,14 +149,26 @@ def _read_pickle(path: Path) -> Any:
         return _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle fails in many ways, and all of them mean the same
+    except Exception as error:
         raise ValueError(
             f"{path}: not a readable pickle ({type(error).__name__}: {error})"
         ) from None
 
 
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes in the protocols before 3."""
+    if encoding != "latin1":
+        raise _Refused(f"it holds bytes encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
 # What an array is made of in a pickle. Resolved here once: nothing is imported on a file's behalf.
 _PLAIN_GLOBALS = {
+    ("_codecs", "encode"): _encode_latin1,
     ("collections", "OrderedDict"): dict,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -164,10 +176,6 @@ _PLAIN_GLOBALS = {
     ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,
     ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
 }
-
-
-class _Refused(pickle.UnpicklingError):
-    pass
 
 
 class _ArrayUnpickler(pickle.Unpickler):

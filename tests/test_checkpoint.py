@@ -1,0 +1,180 @@
+"""Checkpoints: whole or not there, plain data, and refused with a reason when they do not fit."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tensormask.engine import checkpoint as ckpt
+
+
+@pytest.fixture(autouse=True)
+def _keep_random_states():
+    with ckpt.preserved_random_states():
+        yield
+
+
+def make_parts(optimizer_class=torch.optim.SGD, width=2, lr=0.1):
+    model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+    optimizer = optimizer_class(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+    return model, optimizer, scheduler
+
+
+def step(model, optimizer, scheduler, x):
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def save(folder, parts, name="model_0000004.pth", iteration=4):
+    model, optimizer, scheduler = parts
+    return ckpt.save_checkpoint(
+        folder,
+        name,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        iteration=iteration,
+        config="SEED: 3\n",
+        class_names=["star", "ring"],
+    )
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+
+def test_everything_comes_back(tmp_path):
+    parts = make_parts(torch.optim.AdamW)
+    x = torch.randn(4, 3)
+    step(*parts, x)
+    path = save(tmp_path, parts)
+    drawn = draw()
+    other = make_parts(torch.optim.AdamW)
+    loaded = ckpt.load_checkpoint(path)
+    assert ckpt.restore_checkpoint(loaded, *other) == 5
+    assert draw() == drawn
+    assert other[1].param_groups[0]["lr"] == 0.05
+    for both in (parts, other):
+        step(*both, x)
+    for key, value in parts[0].state_dict().items():
+        assert torch.equal(value, other[0].state_dict()[key]), key
+    assert loaded["class_names"] == ["star", "ring"]
+    assert set(loaded) == {
+        *("model", "optimizer", "scheduler", "iteration", "random_states"),
+        *("config", "class_names", "versions"),
+    }
+
+
+def test_last_checkpoint_names_the_newest(tmp_path):
+    assert ckpt.find_last_checkpoint(tmp_path) is None
+    parts = make_parts()
+    save(tmp_path, parts)
+    path = save(tmp_path, parts, "model_final.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert ckpt.find_last_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize("name", ["gone.pth", "../model.pth", ""])
+def test_last_checkpoint_that_points_nowhere(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "run" / "last_checkpoint").write_text(name)
+    with pytest.raises(ValueError, match="last_checkpoint"):
+        ckpt.find_last_checkpoint(tmp_path / "run")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    ckpt.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ckpt.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_name_appears_only_when_the_content_is_whole(tmp_path):
+    path = tmp_path / "file"
+
+    def look(file):
+        file.write(b"all")
+        file.flush()
+        assert not path.exists()
+        assert len(os.listdir(tmp_path)) == 1  # in the same folder, so that the rename is atomic
+
+    ckpt.write_atomically(path, look)
+    with open(path, "rb") as of_a_reader:
+        ckpt.write_atomically(path, lambda file: file.write(b"new"))
+        assert of_a_reader.read() == b"all"
+    assert path.read_bytes() == b"new"
+
+
+def test_failed_checkpoint_is_not_pointed_to(tmp_path, monkeypatch):
+    parts = make_parts()
+    save(tmp_path, parts)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ckpt.torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, parts, "model_0000009.pth", 9)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
+
+
+class Runs:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": Runs(str(tmp_path / "ran"))}, path)
+    with pytest.raises(ValueError, match=r"model\.pth"):
+        ckpt.load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_and_foreign_files(tmp_path):
+    path = save(tmp_path, make_parts())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        ckpt.load_checkpoint(path)
+    torch.save({"model": {}, "iteration": 3}, path)
+    with pytest.raises(ValueError, match=r"lacks optimizer, scheduler.*MODEL\.WEIGHTS"):
+        ckpt.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="lacks model"):
+        ckpt.load_checkpoint(path)
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path):
+    loaded = ckpt.load_checkpoint(save(tmp_path, make_parts()))
+    with pytest.raises(ValueError, match="another model"):
+        ckpt.restore_checkpoint(loaded, *make_parts(width=5))
+    with pytest.raises(ValueError, match="optimiser"):
+        ckpt.restore_checkpoint(loaded, *make_parts(torch.optim.AdamW))
+
+
+def test_preserved_random_states():
+    before = ckpt.get_random_states()
+    first = draw()
+    ckpt.set_random_states(before)
+    with ckpt.preserved_random_states():
+        draw()
+    assert draw() == first

@@ -1,0 +1,282 @@
+"""The loop, with a small model and loader of known behaviour."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tensormask.config import get_cfg
+from tensormask.engine import trainer
+from tensormask.engine.checkpoint import load_checkpoint, preserved_random_states
+from tensormask.evaluation import UnexpectedResultsError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    package = logging.getLogger("tensormask")
+    level = package.level
+    threads = torch.get_num_threads()
+    # Tensors this small are slower on several threads, by far so on a busy machine.
+    torch.set_num_threads(1)
+    with preserved_random_states():
+        yield
+    torch.set_num_threads(threads)
+    package.setLevel(level)
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+
+
+# ---- fakes: what they learn depends on the order of pictures, dropout and running statistics ----
+
+
+class FakeModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, images, targets):
+        x = self.out(self.layers(torch.stack(images)))[:, 0]
+        y = torch.stack([target["value"] for target in targets])
+        return {"loss_cls": (x - y).square().mean(), "loss_mask": x.abs().mean()}
+
+
+def fake_loader(cfg, start_iteration=0):
+    iteration = start_iteration
+    while True:
+        generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
+        images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
+        yield [
+            {"image": x, "target": {"value": x.sum()}, "file_name": f"{iteration}_{k}.png"}
+            for k, x in enumerate(images)
+        ]
+        iteration += 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
+    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
+
+    def fake_evaluate(model, loader, dataset, folder, *, max_dets, num_visualized):
+        torch.rand(3)  # draws from the global generator, as an evaluation may
+        state.evaluations.append(Path(folder))
+        return state.results
+
+    content = {"name": "fake", "class_names": ["star", "ring"]}
+    dataset = type("FakeDataset", (list,), content)(range(7))
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: FakeModel())
+    monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
+    monkeypatch.setattr(trainer, "build_test_loader", lambda cfg, dataset: None)
+    monkeypatch.setattr(trainer, "get_dataset", lambda name: dataset)
+    monkeypatch.setattr(trainer, "evaluate", fake_evaluate)
+    return state
+
+
+def make_cfg(folder, *overrides):
+    cfg = get_cfg()
+    cfg.merge_from_list(
+        [
+            *("OUTPUT_DIR", str(folder), "SEED", 5),
+            *("DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
+            *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
+            *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
+            *("MODEL.TENSOR_MASK.NUM_CLASSES", 2),
+            *overrides,
+        ]
+    )
+    return cfg
+
+
+def weights(folder, name="model_final.pth"):
+    return load_checkpoint(folder / name)["model"]
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch, iteration):
+    real = trainer.train_step
+
+    def step(model, batch, optimizer, scheduler, clip, i):
+        if i == iteration:
+            raise Interrupted
+        return real(model, batch, optimizer, scheduler, clip, i)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    return lambda: monkeypatch.setattr(trainer, "train_step", real)
+
+
+def interrupted_run(cfg, monkeypatch, iteration):
+    go_on = interrupt_at(monkeypatch, iteration)
+    with pytest.raises(Interrupted):
+        trainer.train(cfg)
+    go_on()
+
+
+# ---- the loop ----
+
+
+def test_output_of_a_run(tmp_path, fakes):
+    results = trainer.train(make_cfg(tmp_path))
+    assert results == {"segm": {"AP": 30.0}}
+    names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        *("config.yaml", "log.txt", "metrics.json", "last_checkpoint"),
+        *("model_0000009.pth", "model_0000019.pth", "model_final.pth"),
+    }
+    assert any("tfevents" in path.name for path in tmp_path.iterdir())
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert load_checkpoint(tmp_path / "model_0000009.pth")["iteration"] == 9
+    assert load_checkpoint(tmp_path / "model_final.pth")["class_names"] == ["star", "ring"]
+    first, second, result = lines(tmp_path)
+    assert (first["iteration"], second["iteration"]) == (19, 29)
+    assert second["lr"] == pytest.approx(0.001)
+    assert {"total_loss", "loss_cls", "loss_mask", "time", "data_time", "grad_norm"} <= set(first)
+    assert result == {"iteration": 29, "segm/AP": 30.0}
+    log = (tmp_path / "log.txt").read_text()
+    assert "iterations 0 to 30, 4 pictures each, on cpu; 7 pictures in a" in log
+    assert "iter: 20/30" in log
+
+
+def test_one_step_by_hand():
+    # y = w x with w = 2, x = 3: loss 6, gradient 3, clipped to nothing; lr 0.5.
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 2.0)
+    model.forward = lambda images, targets: {"loss": (model.weight * images[0]).sum()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.1**i)
+    model.weight.grad = torch.full((1, 1), 100.0)  # of an earlier step
+    batch = [{"image": torch.tensor(3.0), "target": {}, "file_name": "a.png"}]
+    clip = trainer.build_gradient_clipper(get_cfg())
+    metrics = trainer.train_step(model, batch, optimizer, scheduler, clip, 0)
+    assert metrics == {"total_loss": 6.0, "loss": 6.0, "lr": 0.5, "grad_norm": 3.0}
+    assert model.weight.item() == 0.5
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path, fakes):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        trainer.train(make_cfg(tmp_path / name, "SEED", seed))
+    assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not torch.equal(weights(tmp_path / "a")["out.bias"], weights(tmp_path / "c")["out.bias"])
+
+
+@pytest.mark.parametrize("stop", [3, 10, 17, 29])
+def test_resumed_run_equals_an_undisturbed_one(tmp_path, fakes, monkeypatch, stop):
+    trainer.train(make_cfg(tmp_path / "whole"))
+    cfg = make_cfg(tmp_path / "parts", "TEST.EVAL_PERIOD", 5)
+    interrupted_run(cfg, monkeypatch, stop)
+    trainer.train(cfg, resume=True)
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    trained = [r["iteration"] for r in lines(tmp_path / "parts") if "total_loss" in r]
+    assert trained == [19, 29]
+    evaluated = [r["iteration"] for r in lines(tmp_path / "parts") if "segm/AP" in r]
+    assert len(set(evaluated)) == len(evaluated)
+
+
+def test_resume_takes_the_drawn_seed_of_the_run(tmp_path, fakes, monkeypatch):
+    cfg = make_cfg(tmp_path, "SEED", -1)
+    interrupted_run(cfg, monkeypatch, 15)
+    seed = yaml.safe_load((tmp_path / "config.yaml").read_text())["SEED"]
+    assert seed >= 0
+    assert f"Seed: {seed}" in (tmp_path / "log.txt").read_text()
+    trainer.train(cfg, resume=True)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["SEED"] == seed
+    assert cfg.SEED == -1
+
+
+def test_finished_run_resumes_into_evaluation(tmp_path, fakes):
+    trainer.train(make_cfg(tmp_path))
+    before = (tmp_path / "model_final.pth").stat().st_mtime_ns
+    fakes.results = {"segm": {"AP": 31.0}}
+    assert trainer.train(make_cfg(tmp_path), resume=True) == {"segm": {"AP": 31.0}}
+    assert (tmp_path / "model_final.pth").stat().st_mtime_ns == before
+    assert [r["iteration"] for r in lines(tmp_path) if "total_loss" in r] == [19, 29]
+
+
+def test_new_run_cannot_resume_an_old_one(tmp_path, fakes, monkeypatch):
+    trainer.train(make_cfg(tmp_path))
+    interrupted_run(make_cfg(tmp_path, "SEED", 6), monkeypatch, 3)
+    assert not (tmp_path / "last_checkpoint").exists()
+    trainer.train(make_cfg(tmp_path, "SEED", 6), resume=True)
+    assert [r["iteration"] for r in lines(tmp_path)] == [19, 29, 29]
+
+
+def test_test_set_of_other_classes_stops_before_training(tmp_path, fakes):
+    trainer.train(make_cfg(tmp_path))
+    with pytest.raises(ValueError, match="NUM_CLASSES 2"):
+        trainer.train(make_cfg(tmp_path, "MODEL.TENSOR_MASK.NUM_CLASSES", 3))
+    assert (tmp_path / "last_checkpoint").is_file()
+    assert len(lines(tmp_path)) == 3
+
+
+def test_periodic_evaluation(tmp_path, fakes):
+    trainer.train(make_cfg(tmp_path, "TEST.EVAL_PERIOD", 10))
+    assert len(fakes.evaluations) == 3  # after 10, 20, and once at the end
+    assert [r["iteration"] for r in lines(tmp_path) if "segm/AP" in r] == [9, 19, 29]
+
+
+def test_several_test_sets(tmp_path, fakes):
+    cfg = make_cfg(tmp_path, "DATASETS.TEST", "('a', 'x/b.json@y')", "SOLVER.MAX_ITER", 1)
+    results = trainer.train(cfg)
+    assert results == {"a": {"segm": {"AP": 30.0}}, "x/b.json@y": {"segm": {"AP": 30.0}}}
+    folder = tmp_path / "inference"
+    assert fakes.evaluations == [folder / "a", folder / "x_b.json_y"]
+    assert "x/b.json@y/segm/AP" in lines(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypatch, value):
+    seen = {}
+
+    class Breaking(FakeModel):
+        def forward(self, images, targets):
+            losses = super().forward(images, targets)
+            seen["count"] = seen.get("count", 0) + 1
+            if seen["count"] == 13:
+                seen["weights"] = {k: v.clone() for k, v in self.named_parameters()}
+                seen["model"] = self
+                losses["loss_mask"] = losses["loss_mask"] * value
+            return losses
+
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: Breaking())
+    pattern = rf"iteration 12: loss_cls \d\S*, loss_mask {value:g}\. .*12_0\.png, 12_1\.png"
+    with pytest.raises(trainer.NonFiniteLossError, match=pattern):
+        trainer.train(make_cfg(tmp_path))
+    assert_same_bits(dict(seen["model"].named_parameters()), seen["weights"])
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
+
+
+def test_expected_results_are_checked_in_both_ways(tmp_path, fakes):
+    expected = ("TEST.EXPECTED_RESULTS", [["segm", "AP", 31.0, 1.5]])
+    trainer.train(make_cfg(tmp_path, *expected))
+    trainer.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
+    fakes.results = {"segm": {"AP": 29.0}}
+    with pytest.raises(UnexpectedResultsError):
+        trainer.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
+    with pytest.raises(UnexpectedResultsError):
+        trainer.train(make_cfg(tmp_path, *expected))
+
+
+def test_evaluating_nothing_is_refused(tmp_path, fakes):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
+        trainer.evaluate_only(make_cfg(tmp_path))

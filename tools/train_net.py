@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Train or evaluate a config: `python tools/train_net.py --config-file configs/quickstart.yaml`.
+
+The options are detectron2's; `KEY VALUE` pairs at the end override the config.
+"""
+
+import argparse
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+import tensormask
+from tensormask.config import CfgNode, get_cfg
+from tensormask.engine.trainer import NonFiniteLossError, evaluate_only, train
+from tensormask.evaluation import UnexpectedResultsError
+
+logger = logging.getLogger("tensormask.tools.train_net")
+
+EXIT_FAILED = 1
+EXIT_MISTAKE = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `opts` holds the trailing `KEY VALUE` words."""
+    parser = argparse.ArgumentParser(
+        description="Train a TensorMask, or evaluate one.",
+        epilog="example: train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
+        "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005 OUTPUT_DIR output/small",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint, and do not train",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help='1: what MODEL.DEVICE says; 0: the CPU where MODEL.DEVICE is "auto" (default: 1)',
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+    )
+    return parser.parse_args(arguments)
+
+
+def setup_config(args: argparse.Namespace) -> CfgNode:
+    """Make the frozen config that the command line asks for.
+
+    Raises:
+        ValueError: an option, a key or a value that is none.
+    """
+    if args.num_gpus not in (0, 1):
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}; one process runs on one device: give 0 or 1"
+        )
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if args.num_gpus == 0 and cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Tell a message that this package has for its user from a bug, there or in a library."""
+    if isinstance(error, OSError):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    folders = (Path(tensormask.__file__).parent, Path(__file__).parent)
+    return any(folder.resolve() in raised_in.resolve().parents for folder in folders)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and give its exit code: 1 for a failed run, 2 for a user's mistake."""
+    args = parse_arguments(arguments)
+    try:
+        cfg = setup_config(args)
+        run = evaluate_only if args.eval_only else train
+        run(cfg, resume=args.resume)
+    except (NonFiniteLossError, UnexpectedResultsError) as error:
+        logger.error(error)
+        return EXIT_FAILED
+    except (ValueError, OSError) as error:
+        if not is_for_the_user(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
