@@ -1,0 +1,165 @@
+"""The assignment against the rule as it is written, window by window and object by object."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from tensormask.modeling.assignment import assign
+from tensormask.modeling.box_coder import decode_boxes, encode_boxes
+from tensormask.modeling.windows import Windows
+
+WINDOWS = Windows(strides=(4, 8, 16), sizes=((44, 60), (88, 120), (176, 240)))
+GRIDS = [(25, 30), (13, 15), (7, 8)]
+
+
+def owners_by_the_rule(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
+    """Every window against every object: (object, level, size, y, x) of the windows that own
+    one."""
+    owners = {}
+    for level, (stride, sizes) in enumerate(zip(windows.strides, windows.sizes, strict=True)):
+        for s, side in enumerate(sizes):
+            for y, x in itertools.product(*map(range, grids[level])):
+                cx, cy = x * stride, y * stride
+                for k, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+                    inside = (
+                        cx - side / 2 <= x0
+                        and cy - side / 2 <= y0
+                        and x1 <= cx + side / 2
+                        and y1 <= cy + side / 2
+                    )
+                    min_size = min(windows.sizes[0]) - windows.strides[0]
+                    small = side - stride <= max(2 * max(x1 - x0, y1 - y0), min_size)
+                    dx, dy = (x0 + x1) / 2 - cx, (y0 + y1) / 2 - cy
+                    central = (dx / stride) ** 2 + (dy / stride) ** 2 <= 1
+                    if inside and small and central:
+                        owners.setdefault((level, s, y, x), []).append(k)
+    return {(ks[0], *window) for window, ks in owners.items() if len(ks) == 1}
+
+
+def owners(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
+    owned = assign([boxes], windows, grids)
+    columns = (owned.object, owned.level, owned.size, owned.y, owned.x)
+    rows = [tuple(row) for row in torch.stack(columns, 1).tolist()]
+    assert len(set(rows)) == len(rows)
+    return set(rows)
+
+
+# Quarters of a pixel are exact in float32, so that the rule has one answer on its boundaries too.
+coordinate = st.integers(-40, 480).map(lambda i: i / 4)
+side = st.one_of(
+    st.integers(1, 480).map(lambda i: i / 4), st.sampled_from([36.0, 40.0, 44.0, 60.0])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(coordinate, coordinate, side, side), min_size=1, max_size=5))
+def test_equals_the_rule(objects) -> None:
+    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in objects])
+    assert owners(boxes, WINDOWS, GRIDS) == owners_by_the_rule(boxes, WINDOWS, GRIDS)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (38.0, 38.0, 82.0, 82.0),  # as large as a window of 44, centred on it
+        (18.0, 18.0, 62.0, 62.0),  # the same, between windows
+        (36.0, 38.0, 44.0, 42.0),  # a centre on a window's
+        (36.0, 38.0, 44.0, 46.0),  # a centre between four windows
+        (30.0, 40.0, 50.0, 40.5),  # 40 = 44 - 4 <= 2 * 20: on the limit of the scale rule
+        (30.0, 40.0, 49.75, 40.5),
+        (0.0, 0.0, 3.0, 3.0),
+        (110.0, 90.0, 120.0, 100.0),  # at the end of the grid
+    ],
+)
+def test_boundaries(box) -> None:
+    boxes = torch.tensor([box])
+    assert owners(boxes, WINDOWS, GRIDS) == owners_by_the_rule(boxes, WINDOWS, GRIDS)
+
+
+def test_by_hand() -> None:
+    """A box of 8x8 centred on place (10, 10) of p2: that place and its four neighbours own it, at
+    the small size only: 60 - 4 = 56 > max(2 * 8, 40), and on p3 88 - 8 = 80 > 40."""
+    found = owners(torch.tensor([[36.0, 36.0, 44.0, 44.0]]), WINDOWS, GRIDS)
+    places = [(10, 10), (9, 10), (11, 10), (10, 9), (10, 11)]
+    assert found == {(0, 0, 0, y, x) for y, x in places}
+
+
+def test_windows_claimed_twice_are_background() -> None:
+    box = torch.tensor([36.0, 36.0, 44.0, 44.0])
+    assert not owners(torch.stack([box, box]), WINDOWS, GRIDS)
+    moved = owners(torch.stack([box, box + 4]), WINDOWS, GRIDS)
+    assert moved == owners_by_the_rule(torch.stack([box, box + 4]), WINDOWS, GRIDS)
+    assert {k for k, *_ in moved} == {0, 1}
+
+
+def test_batch_is_sorted_and_counted() -> None:
+    generator = torch.Generator().manual_seed(3)
+    images = []
+    for num_objects in (6, 0, 9):
+        corner = torch.rand(num_objects, 2, generator=generator) * 80
+        images.append(
+            torch.cat(
+                [corner, corner + 5 + torch.rand(num_objects, 2, generator=generator) * 60], 1
+            )
+        )
+    owned = assign(images, WINDOWS, GRIDS)
+    for n, boxes in enumerate(images):
+        here = owned.image == n
+        rows = torch.stack([owned.object, owned.level, owned.size, owned.y, owned.x], 1)[here]
+        assert {tuple(r) for r in rows.tolist()} == owners(boxes, WINDOWS, GRIDS)
+    keys = torch.stack([owned.level, owned.size, owned.image], 1).tolist()
+    assert keys == sorted(keys)
+    for level, at in enumerate(owned.levels()):
+        assert (owned.level[at] == level).all()
+    assert sum(at.stop - at.start for at in owned.levels()) == len(keys)
+    seen = 0
+    for level, size, at in owned.groups():
+        assert (owned.level[at] == level).all()
+        assert (owned.size[at] == size).all()
+        per_image = torch.bincount(owned.image[at], minlength=3).tolist()
+        assert owned.counts[level][size] == per_image
+        seen += at.stop - at.start
+    assert seen == len(keys)
+    sides = torch.tensor(WINDOWS.sizes)[owned.level, owned.size].float()
+    assert_close(owned.boxes[:, 2] - owned.boxes[:, 0], sides)
+    assert_close(
+        owned.boxes[:, :2] + sides[:, None] / 2,
+        torch.stack([owned.x, owned.y], 1)
+        * torch.tensor(WINDOWS.strides)[owned.level, None].float(),
+    )
+
+
+def test_no_objects() -> None:
+    owned = assign([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
+    assert len(owned.object) == 0
+    assert owned.groups() == []
+    assert owned.levels() == [slice(0, 0)] * 3
+
+
+def test_box_offsets_by_hand() -> None:
+    window = torch.tensor([[0.0, 0.0, 40.0, 40.0]])
+    box = torch.tensor([[10.0, 20.0, 30.0, 40.0]])  # centre (20, 30), side 20
+    deltas = encode_boxes(box, window, (1.5, 1.5, 0.75, 0.75))
+    log_half = 0.75 * torch.tensor(0.5).log().item()
+    assert_close(deltas, torch.tensor([[0.0, 1.5 * 10 / 40, log_half, log_half]]))
+    assert_close(decode_boxes(deltas, window, (1.5, 1.5, 0.75, 0.75)), box)
+    huge = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, 99.0]]), window, (1.0,) * 4)
+    assert_close(huge[0, 2:] - huge[0, :2], torch.full((2,), 40 * 1000 / 16))
+
+
+@pytest.mark.parametrize(
+    "strides, sizes, message",
+    [
+        ((4, 8), ((44, 60),), "2 levels"),
+        ((4, 8), ((44, 60), (88,)), "of one length"),
+        ((4,), ((45,),), "multiples"),
+        ((4,), ((4,),), "larger"),
+    ],
+)
+def test_geometry_that_does_not_fit_is_refused(strides, sizes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Windows(strides, sizes)

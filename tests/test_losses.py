@@ -1,0 +1,73 @@
+"""The losses against their formulas, term by term."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+
+
+def test_focal_loss_star_by_hand() -> None:
+    """Logits 0.5 (positive) and -1 (background), gamma 2, alpha 0.25."""
+    logits = torch.tensor([0.5, -1.0])
+    expected = (
+        0.25 * math.log(1 + math.exp(-2 * 0.5)) / 2 + 0.75 * math.log(1 + math.exp(2 * -1.0)) / 2
+    )
+    loss = focal_loss_star([logits], [(torch.tensor([0]),)], alpha=0.25, gamma=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_focal_loss_star_equals_the_one_hot_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels, positives, targets = [], [], []
+    for height, width in ((6, 5), (3, 2), (1, 1)):
+        logits = torch.randn(2, 8, height, width, generator=generator, dtype=torch.float64) * 4
+        target = (torch.rand(logits.shape, generator=generator) < 0.05).double()
+        levels.append(logits.requires_grad_())
+        targets.append(target)
+        positives.append(torch.where(target == 1))
+    loss = focal_loss_star(levels, positives)
+    expected = 0
+    for logits, t in zip(levels, targets, strict=True):
+        alpha_t = 0.3 * t + 0.7 * (1 - t)
+        expected = expected - (alpha_t * F.logsigmoid(3.0 * logits * (2 * t - 1)) / 3.0).sum()
+    assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
+    grads = torch.autograd.grad(loss, levels)
+    expected_grads = torch.autograd.grad(expected, levels)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_focal_loss_star_stays_finite() -> None:
+    logits = torch.tensor([300.0, -300.0], requires_grad=True)
+    loss = focal_loss_star([logits], [(torch.tensor([1]),)])
+    assert loss.item() == pytest.approx(0.7 * 300 + 0.3 * 300, rel=1e-6)
+    loss.backward()
+    assert_close(logits.grad, torch.tensor([0.7, -0.3]))
+
+
+def test_box_loss_is_the_sum_of_distances() -> None:
+    assert box_loss(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 4, 3, 1]])).item() == 6
+    assert box_loss(torch.zeros(0, 4), torch.zeros(0, 4)).item() == 0
+
+
+def test_mask_loss_by_hand() -> None:
+    """A 2x2 mask with one object pixel, logits of 0: every pixel costs log 2, the object's 1.5 of
+    it."""
+    target = torch.tensor([[[True, False], [False, False]]])
+    loss = mask_loss(torch.zeros(1, 2, 2), target)
+    assert loss.item() == pytest.approx(math.log(2) * (1.5 + 3) / 4, rel=1e-6)
+
+
+def test_mask_loss_equals_its_formula() -> None:
+    logits = torch.randn(3, 5, 5, dtype=torch.float64)
+    target = torch.rand(3, 5, 5) > 0.5
+    p = logits.sigmoid()
+    t = target.double()
+    expected = -(2.5 * t * p.log() + (1 - t) * (1 - p).log()).mean((1, 2)).sum()
+    assert_close(
+        mask_loss(logits, target, positive_weight=2.5).double(), expected, rtol=1e-5, atol=0.0
+    )

@@ -1,0 +1,237 @@
+"""The model as its users call it: shapes, sizes, empty pictures, gradients, and what is refused."""
+
+import pytest
+import torch
+from tiny import HEADS, build, get_cfg, picture, target
+from torch.testing import assert_close
+
+import tensormask
+
+BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_step(head: str) -> None:
+    """Pictures of unequal sizes, one without objects: finite losses, and a gradient everywhere."""
+    model = build(head).train()
+    images = [picture(100, 140), picture(96, 80)]
+    losses = model(images, [target(100, 140, BOXES), target(96, 80, [])])
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_object_at_all(head: str) -> None:
+    """Box and mask losses are 0, and still reach every parameter: no rank of several may lack
+    one."""
+    model = build(head).train()
+    losses = model([picture(64, 64)], [target(64, 64, [])])
+    assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == 0
+    assert losses["loss_cls"].item() > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_losses_are_per_foreground_window() -> None:
+    """A picture given twice has twice the windows: the losses stay the same."""
+    model = build().train()
+    once = model([picture(96, 96)], [target(96, 96, BOXES[:1])])
+    twice = model([picture(96, 96)] * 2, [target(96, 96, BOXES[:1])] * 2)
+    for name, loss in once.items():
+        assert_close(loss, twice[name], rtol=1e-5, atol=1e-6)
+
+
+def with_many_detections(model: tensormask.TensorMask) -> tensormask.TensorMask:
+    torch.nn.init.normal_(model.head.cls_score.bias, -1.0, 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_detections(head: str) -> None:
+    model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 20]))
+    images = [picture(100, 140), picture(96, 80, seed=1)]
+    with torch.inference_mode():
+        found = model(images, output_sizes=[(50, 70), (96, 80)])
+    for detection, (height, width) in zip(found, [(50, 70), (96, 80)], strict=True):
+        k = len(detection["scores"])
+        assert 0 < k <= 20
+        assert detection["boxes"].shape == (k, 4)
+        assert detection["masks"].shape == (k, height, width)
+        assert detection["masks"].dtype == torch.bool
+        assert detection["labels"].dtype == torch.int64
+        assert detection["labels"].min() >= 0
+        assert detection["labels"].max() < 3
+        assert torch.equal(detection["scores"], detection["scores"].sort(descending=True).values)
+        x0, y0, x1, y1 = detection["boxes"].unbind(1)
+        assert (0 <= x0).all()
+        assert (x0 < x1).all()
+        assert (x1 <= width).all()
+        assert (0 <= y0).all()
+        assert (y0 < y1).all()
+        assert (y1 <= height).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_batch_equals_pictures_one_by_one(head: str) -> None:
+    model = with_many_detections(build(head))
+    images = [picture(96, 128, seed=i) for i in range(3)]
+    with torch.inference_mode():
+        batch = model(images)
+        alone = [model([image])[0] for image in images]
+    for together, single in zip(batch, alone, strict=True):
+        assert together.keys() == single.keys()
+        assert_close(together["scores"], single["scores"], rtol=1e-4, atol=1e-5)
+        assert_close(together["boxes"], single["boxes"], rtol=1e-3, atol=1e-2)
+        assert (together["masks"] == single["masks"]).float().mean() > 0.999
+
+
+def test_masks_are_pasted_into_their_windows() -> None:
+    """Every mask is full and every box is a quarter of its window: the masks keep the windows'
+    size."""
+    opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
+    model = with_many_detections(build("natural", [*opts, "TEST.DETECTIONS_PER_IMAGE", 20]))
+    for layer, bias in ((model.mask_head.mask_pred[0], 20.0), (model.head.bbox_pred, 0.0)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, bias)
+    with torch.no_grad():
+        model.head.bbox_pred.bias[2:] = 0.75 * torch.tensor(0.25).log()
+        (found,) = model([picture(128, 128)])
+    complete = 0
+    for mask, (x0, y0, x1, y1) in zip(found["masks"], found["boxes"].tolist(), strict=True):
+        center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
+        if min(center_x, center_y) > 24 and max(center_x, center_y) < 104:
+            assert (x1 - x0, y1 - y0) == pytest.approx((11, 11), abs=1e-3)
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            assert rows.tolist() == list(range(int(center_y) - 22, int(center_y) + 22))
+            assert columns.tolist() == list(range(int(center_x) - 22, int(center_x) + 22))
+            complete += 1
+    assert complete > 0
+
+
+def test_nothing_found() -> None:
+    model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
+    (found,) = model([picture(40, 50)], output_sizes=[(80, 100)])
+    assert found["boxes"].shape == (0, 4)
+    assert found["masks"].shape == (0, 80, 100)
+    assert found["scores"].shape == found["labels"].shape == (0,)
+
+
+def test_without_masks() -> None:
+    model = with_many_detections(build(opts=["MODEL.MASK_ON", False]))
+    (found,) = model([picture(64, 64)])
+    assert set(found) == {"boxes", "scores", "labels"}
+    losses = model.train()([picture(96, 96)], [target(96, 96, BOXES[:1])])
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+
+
+def test_fewer_levels_and_sizes() -> None:
+    opts = [
+        "MODEL.TENSOR_MASK.IN_FEATURES", ["p3", "p4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[88], [176]],
+    ]  # fmt: skip
+    model = build(opts=opts)
+    assert model.windows.mask_sizes == [11]
+    assert model.mask_head.lambdas == [1, 2]
+    losses = model.train()([picture(128, 128)], [target(128, 128, [[20, 20, 90, 90]])])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert len(with_many_detections(model)([picture(128, 128)])[0]["scores"]) > 0
+
+
+def test_uint8_and_floating_pictures_are_the_same() -> None:
+    model = build().eval()
+    image = picture(33, 40)
+    assert_close(model.preprocess([image]), model.preprocess([image.float() / 255]))
+
+
+def test_preprocess_by_hand() -> None:
+    """BGR, minus mean, over std, then zeros up to the next multiples of 32."""
+    opts = ["MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_STD", [1.0, 2.0, 4.0]]
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 33, 5)
+    batch = build(opts=opts).preprocess([image])
+    assert batch.shape == (1, 3, 64, 32)
+    assert batch[0, :, 32, 4].tolist() == [29.0, 9.0, 1.75]  # blue, green, red
+    assert batch[0, :, 33:].abs().sum() == batch[0, :, :, 5:].abs().sum() == 0
+    rgb = build(opts=[*opts, "INPUT.FORMAT", "RGB"]).preprocess([image])
+    assert rgb[0, :, 0, 0].tolist() == [9.0, 9.0, 6.75]
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (torch.full((3, 8, 8), 200.0), "0..1"),
+        (torch.zeros(8, 8, 3), "3, H, W"),
+        (torch.zeros(3, 0, 8), "3, H, W"),
+        (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8 or floating"),
+    ],
+)
+def test_bad_pictures_are_refused(image, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().eval()([image])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": torch.tensor([0, 3])}, "NUM_CLASSES"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "int64"),
+        ({"labels": torch.tensor([0])}, "boxes must be"),
+        ({"masks": torch.zeros(2, 96, 95, dtype=torch.bool)}, "masks must be"),
+        ({"masks": torch.zeros(1, 96, 96, dtype=torch.bool)}, "masks must be"),
+    ],
+)
+def test_bad_targets_are_refused(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().train()([picture(96, 96)], [target(96, 96, BOXES) | change])
+
+
+def test_targets_are_needed_in_train_mode() -> None:
+    with pytest.raises(ValueError, match="targets"):
+        build().train()([picture(64, 64)])
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "tensormask_R_50_FPN_1x"),
+        (["MODEL.TENSOR_MASK.ALIGNED_ON", False], "BIPYRAMID_ON"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60]]], "6 levels"),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]]], "square"),
+        (["MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p4"]], "neighbouring"),
+        (["MODEL.RESNETS.DEPTH", 20], "18, 34, 50, 101"),
+        (["MODEL.RESNETS.NORM", "LN"], "FrozenBN"),
+        (["MODEL.FPN.FUSE_TYPE", "max"], "fuse"),
+        (["MODEL.TENSOR_MASK.INIT", "xavier"], "normal"),
+        (["MODEL.DEVICE", "cuda"], "no GPU"),
+        (["INPUT.FORMAT", "L"], "RGB"),
+    ],
+)
+def test_configs_that_cannot_be_built(opts, message) -> None:
+    if message == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        tensormask.build_model(get_cfg(opts=opts))
+
+
+def test_parts_work_without_a_config() -> None:
+    from tensormask.modeling.backbone import ResNet
+    from tensormask.modeling.fpn import FPN
+    from tensormask.modeling.head import ClassBoxHead
+    from tensormask.modeling.mask_head import MaskHead
+    from tensormask.modeling.windows import Windows
+
+    windows = Windows((4, 8, 16, 32), tuple((44 * 2**k, 60 * 2**k) for k in range(4)))
+    backbone = ResNet(18, norm="BN", freeze_at=0)
+    model = tensormask.TensorMask(
+        backbone,
+        FPN(backbone.out_channels, 32, levels=(2, 5)),
+        ClassBoxHead(32, windows.num_sizes, 7, cls_channels=32, bbox_channels=32),
+        MaskHead(32, windows.mask_sizes, windows.strides, channels=32),
+        windows,
+        num_classes=7,
+    )
+    assert model.eval()([picture(64, 96)])[0]["masks"].shape[1:] == (64, 96)

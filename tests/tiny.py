@@ -1,0 +1,47 @@
+"""A small model and pictures for tests: random weights, every head, seconds on a CPU."""
+
+import torch
+from torch import Tensor
+
+import tensormask
+
+HEADS = {
+    "natural": ["ALIGNED_ON", False, "BIPYRAMID_ON", False],
+    "aligned": ["ALIGNED_ON", True, "BIPYRAMID_ON", False],
+    "bipyramid": ["ALIGNED_ON", True, "BIPYRAMID_ON", True],
+}
+
+
+def get_cfg(head: str = "bipyramid", opts: list = ()):  # type: ignore[assignment]
+    """A config of an R-18 with 16 channels, 3 classes and the published windows."""
+    cfg = tensormask.get_cfg()
+    cfg.merge_from_file("configs/Base-TensorMask.yaml")
+    prefix = "MODEL.TENSOR_MASK."
+    pairs = HEADS[head]
+    cfg.merge_from_list([
+        "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "GN",
+        "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.PIXEL_STD", [57.0, 57.0, 57.0],
+        "MODEL.FPN.OUT_CHANNELS", 16, prefix + "CLS_CHANNELS", 16, prefix + "BBOX_CHANNELS", 16,
+        prefix + "MASK_CHANNELS", 16, prefix + "NUM_CONVS", 1, prefix + "NUM_CLASSES", 3,
+        prefix + "INIT", "he", prefix + pairs[0], pairs[1], prefix + pairs[2], pairs[3], *opts,
+    ])  # fmt: skip
+    return cfg
+
+
+def build(head: str = "bipyramid", opts: list = (), seed: int = 0) -> tensormask.TensorMask:  # type: ignore[assignment]
+    torch.manual_seed(seed)
+    return tensormask.build_model(get_cfg(head, opts))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def target(height: int, width: int, boxes: list[list[float]]) -> dict[str, Tensor]:
+    """Objects that fill their boxes, labels in turn."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return {"boxes": boxes, "labels": torch.arange(len(boxes)) % 3, "masks": masks}
