@@ -5,5 +5,6 @@ __version__ = "0.1.0"
 from .config import get_cfg
 from .engine.weights import load_weights
 from .modeling import TensorMask, build_model
+from .predictor import Predictor
 
-__all__ = ["TensorMask", "build_model", "get_cfg", "load_weights"]
+__all__ = ["Predictor", "TensorMask", "build_model", "get_cfg", "load_weights"]
