@@ -1,0 +1,122 @@
+"""The names of data sets, and where their files lie."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from . import shapes
+from .coco import CocoDataset
+
+# Name -> annotations and pictures under the data root, as in detectron2.
+_COCO_FILES = {
+    "coco_2014_train": ("instances_train2014.json", "train2014"),
+    "coco_2014_val": ("instances_val2014.json", "val2014"),
+    "coco_2014_minival": ("instances_minival2014.json", "val2014"),
+    "coco_2014_valminusminival": ("instances_valminusminival2014.json", "val2014"),
+    "coco_2017_train": ("instances_train2017.json", "train2017"),
+    "coco_2017_val": ("instances_val2017.json", "val2017"),
+    "coco_2017_val_100": ("instances_val2017_100.json", "val2017"),
+    "coco_2017_test": ("image_info_test2017.json", "test2017"),
+    "coco_2017_test-dev": ("image_info_test-dev2017.json", "test2017"),
+}
+_SHAPES = {f"shapes_{split}": split for split in shapes.NUM_PICTURES}
+_registered: dict[str, tuple[dict[str, Any], str, str]] = {}
+
+
+def register_coco_instances(
+    name: str,
+    metadata: Mapping[str, Any],
+    json_file: str | os.PathLike[str],
+    image_root: str | os.PathLike[str],
+) -> None:
+    """Gives a name to a data set in COCO's format; the files are read at first use.
+
+    Args:
+        name: what `DATASETS.TRAIN` and `DATASETS.TEST` call it.
+        metadata: may hold `thing_classes`, the class names that the file is expected to have; the
+            rest is not used.
+        json_file: the annotations.
+        image_root: the folder that the annotations' `file_name` is relative to.
+
+    Raises:
+        ValueError: the name stands for another data set.
+    """
+    entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
+    if name in _COCO_FILES or name in _SHAPES or _registered.get(name, entry) != entry:
+        raise ValueError(f"the data set name {name!r} is taken; register yours under another one.")
+    _registered[name] = entry
+
+
+def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDataset:
+    """The data set of a name; read once and kept.
+
+    Args:
+        name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
+            (drawn at first use), or `path/to/annotations.json@path/to/images`.
+        root: the folder of COCO and shapes; left out, it is `$TENSORMASK_DATASETS`, else
+            `$DETECTRON2_DATASETS`, else `./datasets`.
+
+    Raises:
+        ValueError: there is no such name, or the class names are not those registered.
+        FileNotFoundError: the annotations or the folder of pictures are not there.
+    """
+    metadata, json_file, image_root = _locate(name, _data_root(root))
+    dataset = _load(name, os.path.abspath(json_file), os.path.abspath(image_root))
+    expected = metadata.get("thing_classes")
+    if expected is not None and list(expected) != dataset.class_names:
+        raise ValueError(
+            f"{name} was registered with the classes {list(expected)}, but {json_file} has "
+            f"{dataset.class_names}. Correct thing_classes or leave it out."
+        )
+    return dataset
+
+
+def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
+    """Metadata, annotations and folder of pictures of a name."""
+    if name in _registered:
+        return _registered[name]
+    if name in _SHAPES:
+        return {}, *shapes.ensure_shapes(_SHAPES[name], root)
+    hint = ""
+    if name in _COCO_FILES:
+        json_name, folder = _COCO_FILES[name]
+        json_file, image_root = root / "coco" / "annotations" / json_name, root / "coco" / folder
+        hint = (
+            f" The data root is {root.absolute()}; set the environment variable "
+            "TENSORMASK_DATASETS (or DETECTRON2_DATASETS) to the folder that holds coco/."
+        )
+    elif ".json@" in name:
+        stem, _, folder = name.partition(".json@")
+        json_file, image_root = Path(f"{stem}.json"), Path(folder)
+    else:
+        raise ValueError(_unknown_name(name))
+    for path, what in ((json_file, "annotations"), (image_root, "pictures")):
+        if not path.exists():
+            raise FileNotFoundError(f"the {what} of {name} are not at {path.absolute()}.{hint}")
+    return {}, json_file, image_root
+
+
+def _unknown_name(name: str) -> str:
+    known = [*_registered, *_SHAPES, *_COCO_FILES]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return (
+        f"there is no data set named {name!r}; the nearest known name is {nearest!r}. "
+        f"Write one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
+        "or a name given to register_coco_instances."
+    )
+
+
+def _data_root(root: str | os.PathLike[str] | None) -> Path:
+    variables = ("TENSORMASK_DATASETS", "DETECTRON2_DATASETS")
+    given = [root, *(os.environ.get(variable) for variable in variables), "datasets"]
+    return Path(next(path for path in given if path)).expanduser()
+
+
+@lru_cache(maxsize=16)
+def _load(name: str, json_file: str, image_root: str) -> CocoDataset:
+    return CocoDataset(name, json_file, image_root)

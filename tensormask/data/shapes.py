@@ -1,0 +1,319 @@
+"""The embedded data set `shapes_train` and `shapes_val`: drawn shapes in COCO's format.
+
+3,000 and 200 pictures of 128 x 128 with one to five objects of six classes each. The outline alone
+tells the class: star and crescent are concave, the ring has a hole, and colours, textures,
+rotation and stretch are drawn without regard to it. An object's longer side is log-uniform in 8 to
+110 pixels.
+
+Objects overlap. The later drawn one hides the earlier, and an annotation has what remains visible:
+its mask, with `bbox` and `area` of that mask. An object is drawn only where it leaves every other
+object, and has itself, at least a quarter of its pixels and at least 16 of them; so all that can
+be seen is annotated. Whole objects without a hole are annotated as polygons, the others as
+compressed RLE.
+
+Picture i is a function of (split, i) alone. Outlines are rounded to 0.01 pixel and rasterised by
+pycocotools, and colours are made with elementary arithmetic, so that machines agree on the set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+logger = logging.getLogger(__name__)
+
+CLASS_NAMES = ("disc", "rectangle", "triangle", "star", "ring", "crescent")
+NUM_PICTURES = {"train": 3000, "val": 200}
+PICTURE_SIZE = 128
+MIN_SIDE, MAX_SIDE = 8.0, 110.0
+MAX_OBJECTS = 5
+MIN_VISIBLE_SHARE = 0.25
+MIN_VISIBLE_PIXELS = 16
+
+_SPLIT_SEEDS = {"train": 1, "val": 2}
+_PLACEMENT_TRIES = 20
+_MIN_COLOUR_DISTANCE = 60.0
+_WHOLE = slice(0, PICTURE_SIZE)
+
+
+def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draws a split under `root` unless it is there.
+
+    The set appears whole or not at all: it is drawn in a temporary folder beside its place and
+    renamed. Where another process was faster, its set is kept.
+
+    Args:
+        split: "train" or "val".
+        root: the folder of all data sets; the set lies in `<root>/shapes/<split>/`.
+
+    Returns:
+        The path of the annotations and the folder of the pictures.
+    """
+    if split not in NUM_PICTURES:
+        raise ValueError(f"shapes has the splits {sorted(NUM_PICTURES)}, not {split!r}.")
+    folder = Path(root) / "shapes" / split
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
+        try:
+            start = time.perf_counter()
+            logger.info("Drawing shapes_%s (%d pictures) in %s", split, NUM_PICTURES[split], folder)
+            write_split(split, NUM_PICTURES[split], temporary)
+            temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
+            _rename_unless_there(temporary, folder)
+            logger.info("Drew shapes_%s in %.1f s", split, time.perf_counter() - start)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder / "annotations.json", folder / "images"
+
+
+def write_split(split: str, num_pictures: int, folder: Path) -> None:
+    """Writes the first `num_pictures` of a split: `annotations.json` and `images/` in `folder`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(num_pictures):
+        picture, objects = draw_picture(split, index)
+        image_id = index + 1
+        file_name = f"{image_id:06d}.png"
+        Image.fromarray(picture).save(folder / "images" / file_name, compress_level=1)
+        images.append(
+            {"id": image_id, "file_name": file_name, "width": PICTURE_SIZE, "height": PICTURE_SIZE}
+        )
+        for fields in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **fields})
+    data = {
+        "info": {"description": f"TensorMask's drawn shapes, {split}", "version": "1.0"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": label + 1, "name": name, "supercategory": "shape"}
+            for label, name in enumerate(CLASS_NAMES)
+        ],
+    }
+    (folder / "annotations.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def draw_picture(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Draws picture `index` of a split, counted from 0.
+
+    Returns:
+        The picture, uint8 RGB `(128, 128, 3)`, and COCO annotations without `id` and `image_id`,
+        in drawing order.
+    """
+    rng = np.random.Generator(np.random.PCG64([_SPLIT_SEEDS[split], index]))
+    base_colours = [rng.uniform(20.0, 235.0, 3)]
+    canvas = _textured(rng, base_colours[0], _WHOLE, _WHOLE)
+
+    num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
+    labels = rng.integers(0, len(CLASS_NAMES), num_objects)
+    sides = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE), num_objects))
+    # Larger objects tend to lie behind: in quite random order they would hide most of the small
+    # ones.
+    order = np.argsort(-np.log(sides) + rng.normal(0.0, 0.5, num_objects))
+
+    placed: list[dict[str, Any]] = []
+    for label, side in zip(labels[order], sides[order], strict=True):
+        outlines = [points * side for points in unit_outlines(rng, CLASS_NAMES[label])]
+        placement = _place(rng, outlines, placed)
+        if placement is None:
+            continue
+        outlines, mask = placement
+        colour = _distinct_colour(rng, base_colours)
+        base_colours.append(colour)
+        rows, columns = _extent(mask)
+        np.copyto(
+            canvas[:, rows, columns],
+            _textured(rng, colour, rows, columns),
+            where=mask[rows, columns],
+        )
+        for other in placed:
+            other["visible"] &= ~mask
+        placed.append({"label": label, "outlines": outlines, "full": mask, "visible": mask.copy()})
+
+    picture = np.clip(_soften(canvas) + 0.5, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(picture.transpose(1, 2, 0)), [_annotation(item) for item in placed]
+
+
+def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
+    """The outline of a shape, and of its hole if it has one, each `(P, 2)` in (x, y).
+
+    Stretched and rotated at random, with the centre of its bounding box at the origin and a longer
+    side of 1.
+    """
+    arc = np.linspace(0.0, 2.0 * math.pi, 48, endpoint=False)
+    circle = np.stack([np.cos(arc), np.sin(arc)], axis=1)
+    if name == "disc":
+        outlines = [circle]
+    elif name == "rectangle":
+        height = rng.uniform(0.55, 1.0)
+        outlines = [np.array([[-1, -height], [1, -height], [1, height], [-1, height]])]
+    elif name == "triangle":
+        outlines = [np.array([[rng.uniform(-0.4, 0.4), -1.0], [0.95, 0.8], [-0.95, 0.8]])]
+    elif name == "star":
+        angles = np.arange(10) * (math.pi / 5)
+        radii = np.where(np.arange(10) % 2 == 0, 1.0, rng.uniform(0.40, 0.50))
+        outlines = [np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]]
+    elif name == "ring":
+        outlines = [circle, circle * rng.uniform(0.45, 0.62)]
+    elif name == "crescent":
+        outlines = [_crescent(rng.uniform(0.50, 0.70))]
+    else:
+        raise ValueError(f"no shape is named {name!r}; there are {CLASS_NAMES}.")
+
+    stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
+    angle = rng.uniform(0.0, 2.0 * math.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turned = []
+    for points in outlines:
+        x, y = (points * stretch).T
+        turned.append(np.stack([x * cos - y * sin, x * sin + y * cos], axis=1))
+    low, high = turned[0].min(axis=0), turned[0].max(axis=0)
+    return [(points - (low + high) / 2) / (high - low).max() for points in turned]
+
+
+def _crescent(shift: float) -> np.ndarray:
+    """A unit disc without the disc of radius 0.9 whose centre lies `shift` to the right."""
+    radius = 0.9
+    x = (1.0 + shift * shift - radius * radius) / (2.0 * shift)  # where the two circles meet
+    y = math.sqrt(1.0 - x * x)
+    outer = np.linspace(math.atan2(y, x), 2.0 * math.pi - math.atan2(y, x), 32)
+    start = math.atan2(y, x - shift)
+    inner = np.linspace(2.0 * math.pi - start, start, 32)[1:-1]
+    return np.concatenate(
+        [
+            np.stack([np.cos(outer), np.sin(outer)], axis=1),
+            np.stack([shift + radius * np.cos(inner), radius * np.sin(inner)], axis=1),
+        ]
+    )
+
+
+def _place(
+    rng: np.random.Generator, outlines: list[np.ndarray], placed: list[dict[str, Any]]
+) -> tuple[list[np.ndarray], np.ndarray] | None:
+    """Outlines moved to a random place in the picture, and their mask; None if they fit nowhere."""
+    half = np.abs(outlines[0]).max(axis=0)
+    for _ in range(_PLACEMENT_TRIES):
+        centre = rng.uniform(half, PICTURE_SIZE - half)
+        moved = [np.round(points + centre, 2) for points in outlines]
+        mask = _rasterise(moved)
+        fits = _enough_visible(mask, mask)
+        if fits and all(_enough_visible(p["visible"] & ~mask, p["full"]) for p in placed):
+            return moved, mask
+    return None
+
+
+def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
+    num_visible = np.count_nonzero(visible)
+    return (
+        num_visible >= MIN_VISIBLE_PIXELS
+        and num_visible >= MIN_VISIBLE_SHARE * np.count_nonzero(full)
+    )
+
+
+def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
+    """The bool mask `(128, 128)` inside the first outline and outside of the others."""
+    rles = mask_utils.frPyObjects(
+        [points.ravel().tolist() for points in outlines], PICTURE_SIZE, PICTURE_SIZE
+    )
+    masks = mask_utils.decode(rles).astype(bool)
+    return masks[:, :, 0] & ~masks[:, :, 1:].any(axis=2)
+
+
+def _annotation(item: dict[str, Any]) -> dict[str, Any]:
+    visible = item["visible"]
+    whole = np.array_equal(visible, item["full"])
+    if whole and len(item["outlines"]) == 1:
+        segmentation: Any = [item["outlines"][0].ravel().round(2).tolist()]
+    else:
+        rle = mask_utils.encode(np.asfortranarray(visible, dtype=np.uint8))
+        segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+    rows, columns = _extent(visible)
+    return {
+        "category_id": int(item["label"]) + 1,
+        "segmentation": segmentation,
+        "bbox": [
+            columns.start,
+            rows.start,
+            columns.stop - columns.start,
+            rows.stop - rows.start,
+        ],
+        "area": int(np.count_nonzero(visible)),
+        "iscrowd": 0,
+    }
+
+
+def _distinct_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndarray:
+    """A random colour that can be told from those used, or the most distinct of 32."""
+    candidates = rng.uniform(20.0, 235.0, (32, 3))
+    differences = candidates[:, None] - np.stack(used)
+    distances = np.sqrt((differences**2).sum(axis=2)).min(axis=1)
+    far_enough = distances >= _MIN_COLOUR_DISTANCE
+    return candidates[np.argmax(far_enough) if far_enough.any() else np.argmax(distances)]
+
+
+def _textured(
+    rng: np.random.Generator, colour: np.ndarray, rows: slice, columns: slice
+) -> np.ndarray:
+    """A part of a float32 picture `(3, 128, 128)`: a colour with clouds, shading, stripes."""
+    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns) * _draw(rng, 10.0, 35.0)
+    field += _value_noise(rng, 64, rows, columns) * _draw(rng, 4.0, 16.0)
+    places = np.arange(PICTURE_SIZE, dtype=np.float32) / PICTURE_SIZE - np.float32(0.5)
+    shading = places[rows, None] * _draw(rng, -1.0, 1.0) + places[columns] * _draw(rng, -1.0, 1.0)
+    field += shading * _draw(rng, 0.0, 60.0)
+    if rng.random() < 0.3:
+        # A triangle wave, since it needs nothing whose last bit differs between machines.
+        phase = shading * _draw(rng, 4.0, 20.0) + _draw(rng, 0.0, 1.0)
+        field += (np.abs(phase - np.rint(phase)) - np.float32(0.25)) * _draw(rng, 30.0, 100.0)
+    tint = rng.uniform(0.5, 1.0, 3).astype(np.float32)
+    return colour.astype(np.float32)[:, None, None] + field * tint[:, None, None]
+
+
+def _value_noise(rng: np.random.Generator, cells: int, rows: slice, columns: slice) -> np.ndarray:
+    """A part of smooth noise in -1..1: linear between `(cells + 1)` squared random values."""
+    grid = rng.uniform(-1.0, 1.0, (cells + 1, cells + 1)).astype(np.float32)
+    places = np.arange(PICTURE_SIZE, dtype=np.float32) * np.float32(cells / PICTURE_SIZE)
+    low = places.astype(np.int64)
+    share = places - low.astype(np.float32)
+    y, y_share = low[rows], share[rows, None]
+    x, x_share = low[columns], share[columns]
+    between = grid[y] * (1 - y_share) + grid[y + 1] * y_share
+    return between[:, x] * (1 - x_share) + between[:, x + 1] * x_share
+
+
+def _draw(rng: np.random.Generator, low: float, high: float) -> np.float32:
+    return np.float32(rng.uniform(low, high))
+
+
+def _extent(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and the columns that a mask `(H, W)` with at least one pixel reaches over."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _soften(picture: np.ndarray) -> np.ndarray:
+    """A slight blur, (1, 2, 1) both ways: edges without it are sharper than any camera's."""
+    padded = np.pad(picture, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = padded[:, :-2] * 0.25 + padded[:, 1:-1] * 0.5 + padded[:, 2:] * 0.25
+    return rows[:, :, :-2] * 0.25 + rows[:, :, 1:-1] * 0.5 + rows[:, :, 2:] * 0.25
+
+
+def _rename_unless_there(temporary: Path, folder: Path) -> None:
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        logger.info("Another process has drawn %s meanwhile; its set is used.", folder)
