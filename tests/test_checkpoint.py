@@ -42,6 +42,7 @@ def save(folder, parts, name="model_0000004.pth", iteration=4):
         iteration=iteration,
         config="SEED: 3\n",
         class_names=["star", "ring"],
+        category_ids=[7, 9],
     )
 
 
@@ -65,9 +66,10 @@ def test_everything_comes_back(tmp_path):
     for key, value in parts[0].state_dict().items():
         assert torch.equal(value, other[0].state_dict()[key]), key
     assert loaded["class_names"] == ["star", "ring"]
+    assert loaded["category_ids"] == [7, 9]
     assert set(loaded) == {
         *("model", "optimizer", "scheduler", "iteration", "random_states"),
-        *("config", "class_names", "versions"),
+        *("config", "class_names", "category_ids", "versions"),
     }
 
 

@@ -74,7 +74,7 @@ def fakes(monkeypatch):
         state.evaluations.append(Path(folder))
         return state.results
 
-    content = {"name": "fake", "class_names": ["star", "ring"]}
+    content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
     dataset = type("FakeDataset", (list,), content)(range(7))
     monkeypatch.setattr(trainer, "build_model", lambda cfg: FakeModel())
     monkeypatch.setattr(trainer, "build_train_loader", fake_loader)

@@ -96,6 +96,7 @@ def save_checkpoint(
     iteration: int,
     config: str,
     class_names: list[str],
+    category_ids: list[int],
 ) -> Path:
     """Write the checkpoint `output_dir/name`, then point `last_checkpoint` to it.
 
@@ -103,7 +104,7 @@ def save_checkpoint(
         iteration: index, from 0, of the last iteration that is in the weights; detectron2's
             meaning, so `model_0000999.pth` holds 999 and training goes on with 1000.
         config: the run's config as YAML text.
-        class_names: names of the labels, in their order.
+        class_names, category_ids: name and COCO id of each label, in their order.
 
     Returns:
         The path of the checkpoint.
@@ -116,6 +117,7 @@ def save_checkpoint(
         "random_states": get_random_states(),
         "config": config,
         "class_names": list(class_names),
+        "category_ids": list(category_ids),
         "versions": {
             "tensormask": tensormask.__version__,
             "torch": str(torch.__version__),

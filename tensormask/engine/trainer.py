@@ -130,6 +130,7 @@ def _run_iterations(
         scheduler=scheduler,
         config=cfg.dump(),
         class_names=datasets[0].class_names,
+        category_ids=datasets[0].category_ids,
     )
     _log_start(cfg, model, datasets, start)
     window = Window()
@@ -251,13 +252,11 @@ def _evaluate_one(
         max_dets=cfg.TEST.MAX_DETS,
         num_visualized=cfg.TEST.NUM_VISUALIZED,
     )
-    if not (cfg.TEST.ORACLE_ON and results):
+    if not results:  # test-dev: nothing to compare with
         return results
-    oracle = evaluate_oracle(model, cfg, dataset)["segm"]
-    logger.info(
-        "Results on %s, and what the windows allow\n%s", name, results_table(results, oracle)
-    )
-    return {**results, "oracle": oracle}
+    oracle = evaluate_oracle(model, cfg, dataset)["segm"] if cfg.TEST.ORACLE_ON else None
+    logger.info("Results on %s\n%s", name, results_table(results, oracle))
+    return results if oracle is None else {**results, "oracle": oracle}
 
 
 def seed_everything(seed: int) -> None:

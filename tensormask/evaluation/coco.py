@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from tensormask.evaluation.ground_truth import scorable_copy
 from tensormask.evaluation.pictures import PictureWriter
-from tensormask.evaluation.report import results_table
 
 Detections = Mapping[str, Tensor]
 Metrics = dict[str, float]
@@ -95,7 +94,7 @@ def evaluate(
     if not dataset.coco.anns:
         logger.warning("%s has no annotations: nothing is scored", dataset.name)
         return {}
-    metrics = evaluate_results(
+    return evaluate_results(
         dataset.coco,
         results,
         dataset.class_names,
@@ -104,8 +103,6 @@ def evaluate(
         iou_types=iou_types,
         max_dets=max_dets,
     )
-    logger.info("results on %s\n%s", dataset.name, results_table(metrics))
-    return metrics
 
 
 @contextlib.contextmanager
