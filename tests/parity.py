@@ -1,5 +1,4 @@
-"""detectron2's numbers for seeded weights (tests/data), and the models and pictures that they
-belong to."""
+"""detectron2's numbers for seeded weights (tests/data), and their models and pictures."""
 
 import json
 import pickle
@@ -24,8 +23,7 @@ def load_case(name: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def build_model(case: dict, kind: str, folder: Path) -> tensormask.TensorMask:
-    """The model of a case on the CPU, its weights read from a file in detectron2's checkpoint
-    format."""
+    """The model of a case on the CPU, its weights from a file in detectron2's format."""
     shapes = json.loads((DATA / f"shapes_r50_{kind}.json").read_text())
     checkpoint = {"model": state_dict(shapes, case["weight_seed"]), "__author__": "Detectron2"}
     path = folder / "model_final.pkl"

@@ -17,8 +17,7 @@ GRIDS = [(25, 30), (13, 15), (7, 8)]
 
 
 def owners_by_the_rule(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
-    """Every window against every object: (object, level, size, y, x) of the windows that own
-    one."""
+    """Every window against every object: (object, level, size, y, x) where one is owned."""
     owners = {}
     for level, (stride, sizes) in enumerate(zip(windows.strides, windows.sizes, strict=True)):
         for s, side in enumerate(sizes):

@@ -85,8 +85,7 @@ def test_pyramid_by_hand(fuse: str) -> None:
 
 @pytest.mark.parametrize("levels", [(2, 7), (2, 4), (3, 6), (5, 5)])
 def test_levels_share_their_values(levels: tuple[int, int]) -> None:
-    """A pyramid of fewer levels has the same values on them, and no parameter that it does not
-    use."""
+    """A pyramid of fewer levels has the same values on them, and uses all its parameters."""
     whole, part = FPN([2, 3, 4, 5], 6), FPN([2, 3, 4, 5], 6, levels=levels)
     part.load_state_dict({name: whole.state_dict()[name] for name in part.state_dict()})
     res = features([2, 3, 4, 5])

@@ -1,5 +1,4 @@
-"""The quickstart in small, by its command: trains, evaluates, draws, resumes, same seed same
-bits."""
+"""The quickstart in small, by its command: trains, evaluates, draws, resumes to the bit."""
 
 import importlib.util
 import json
@@ -101,8 +100,7 @@ def test_unexpected_results_fail_the_run(run, shapes, tmp_path) -> None:
 
 
 def test_mistakes_are_one_line(shapes, tmp_path, capsys) -> None:
-    """A wrong key, a wrong number of classes, a set that is not there: exit code 2, no
-    traceback."""
+    """A wrong key, number of classes or path of data: exit code 2, no traceback."""
     for more, message in (
         (["SOLVER.MAX_ITERS", 3], "SOLVER.MAX_ITER"),
         (["MODEL.TENSOR_MASK.NUM_CLASSES", 80], "NUM_CLASSES 6"),

@@ -55,8 +55,7 @@ def test_box_loss_is_the_sum_of_distances() -> None:
 
 
 def test_mask_loss_by_hand() -> None:
-    """A 2x2 mask with one object pixel, logits of 0: every pixel costs log 2, the object's 1.5 of
-    it."""
+    """A 2x2 mask with an object pixel, logits 0: a pixel costs log 2, the object's 1.5 times it."""
     target = torch.tensor([[[True, False], [False, False]]])
     loss = mask_loss(torch.zeros(1, 2, 2), target)
     assert loss.item() == pytest.approx(math.log(2) * (1.5 + 3) / 4, rel=1e-6)

@@ -1,5 +1,4 @@
-"""The fast path against its definition: masks at windows equal the dense tensor there, and so do
-gradients."""
+"""The fast path against the dense tensor: equal masks at windows, and equal gradients."""
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ def make_head(kind: str) -> MaskHead:
 
 
 def make_features(height: int, width: int) -> list[Tensor]:
-    """A pyramid over p2 of odd sizes, as strided convolutions leave them: each level half, rounded
-    up."""
+    """A pyramid over p2 of odd size: each level is half of the last, rounded up."""
     features = []
     for _ in STRIDES:
         features.append(torch.randn(2, 6, height, width, dtype=torch.float64, requires_grad=True))

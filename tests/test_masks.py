@@ -1,5 +1,4 @@
-"""Cropping to windows and pasting back: by hand, and against torchvision and detectron2's
-formula."""
+"""Cropping to windows and pasting back: by hand, by torchvision, by the formula."""
 
 import torch
 from torchvision.ops import roi_align

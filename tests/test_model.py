@@ -26,8 +26,7 @@ def test_training_step(head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_no_object_at_all(head: str) -> None:
-    """Box and mask losses are 0, and still reach every parameter: no rank of several may lack
-    one."""
+    """Box and mask losses are 0 and reach every parameter: no rank of several may lack one."""
     model = build(head).train()
     losses = model([picture(64, 64)], [target(64, 64, [])])
     assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == 0
@@ -90,8 +89,7 @@ def test_batch_equals_pictures_one_by_one(head: str) -> None:
 
 
 def test_masks_are_pasted_into_their_windows() -> None:
-    """Every mask is full and every box is a quarter of its window: the masks keep the windows'
-    size."""
+    """Every mask is full and every box a quarter of its window: masks keep the windows' size."""
     opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
     model = with_many_detections(build("natural", [*opts, "TEST.DETECTIONS_PER_IMAGE", 20]))
     for layer, bias in ((model.mask_head.mask_pred[0], 20.0), (model.head.bbox_pred, 0.0)):

@@ -1,5 +1,4 @@
-"""detectron2's numbers through the public path: its YAML, its checkpoint format, inference, losses
-and SGD steps."""
+"""detectron2's numbers through the public path: its YAML and checkpoints, in and out."""
 
 import json
 
@@ -60,8 +59,7 @@ def _compare_dense(model, image: torch.Tensor, arrays: dict) -> None:
 
 
 def _compare_detections(detection, arrays, n: int, counts: list[str], size) -> None:
-    """Detections may change places where scores are nearly equal: each is matched by class, box and
-    score."""
+    """Each is matched by class, box and score: nearly equal scores may change places."""
     boxes, scores, classes = (arrays[f"{name}_{n}"] for name in ("boxes", "scores", "classes"))
     assert len(detection["scores"]) == len(scores)
     np.testing.assert_allclose(detection["scores"].numpy(), scores, atol=1e-4)
@@ -142,8 +140,7 @@ def test_sgd_steps(tmp_path) -> None:
 
 
 def _our_names(kind: str, model) -> dict[str, str]:
-    """detectron2's parameter name to ours, found by loading numbered weights and not by the table
-    of names."""
+    """detectron2's parameter name to ours, found by renaming numbered weights."""
     shapes = json.loads((DATA / f"shapes_r50_{kind}.json").read_text())
     numbered = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
     from tensormask.engine.weights import _to_our_names

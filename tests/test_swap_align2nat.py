@@ -51,8 +51,7 @@ def as_dense(masks: Tensor, x: Tensor, lambda_val: int) -> Tensor:
 
 
 def test_lambda_1_shifts_each_mask_pixel() -> None:
-    """3x3 masks on a 2x3 map. Mask pixel (v, u) of window (y, x) is read at (y + v - 1, x + u -
-    1)."""
+    """3x3 masks on a 2x3 map: pixel (v, u) of window (y, x) is read at (y + v - 1, x + u - 1)."""
     x = torch.arange(54.0).view(1, 9, 2, 3)
     # Window (0, 1): row v = 0 lies above the map; channel 3v + u at place (v - 1, u).
     expected = torch.tensor(

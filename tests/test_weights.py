@@ -1,5 +1,4 @@
-"""Checkpoint files: what is read, what is said about misfits, and what is refused without being
-run."""
+"""Checkpoint files: what is read, what is said of misfits, what is refused and not run."""
 
 import logging
 import os

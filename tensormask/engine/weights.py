@@ -1,5 +1,4 @@
-"""Weights from files: this project's checkpoints and detectron2's, read as data and never
-executed."""
+"""Weights from files, read as data: this project's checkpoints and detectron2's."""
 
 import io
 import logging
@@ -179,8 +178,7 @@ _PLAIN_GLOBALS = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays of numbers and plain containers. Anything else is refused by name, and not
-    imported."""
+    """Unpickles arrays and plain containers; anything else is refused by name, not imported."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="latin1")  # arrays of Python 2 pickles

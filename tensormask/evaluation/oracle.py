@@ -56,8 +56,7 @@ def oracle_detections(
     input_size: tuple[int, int],
     output_size: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """The objects of a picture that some window owns, with the mask of the window that shows them
-    best.
+    """The objects of a picture that a window owns, as the window that shows each best has it.
 
     Args:
         model: its windows and mask head say which windows there are and how fine their masks.

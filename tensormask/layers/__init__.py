@@ -1,5 +1,4 @@
-"""Tensors in, tensors out: the 4D-tensor operation of the paper, and masks in and out of
-windows."""
+"""Tensors in, tensors out: the paper's 4D-tensor operation; masks into windows and back."""
 
 from .masks import crop_masks, paste_masks
 from .swap_align2nat import SwapAlign2Nat, swap_align2nat, swap_align2nat_at

@@ -1,5 +1,4 @@
-"""Masks into windows and back: target masks cropped to windows, predicted masks pasted into
-pictures."""
+"""Masks into windows and back: targets are cropped, predictions are pasted into pictures."""
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,7 @@ def paste_masks(
     """
     height, width = size
     out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    # One pixel around the window: the bilinear rim of a mask reaches half a mask pixel, seldom
-    # above threshold.
+    # Outside of its window a bilinear mask stays below 1/2; a pixel around it is for rounding.
     corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).long().tolist()
     for mask, box, region, (x0, y0, x1, y1) in zip(masks, boxes, out, corners, strict=True):
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)

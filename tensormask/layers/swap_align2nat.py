@@ -89,8 +89,7 @@ class SwapAlign2Nat(nn.Module):
 
 
 class _SwapAt(torch.autograd.Function):
-    """Gather at windows. Only the windows are kept for the backward pass; its indices are made
-    again."""
+    """Gather at windows. The backward pass makes its indices again: only windows are kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
@@ -105,8 +104,10 @@ class _SwapAt(torch.autograd.Function):
 
 
 class _SwapAtAdjoint(torch.autograd.Function):
-    """The transposed map, (K, lambda*V, lambda*U) to (N, V*U, H, W). Its own backward is the gather
-    with padding 0."""
+    """The transposed map, (K, lambda*V, lambda*U) to (N, V*U, H, W).
+
+    Its own backward is the gather with padding 0.
+    """
 
     @staticmethod
     def forward(ctx, grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
@@ -172,8 +173,7 @@ def _axis_taps(
 
 
 def _linear(coordinate: Tensor, *, whole: bool) -> list[tuple[Tensor, Tensor]]:
-    """Floor and ceil of a coordinate with their weights; the floor alone where all coordinates are
-    whole."""
+    """Floor and ceil of a coordinate with their weights; of whole coordinates the floor alone."""
     low = coordinate.floor()
     if whole:
         return [(low.long(), torch.ones_like(low))]
@@ -181,8 +181,7 @@ def _linear(coordinate: Tensor, *, whole: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_val: int):
-    """Yields ``(index, weight)`` for each tap, both (K, lambda*V, lambda*U): where in the flattened
-    input, and how much.
+    """Yields each tap's index into the flattened input and weight, (K, lambda*V, lambda*U).
 
     A tap outside of the map has weight 0 and some index inside.
     """
@@ -208,8 +207,7 @@ def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_
 
 
 def _apply_axis(x: Tensor, lambda_val: int, num_windows: int) -> Tensor:
-    """``L`` of one axis pair at every window: (..., side, extent) to (..., lambda*side,
-    num_windows)."""
+    """``L`` of one axis pair: (..., side, extent) to (..., lambda*side, num_windows)."""
     side, extent = x.shape[-2:]
     x = x.flatten(-2)
     start = torch.arange(num_windows, device=x.device) * lambda_val

@@ -16,12 +16,11 @@ from torch import Tensor
 from .windows import Windows
 
 # The centre rule, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
-_REACH = torch.arange(-1, 3)
+_REACH = (-1, 0, 1, 2)
 
 
 class Assignment(NamedTuple):
-    """F windows and the objects they own, sorted by (level, size, image). All tensors int64 (F,)
-    but the boxes."""
+    """F windows and their objects, sorted by (level, size, image); int64 (F,) unless said."""
 
     image: Tensor
     object: Tensor  # row in the targets of its image
@@ -38,8 +37,7 @@ class Assignment(NamedTuple):
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def groups(self) -> list[tuple[int, int, slice]]:
-        """``(level, size, slice)`` of each level and size that has windows: those with masks of one
-        size."""
+        """``(level, size, slice)`` of each level and size that has windows."""
         groups, start = [], 0
         for level, sizes in enumerate(self.counts):
             for size, per_image in enumerate(sizes):
@@ -74,7 +72,7 @@ def assign(
     # Candidates (M objects, L levels, S sizes, 4 rows, 4 columns), flattened.
     strides = torch.tensor(windows.strides, dtype=torch.float32, device=device)
     first = (center[:, None] / strides[:, None]).floor().long()  # (M, L, 2) as (x, y)
-    reach = _REACH.to(device)
+    reach = torch.tensor(_REACH, device=device)
     shape = (len(boxes), windows.num_levels, windows.num_sizes, 4, 4)
     x = (first[:, :, None, None, None, 0] + reach).expand(shape).flatten()
     y = (first[:, :, None, None, None, 1] + reach[:, None]).expand(shape).flatten()

@@ -21,8 +21,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def get_norm(name: str) -> Callable[[int], nn.Module]:
-    """The constructor of a norm layer for a number of channels: FrozenBN, BN, SyncBN or GN (32
-    groups)."""
+    """The norm layer of a name, called with a number of channels; GN has 32 groups."""
     if name not in _NORMS:
         raise ValueError(f"norm {name!r} is not one of {', '.join(_NORMS)}")
     return _NORMS[name]
@@ -65,8 +64,7 @@ class ResNet(nn.Module):
             _freeze(stage)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Pictures (N, 3, H, W), normalised, to the features of res2..res5, of strides 4, 8, 16,
-        32."""
+        """Normalised pictures (N, 3, H, W) to the features of res2..res5, of strides 4 to 32."""
         x = self.stem(x)
         features = []
         for stage in (self.res2, self.res3, self.res4, self.res5):

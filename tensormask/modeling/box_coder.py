@@ -10,8 +10,7 @@ _MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Offsets ``(dx, dy, dw, dh)`` from windows (K, 4) to boxes (K, 4), both ``(x0, y0, x1, y1)``,
-    times weights."""
+    """Offsets ``(dx, dy, dw, dh)`` times weights (K, 4), from windows (K, 4) to boxes (K, 4)."""
     size, center = _size_and_center(boxes)
     window_size, window_center = _size_and_center(windows)
     offset = (center - window_center) / window_size
@@ -20,8 +19,7 @@ def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> 
 
 
 def decode_boxes(deltas: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Boxes (K, 4) from offsets (K, 4) and windows (K, 4): the inverse of `encode_boxes`, scales
-    clamped."""
+    """Boxes (K, 4) from offsets and windows: the inverse of `encode_boxes`, scales clamped."""
     window_size, window_center = _size_and_center(windows)
     deltas = deltas.to(windows.dtype) / windows.new_tensor(weights)
     center = deltas[:, :2] * window_size + window_center

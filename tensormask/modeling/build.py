@@ -1,5 +1,4 @@
-"""From a config to a model: the only reader of the keys below MODEL, and of the model's keys in
-INPUT and TEST."""
+"""From a config to a model: the only reader of the keys of MODEL."""
 
 import torch
 
@@ -101,8 +100,11 @@ def build_model(cfg) -> TensorMask:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto": the GPU where there is one, else the CPU. A device that is asked for and not there
-    is a ValueError."""
+    """The device of a name; "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

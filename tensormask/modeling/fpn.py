@@ -1,5 +1,4 @@
-"""Feature pyramid: res2..res5 to p2..p7, 256 channels each (paper, sec. 6; Lin et al., arXiv
-1612.03144)."""
+"""Feature pyramid: res2..res5 to p2..p7 (paper, sec. 6; Lin et al., arXiv 1612.03144)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

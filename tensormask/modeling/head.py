@@ -15,8 +15,7 @@ def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential
 
 
 def init_convs(module: nn.Module, init: str) -> None:
-    """Set every convolution: "normal" (std 0.01, detectron2's) or "he" (fan-in; keeps the signal in
-    narrow towers)."""
+    """Set every convolution: "normal" is std 0.01, "he" keeps the signal in narrow towers."""
     if init not in ("normal", "he"):
         raise ValueError(f"init must be 'normal' or 'he', got {init!r}")
     for layer in module.modules():

@@ -13,8 +13,7 @@ from .windows import Windows
 
 
 class Kept(NamedTuple):
-    """K detections of one picture, best first, before their masks are made. int64 (K,) unless
-    said."""
+    """K detections of a picture before their masks are made, best first; int64 (K,) unless said."""
 
     boxes: Tensor  # (K, 4) float, pixels of the network's input
     scores: Tensor  # (K,) float
@@ -74,8 +73,7 @@ def select(
 
 
 def to_frame(kept: Kept, input_size: tuple[int, int], output_size: tuple[int, int]) -> Kept:
-    """Scale boxes and windows to the output frame, clip the boxes to it and drop those that leave
-    it.
+    """Scale boxes and windows to the output frame, clip the boxes, and drop those outside.
 
     Both sizes are ``(height, width)`` in pixels, the input's without padding.
     """
@@ -88,8 +86,7 @@ def to_frame(kept: Kept, input_size: tuple[int, int], output_size: tuple[int, in
 
 
 def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
-    """Group the detections of a batch by level and window size, which decide how large their masks
-    are.
+    """Group the detections of a batch by level and window size: by the size of their masks.
 
     Returns:
         - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
@@ -115,8 +112,7 @@ def paste_groups(
     kept_per_image: list[Kept],
     output_sizes: list[tuple[int, int]],
 ) -> list[Tensor]:
-    """Mask logits of groups to the masks of each picture: bool (K, height, width), in the order of
-    `Kept`."""
+    """Mask logits of groups to the masks of each picture, bool (K, height, width), best first."""
     starts = [0]
     for kept in kept_per_image:
         starts.append(starts[-1] + len(kept.scores))

@@ -12,9 +12,9 @@ def focal_loss_star(
     alpha: float = 0.3,
     gamma: float = 3.0,
 ) -> Tensor:
-    """FL* (Lin et al., arXiv 1708.02002, appendix): ``-alpha_t log(sigmoid(gamma * x * (2t - 1))) /
-    gamma``, summed.
+    """FL*, summed: ``-alpha_t * log(sigmoid(gamma * x * (2t - 1))) / gamma``.
 
+    Source: Lin et al., arXiv 1708.02002, appendix, with detectron2's alpha.
     No one-hot target is made: every logit is counted as background, then the positive ones are
     exchanged.
 
@@ -39,8 +39,7 @@ def box_loss(deltas: Tensor, target_deltas: Tensor) -> Tensor:
 
 
 def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 1.5) -> Tensor:
-    """Binary cross-entropy of masks (F, V, U), bool targets: the mean over each mask, summed over
-    masks.
+    """Binary cross-entropy of masks (F, V, U): the mean over each mask, summed over masks.
 
     ``positive_weight`` is the weight of the pixels of the object.
     """

@@ -1,5 +1,4 @@
-"""Mask heads: what is in the window, at the windows that are asked for (paper, sec. 5.2 and fig.
-6).
+"""Mask heads: what is in the windows, at those that are asked for (paper, sec. 5.2, fig. 6).
 
 Natural: a 1x1 convolution at the window's place gives its mask. Aligned: it gives, at each place,
     the values of that
@@ -98,8 +97,7 @@ class MaskHead(nn.Module):
         return masks_per_level
 
     def _level_features(self, features: list[Tensor], level: int, finest: Tensor | None) -> Tensor:
-        """What the 1x1 convolutions of a level read: (N, C, H, W), on the bipyramid of the finest
-        level's size."""
+        """What a level's 1x1 convolutions read: (N, C, H, W), on the bipyramid of p2's size."""
         if finest is None:
             return self.mask_subnet(features[level])
         height, width = finest.shape[-2:]

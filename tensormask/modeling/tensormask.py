@@ -125,8 +125,7 @@ class TensorMask(nn.Module):
         return self._detections(features, logits, deltas, input_sizes, output_sizes or input_sizes)
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
-        """Normalise, pad with zeros on the right and bottom, and batch: (N, 3, H, W), H and W
-        multiples of 32."""
+        """Normalise, and pad right and bottom with zeros to multiples of 32: (N, 3, H, W)."""
         normalized = []
         for image in images:
             _check_image(image)
@@ -259,8 +258,7 @@ def _check_image(image: Tensor) -> None:
 def _checked_target(
     target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The target on the model's device, after its shapes were compared with each other and with the
-    picture."""
+    """The target on the model's device, once its parts fit each other and the picture."""
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
     num_objects, size = len(boxes), tuple(image.shape[-2:])
     if boxes.shape != (num_objects, 4) or labels.shape != (num_objects,):

@@ -60,8 +60,7 @@ class Windows:
         return min(self.sizes[0]) - self.strides[0]
 
     def boxes(self, level: Tensor, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Boxes ``(x0, y0, x1, y1)`` in pixels of chosen windows: four int64 (K,) to float32 (K,
-        4)."""
+        """Boxes ``(x0, y0, x1, y1)`` of windows in pixels: four int64 (K,) to float32 (K, 4)."""
         strides = torch.tensor(self.strides, dtype=torch.float32, device=level.device)
         half = torch.tensor(self.sizes, dtype=torch.float32, device=level.device)[level, size] / 2
         center_x, center_y = x * strides[level], y * strides[level]
