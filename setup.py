@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["tensormask", "tensormask.*"]),
     package_data={"tensormask": ["py.typed"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",
         "torchvision>=0.26,<1",

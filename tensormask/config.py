@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, Any] = {
         "DEVICE": "auto",
         # Must be "TensorMask" to build a model; detectron2's default names its Mask R-CNN.
         "META_ARCHITECTURE": "GeneralizedRCNN",
-        # Path or detectron2:// address of the weights to start from or to evaluate; "" for none.
+        # Path of the weights to start from or to evaluate; "" for none.
         "WEIGHTS": "",
         # Whether to predict masks; off leaves classes and boxes.
         "MASK_ON": False,
@@ -105,7 +105,7 @@ _DEFAULTS: dict[str, Any] = {
         "RANDOM_FLIP": "horizontal",
         # Channel order that the network is fed: "BGR" (MSRA weights) or "RGB".
         "FORMAT": "BGR",
-        # What masks are made from: "polygon" or "bitmask".
+        # detectron2's "polygon" or "bitmask"; both end in bitmaps here.
         "MASK_FORMAT": "polygon",
     },
     "DATASETS": {
@@ -163,7 +163,7 @@ _DEFAULTS: dict[str, Any] = {
     },
     "TEST": {
         # Rows [task, metric, value, tolerance], such as ["segm", "AP", 35.8, 0.3]: a run whose last
-        # evaluation lies outside fails. In percent.
+        # evaluation lies outside fails. In percent; for one set in DATASETS.TEST.
         "EXPECTED_RESULTS": [],
         # Iterations between evaluations; 0 evaluates at the end only.
         "EVAL_PERIOD": 0,

@@ -13,7 +13,7 @@ from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
 from tensormask.data.coco import read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
-from tensormask.engine.weights import load_weights
+from tensormask.engine.weights import check_complete, load_weights
 from tensormask.modeling import build_model
 from tensormask.visualizer import class_name
 
@@ -61,7 +61,7 @@ class Predictor:
                 "or set MODEL.WEIGHTS in the config"
             )
         self.model = build_model(cfg).eval()
-        _check_complete(load_weights(self.model, weights), weights)
+        check_complete(load_weights(self.model, weights), weights)
         self.transform = build_test_transform(cfg)
         self.class_names, self.category_ids = _find_classes(cfg, weights)
 
@@ -100,18 +100,6 @@ def _read_config(cfg: CfgNode | str | PathLike[str]) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     return cfg
-
-
-def _check_complete(loaded: Any, weights: str | PathLike[str]) -> None:
-    # Checkpoints of frozen batch norm may have scale and shift only: mean 0 and variance 1.
-    missing = [name for name in loaded.missing if ".running_" not in name]
-    if missing or loaded.misshapen:
-        first = (missing + loaded.misshapen)[0]
-        raise ValueError(
-            f"{weights} is not of the model that the config describes: {len(missing)} parameters "
-            f"are missing in it and {len(loaded.misshapen)} have another shape, such as {first}; "
-            "give the config that the weights were trained with"
-        )
 
 
 def _find_classes(cfg: CfgNode, weights: str | PathLike[str]) -> tuple[list[str], list[int]]:

@@ -93,6 +93,17 @@ def test_eval_only_repeats_the_results(run, shapes, tmp_path) -> None:
     assert (tmp_path / results).read_text() == (run / results).read_text()
 
 
+def test_a_checkpoint_of_another_model_is_not_evaluated(run, shapes, tmp_path, capsys) -> None:
+    more = ["MODEL.WEIGHTS", run / "model_final.pth", "MODEL.TENSOR_MASK.CLS_CHANNELS", 32]
+    assert command("train_net")(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 2
+    assert "head.cls_subnet.0.weight" in capsys.readouterr().err
+
+
+def test_without_masks(run, shapes, tmp_path) -> None:
+    more = ["MODEL.WEIGHTS", run / "model_final.pth", "MODEL.MASK_ON", False]
+    assert command("train_net")(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 0
+
+
 def test_unexpected_results_fail_the_run(run, shapes, tmp_path) -> None:
     expected = [["segm", "AP", 99.0, 0.5]]
     more = ["MODEL.WEIGHTS", run / "model_final.pth", "TEST.EXPECTED_RESULTS", expected]

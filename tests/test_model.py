@@ -146,6 +146,14 @@ def test_uint8_and_floating_pictures_are_the_same() -> None:
     assert_close(model.preprocess([image]), model.preprocess([image.float() / 255]))
 
 
+def test_masks_of_0_and_255_are_masks() -> None:
+    model = build().train()
+    truth = target(96, 96, BOXES)
+    scaled = truth | {"masks": truth["masks"].to(torch.uint8) * 255}
+    losses = model([picture(96, 96)], [truth]), model([picture(96, 96)], [scaled])
+    assert_close(losses[0]["loss_mask"], losses[1]["loss_mask"])
+
+
 def test_preprocess_by_hand() -> None:
     """BGR, minus mean, over std, then zeros up to the next multiples of 32."""
     opts = ["MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_STD", [1.0, 2.0, 4.0]]
@@ -178,6 +186,7 @@ def test_bad_pictures_are_refused(image, message) -> None:
         ({"labels": torch.tensor([0, 3])}, "NUM_CLASSES"),
         ({"labels": torch.tensor([0.0, 1.0])}, "int64"),
         ({"labels": torch.tensor([0])}, "boxes must be"),
+        ({"boxes": torch.tensor([[20.0, 30, 60, 70], [70, 10, 70, 50]])}, "without area"),
         ({"masks": torch.zeros(2, 96, 95, dtype=torch.bool)}, "masks must be"),
         ({"masks": torch.zeros(1, 96, 96, dtype=torch.bool)}, "masks must be"),
     ],
@@ -206,6 +215,8 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["MODEL.TENSOR_MASK.INIT", "xavier"], "normal"),
         (["MODEL.DEVICE", "cuda"], "no GPU"),
         (["INPUT.FORMAT", "L"], "RGB"),
+        (["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 1.0], "score_threshold"),
+        (["MODEL.TENSOR_MASK.IN_FEATURES", []], "neighbouring"),
     ],
 )
 def test_configs_that_cannot_be_built(opts, message) -> None:

@@ -37,6 +37,13 @@ def test_objects_without_a_window_are_not_found() -> None:
     assert found["masks"].shape == (1, 128, 128)
 
 
+def test_windows_over_the_padding_count() -> None:
+    """The only window that owns this object stands at x = 100, outside of a picture of 100 px."""
+    opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
+    truth = target(100, 100, [[99.5, 32.0, 100.0, 52.0]])
+    assert len(oracle_detections(build(opts=opts), truth, (100, 100), (100, 100))["scores"]) == 1
+
+
 def test_results_are_in_the_output_frame() -> None:
     truth = target(128, 128, [[20.0, 20.0, 64.0, 64.0]])
     found = oracle_detections(build(), truth, (128, 128), (256, 64))

@@ -46,7 +46,7 @@ from tensormask.engine.solver import (
     build_lr_scheduler,
     build_optimizer,
 )
-from tensormask.engine.weights import load_weights
+from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.modeling import build_model
 
@@ -203,7 +203,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     if checkpoint is not None:
         restore_model(checkpoint, model)
     elif cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        check_complete(load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
     else:
         raise ValueError(
             "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
@@ -254,7 +254,9 @@ def _evaluate_one(
     )
     if not results:  # test-dev: nothing to compare with
         return results
-    oracle = evaluate_oracle(model, cfg, dataset)["segm"] if cfg.TEST.ORACLE_ON else None
+    oracle = None
+    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
+        oracle = evaluate_oracle(model, cfg, dataset)["segm"]
     logger.info("Results on %s\n%s", name, results_table(results, oracle))
     return results if oracle is None else {**results, "oracle": oracle}
 

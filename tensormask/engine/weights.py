@@ -83,10 +83,25 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadResult:
     return result
 
 
+def check_complete(loaded: LoadResult, path: str | Path) -> None:
+    """Raise ValueError where `load_weights` left a part of the model at random."""
+    # Checkpoints of frozen batch norm may have scale and shift only: mean 0 and variance 1.
+    missing = [name for name in loaded.missing if ".running_" not in name]
+    if missing or loaded.misshapen:
+        first = (missing + loaded.misshapen)[0]
+        raise ValueError(
+            f"{path} is not of the model that the config describes: {len(missing)} parameters "
+            f"are missing in it and {len(loaded.misshapen)} have another shape, such as {first}; "
+            "give the config that the weights were trained with"
+        )
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file under the names they have there."""
     if "://" in str(path):
-        raise ValueError(f"weights are read from files: download {path} and give its path instead")
+        raise ValueError(
+            f"weights are read from files: download {path} and give the path (MODEL.WEIGHTS)"
+        )
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")

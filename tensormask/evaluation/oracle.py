@@ -18,6 +18,7 @@ from tensormask.evaluation.coco import Metrics, coco_results, evaluate_results
 from tensormask.layers import crop_masks, paste_masks
 from tensormask.modeling import TensorMask
 from tensormask.modeling.assignment import assign
+from tensormask.modeling.tensormask import padded_size
 
 
 def evaluate_oracle(model: TensorMask, cfg: Any, dataset: CocoDataset) -> dict[str, Metrics]:
@@ -66,7 +67,8 @@ def oracle_detections(
     Returns:
         a detection with scores of 1; objects that no window owns are not in it.
     """
-    grids = [tuple(-(-side // stride) for side in input_size) for stride in model.windows.strides]
+    padded = padded_size(*input_size)
+    grids = [tuple(-(-side // stride) for side in padded) for stride in model.windows.strides]
     owned = assign([target["boxes"]], model.windows, grids)
     best: dict[
         int, tuple[float, Tensor, Tensor]

@@ -20,22 +20,20 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
         Tensor[K, side, side]: bool, True where at least half of the mask pixel belongs to the
         object.
     """
-    rois = torch.cat([objects.to(boxes.dtype)[:, None], boxes], dim=1)
-    soft = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
+    used, row = objects.unique(return_inverse=True)  # only these become floating
+    rois = torch.cat([row.to(boxes.dtype)[:, None], boxes], dim=1)
+    soft = roi_align(masks[used][:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
     return soft[:, 0] >= 0.5
 
 
-def paste_masks(
-    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
-) -> Tensor:
-    """Paste masks into a frame: bilinear at pixel centres, 0 outside of the mask.
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste masks into a frame: bilinear at pixel centres, 0 outside; the object is where >= 0.5.
 
     Args:
         masks (Tensor[K, V, U]): probabilities, floating.
         boxes (Tensor[K, 4]): where each mask goes, ``(x0, y0, x1, y1)`` in pixels of the frame; may
             leave it.
         size: ``(height, width)`` of the frame.
-        threshold: a pixel belongs to the object from this probability on.
 
     Returns:
         Tensor[K, height, width]: bool.
@@ -54,5 +52,5 @@ def paste_masks(
         ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=2)
         pasted = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
-        region[y0:y1, x0:x1] = pasted[0, 0] >= threshold
+        region[y0:y1, x0:x1] = pasted[0, 0] >= 0.5
     return out

@@ -155,10 +155,9 @@ def _axis_taps(
     """What a mask row of the window at 0 reads along one axis pair, (H, V) or (W, U).
 
     Returns:
-        One to four ``(place, channel, weight)``, each (lambda*side,): the place relative to ``y *
-            lambda`` (int64),
-        the mask row of the input (int64), and the weight (float64), 0 where the mask row is outside
-        of 0..side-1.
+        One to four ``(place, channel, weight)``, each (lambda*side,): the place relative to
+        ``y * lambda`` (int64), the mask row of the input (int64), and the weight (float64), which
+        is 0 where the mask row is outside of 0..side-1.
     """
     row = torch.arange(side * lambda_val, dtype=torch.float64, device=device)
     places = _linear(row - side * lambda_val / 2 + 0.5, whole=side * lambda_val % 2 == 1)

@@ -1,4 +1,4 @@
-"""From a config to a model: the only reader of the keys of MODEL."""
+"""From a config to a model: the only reader of the keys of the model's parts."""
 
 import torch
 
@@ -30,7 +30,7 @@ def build_model(cfg) -> TensorMask:
         if list(value) != stages:
             raise ValueError(f"{key} must be {stages}, got {list(value)}")
     levels = [int(name.removeprefix("p")) for name in head.IN_FEATURES]
-    if levels != list(range(levels[0], levels[0] + len(levels))):
+    if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
         raise ValueError(
             "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
             f"got {head.IN_FEATURES}"

@@ -1,10 +1,9 @@
 """Mask heads: what is in the windows, at those that are asked for (paper, sec. 5.2, fig. 6).
 
-Natural: a 1x1 convolution at the window's place gives its mask. Aligned: it gives, at each place,
-    the values of that
-pixel in the masks of the windows around it, and swap_align2nat turns them into masks. Bipyramid:
-the same at the finest resolution for every level, so that a window of level k has masks ``2^k``
-times finer.
+Natural: a 1x1 convolution at the window's place gives its mask. Aligned: at each place it gives the
+values of that pixel in the masks of the windows around it, and swap_align2nat turns them into
+masks. Bipyramid: the same at the finest resolution for every level, so that the masks of level k
+are ``2^k`` times finer.
 """
 
 import torch.nn.functional as F

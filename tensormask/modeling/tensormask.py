@@ -1,8 +1,7 @@
 """TensorMask (Chen et al., arXiv 1903.12174): pictures to masks through sliding windows.
 
 Letters: N pictures, K objects or windows, C channels, (V, U) rows and columns of a mask, (H, W)
-    rows and columns of
-windows.
+rows and columns of windows.
 """
 
 import torch
@@ -66,6 +65,8 @@ class TensorMask(nn.Module):
         super().__init__()
         if channel_order not in ("RGB", "BGR"):
             raise ValueError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
+        if not 0 <= score_threshold < 1:
+            raise ValueError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
         self.windows = windows
         self.num_classes = num_classes
@@ -134,10 +135,7 @@ class TensorMask(nn.Module):
             if self.channel_order == "BGR":
                 image = image.flip(0)
             normalized.append((image - self.pixel_mean) / self.pixel_std)
-        height, width = (
-            -(-max(image.shape[axis] for image in images) // _SIZE_DIVISOR) * _SIZE_DIVISOR
-            for axis in (1, 2)
-        )
+        height, width = padded_size(*(max(x.shape[axis] for x in images) for axis in (1, 2)))
         batch = normalized[0].new_zeros(len(images), 3, height, width)
         for image, place in zip(normalized, batch, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
@@ -242,6 +240,11 @@ class TensorMask(nn.Module):
         return detections
 
 
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """The size in pixels that a batch of pictures of at most this size has in the network."""
+    return -(-height // _SIZE_DIVISOR) * _SIZE_DIVISOR, -(-width // _SIZE_DIVISOR) * _SIZE_DIVISOR
+
+
 def _check_image(image: Tensor) -> None:
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"a picture must be (3, H, W), RGB, got shape {tuple(image.shape)}")
@@ -279,8 +282,10 @@ def _checked_target(
                 f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}: "
                 "set MODEL.TENSOR_MASK.NUM_CLASSES to the number of classes of the data"
             )
+    if boxes.device.type == "cpu" and not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
     return {
         "boxes": boxes.to(device).float(),
         "labels": labels.to(device),
-        "masks": masks.to(device),
+        "masks": masks.to(device).bool(),
     }

@@ -1,9 +1,8 @@
 """The sliding windows: where they are, how large, and how they are numbered.
 
-A window is five numbers: image, level, size (an index into the sizes of its level), row ``y`` and
-    column ``x`` on the
-level's grid. It is a square centred on ``(x * stride, y * stride)`` pixels and is not clipped to
-the picture.
+A window is five numbers: image, level, size (an index into the sizes of its level), and row ``y``
+and column ``x`` on the level's grid. It is a square centred on ``(x * stride, y * stride)`` pixels,
+not clipped to the picture.
 """
 
 from dataclasses import dataclass
