@@ -88,7 +88,8 @@ def test_batch_equals_pictures_one_by_one(head: str) -> None:
         assert (together["masks"] == single["masks"]).float().mean() > 0.999
 
 
-def test_masks_are_pasted_into_their_windows() -> None:
+@pytest.mark.parametrize("scale", [1, 2])
+def test_masks_are_pasted_into_their_windows(scale: int) -> None:
     """Every mask is full and every box a quarter of its window: masks keep the windows' size."""
     opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
     model = with_many_detections(build("natural", [*opts, "TEST.DETECTIONS_PER_IMAGE", 20]))
@@ -97,15 +98,15 @@ def test_masks_are_pasted_into_their_windows() -> None:
         torch.nn.init.constant_(layer.bias, bias)
     with torch.no_grad():
         model.head.bbox_pred.bias[2:] = 0.75 * torch.tensor(0.25).log()
-        (found,) = model([picture(128, 128)])
-    complete = 0
+        (found,) = model([picture(128, 128)], output_sizes=[(128 * scale, 128 * scale)])
+    complete, half = 0, 22 * scale
     for mask, (x0, y0, x1, y1) in zip(found["masks"], found["boxes"].tolist(), strict=True):
         center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
-        if min(center_x, center_y) > 24 and max(center_x, center_y) < 104:
-            assert (x1 - x0, y1 - y0) == pytest.approx((11, 11), abs=1e-3)
+        if min(center_x, center_y) > 24 * scale and max(center_x, center_y) < 104 * scale:
+            assert (x1 - x0, y1 - y0) == pytest.approx((11 * scale, 11 * scale), abs=1e-3)
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-            assert rows.tolist() == list(range(int(center_y) - 22, int(center_y) + 22))
-            assert columns.tolist() == list(range(int(center_x) - 22, int(center_x) + 22))
+            assert rows.tolist() == list(range(round(center_y) - half, round(center_y) + half))
+            assert columns.tolist() == list(range(round(center_x) - half, round(center_x) + half))
             complete += 1
     assert complete > 0
 
