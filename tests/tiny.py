@@ -1,10 +1,15 @@
 """A small model and pictures for tests: random weights, every head, seconds on a CPU."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 import tensormask
+from tensormask.config import CfgNode
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 HEADS = {
     "natural": ["ALIGNED_ON", False, "BIPYRAMID_ON", False],
     "aligned": ["ALIGNED_ON", True, "BIPYRAMID_ON", False],
@@ -12,10 +17,10 @@ HEADS = {
 }
 
 
-def get_cfg(head: str = "bipyramid", opts: list = ()):  # type: ignore[assignment]
+def get_cfg(head: str = "bipyramid", opts: Sequence[object] = ()) -> CfgNode:
     """A config of an R-18 with 16 channels, 3 classes and the published windows."""
     cfg = tensormask.get_cfg()
-    cfg.merge_from_file("configs/Base-TensorMask.yaml")
+    cfg.merge_from_file(str(CONFIGS / "Base-TensorMask.yaml"))
     prefix = "MODEL.TENSOR_MASK."
     pairs = HEADS[head]
     cfg.merge_from_list([
@@ -28,7 +33,9 @@ def get_cfg(head: str = "bipyramid", opts: list = ()):  # type: ignore[assignmen
     return cfg
 
 
-def build(head: str = "bipyramid", opts: list = (), seed: int = 0) -> tensormask.TensorMask:  # type: ignore[assignment]
+def build(
+    head: str = "bipyramid", opts: Sequence[object] = (), seed: int = 0
+) -> tensormask.TensorMask:
     torch.manual_seed(seed)
     return tensormask.build_model(get_cfg(head, opts))
 
