@@ -13,7 +13,7 @@ from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
 from tensormask.data.coco import read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
-from tensormask.engine.weights import check_complete, load_weights
+from tensormask.engine.weights import check_complete, load_weights, read_torch
 from tensormask.modeling import build_model
 from tensormask.visualizer import class_name
 
@@ -124,7 +124,7 @@ def _stored_metadata(weights: str | PathLike[str]) -> Mapping[str, Any]:
     """What a checkpoint of this library holds beside its weights; empty for other files."""
     if Path(weights).suffix == ".pkl":
         return {}
-    checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+    checkpoint = read_torch(weights)
     return {key: checkpoint[key] for key in ("class_names", "category_ids") if key in checkpoint}
 
 

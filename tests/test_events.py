@@ -60,7 +60,7 @@ def test_progress_line():
 
 
 def test_window_gives_medians_and_starts_afresh():
-    window = events.Window()
+    window = events.RecentMetrics()
     for loss, seconds in ((1.0, 1.0), (100.0, 1.0), (3.0, 4.0)):
         window.add({"loss": loss, "time": seconds})
     assert window.pop_medians() == {"loss": 3.0, "time": 1.0}
@@ -70,7 +70,7 @@ def test_window_gives_medians_and_starts_afresh():
 
 
 def test_time_left_forgets_the_distant_past():
-    window = events.Window()
+    window = events.RecentMetrics()
     for seconds in [100.0] * 50 + [2.0] * events.ETA_ITERATIONS:
         window.add({"time": seconds})
     assert window.seconds_left(3) == pytest.approx(6.0)

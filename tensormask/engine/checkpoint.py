@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 import tensormask
+from tensormask.engine.weights import read_torch
 
 LAST_CHECKPOINT = "last_checkpoint"
 KEYS = ("model", "optimizer", "scheduler", "iteration", "random_states", "config")
@@ -155,12 +156,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is broken, or lacks a part that resuming needs.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load fails in many ways on a broken or a foreign file
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    checkpoint = read_torch(path)
     missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(

@@ -68,7 +68,7 @@ def format_progress(iteration: int, max_iter: int, metrics: Mapping[str, float])
     )
 
 
-class Window:
+class RecentMetrics:
     """Collects the metrics of the iterations since the last line, and foretells the end.
 
     A line shows medians over its iterations, which a single slow or unlucky one does not move; the

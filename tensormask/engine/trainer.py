@@ -23,6 +23,7 @@ from tensormask.data import (
     check_num_classes,
     get_dataset,
 )
+from tensormask.data.transforms import build_test_transform
 from tensormask.engine.checkpoint import (
     LAST_CHECKPOINT,
     find_last_checkpoint,
@@ -35,7 +36,7 @@ from tensormask.engine.checkpoint import (
 )
 from tensormask.engine.events import (
     MetricsWriter,
-    Window,
+    RecentMetrics,
     flatten_results,
     format_progress,
     setup_logging,
@@ -133,19 +134,19 @@ def _run_iterations(
         category_ids=datasets[0].category_ids,
     )
     _log_start(cfg, model, datasets, start)
-    window = Window()
+    recent = RecentMetrics()
     model.train()
     for iteration in range(start, max_iter):
         started = time.perf_counter()
         batch = next(batches)
         data_time = time.perf_counter() - started
         metrics = train_step(model, batch, optimizer, scheduler, clip_gradients, iteration)
-        window.add(metrics | {"time": time.perf_counter() - started, "data_time": data_time})
+        recent.add(metrics | {"time": time.perf_counter() - started, "data_time": data_time})
 
         done = iteration + 1
         if done % LOG_PERIOD == 0 or done == max_iter:
-            medians = window.pop_medians()
-            medians["eta_seconds"] = window.seconds_left(max_iter - done)
+            medians = recent.pop_medians()
+            medians["eta_seconds"] = recent.seconds_left(max_iter - done)
             logger.info(format_progress(iteration, max_iter, medians))
             writer.write(iteration, medians)
         if done == max_iter:
@@ -256,7 +257,9 @@ def _evaluate_one(
         return results
     oracle = None
     if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
-        oracle = evaluate_oracle(model, cfg, dataset)["segm"]
+        oracle = evaluate_oracle(
+            model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
+        )["segm"]
     logger.info("Results on %s\n%s", name, results_table(results, oracle))
     return results if oracle is None else {**results, "oracle": oracle}
 

@@ -105,7 +105,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+    content = _read_pickle(path) if path.suffix == ".pkl" else read_torch(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not content:
@@ -148,13 +148,21 @@ def _to_our_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
 # ---- reading files as data ----
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: str | Path) -> Any:
+    """The content of a `torch.save` file, on the CPU, without running anything that it holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is broken, or holds more than tensors and plain containers.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a damaged file fails in many ways, and all of them mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path}: not a checkpoint that can be read as plain data ({reason})"
+            f"{path} cannot be read as a checkpoint of plain data ({reason})"
         ) from None
 
 

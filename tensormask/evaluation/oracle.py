@@ -6,14 +6,12 @@ evaluation. What is lost is lost to the sliding windows and the resolution of th
 training brings it back.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from tensormask.data import CocoDataset
-from tensormask.data.transforms import build_test_transform, transform_annotations
+from tensormask.data.transforms import Augmentation, transform_annotations
 from tensormask.evaluation.coco import Metrics, coco_results, evaluate_results
 from tensormask.layers import crop_masks, paste_masks
 from tensormask.modeling import TensorMask
@@ -21,13 +19,19 @@ from tensormask.modeling.assignment import assign
 from tensormask.modeling.tensormask import padded_size
 
 
-def evaluate_oracle(model: TensorMask, cfg: Any, dataset: CocoDataset) -> dict[str, Metrics]:
-    """Score the true masks of a data set as the model's windows see them at the test size.
+def evaluate_oracle(
+    model: TensorMask, dataset: CocoDataset, transform: Augmentation, *, max_dets: int = 100
+) -> dict[str, Metrics]:
+    """Score the true masks of a data set as the model's windows see them.
+
+    Args:
+        model: its windows and mask head say which windows there are and how fine their masks.
+        transform: the resize before inference.
+        max_dets: as of `evaluate`.
 
     Returns:
         ``{"segm": metrics}`` as of `evaluate_results`.
     """
-    transform = build_test_transform(cfg)
     rng = np.random.default_rng(0)  # nothing is random at test time
     results = []
     for image_id in dataset.image_ids:
@@ -46,7 +50,7 @@ def evaluate_oracle(model: TensorMask, cfg: Any, dataset: CocoDataset) -> dict[s
         category_ids=dataset.category_ids,
         image_ids=dataset.image_ids,
         iou_types=("segm",),
-        max_dets=cfg.TEST.MAX_DETS,
+        max_dets=max_dets,
     )
 
 
