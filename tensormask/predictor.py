@@ -11,7 +11,7 @@ from PIL import Image
 
 from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
-from tensormask.data.coco import read_image
+from tensormask.data.images import read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
 from tensormask.engine.weights import check_complete, load_weights, read_torch
 from tensormask.modeling import build_model

@@ -8,7 +8,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from tensormask.data import CocoDataset
-from tensormask.data.coco import read_image, segmentation_to_rle, usable_polygons
+from tensormask.data.images import read_image
+from tensormask.data.segmentation import segmentation_to_rle, usable_polygons
 
 SQUARE = [2, 2, 6, 2, 6, 6, 2, 6]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tensormask.config import get_cfg
-from tensormask.data.coco import read_image
+from tensormask.data.images import read_image
 from tensormask.evaluation import coco_results
 from tensormask.predictor import Predictor
 from tensormask.visualizer import draw_instances, save_picture, unique_stem

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from .coco import Annotation, segmentation_to_rle, usable_polygons
+from .coco import Annotation
+from .segmentation import segmentation_to_rle, usable_polygons
 
 FLIPS = ("horizontal", "vertical", "none")
 SAMPLINGS = ("choice", "range")

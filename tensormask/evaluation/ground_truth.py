@@ -7,7 +7,7 @@ from typing import Any
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
-from tensormask.data.coco import segmentation_to_rle, usable_polygons
+from tensormask.data.segmentation import segmentation_to_rle, usable_polygons
 
 logger = logging.getLogger(__name__)
 

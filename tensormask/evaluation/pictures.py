@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
-from tensormask.data.coco import segmentation_to_rle
+from tensormask.data.segmentation import segmentation_to_rle
 from tensormask.evaluation.ground_truth import has_mask
 from tensormask.visualizer import (
     contact_sheet,
