@@ -4,6 +4,7 @@ import torch
 from torchvision.ops import roi_align
 
 from tensormask.layers import crop_masks, paste_masks
+from tensormask.layers.masks import paste_regions
 
 
 def test_crop_by_hand() -> None:
@@ -90,3 +91,24 @@ def test_crop_then_paste_returns_a_large_object() -> None:
     pasted = paste_masks(cropped.float(), window, (60, 60))
     different = (pasted != mask).nonzero()[:, 1:].tolist()
     assert different == [[12, 16], [12, 43], [47, 16], [47, 43]]  # interpolation rounds corners
+
+
+def test_regions_lie_in_the_frame_where_their_boxes_are() -> None:
+    """Masks of unequal sizes, at the rim, over it, around all of it, and outside."""
+    boxes = torch.tensor([[2.2, 3.0, 5.0, 7.5], [-4, 5, 3, 9], [-9, -9, 30, 30], [20, 0, 25, 9]])
+    masks = [torch.ones(side, side) for side in (2, 3, 4, 5)]
+    regions = list(paste_regions(masks, boxes, (10, 12)))
+    assert [(x0, y0, *region.shape) for x0, y0, region in regions] == [
+        (1, 2, 7, 5),
+        (0, 4, 6, 4),
+        (0, 0, 10, 12),
+        (0, 0, 0, 0),
+    ]
+    assert all(region.dtype == torch.bool for _, _, region in regions)
+    frames = paste_masks(masks, boxes, (10, 12))
+    for frame, (x0, y0, region) in zip(frames, regions, strict=True):
+        height, width = region.shape
+        assert torch.equal(frame[y0 : y0 + height, x0 : x0 + width], region)
+        assert frame.sum() == region.sum()
+    assert frames[2].all()
+    assert not frames[3].any()

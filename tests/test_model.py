@@ -6,6 +6,7 @@ from tiny import HEADS, build, get_cfg, picture, target
 from torch.testing import assert_close
 
 import tensormask
+from tensormask.layers import paste_masks
 
 BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
 
@@ -111,6 +112,25 @@ def test_masks_are_pasted_into_their_windows(scale: int) -> None:
     assert complete > 0
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_detect_has_the_masks_of_forward_in_their_windows(head: str) -> None:
+    model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 40]))
+    images, sizes = [picture(100, 140), picture(96, 80, seed=1)], [(50, 70), (96, 80)]
+    with torch.inference_mode():
+        in_frames = model(images, output_sizes=sizes)
+        in_windows = model.detect(images, sizes)
+        assert len(model.detect(images)[0]["scores"]) > 0
+    for frames, windows, size in zip(in_frames, in_windows, sizes, strict=True):
+        assert set(windows) == {"boxes", "scores", "labels", "windows", "window_masks"}
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(frames[name], windows[name])
+        assert windows["windows"].shape == windows["boxes"].shape
+        masks = paste_masks(windows["window_masks"], windows["windows"], size)
+        assert torch.equal(frames["masks"], masks)
+        assert masks.any()
+        assert all(0 <= mask.min() <= mask.max() <= 1 for mask in windows["window_masks"])
+
+
 def test_nothing_found() -> None:
     model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
     (found,) = model([picture(40, 50)], output_sizes=[(80, 100)])
@@ -122,7 +142,7 @@ def test_nothing_found() -> None:
 def test_without_masks() -> None:
     model = with_many_detections(build(opts=["MODEL.MASK_ON", False]))
     (found,) = model([picture(64, 64)])
-    assert set(found) == {"boxes", "scores", "labels"}
+    assert set(found) == set(model.detect([picture(64, 64)])[0]) == {"boxes", "scores", "labels"}
     losses = model.train()([picture(96, 96)], [target(96, 96, BOXES[:1])])
     assert set(losses) == {"loss_cls", "loss_box_reg"}
 

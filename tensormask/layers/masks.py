@@ -1,5 +1,7 @@
 """Masks into windows and back: targets are cropped, predictions are pasted into pictures."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,11 +28,12 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
     return soft[:, 0] >= 0.5
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Paste masks into a frame: bilinear at pixel centres, 0 outside; the object is where >= 0.5.
 
     Args:
-        masks (Tensor[K, V, U]): probabilities, floating.
+        masks (Tensor[K, V, U]): probabilities, floating; or a sequence of K Tensor[V, U] of any
+            sizes.
         boxes (Tensor[K, 4]): where each mask goes, ``(x0, y0, x1, y1)`` in pixels of the frame; may
             leave it.
         size: ``(height, width)`` of the frame.
@@ -38,13 +41,33 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         Tensor[K, height, width]: bool.
     """
+    frames = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
+    for frame, (x0, y0, region) in zip(frames, paste_regions(masks, boxes, size), strict=True):
+        frame[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+    return frames
+
+
+def paste_regions(
+    masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Paste masks one at a time, each into the part of the frame that its box covers.
+
+    Nothing but the region at hand is in memory, whatever the number of masks and the frame.
+
+    Args:
+        masks, boxes, size: as of `paste_masks`.
+
+    Yields:
+        per mask ``(x0, y0, region)``: the corner in pixels of the frame, and Tensor[h, w] bool, all
+        of it inside the frame; outside of it the mask is empty.
+    """
     height, width = size
-    out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     # Outside of its window a bilinear mask stays below 1/2; a pixel around it is for rounding.
     corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).long().tolist()
-    for mask, box, region, (x0, y0, x1, y1) in zip(masks, boxes, out, corners, strict=True):
+    for mask, box, (x0, y0, x1, y1) in zip(masks, boxes, corners, strict=True):
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
         if x0 >= x1 or y0 >= y1:
+            yield 0, 0, mask.new_zeros(0, 0, dtype=torch.bool)
             continue
         xs = torch.arange(x0, x1, device=box.device, dtype=box.dtype) + 0.5
         ys = torch.arange(y0, y1, device=box.device, dtype=box.dtype) + 0.5
@@ -52,5 +75,4 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=2)
         pasted = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
-        region[y0:y1, x0:x1] = pasted[0, 0] >= 0.5
-    return out
+        yield x0, y0, pasted[0, 0] >= 0.5

@@ -1,5 +1,6 @@
-"""From dense outputs to detections: candidates, NMS, and masks pasted into the output frame."""
+"""From dense outputs to detections: candidates, NMS, and the masks of what is kept."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ..layers import paste_masks
 from .box_coder import decode_boxes
 from .windows import Windows
 
@@ -106,24 +106,12 @@ def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tens
     return groups, positions
 
 
-def paste_groups(
-    masks_per_group: list[Tensor],
-    positions: list[Tensor],
-    kept_per_image: list[Kept],
-    output_sizes: list[tuple[int, int]],
-) -> list[Tensor]:
-    """Mask logits of groups to the masks of each picture, bool (K, height, width), best first."""
-    starts = [0]
-    for kept in kept_per_image:
-        starts.append(starts[-1] + len(kept.scores))
-    masks = [
-        torch.zeros(len(kept.scores), *size, dtype=torch.bool, device=kept.scores.device)
-        for kept, size in zip(kept_per_image, output_sizes, strict=True)
-    ]
-    for logits, position in zip(masks_per_group, positions, strict=True):
-        probabilities = logits.float().sigmoid()
-        for n, (kept, size) in enumerate(zip(kept_per_image, output_sizes, strict=True)):
-            here = (position >= starts[n]) & (position < starts[n + 1])
-            row = position[here] - starts[n]
-            masks[n][row] = paste_masks(probabilities[here], kept.windows[row], size)
-    return masks
+def ungroup_masks(
+    logits_per_group: list[Tensor], positions: list[Tensor], kept_per_image: list[Kept]
+) -> list[list[Tensor]]:
+    """Mask logits of groups to probabilities, per picture K Tensor[V, U], best first."""
+    masks: dict[int, Tensor] = {}
+    for logits, position in zip(logits_per_group, positions, strict=True):
+        masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
+    in_order = (masks[i] for i in range(len(masks)))
+    return [list(itertools.islice(in_order, len(kept.scores))) for kept in kept_per_image]

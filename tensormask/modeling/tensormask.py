@@ -7,13 +7,13 @@ rows and columns of windows.
 import torch
 from torch import Tensor, nn
 
-from ..layers import crop_masks
+from ..layers import crop_masks, paste_masks
 from .assignment import Assignment, assign
 from .backbone import ResNet
 from .box_coder import encode_boxes
 from .fpn import FPN
 from .head import ClassBoxHead
-from .inference import group_windows, paste_groups, select, to_frame
+from .inference import group_windows, select, to_frame, ungroup_masks
 from .losses import box_loss, focal_loss_star, mask_loss
 from .mask_head import MaskHead
 from .windows import Windows
@@ -109,21 +109,25 @@ class TensorMask(nn.Module):
             ValueError: a picture or target of another shape, dtype or range, or targets missing in
                 train mode.
         """
-        batch = self.preprocess(images)
-        features = self.fpn(self.backbone(batch))
-        logits, deltas = self.head(features)
-        if self.training:
-            if targets is None:
-                raise ValueError(
-                    "targets are needed in train mode; call model.eval() for detections"
-                )
-            targets = [
-                _checked_target(target, image, self.num_classes, self.device)
-                for image, target in zip(images, targets, strict=True)
+        if not self.training:
+            sizes = output_sizes or [tuple(image.shape[-2:]) for image in images]
+            return [
+                _with_frames(detection, size)
+                for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
             ]
-            return self._losses(features, logits, deltas, targets)
-        input_sizes = [tuple(image.shape[-2:]) for image in images]
-        return self._detections(features, logits, deltas, input_sizes, output_sizes or input_sizes)
+        features, logits, deltas = self._dense(images)
+        if targets is None:
+            raise ValueError("targets are needed in train mode; call model.eval() for detections")
+        targets = [
+            _checked_target(target, image, self.num_classes, self.device)
+            for image, target in zip(images, targets, strict=True)
+        ]
+        return self._losses(features, logits, deltas, targets)
+
+    def _dense(self, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level features, logits of classes, and deltas of boxes."""
+        features = self.fpn(self.backbone(self.preprocess(images)))
+        return features, *self.head(features)
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
         """Normalise, and pad right and bottom with zeros to multiples of 32: (N, 3, H, W)."""
@@ -206,16 +210,27 @@ class TensorMask(nn.Module):
 
     # ---- inference ----
 
-    def _detections(
-        self,
-        features: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        input_sizes: list[tuple[int, int]],
-        output_sizes: list[tuple[int, int]],
-    ) -> list[dict[str, Tensor]]:
+    def detect(
+        self, images: list[Tensor], output_sizes: list[tuple[int, int]] | None = None
+    ) -> list[dict[str, Tensor | list[Tensor]]]:
+        """The detections of `forward` in eval mode, with masks as small as the head made them.
+
+        ``layers.paste_masks(window_masks, windows, output_size)`` gives `forward`'s ``masks``, and
+        ``layers.paste_regions`` the same bits one object at a time.
+
+        Args:
+            images, output_sizes: as of `forward`.
+
+        Returns:
+            per picture ``boxes``, ``scores`` and ``labels`` as of `forward` and, unless there is no
+            mask head, ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4),
+            where they are, ``(x0, y0, x1, y1)`` in pixels of the output.
+        """
+        features, logits, deltas = self._dense(images)
+        input_sizes = [tuple(image.shape[-2:]) for image in images]
         kept_per_image = []
-        for n, (input_size, output_size) in enumerate(zip(input_sizes, output_sizes, strict=True)):
+        sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
+        for n, (input_size, output_size) in enumerate(sizes):
             kept = select(
                 [x[n] for x in logits],
                 [x[n] for x in deltas],
@@ -233,11 +248,22 @@ class TensorMask(nn.Module):
         ]
         if self.mask_head is not None:
             groups, positions = group_windows(kept_per_image)
-            logits_per_group = self.mask_head(features, groups)
-            masks = paste_groups(logits_per_group, positions, kept_per_image, output_sizes)
-            for detection, masks_of_image in zip(detections, masks, strict=True):
-                detection["masks"] = masks_of_image
+            masks = ungroup_masks(self.mask_head(features, groups), positions, kept_per_image)
+            for detection, kept, masks_of_image in zip(
+                detections, kept_per_image, masks, strict=True
+            ):
+                detection.update(windows=kept.windows, window_masks=masks_of_image)
         return detections
+
+
+def _with_frames(
+    detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """A detection of `TensorMask.detect` as `TensorMask.forward` gives it."""
+    in_frame = {name: detection[name] for name in ("boxes", "scores", "labels")}
+    if "window_masks" in detection:
+        in_frame["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
+    return in_frame
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:
