@@ -112,6 +112,9 @@ _DEFAULTS: dict[str, Any] = {
         # Names: registered ones, coco_2017_train, shapes_train, annotations.json@images, ...
         "TRAIN": (),
         "TEST": (),
+        # Whether a fault in a set (tensormask/data/faults.py) is an error; off, what has one is
+        # left out, and faults are counted in the log and in metrics.json.
+        "STRICT": False,
     },
     "DATALOADER": {
         # Processes that read pictures; 0 reads them in the training process.

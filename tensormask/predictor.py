@@ -79,7 +79,7 @@ class Predictor:
 
         Raises:
             ValueError: an array of another form.
-            OSError: a file that is missing or no picture.
+            PictureError: a file that is missing or no picture (a ValueError).
         """
         rgb = _to_rgb(picture)
         size = rgb.shape[:2]

@@ -2,14 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from tensormask.data import CocoDataset
-from tensormask.data.images import read_image
-from tensormask.data.segmentation import segmentation_to_rle, usable_polygons
+from tensormask.data.images import PictureError
 
 SQUARE = [2, 2, 6, 2, 6, 6, 2, 6]
 
@@ -56,41 +53,136 @@ def test_load(make_dataset):
     assert len(annotations) == 2
 
 
-def test_a_missing_picture_is_named(make_dataset):
-    with pytest.raises(FileNotFoundError, match=r"sub.b\.png"):
-        make_dataset([]).load(9)
+@pytest.mark.parametrize(
+    "file_name, kind, message",
+    [
+        ("b.png", "image_missing", r"b\.png"),
+        ("small.png", "image_size", r"small\.png is 8 x 12 .* say 12 x 8 .*EXIF"),
+        ("text.png", "image_broken", r"text\.png"),
+        ("../a.png", "image_outside_root", "leads out of"),
+        ("sub/../../a.png", "image_outside_root", "leads out of"),
+        ("/etc/passwd", "image_outside_root", "leads out of"),
+    ],
+)
+def test_pictures_that_cannot_be_used(make_dataset, tmp_path, file_name, kind, message):
+    Image.new("RGB", (8, 12)).save(tmp_path / "small.png")
+    Image.new("RGB", (12, 8)).save(tmp_path.parent / "a.png")
+    (tmp_path / "text.png").write_text("no picture")
+    images = [{"id": 5, "file_name": file_name, "height": 8, "width": 12}]
+    dataset = make_dataset([annotation()], images=images)
+    with pytest.raises(PictureError, match=message) as raised:
+        dataset.load(5)
+    assert raised.value.kind == kind
+    known_before = kind in ("image_missing", "image_outside_root")
+    assert dataset.faults.counts == ({kind: 1} if known_before else {})
+    assert dataset.has_file.tolist() == [not known_before]
 
 
-def test_a_picture_of_another_size_is_refused(make_dataset):
-    images = [{"id": 5, "file_name": "a.png", "height": 12, "width": 8}]
-    with pytest.raises(ValueError, match=r"a\.png is 12 x 8 .* say 8 x 12"):
-        make_dataset([], images=images).load(5)
+@pytest.mark.parametrize(
+    "file_name", ["sub dir/a.png", "zwölf – 十二.png", "./a.png", "b/../a.png"]
+)
+def test_names_of_files(make_dataset, tmp_path, file_name):
+    path = tmp_path / file_name
+    for folder in ("b", "sub dir"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (12, 8)).save(path)
+    images = [{"id": 5, "file_name": file_name, "height": 8, "width": 12}]
+    dataset = make_dataset([annotation()], images=images)
+    assert dataset.load(5)[0].shape == (8, 12, 3)
+    assert not dataset.faults
 
 
-def test_what_cannot_be_trained_on_is_left_out_and_counted(make_dataset):
-    rle = mask_utils.encode(np.ones((8, 12), dtype=np.uint8, order="F"))
-    rle = {"size": [8, 12], "counts": rle["counts"].decode()}
+def test_ids_of_any_kind(make_dataset):
+    categories = [
+        {"id": "cat", "name": "c"},
+        {"id": 0, "name": "a"},
+        {"id": 7.0, "name": "b"},
+        {"id": -5, "name": "z"},
+    ]
+    images = [
+        {"id": "x", "file_name": "a.png", "height": 8, "width": 12.0},
+        {"id": 0, "file_name": "a.png", "height": 8, "width": 12},
+    ]
+    annotations = [
+        annotation(image_id="x", category_id="cat", id="first"),
+        annotation(image_id="x", category_id=0),
+        annotation(image_id=0, category_id=7),
+        annotation(image_id=0.0, category_id=-5),
+    ]
+    dataset = make_dataset(annotations, images=images, categories=categories)
+    assert not dataset.faults
+    assert dataset.image_ids == [0, "x"]
+    assert dataset.category_ids == [-5, 0, 7, "cat"]
+    assert dataset.class_names == ["z", "a", "b", "c"]
+    assert [dataset.label_of(a) for a in dataset.annotations(0)] == [2, 0]
+    assert [dataset.label_of(a) for a in dataset.annotations("x")] == [3, 1]
+    assert [a["id"] for a in dataset.annotations("x")] == ["first", 2]
+
+
+def test_what_cannot_be_trained_on(make_dataset):
+    rle = {"size": [8, 12], "counts": [0, 96]}
     dataset = make_dataset(
         [
             annotation(),
-            annotation(segmentation=rle),
-            annotation(segmentation=rle, iscrowd=1),
+            annotation(segmentation=rle, bbox=[0, 0, 12, 8]),
+            annotation(segmentation=rle, bbox=[0, 0, 12, 8], iscrowd=1),
             annotation(category_id=7),
             annotation(bbox=[1, 1, 0, 5]),
-            annotation(bbox=[1, 1, float("nan"), 5]),
             annotation(bbox=None),
             annotation(segmentation=[]),
             annotation(segmentation=[[1, 1, 2, 2]]),
+            annotation(segmentation=[[1, 1, 2, 2], SQUARE]),
         ]
     )
-    assert [a["id"] for a in dataset.training_annotations(5)] == [1, 2]
-    assert dataset.count_untrainable() == {
-        "crowd": 1,
-        "unknown category": 1,
-        "box missing or without area": 3,
-        "no segmentation": 1,
-        "no polygon of three points": 1,
+    assert [a["id"] for a in dataset.training_annotations(5)] == [1, 2, 9]
+    assert [a["id"] for a in dataset.annotations(5)] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert dataset.annotations(5)[-1]["segmentation"] == [SQUARE]
+    assert dataset.num_trainable.tolist() == [3, 0]
+    assert (dataset.num_annotations, dataset.num_crowds) == (8, 1)
+    assert dataset.faults.as_record() == {
+        "image_missing": {"count": 1, "first_ids": [9]},
+        "annotation_unknown_category": {"count": 1, "first_ids": [4]},
+        "box_malformed": {"count": 1, "first_ids": [6]},
+        "box_empty": {"count": 1, "first_ids": [5]},
+        "mask_missing": {"count": 1, "first_ids": [7]},
+        "polygon_short": {"count": 2, "first_ids": [8, 9]},
     }
+
+
+def test_to_coco(make_dataset):
+    dataset = make_dataset([annotation(), annotation(iscrowd=1, segmentation=[])])
+    coco = dataset.to_coco()
+    assert sorted(coco.imgs) == [5, 9]
+    assert coco.loadCats([3, 40]) == [{"id": 3, "name": "car"}, {"id": 40, "name": "cup"}]
+    assert list(coco.anns.values()) == dataset.annotations(5)
+    coco.anns[1]["area"] = -1
+    assert dataset.annotations(5)[0]["area"] == 16
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "not JSON"),
+        ("{" * 100_000, "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"images": ', "not JSON"),
+        ('{"images": [' + "1" * 5000 + "]}", "not JSON"),
+        ("7", "holds a int"),
+        ("[]", "holds a list .a file of results"),
+        ("{}", "no list 'images'"),
+        ('{"images": {}, "categories": []}', "no list 'images'"),
+        ('{"images": [], "categories": 5}', "no list 'categories'"),
+        ('{"images": [], "categories": [], "annotations": null}', "no list 'annotations'"),
+        ('{"images": [], "categories": []}', "no usable images"),
+        ('{"images": [{"id": 1}], "categories": []}', "(?s)no usable images.*image_malformed"),
+    ],
+)
+def test_a_file_that_is_not_cocos(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        CocoDataset("a", tmp_path / "a.json", tmp_path)
+    assert "a.json" in str(raised.value)
+    assert len(str(raised.value)) < 500
 
 
 def test_a_file_without_annotations(make_dataset, tmp_path):
@@ -102,49 +194,3 @@ def test_a_file_without_annotations(make_dataset, tmp_path):
     dataset = CocoDataset("a", tmp_path / "a.json", tmp_path)
     assert dataset.load(5)[1] == []
     assert dataset.class_names == ["car", "cup"]
-
-
-@pytest.mark.parametrize("form", ["polygons", "runs", "string", "bytes"])
-def test_every_form_of_segmentation(form):
-    expected = np.zeros((8, 12), dtype=np.uint8)
-    expected[2:6, 2:6] = 1
-    rle = mask_utils.encode(np.asfortranarray(expected))
-    columns = [18, 4, 4, 4, 4, 4, 4, 4, 50]  # 2 columns of 8, then 2 rows; runs of 0 and 1 in turn
-    segmentation = {
-        "polygons": [SQUARE],
-        "runs": {"size": [8, 12], "counts": columns},
-        "string": {"size": [8, 12], "counts": rle["counts"].decode()},
-        "bytes": rle,
-    }[form]
-    decoded = mask_utils.decode(segmentation_to_rle(segmentation, (8, 12)))
-    np.testing.assert_array_equal(decoded, expected)
-
-
-def test_rle_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"\[12, 8\].*\[8, 12\]"):
-        segmentation_to_rle({"size": [12, 8], "counts": [96]}, (8, 12))
-
-
-def test_usable_polygons():
-    assert usable_polygons([SQUARE, [1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 7]]) == [SQUARE]
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
-    pixels[0, 0] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png")
-    assert turned.shape == (6, 4, 3)
-    assert turned[0, 3].tolist() == [255, 255, 255]
-    assert turned.sum() == 3 * 255
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_become_rgb(tmp_path, mode):
-    Image.new("RGB", (3, 2), (204, 204, 204)).convert(mode).save(tmp_path / "picture.png")
-    image = read_image(tmp_path / "picture.png")
-    assert image.shape == (2, 3, 3)
-    assert image.dtype == np.uint8
-    assert (image == 204).all()

@@ -87,7 +87,10 @@ def assert_same(batches, others):
 
 def test_a_sample(small_set):
     sample = take(make_cfg(small_set), 1)[0][0]
-    assert set(sample) == {"image", "target", "image_id", "file_name", "height", "width"}
+    assert set(sample) == {
+        *("image", "target", "dataset", "image_id", "file_name", "height", "width", "faults")
+    }
+    assert sample["faults"] == []
     assert sample["image"].dtype == torch.uint8
     height, width = sample["image"].shape[1:]
     assert 16 <= min(height, width) <= 32
@@ -138,18 +141,62 @@ def test_pictures_without_objects(small_set, filter_empty, caplog):
     shown = {sample["image_id"] for sample in samples}
     assert shown == ({1, 2, 3, 6, 7, 8} if filter_empty else set(range(1, 9)))
     assert f"{6 if filter_empty else 8} of 8 pictures" in caplog.text
-    assert "1 crowd" in caplog.text
+    assert "crowds: 1" in caplog.text
     for sample in samples:
         expected = 0 if sample["image_id"] in (4, 5) else 1
         assert len(sample["target"]["labels"]) == expected
 
 
-def test_objects_that_vanish_are_said_once(small_set, caplog):
+def test_objects_that_vanish_are_told(small_set):
     cfg = make_cfg(small_set, **{"INPUT.MIN_SIZE_TRAIN": (1, 1)})
-    with caplog.at_level(logging.WARNING, logger="tensormask"):
-        samples = samples_of(take(cfg, 6))
+    samples = samples_of(take(cfg, 6))
     assert any(len(sample["target"]["labels"]) == 0 for sample in samples)
-    assert len(caplog.records) == 1
+    for sample in samples:
+        gone = len(sample["target"]["labels"]) == 0
+        fault = (small_set, "object_too_small", sample["image_id"])  # ids are the same
+        assert sample["faults"] == ([fault] if gone else [])
+
+
+def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(small_set, tmp_path):
+    whole = samples_of(take(make_cfg(small_set), 9))
+    (tmp_path / "2.png").write_text("no picture")
+    (tmp_path / "3.png").unlink()  # once the set is read: a file that goes while training
+    samples = samples_of(take(make_cfg(small_set), 9))
+    for sample, before in zip(samples, whole, strict=True):
+        wanted = before["image_id"]
+        assert sample["image_id"] == (6 if wanted in (2, 3) else wanted)
+        faults = {2: ["image_broken", "image_missing"], 3: ["image_missing"]}.get(wanted, [])
+        assert [kind for _, kind, _ in sample["faults"]] == faults
+        if wanted not in (2, 3):
+            assert torch.equal(sample["image"], before["image"])
+
+
+def test_no_picture_can_be_read(small_set, tmp_path):
+    loader = build_train_loader(make_cfg(small_set))
+    for path in tmp_path.glob("*.png"):
+        path.write_text("no picture")
+    sample = next(loader)[0]
+    assert sample["image"] is None
+    assert len(sample["faults"]) == 6
+
+
+def test_a_test_picture_that_cannot_be_read(small_set, tmp_path):
+    (tmp_path / "2.png").write_text("no picture")
+    dataset = get_dataset(small_set)
+    samples = samples_of(build_test_loader(make_cfg(), dataset))
+    assert [s["image_id"] for s in samples if s["image"] is None] == [2]
+    assert samples[1]["faults"] == [(small_set, "image_broken", 2)]
+    assert [s["faults"] for s in samples if s["image_id"] != 2] == [[]] * 7
+
+
+def test_strict(small_set, tmp_path):
+    (tmp_path / "2.png").unlink()
+    assert take(make_cfg(small_set), 1)
+    strict = make_cfg(small_set, **{"DATASETS.STRICT": True})
+    with pytest.raises(ValueError, match=r"(?s)has faults.*image_missing.*Ids: 2"):
+        build_train_loader(strict)
+    with pytest.raises(ValueError, match=r"(?s)has faults.*image_missing.*Ids: 2"):
+        build_test_loader(strict, get_dataset(small_set))
 
 
 def test_several_sets_are_joined(small_set, tmp_path):

@@ -271,7 +271,7 @@ def test_demo_goes_on_after_broken_files_and_counts_them(tmp_path, run_demo, cap
     with caplog.at_level(logging.ERROR):
         assert run_demo("--input", broken, good, text, missing, "--output", out) == 0
     for path in (broken, text, missing):
-        assert f"{path} cannot be read" in caplog.text
+        assert str(path) in caplog.text
     assert "3 files could not be read" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["detections.json", "good.png"]
     assert run_demo("--input", text, "--output", tmp_path / "none") == 1

@@ -34,15 +34,16 @@ def test_it_is_a_coco_data_set(drawn):
         assert image.dtype == np.uint8
         assert image.std() > 2
         assert 1 <= len(annotations) <= 5
-    assert not drawn.count_untrainable()
+    assert not drawn.faults
 
 
 def test_masks_agree_with_boxes_and_areas_and_do_not_overlap(drawn):
+    coco = drawn.to_coco()
     for image_id in drawn.image_ids:
         claimed = np.zeros((128, 128), dtype=int)
         for annotation in drawn.annotations(image_id):
-            mask = drawn.coco.annToMask(annotation)
-            x0, y0, width, height = annotation["bbox"]
+            mask = coco.annToMask(annotation)
+            x0, y0, width, height = map(int, annotation["bbox"])
             assert mask.sum() == annotation["area"] >= shapes.MIN_VISIBLE_PIXELS
             assert mask[y0 : y0 + height, x0 : x0 + width].sum() == annotation["area"]
             assert mask[[y0, y0 + height - 1]].any(axis=1).all()
@@ -52,7 +53,7 @@ def test_masks_agree_with_boxes_and_areas_and_do_not_overlap(drawn):
 
 
 def test_sizes_counts_and_classes_are_spread_as_stated(drawn):
-    annotations = list(drawn.coco.anns.values())
+    annotations = drawn.to_coco().dataset["annotations"]
     counts = [len(drawn.annotations(image_id)) for image_id in drawn.image_ids]
     assert 2.6 < np.mean(counts) < 3.2
     assert set(counts) == {1, 2, 3, 4, 5}

@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from tensormask.config import get_cfg
+from tensormask.data.faults import FaultLog
 from tensormask.engine import trainer
 from tensormask.engine.checkpoint import load_checkpoint, preserved_random_states
 from tensormask.evaluation import UnexpectedResultsError
@@ -54,7 +55,12 @@ def fake_loader(cfg, start_iteration=0):
         generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
         images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
         yield [
-            {"image": x, "target": {"value": x.sum()}, "file_name": f"{iteration}_{k}.png"}
+            {
+                "image": x,
+                "target": {"value": x.sum()},
+                "file_name": f"{iteration}_{k}.png",
+                "faults": [],
+            }
             for k, x in enumerate(images)
         ]
         iteration += 1
@@ -69,16 +75,17 @@ def fakes(monkeypatch):
     """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
     state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
 
-    def fake_evaluate(model, loader, dataset, folder, *, max_dets, num_visualized):
+    def fake_evaluate(model, loader, dataset, folder, **options):
         torch.rand(3)  # draws from the global generator, as an evaluation may
         state.evaluations.append(Path(folder))
         return state.results
 
     content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
+    content["faults"] = state.faults = FaultLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
     monkeypatch.setattr(trainer, "build_model", lambda cfg: FakeModel())
     monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
-    monkeypatch.setattr(trainer, "build_test_loader", lambda cfg, dataset: None)
+    monkeypatch.setattr(trainer, "build_test_loader", lambda cfg, dataset: [])
     monkeypatch.setattr(trainer, "get_dataset", lambda name: dataset)
     monkeypatch.setattr(trainer, "evaluate", fake_evaluate)
     return state
@@ -280,3 +287,49 @@ def test_expected_results_are_checked_in_both_ways(tmp_path, fakes):
 def test_evaluating_nothing_is_refused(tmp_path, fakes):
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
         trainer.evaluate_only(make_cfg(tmp_path))
+
+
+def test_faults_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypatch):
+    fakes.faults.add("box_empty", 3)
+
+    def loader(cfg, start_iteration=0):
+        for iteration, batch in enumerate(fake_loader(cfg, start_iteration), start_iteration):
+            if iteration in (4, 25):
+                batch[0]["faults"] = [("a", "image_broken", iteration)]
+            yield batch
+
+    monkeypatch.setattr(trainer, "build_train_loader", loader)
+    trainer.train(make_cfg(tmp_path, "DATASETS.TEST", "('a',)"))
+    known = {"box_empty": {"count": 1, "first_ids": [3]}}
+    found = {"count": 1, "first_ids": [4]}, {"count": 2, "first_ids": [4, 25]}
+    assert [line for line in lines(tmp_path) if "faults" in line] == [
+        {"iteration": 0, "faults": {"a": known}},
+        {"iteration": 19, "faults": {"a": {"image_broken": found[0], **known}}},
+        {"iteration": 29, "faults": {"a": {"image_broken": found[1], **known}}},
+    ]
+    log = (tmp_path / "log.txt").read_text()
+    assert "a has 1 faults" in log
+    assert log.count("image_broken") == 1
+
+
+def test_strict_stops_at_the_first_fault(fakes, tmp_path, monkeypatch):
+    def loader(cfg, start_iteration=0):
+        for batch in fake_loader(cfg, start_iteration):
+            batch[0]["faults"] = [("a", "image_broken", 7)]
+            yield batch
+
+    monkeypatch.setattr(trainer, "build_train_loader", loader)
+    with pytest.raises(ValueError, match=r"(?s)a has faults.*image_broken.*Ids: 7"):
+        trainer.train(make_cfg(tmp_path, "DATASETS.STRICT", True))
+    fakes.faults.add("box_empty", 3)
+    with pytest.raises(ValueError, match="box_empty"):
+        trainer.evaluate_only(make_cfg(tmp_path, "DATASETS.STRICT", True))
+
+
+def test_no_picture_to_train_on(fakes, tmp_path, monkeypatch):
+    def loader(cfg, start_iteration=0):
+        yield [{"image": None, "faults": [("a", "image_missing", i) for i in range(100)]}]
+
+    monkeypatch.setattr(trainer, "build_train_loader", loader)
+    with pytest.raises(ValueError, match="100 pictures in a row cannot be read"):
+        trainer.train(make_cfg(tmp_path))

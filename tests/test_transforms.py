@@ -57,6 +57,19 @@ def test_resized_size(size, short, longest, expected):
     assert resized_size(size, short, longest) == expected
 
 
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1200), st.integers(1, 1600))
+def test_resized_size_is_detectron2s(height, width, short, longest):
+    size = short * 1.0
+    scale = size / min(height, width)
+    new = (size, scale * width) if height < width else (scale * height, size)
+    if max(new) > longest:
+        scale = longest * 1.0 / max(new)
+        new = new[0] * scale, new[1] * scale
+    expected = tuple(max(1, int(side + 0.5)) for side in new)
+    assert resized_size((height, width), short, longest) == expected
+    assert max(expected) <= longest
+
+
 @pytest.mark.parametrize(
     "flip, expected",
     [
@@ -113,6 +126,123 @@ def test_rle_is_resized_as_pil_does(geometry, seed, density):
     np.testing.assert_array_equal(out, expected[geometry.flip])
 
 
+def detectron2s_mapper(image, annotations, geometry):
+    """Pixels, boxes, masks and kept places as detectron2 computes them, step by step.
+
+    Written from its DatasetMapper with bitmask masks: ResizeTransform, HFlipTransform or
+    VFlipTransform, transform_instance_annotations, annotations_to_instances,
+    filter_empty_instances.
+    """
+    (old_height, old_width), (height, width) = geometry.old_size, geometry.new_size
+
+    def resized(array, method):
+        return np.asarray(Image.fromarray(array).resize((width, height), method))
+
+    def flipped(array):
+        if geometry.flip == "none":
+            return array
+        return np.flip(array, axis=1 if geometry.flip == "horizontal" else 0)
+
+    def coordinates(points):
+        points = np.asarray(points).reshape(-1, 2).copy()
+        points[:, 0] = points[:, 0] * (width * 1.0 / old_width)
+        points[:, 1] = points[:, 1] * (height * 1.0 / old_height)
+        if geometry.flip == "horizontal":
+            points[:, 0] = width - points[:, 0]
+        if geometry.flip == "vertical":
+            points[:, 1] = height - points[:, 1]
+        return points
+
+    boxes, masks = [], []
+    for one in annotations:
+        box = torch.tensor(one["bbox"], dtype=torch.float32)
+        box[2:] += box[:2]
+        x0, y0, x1, y1 = box.tolist()
+        corners = coordinates([x0, y0, x1, y0, x0, y1, x1, y1])
+        box = np.concatenate([corners.min(axis=0), corners.max(axis=0)]).clip(min=0)
+        boxes.append(np.minimum(box, [width, height, width, height]))
+        if isinstance(one["segmentation"], dict):
+            masks.append(flipped(resized(mask_utils.decode(one["segmentation"]), Image.NEAREST)))
+        else:
+            parts = [coordinates(polygon).reshape(-1) for polygon in one["segmentation"]]
+            rle = mask_utils.merge(mask_utils.frPyObjects(parts, height, width))
+            masks.append(mask_utils.decode(rle))
+    boxes = torch.tensor(np.array(boxes).reshape(-1, 4), dtype=torch.float32)
+    masks = torch.tensor(np.array(masks).reshape(-1, height, width)).bool()
+    kept = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(dim=1) & masks.flatten(1).any(dim=1)
+    kept = kept.nonzero().flatten()
+    return flipped(resized(image, Image.BILINEAR)), boxes[kept], masks[kept], kept
+
+
+@st.composite
+def scenes(draw):
+    """A picture, a geometry, and annotations in every form, in and beyond the picture."""
+    geometry = draw(geometries)
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    height, width = geometry.old_size
+    annotations = []
+    for form in draw(st.lists(st.sampled_from(["polygons", "bytes", "runs"]), max_size=4)):
+        low = rng.uniform(-0.5, 1, 2) * (width, height)
+        box = [*low, *rng.uniform(0, 1, 2) * (width, height)]
+        if form == "polygons":
+            # As far out as sets are let to reach, and often on whole and half pixels.
+            points = rng.uniform(-max(height, width), 2 * max(height, width), (3, 2, 4))
+            segmentation = [np.round(part * 2).ravel() / 2 for part in points[: rng.integers(1, 4)]]
+            if rng.random() < 0.3:
+                segmentation = [part.astype(int) for part in segmentation]
+            segmentation = [part.tolist() for part in segmentation]
+        else:
+            mask = rng.random((height, width)) < rng.choice([0.0, 0.02, 0.5, 1.0])
+            segmentation = rle_of(mask)
+            if form == "runs":
+                flat = np.concatenate([[0], mask.ravel(order="F").astype(int)])
+                changes = np.flatnonzero(np.diff(flat))
+                counts = np.diff(np.concatenate([[0], changes, [height * width]])).tolist()
+                # Runs of no pixel at the end are allowed.
+                counts += [0] * int(rng.integers(3))
+                segmentation = {"size": [height, width], "counts": counts}
+        annotations.append({"bbox": box, "segmentation": segmentation})
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image, annotations, geometry
+
+
+def decodable(one):
+    """The same annotation in forms that `mask.decode` takes."""
+    segmentation = one["segmentation"]
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        segmentation = mask_utils.frPyObjects(segmentation, *segmentation["size"])
+    return {**one, "segmentation": segmentation}
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes())
+def test_equals_a_slow_twin_of_detectron2s_mapper(scene):
+    """To the bit; and what is left out is what detectron2 leaves out."""
+    image, annotations, geometry = scene
+    pixels, boxes, masks, kept = detectron2s_mapper(
+        image, [decodable(one) for one in annotations], geometry
+    )
+    target, _ = transform_annotations(annotations, range(len(annotations)), geometry)
+    np.testing.assert_array_equal(transform_image(image, geometry), pixels)
+    assert target["labels"].tolist() == kept.tolist()
+    torch.testing.assert_close(target["boxes"], boxes, rtol=0, atol=0)
+    assert torch.equal(target["masks"], masks)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[12], [0, 12], [12, 0], [11, 1], [0, 1, 11], [5, 0, 7], [5, 2, 5, 0], [5, 2, 5, 0, 0], [4, 8]],
+)
+def test_runs_at_the_edges(counts):
+    """Masks of 3 x 4 pixels: empty, full, one corner, and runs without a pixel."""
+    rle = {"size": [3, 4], "counts": counts}
+    expected = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(4, 3).T
+    geometry = Geometry((3, 4), (3, 4))
+    out = np.zeros((3, 4), dtype=bool)
+    transform_rle(rle, geometry, nearest_pixels(geometry), out)
+    np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize("old, new", [(640, 427), (333, 800), (801, 800), (1000, 7)])
 def test_nearest_pixels_are_pils_at_photograph_sizes(old, new):
     values = np.random.default_rng(0).integers(0, 256, (old, 3), dtype=np.uint8)
@@ -136,7 +266,7 @@ def test_rle_of_another_size_is_refused():
 )
 def test_targets_lie_inside_the_picture_and_are_not_empty(geometry, rectangles):
     annotations = [annotation(*rectangle) for rectangle in rectangles]
-    target = transform_annotations(annotations, list(range(len(annotations))), geometry)
+    target, _ = transform_annotations(annotations, list(range(len(annotations))), geometry)
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
     height, width = geometry.new_size
     assert boxes.shape == (len(labels), 4)
@@ -175,7 +305,7 @@ def test_picture_boxes_and_masks_move_together():
     for flip in ("none", "horizontal", "vertical"):
         geometry = Geometry((20, 30), (40, 60), flip)
         white = transform_image(image, geometry)[:, :, 0] > 127
-        target = transform_annotations([polygon, rle], [0, 1], geometry)
+        target, _ = transform_annotations([polygon, rle], [0, 1], geometry)
         rows, columns = np.nonzero(white)
         extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         for box, mask in zip(target["boxes"], target["masks"], strict=True):
@@ -187,7 +317,7 @@ def test_emptied_objects_are_left_out_with_their_labels():
     tiny = annotation(10.1, 10.1, 0.2, 0.2)  # its mask vanishes at a tenth of the size
     outside = annotation(120, 10, 20, 20)
     whole = annotation(20, 20, 40, 40)
-    target = transform_annotations(
+    target, _ = transform_annotations(
         [tiny, outside, whole], [3, 4, 5], Geometry((100, 100), (10, 10))
     )
     assert target["labels"].tolist() == [5]
@@ -196,7 +326,7 @@ def test_emptied_objects_are_left_out_with_their_labels():
 
 
 def test_a_picture_without_objects():
-    target = transform_annotations([], [], Geometry((10, 10), (5, 7)))
+    target, _ = transform_annotations([], [], Geometry((10, 10), (5, 7)))
     assert target["boxes"].shape == (0, 4)
     assert target["masks"].shape == (0, 5, 7)
     assert target["labels"].shape == (0,)
@@ -299,7 +429,7 @@ def test_equals_detectron2s_mapper():
         resized = transform_image(image, geometry)[::8, ::8].astype(int)
         assert np.abs(resized - pixels[f"rgb{i}"]).max() <= 1
         labels = [dataset.label_of(a) for a in annotations]
-        target = transform_annotations(annotations, labels, geometry)
+        target, _ = transform_annotations(annotations, labels, geometry)
         assert target["labels"].tolist() == case["labels"]
         np.testing.assert_allclose(target["boxes"], case["boxes"], atol=1e-3)
         areas = target["masks"].flatten(1).sum(dim=1).numpy()

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tensormask.config import get_cfg
-from tensormask.data.images import read_image
+from tensormask.data.images import PictureError, read_image
 from tensormask.evaluation import coco_results
 from tensormask.predictor import Predictor
 from tensormask.visualizer import draw_instances, save_picture, unique_stem
@@ -119,8 +119,8 @@ def process(
     for image_id, (picture, drawing) in enumerate(todo):
         try:
             rgb = read_image(picture)
-        except Exception as error:  # a broken file makes PIL fail in many ways
-            logger.error("%s cannot be read: %s", picture, error)
+        except PictureError as error:
+            logger.error(error)
             num_unread += 1
             continue
         detections = predictor(rgb)

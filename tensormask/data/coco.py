@@ -1,113 +1,240 @@
-"""Data sets in COCO's format: pictures, annotations, contiguous labels, segmentations."""
+"""Data sets in COCO's format: pictures, annotations, contiguous labels.
+
+The file is read once, every entry is checked (`annotations`), and what is sound is kept in one
+packed buffer that worker processes share.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
-from .images import read_image
-from .segmentation import usable_polygons
-
-Annotation = dict[str, Any]
+from .annotations import (
+    Annotation,
+    ImageEntry,
+    check_annotation,
+    check_categories,
+    check_images,
+    is_trainable,
+    sort_key,
+)
+from .faults import FaultLog, Identity
+from .images import PictureError, read_image
+from .packed import PackedList
 
 
 class CocoDataset:
     """Annotations in COCO's format and the folder of their pictures.
 
-    Attributes:
+    Args:
         name: what the set is called in configs and logs.
-        coco: the loaded annotations, as pycocotools' evaluation wants them.
+        json_file: the annotations.
         image_root: the folder that `file_name` is relative to.
-        image_ids: ids of all pictures, ascending.
+
+    Attributes:
+        image_ids: ids of all pictures, ascending. A picture's *place* is its number in this list.
         category_ids: the COCO id of each label; labels count from 0 in the order of the ids.
         class_names: the name of each label.
+        faults: what is wrong with the set, as far as it is known.
+        sizes: int32 `(N, 2)`, (height, width) of each picture in pixels, by place, as the
+            annotations say.
+        num_trainable: int32 `(N,)`, the objects that can be trained on, by place.
+        has_file: bool `(N,)`, whether there is a file to open, by place.
+        num_annotations: all that are kept, crowds too.
+        num_crowds: those of them that are crowds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or not COCO's, or has no usable picture or category.
     """
 
     def __init__(
         self, name: str, json_file: str | os.PathLike[str], image_root: str | os.PathLike[str]
-    ):
+    ) -> None:
         self.name = name
         self.image_root = Path(image_root)
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            self.coco = COCO(os.fspath(json_file))
-        self.image_ids: list[int] = sorted(self.coco.imgs)
-        self.category_ids: list[int] = sorted(self.coco.cats)
-        self.class_names: list[str] = [self.coco.cats[i]["name"] for i in self.category_ids]
+        self.faults = FaultLog()
+        content = _read_json(json_file)
+        images = check_images(content["images"], self.faults)
+        categories = check_categories(content["categories"], self.faults)
+        for what, found in (("images", images), ("categories", categories)):
+            if not found:
+                raise ValueError(
+                    f"{os.fspath(json_file)} has no usable {what}.\n{self.faults.table()}".strip()
+                )
+        self.image_ids: list[Identity] = sorted(images, key=sort_key)
+        self.category_ids: list[Identity] = sorted(categories, key=sort_key)
+        self.class_names: list[str] = [categories[i] for i in self.category_ids]
         self._label_of = {category: label for label, category in enumerate(self.category_ids)}
+        self._place_of = {image_id: place for place, image_id in enumerate(self.image_ids)}
+
+        per_image: dict[Identity, list[Annotation]] = {image_id: [] for image_id in images}
+        seen: set[Identity] = set()
+        for number, entry in enumerate(content["annotations"]):
+            annotation = check_annotation(entry, number, images, categories, self.faults)
+            if annotation is not None:
+                if annotation["id"] in seen:
+                    self.faults.add("annotation_duplicate_id", annotation["id"])
+                seen.add(annotation["id"])
+                per_image[annotation["image_id"]].append(annotation)
+
+        records = [(images[image_id], per_image[image_id]) for image_id in self.image_ids]
+        self.sizes = np.array([(i["height"], i["width"]) for i, _ in records], dtype=np.int32)
+        self.num_trainable = np.array(
+            [sum(is_trainable(a, image) for a in annotations) for image, annotations in records],
+            dtype=np.int32,
+        )
+        self.num_annotations = sum(len(annotations) for _, annotations in records)
+        self.num_crowds = sum(a["iscrowd"] for _, annotations in records for a in annotations)
+        self._records = PackedList(records)
+        self.has_file = self._find_files([image for image, _ in records])
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def image_size(self, image_id: int) -> tuple[int, int]:
-        """(height, width) in pixels, as the annotations state it."""
-        image = self.coco.imgs[image_id]
-        return image["height"], image["width"]
+    def record(self, place: int) -> tuple[ImageEntry, list[Annotation]]:
+        """The picture at a place and its annotations, crowds too: `image` and `annotations`."""
+        return self._records[place]
 
-    def file_name(self, image_id: int) -> str:
+    def image(self, image_id: Identity) -> ImageEntry:
+        """`id`, `file_name`, `height` and `width` of a picture, as the file has them."""
+        return self.record(self._place_of[image_id])[0]
+
+    def annotations(self, image_id: Identity) -> list[Annotation]:
+        """The annotations of a picture, as `annotations.check_annotation` returns them."""
+        return self.record(self._place_of[image_id])[1]
+
+    def training_annotations(self, image_id: Identity) -> list[Annotation]:
+        """The annotations that can be trained on: no crowds, and with a sound box and mask."""
+        image, annotations = self.record(self._place_of[image_id])
+        return [annotation for annotation in annotations if is_trainable(annotation, image)]
+
+    def image_size(self, image_id: Identity) -> tuple[int, int]:
+        """(height, width) in pixels, as the annotations state it."""
+        height, width = self.sizes[self._place_of[image_id]].tolist()
+        return height, width
+
+    def file_name(self, image_id: Identity) -> str:
         """The full path of a picture."""
-        return str(self.image_root / self.coco.imgs[image_id]["file_name"])
+        return self.path(self.image(image_id))
+
+    def path(self, image: ImageEntry) -> str:
+        """The full path of a picture's entry."""
+        return os.path.join(self.image_root, image["file_name"])
 
     def label_of(self, annotation: Annotation) -> int:
         """The contiguous label, from 0, of an annotation."""
         return self._label_of[annotation["category_id"]]
 
-    def annotations(self, image_id: int) -> list[Annotation]:
-        """All annotations of a picture as they stand in the file, crowds too."""
-        return self.coco.imgToAnns.get(image_id, [])
-
-    def training_annotations(self, image_id: int) -> list[Annotation]:
-        """The annotations that can be trained on; `count_untrainable` tells what is left out."""
-        return [a for a in self.annotations(image_id) if self._why_untrainable(a) is None]
-
-    def count_untrainable(self) -> Counter[str]:
-        """How many annotations training leaves out, by reason."""
-        reasons = (
-            self._why_untrainable(annotation)
-            for image_id in self.image_ids
-            for annotation in self.annotations(image_id)
-        )
-        return Counter(reason for reason in reasons if reason is not None)
-
-    def load(self, image_id: int) -> tuple[np.ndarray, list[Annotation]]:
+    def load(self, image_id: Identity) -> tuple[np.ndarray, list[Annotation]]:
         """Reads a picture.
 
         Returns:
             The picture, uint8 RGB `(H, W, 3)`, and all annotations of it.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the picture has another size than the annotations state.
+            PictureError: as of `read_picture`.
         """
-        path = self.file_name(image_id)
-        image = read_image(path)
-        (height, width), (stated_height, stated_width) = image.shape[:2], self.image_size(image_id)
-        if (height, width) != (stated_height, stated_width):
-            raise ValueError(
-                f"{path} is {width} x {height} pixels (width x height), but the annotations of "
-                f"{self.name} say {stated_width} x {stated_height}. "
-                "Correct the annotations or the file."
-            )
-        return image, self.annotations(image_id)
+        image, annotations = self.record(self._place_of[image_id])
+        return self.read_picture(image), annotations
 
-    def _why_untrainable(self, annotation: Annotation) -> str | None:
-        """Detectron2's rules: no crowd, a box with an area, a polygon of three points or an RLE."""
-        if annotation.get("iscrowd", 0):
-            return "crowd"
-        if annotation.get("category_id") not in self._label_of:
-            return "unknown category"
-        box = annotation.get("bbox") or ()
-        if len(box) != 4 or not (box[2] > 0 and box[3] > 0):
-            return "box missing or without area"
-        segmentation = annotation.get("segmentation")
-        if not segmentation:
-            return "no segmentation"
-        if isinstance(segmentation, list) and not usable_polygons(segmentation):
-            return "no polygon of three points"
-        return None
+    def read_picture(self, image: ImageEntry) -> np.ndarray:
+        """Reads the picture of an entry as uint8 RGB `(H, W, 3)`.
+
+        Raises:
+            PictureError: the file leads out of the image root, is not there, is no picture, or is
+                of another size than the entry says; its `kind` tells which.
+        """
+        path = self.path(image)
+        if not _is_inside(self.image_root, os.path.dirname(path)):
+            raise PictureError("image_outside_root", path, f"leads out of {self.image_root}")
+        rgb = read_image(path)
+        (height, width), stated = rgb.shape[:2], (image["height"], image["width"])
+        if (height, width) != stated:
+            hint = ""
+            if (width, height) == stated:
+                hint = " (is it turned by an EXIF tag that the annotations do not know of?)"
+            raise PictureError(
+                "image_size",
+                path,
+                f"is {width} x {height} pixels (width x height), but the annotations of "
+                f"{self.name} say {stated[1]} x {stated[0]}{hint}: correct them or the file",
+            )
+        return rgb
+
+    def to_coco(self) -> COCO:
+        """A pycocotools object of the kept annotations, for scoring; made anew at each call."""
+        records = list(self._records)
+        coco = COCO()
+        coco.dataset = {
+            "images": [image for image, _ in records],
+            "categories": [
+                {"id": category, "name": name}
+                for category, name in zip(self.category_ids, self.class_names, strict=True)
+            ],
+            "annotations": [a for _, annotations in records for a in annotations],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            coco.createIndex()
+        return coco
+
+    def _find_files(self, images: list[ImageEntry]) -> np.ndarray:
+        """Which pictures have a file inside the image root, bool `(N,)`; the others are faults."""
+        has_file = np.zeros(len(images), dtype=bool)
+        listings: dict[str, set[str]] = {}
+        for place, image in enumerate(images):
+            folder, name = os.path.split(self.path(image))
+            if not _is_inside(self.image_root, folder):
+                self.faults.add("image_outside_root", image["id"])
+                continue
+            # One listing of a folder costs less than a look at each of its files; but a file
+            # system may know a name in another spelling than its listing has.
+            if folder not in listings:
+                listings[folder] = _list_folder(folder)
+            has_file[place] = name in listings[folder] or os.path.exists(self.path(image))
+            if not has_file[place]:
+                self.faults.add("image_missing", image["id"])
+        return has_file
+
+
+def _read_json(json_file: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    """The lists `images`, `categories` and `annotations` of a file; the last may be missing."""
+    path = os.fspath(json_file)
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        hint = " (a file of results? Annotations are wanted)" if isinstance(content, list) else ""
+        raise ValueError(
+            f"{path} is not COCO's: it holds a {type(content).__name__}{hint}, not an object with "
+            "images, annotations and categories."
+        )
+    content = {"annotations": [], **content}
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(content.get(key), list):
+            raise ValueError(
+                f"{path} is not COCO's: it has no list {key!r}, "
+                f"its keys are {', '.join(sorted(map(repr, content)))[:200]}."
+            )
+    return content
+
+
+def _is_inside(root: Path, folder: str) -> bool:
+    """Whether a folder is the root or below it, as it is written; links are the owner's affair."""
+    root_path, folder = os.path.abspath(root), os.path.abspath(folder)
+    return folder == root_path or folder.startswith(os.path.join(root_path, ""))
+
+
+def _list_folder(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()

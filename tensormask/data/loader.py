@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .annotations import Annotation, ImageEntry, is_trainable
 from .catalog import get_dataset
 from .coco import CocoDataset
+from .faults import Identity
+from .images import PictureError
 from .transforms import (
     Augmentation,
     build_test_transform,
@@ -31,17 +34,20 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 # Families of random streams of one seed: the order of an epoch, the augmentation of a sample.
 _ORDER, _AUGMENTATION = 0, 1
+# So many pictures in a row that cannot be read are no accident.
+_MAX_REPLACEMENTS = 100
 
 
 def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Sample]]:
     """Training batches from `DATASETS.TRAIN` without end, from number `start_iteration` on.
 
     Each batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`) and depends on
-    `SEED` and its number alone.
+    `SEED`, its number and the files alone.
 
     Raises:
-        ValueError: the seed is negative (draw one first), there is nothing to train on, or the
-            classes of the sets differ from each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`.
+        ValueError: the seed is negative (draw one first), there is nothing to train on, the
+            classes of the sets differ from each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`, or
+            a set has faults and `DATASETS.STRICT` is on.
     """
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
@@ -51,7 +57,7 @@ def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Samp
             "DATASETS.TRAIN is empty; name a set, as in DATASETS.TRAIN \"('shapes_train',)\"."
         )
     for dataset in datasets:
-        check_num_classes(cfg, dataset)
+        check_dataset(cfg, dataset)
         if dataset.class_names != datasets[0].class_names:
             raise ValueError(
                 f"{datasets[0].name} and {dataset.name} have different classes, "
@@ -75,33 +81,45 @@ def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Samp
 
 
 def build_test_loader(cfg: Any, dataset: CocoDataset) -> DataLoader:
-    """All pictures of a set in the order of `image_ids`, in lists of one sample without target."""
-    check_num_classes(cfg, dataset)
+    """All pictures of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
+
+    Raises:
+        ValueError: as of `check_dataset`.
+    """
+    check_dataset(cfg, dataset)
     return _data_loader(cfg, TestSet(dataset, build_test_transform(cfg)), batch_size=1)
 
 
-def check_num_classes(cfg: Any, dataset: CocoDataset) -> None:
-    """Raises ValueError if the model of a config has another number of classes than a data set."""
+def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
+    """Raises ValueError if a set does not have the config's number of classes, or has faults.
+
+    The faults that are known before a picture is opened are an error with `DATASETS.STRICT` only.
+    """
     expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     if expected != given:
         raise ValueError(
             f"{dataset.name} has {expected} classes, but MODEL.TENSOR_MASK.NUM_CLASSES is {given}. "
             f"Add the override: MODEL.TENSOR_MASK.NUM_CLASSES {expected}"
         )
+    if cfg.DATASETS.STRICT:
+        dataset.faults.check_strict(dataset.name)
 
 
 class TrainingSet(Dataset):
     """Augmented samples of one or more data sets.
 
     Indexed by (position, picture): `picture` counts through the sets one after the other,
-    `position` seeds the augmentation. A sample is a dict of
+    `position` seeds the augmentation. A picture that cannot be read is replaced by the next one
+    that can. A sample is a dict of
 
-        image: uint8 tensor (3, H, W), RGB
+        image: uint8 tensor (3, H, W), RGB; None where a hundred pictures in a row cannot be read
         target: boxes (K, 4) float32, (x0, y0, x1, y1) in pixels; labels (K,) int64 from 0; masks
             (K, H, W) bool
-        image_id: int
+        dataset: name of the set
+        image_id: the file's
         file_name: the full path
         height, width: the original picture's, in pixels
+        faults: list of (name of the set, kind, id) of what was found on the way
     """
 
     def __init__(
@@ -112,57 +130,76 @@ class TrainingSet(Dataset):
         seed: int,
         filter_empty: bool = True,
     ) -> None:
+        self.datasets = list(datasets)
         self.augmentation = augmentation
         self.seed = seed
-        self.pictures: list[tuple[CocoDataset, int]] = []
-        for dataset in datasets:
-            image_ids = dataset.image_ids
-            if filter_empty:
-                image_ids = [i for i in image_ids if dataset.training_annotations(i)]
-            self.pictures.extend((dataset, image_id) for image_id in image_ids)
-            _log_contents(dataset, len(image_ids))
-        if not self.pictures:
+        kept_per_set = []
+        for dataset in self.datasets:
+            kept = dataset.has_file & ((dataset.num_trainable > 0) | (not filter_empty))
+            kept_per_set.append(np.flatnonzero(kept))
+            _log_contents(dataset, kept)
+        # Arrays, not lists of objects: workers share them without copying (see `packed`).
+        self._set_of = np.repeat(np.arange(len(self.datasets)), [len(k) for k in kept_per_set])
+        self._place_of = np.concatenate(kept_per_set)
+        if not any(dataset.num_trainable[dataset.has_file].any() for dataset in self.datasets):
+            faults = "\n".join(dataset.faults.table() for dataset in self.datasets)
             raise ValueError(
                 f"there is nothing to train on in {', '.join(d.name for d in datasets)}: "
-                "no picture has an object that is no crowd, with a box and a mask."
+                f"no picture has an object that is no crowd, with a box and a mask.\n{faults}"
             )
-        self._said_gone = False
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self._place_of)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, picture = key
-        dataset, image_id = self.pictures[picture]
-        image, _ = dataset.load(image_id)
-        annotations = dataset.training_annotations(image_id)
-        geometry = self.augmentation.draw(image.shape[:2], _rng(self.seed, _AUGMENTATION, position))
-        labels = [dataset.label_of(annotation) for annotation in annotations]
-        sample = _sample(dataset, image_id, image, transform_image(image, geometry))
-        sample["target"] = transform_annotations(annotations, labels, geometry)
-        self._say_gone(sample, len(annotations) - len(sample["target"]["labels"]))
-        return sample
+        faults: list[tuple[str, str, Identity]] = []
+        for offset in range(min(_MAX_REPLACEMENTS, len(self))):
+            index = (picture + offset) % len(self)
+            dataset = self.datasets[self._set_of[index]]
+            image, annotations = dataset.record(self._place_of[index])
+            try:
+                rgb = dataset.read_picture(image)
+            except PictureError as error:
+                faults.append((dataset.name, error.kind, image["id"]))
+                continue
+            return self._sample(dataset, image, annotations, rgb, position, faults)
+        return {"image": None, "faults": faults}
 
     def aspect_groups(self) -> list[int]:
         """The group of each picture: 0 if it is wider than high, else 1."""
-        sizes = (dataset.image_size(image_id) for dataset, image_id in self.pictures)
-        return [0 if width > height else 1 for height, width in sizes]
+        sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
+        first = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])[self._set_of]
+        height, width = sizes[first + self._place_of].T
+        return np.where(width > height, 0, 1).tolist()
 
-    def _say_gone(self, sample: Sample, num_gone: int) -> None:
-        """Says once in each process that objects were too small for the training size."""
-        if num_gone and not self._said_gone:
-            self._said_gone = True
-            logger.warning(
-                "%d objects of %s are left out: box or mask is empty at size %s (height, width). "
-                "Further ones are left out without a line.",
-                num_gone,
-                sample["file_name"],
-                tuple(sample["image"].shape[1:]),
-            )
+    def _sample(
+        self,
+        dataset: CocoDataset,
+        image: ImageEntry,
+        annotations: list[Annotation],
+        rgb: np.ndarray,
+        position: int,
+        faults: list[tuple[str, str, Identity]],
+    ) -> Sample:
+        geometry = self.augmentation.draw(rgb.shape[:2], _rng(self.seed, _AUGMENTATION, position))
+        annotations = [a for a in annotations if is_trainable(a, image)]
+        labels = [dataset.label_of(annotation) for annotation in annotations]
+        target, kept = transform_annotations(annotations, labels, geometry)
+        gone = [a["id"] for a, is_kept in zip(annotations, kept, strict=True) if not is_kept]
+        return {
+            **_describe(dataset, image),
+            "image": image_to_tensor(transform_image(rgb, geometry)),
+            "target": target,
+            "faults": faults + [(dataset.name, "object_too_small", identity) for identity in gone],
+        }
 
 
 class TestSet(Dataset):
-    """Pictures of a data set at the test size; samples as in `TrainingSet`, without `target`."""
+    """Pictures of a data set at the test size; samples as in `TrainingSet`, without `target`.
+
+    A picture that cannot be read has None for its `image`.
+    """
 
     __test__ = False  # the name makes pytest take it for a class of tests
 
@@ -174,10 +211,15 @@ class TestSet(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        image_id = self.dataset.image_ids[index]
-        image, _ = self.dataset.load(image_id)
-        geometry = self.augmentation.draw(image.shape[:2], _rng(0, _AUGMENTATION, index))
-        return _sample(self.dataset, image_id, image, transform_image(image, geometry))
+        image, _ = self.dataset.record(index)
+        sample = {**_describe(self.dataset, image), "image": None, "faults": []}
+        try:
+            rgb = self.dataset.read_picture(image)
+        except PictureError as error:
+            sample["faults"].append((self.dataset.name, error.kind, image["id"]))
+            return sample
+        geometry = self.augmentation.draw(rgb.shape[:2], _rng(0, _AUGMENTATION, index))
+        return {**sample, "image": image_to_tensor(transform_image(rgb, geometry))}
 
 
 class BatchSampler:
@@ -250,13 +292,13 @@ def _rng(seed: int, family: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, family, number]))
 
 
-def _sample(dataset: CocoDataset, image_id: int, original: np.ndarray, image: np.ndarray) -> Sample:
+def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:
     return {
-        "image": image_to_tensor(image),
-        "image_id": image_id,
-        "file_name": dataset.file_name(image_id),
-        "height": original.shape[0],
-        "width": original.shape[1],
+        "dataset": dataset.name,
+        "image_id": image["id"],
+        "file_name": dataset.path(image),
+        "height": image["height"],
+        "width": image["width"],
     }
 
 
@@ -275,13 +317,12 @@ def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
     )
 
 
-def _log_contents(dataset: CocoDataset, num_kept: int) -> None:
-    left_out = dataset.count_untrainable()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+def _log_contents(dataset: CocoDataset, kept: np.ndarray) -> None:
     logger.info(
-        "%s: %d of %d pictures are trained on; annotations left out: %s.",
+        "%s: %d of %d pictures are trained on; objects: %d, crowds: %d",
         dataset.name,
-        num_kept,
+        np.count_nonzero(kept),
         len(dataset),
-        reasons or "none",
+        dataset.num_trainable[kept].sum(),
+        dataset.num_crowds,
     )

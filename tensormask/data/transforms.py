@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from .coco import Annotation
-from .segmentation import segmentation_to_rle, usable_polygons
+from .annotations import Annotation
+from .segmentation import run_lengths, segmentation_to_rle, usable_polygons
 
 FLIPS = ("horizontal", "vertical", "none")
 SAMPLINGS = ("choice", "range")
@@ -122,9 +122,15 @@ def transform_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def transform_points(points: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Transforms points `(P, 2)`, (x, y) in pixels, without clipping."""
+    """Transforms points `(P, 2)`, (x, y) in pixels, without clipping, to float64.
+
+    Integers are truncated after they are scaled: detectron2 writes them back as integers.
+    """
     (old_height, old_width), (height, width) = geometry.old_size, geometry.new_size
+    integers = np.asarray(points).dtype.kind in "iu"
     points = np.asarray(points, dtype=np.float64) * (width / old_width, height / old_height)
+    if integers:
+        points = np.trunc(points)
     if geometry.flip == "horizontal":
         points[:, 0] = width - points[:, 0]
     elif geometry.flip == "vertical":
@@ -165,11 +171,8 @@ def transform_polygons(
         transform_points(np.reshape(polygon, (-1, 2)), geometry).ravel()
         for polygon in usable_polygons(polygons)
     ]
-    rle = segmentation_to_rle(moved, geometry.new_size)
-    # pycocotools decodes into columns; turning only the object's part into rows costs a fraction.
-    x, y, width, height = mask_utils.toBbox(rle).astype(int)
-    part = np.s_[y : y + height, x : x + width]
-    out[part] = mask_utils.decode(rle)[part]
+    x, y, part = _decode_extent(segmentation_to_rle(moved, geometry.new_size))
+    out[y : y + part.shape[0], x : x + part.shape[1]] = part
 
 
 def transform_rle(
@@ -183,18 +186,17 @@ def transform_rle(
     Raises:
         ValueError: the RLE is not of the picture's size.
     """
-    rle = segmentation_to_rle(rle, geometry.old_size)
-    x, y, width, height = mask_utils.toBbox(rle).astype(int)
-    rows = np.flatnonzero((pixels[0] >= y) & (pixels[0] < y + height))
-    columns = np.flatnonzero((pixels[1] >= x) & (pixels[1] < x + width))
+    x, y, part = _decode_extent(segmentation_to_rle(rle, geometry.old_size))
+    rows = np.flatnonzero((pixels[0] >= y) & (pixels[0] < y + part.shape[0]))
+    columns = np.flatnonzero((pixels[1] >= x) & (pixels[1] < x + part.shape[1]))
     if len(rows) and len(columns):
-        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        out[part] = mask_utils.decode(rle)[np.ix_(pixels[0][rows], pixels[1][columns])]
+        place = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        out[place] = part[np.ix_(pixels[0][rows] - y, pixels[1][columns] - x)]
 
 
 def transform_annotations(
     annotations: Sequence[Annotation], labels: Sequence[int], geometry: Geometry
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """The training target of a picture.
 
     Args:
@@ -203,12 +205,14 @@ def transform_annotations(
         geometry: the transform of the picture.
 
     Returns:
-        `boxes (K, 4)` float32, `labels (K,)` int64, `masks (K, H, W)` bool, in the annotations'
-        order, without the objects whose box or mask the transform leaves empty.
+        - the target: `boxes (K, 4)` float32, `labels (K,)` int64, `masks (K, H, W)` bool, in the
+          annotations' order, without the objects whose box or mask the transform leaves empty;
+        - which annotations are in it, bool.
     """
-    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    # Detectron2 adds in 32 bits, transforms in 64, and looks for empty boxes in 32 again.
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    boxes = transform_boxes(boxes, geometry)
+    boxes = transform_boxes(boxes, geometry).astype(np.float32)
     masks = np.zeros((len(annotations), *geometry.new_size), dtype=bool)
     pixels = nearest_pixels(geometry)
     for annotation, mask in zip(annotations, masks, strict=True):
@@ -221,17 +225,41 @@ def transform_annotations(
     kept = (boxes[:, 2:] - boxes[:, :2] > _EMPTY_SIDE).all(axis=1) & masks.any(axis=(1, 2))
     if not kept.all():
         boxes, masks = boxes[kept], masks[kept]
-    return {
-        "boxes": torch.from_numpy(boxes.astype(np.float32)),
+    target = {
+        "boxes": torch.from_numpy(boxes),
         "labels": torch.tensor(labels, dtype=torch.int64)[torch.from_numpy(kept)],
         "masks": torch.from_numpy(masks),
     }
+    return target, kept
 
 
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 `(H, W, 3)` to a contiguous uint8 tensor `(3, H, W)`."""
     # A copy, always: numpy calls a flipped side of one pixel contiguous, torch refuses its stride.
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def _decode_extent(rle: dict[str, Any]) -> tuple[int, int, np.ndarray]:
+    """The part of a sound RLE that has all of its pixels: decoding it costs a fraction.
+
+    Returns:
+        The column and the row at which the part begins, and the part, bool `(h, w)`.
+    """
+    height = rle["size"][0]
+    runs = run_lengths(rle["counts"])
+    ends = runs.cumsum()
+    objects = np.flatnonzero(runs[1::2]) * 2 + 1  # the runs of foreground that have a pixel
+    if not len(objects):
+        return 0, 0, np.zeros((0, 0), dtype=bool)
+    # Runs go down the columns: what is before the first and behind the last are other columns.
+    first, last = objects[[0, -1]].tolist()
+    begin, end = int(ends[first - 1]), int(ends[last])
+    left, right = begin // height, -(-end // height)
+    counts = [begin - left * height, *runs[first : last + 1].tolist(), right * height - end]
+    size = [height, right - left]
+    columns = mask_utils.frPyObjects({"size": size, "counts": counts}, *size)
+    _, y, _, h = mask_utils.toBbox(columns).astype(int).tolist()
+    return left, y, mask_utils.decode(columns)[y : y + h].view(bool)
 
 
 def _flip(array: np.ndarray, flip: str) -> np.ndarray:

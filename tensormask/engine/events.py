@@ -38,7 +38,7 @@ def setup_logging(output_dir: str | Path) -> None:
 
 
 def json_line(record: Mapping[str, object]) -> str:
-    """Write a flat record as one line of valid JSON; NaN and infinities become null."""
+    """Write a record as one line of valid JSON; NaN and infinities become null."""
     valid = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
@@ -115,6 +115,12 @@ class MetricsWriter:
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, iteration)
+
+    def write_faults(self, iteration: int, faults: Mapping[str, object] | None) -> None:
+        """Append a line `{"iteration": ..., "faults": ...}` to `metrics.json`, if there are any."""
+        if faults is not None:
+            self._file.write(json_line({"iteration": iteration, "faults": faults}))
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -6,7 +6,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tensormask.config import CfgNode
 from tensormask.data import (
+    FaultReporter,
     build_test_loader,
     build_train_loader,
-    check_num_classes,
+    check_dataset,
     get_dataset,
 )
 from tensormask.data.transforms import build_test_transform
@@ -50,6 +51,7 @@ from tensormask.engine.solver import (
 from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.modeling import build_model
+from tensormask.visualizer import unique_stem
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     checkpoint = _checkpoint_to_resume(output_dir) if resume else None
     cfg = _with_seed(cfg, checkpoint)
     for name in cfg.DATASETS.TEST:
-        check_num_classes(cfg, get_dataset(name))  # not only after hours of training
+        check_dataset(cfg, get_dataset(name))  # not only after hours of training
+    reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     seed_everything(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
@@ -103,9 +106,10 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     write_atomically(output_dir / "config.yaml", lambda file: file.write(cfg.dump().encode()))
     with MetricsWriter(output_dir, start) as writer:
         if not finished:
-            _run_iterations(cfg, model, optimizer, scheduler, batches, writer, start)
-        results = evaluate_all(cfg, model, output_dir)
+            _run_iterations(cfg, model, optimizer, scheduler, batches, writer, reporter, start)
+        results = evaluate_all(cfg, model, output_dir, reporter)
         writer.write(cfg.SOLVER.MAX_ITER - 1, flatten_results(results))
+        writer.write_faults(cfg.SOLVER.MAX_ITER - 1, reporter.pop_record())
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
 
@@ -117,6 +121,7 @@ def _run_iterations(
     scheduler: LRScheduler,
     batches: Iterator[list[dict]],
     writer: MetricsWriter,
+    reporter: FaultReporter,
     start: int,
 ) -> None:
     """Train from iteration `start` to the last, with what is due on the way."""
@@ -134,11 +139,14 @@ def _run_iterations(
         category_ids=datasets[0].category_ids,
     )
     _log_start(cfg, model, datasets, start)
+    writer.write_faults(start, reporter.pop_record())
     recent = RecentMetrics()
     model.train()
     for iteration in range(start, max_iter):
         started = time.perf_counter()
         batch = next(batches)
+        reporter.take(batch)
+        _check_pictures(batch)
         data_time = time.perf_counter() - started
         metrics = train_step(model, batch, optimizer, scheduler, clip_gradients, iteration)
         recent.add(metrics | {"time": time.perf_counter() - started, "data_time": data_time})
@@ -149,12 +157,14 @@ def _run_iterations(
             medians["eta_seconds"] = recent.seconds_left(max_iter - done)
             logger.info(format_progress(iteration, max_iter, medians))
             writer.write(iteration, medians)
+            writer.write_faults(iteration, reporter.pop_record())
         if done == max_iter:
             save("model_final.pth", iteration=iteration)
         elif _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
             save(f"model_{iteration:07d}.pth", iteration=iteration)
         if done < max_iter and _is_due(done, cfg.TEST.EVAL_PERIOD):
-            writer.write(iteration, flatten_results(evaluate_all(cfg, model, cfg.OUTPUT_DIR)))
+            results = evaluate_all(cfg, model, cfg.OUTPUT_DIR, reporter)
+            writer.write(iteration, flatten_results(results))
 
 
 def train_step(
@@ -200,6 +210,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir)
     checkpoint = _checkpoint_to_resume(output_dir) if resume else None
+    reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
     model = build_model(cfg)
     if checkpoint is not None:
         restore_model(checkpoint, model)
@@ -210,13 +221,13 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
             "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
             "or --resume to take the last checkpoint in OUTPUT_DIR"
         )
-    results = evaluate_all(cfg, model, output_dir)
+    results = evaluate_all(cfg, model, output_dir, reporter)
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
 
 
 def evaluate_all(
-    cfg: CfgNode, model: nn.Module, output_dir: str | Path
+    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: FaultReporter
 ) -> dict[str, dict[str, float]]:
     """Evaluate on every set in `DATASETS.TEST`, and log the results.
 
@@ -228,30 +239,31 @@ def evaluate_all(
         what true masks score that are seen through the windows. With several sets this is nested
         once more: `{set's name: {"bbox": ...}}`.
     """
-    names = cfg.DATASETS.TEST
-    results = {}
+    names = list(dict.fromkeys(cfg.DATASETS.TEST))
+    results, taken = {}, set()
     for name in names:
         folder = Path(output_dir) / "inference"
         if len(names) > 1:
-            folder /= re.sub(r"[^\w.-]+", "_", name)
+            folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
         # A run that is evaluated on the way must train like one that is not.
         with preserved_random_states():
-            results[name] = _evaluate_one(cfg, model, name, folder)
+            results[name] = _evaluate_one(cfg, model, name, folder, reporter)
     return results[names[0]] if len(names) == 1 else results
 
 
 def _evaluate_one(
-    cfg: CfgNode, model: nn.Module, name: str, folder: Path
+    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: FaultReporter
 ) -> dict[str, dict[str, float]]:
     dataset = get_dataset(name)
     logger.info("Evaluating on %s: %d pictures", name, len(dataset))
     results = evaluate(
         model,
-        build_test_loader(cfg, dataset),
+        reporter.watch(build_test_loader(cfg, dataset)),
         dataset,
         folder,
         max_dets=cfg.TEST.MAX_DETS,
         num_visualized=cfg.TEST.NUM_VISUALIZED,
+        submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
     )
     if not results:  # test-dev: nothing to compare with
         return results
@@ -262,6 +274,16 @@ def _evaluate_one(
         )["segm"]
     logger.info("Results on %s\n%s", name, results_table(results, oracle))
     return results if oracle is None else {**results, "oracle": oracle}
+
+
+def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:
+    """The reporter of the faults of some data sets; says those that are known already.
+
+    Raises:
+        ValueError: there are some and `DATASETS.STRICT` is on.
+    """
+    logs = {name: get_dataset(name).faults for name in names}
+    return FaultReporter(logs, strict=cfg.DATASETS.STRICT)
 
 
 def seed_everything(seed: int) -> None:
@@ -308,6 +330,17 @@ def _checked_losses(
         + ". Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip the gradients "
         "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
     )
+
+
+def _check_pictures(batch: list[dict]) -> None:
+    """Raise ValueError if a sample has no picture: too many in a row could not be read."""
+    for sample in batch:
+        if sample["image"] is None:
+            raise ValueError(
+                f"{len(sample['faults'])} pictures in a row cannot be read; the last is "
+                f"{sample['faults'][-1]} (data set, fault, image id). "
+                "Is the folder of pictures there and readable?"
+            )
 
 
 def _is_due(done: int, period: int) -> bool:

@@ -1,8 +1,10 @@
 """COCO evaluation: scores, tables and pictures."""
 
-from tensormask.evaluation.coco import coco_results, evaluate, evaluate_results
+from tensormask.evaluation.coco import evaluate
 from tensormask.evaluation.oracle import evaluate_oracle, oracle_detections
 from tensormask.evaluation.report import UnexpectedResultsError, results_table, verify_results
+from tensormask.evaluation.results import coco_results
+from tensormask.evaluation.scoring import evaluate_results
 
 __all__ = [
     "UnexpectedResultsError",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tensormask.data import CocoDataset
 from tensormask.data.transforms import Augmentation, transform_annotations
-from tensormask.evaluation.coco import Metrics, coco_results, evaluate_results
+from tensormask.evaluation.results import coco_results
+from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_masks
 from tensormask.modeling import TensorMask
 from tensormask.modeling.assignment import assign
@@ -39,12 +40,12 @@ def evaluate_oracle(
         annotations = dataset.training_annotations(image_id)
         labels = [dataset.label_of(annotation) for annotation in annotations]
         geometry = transform.draw(size, rng)
-        target = transform_annotations(annotations, labels, geometry)
+        target, _ = transform_annotations(annotations, labels, geometry)
         if len(target["labels"]):
             detections = oracle_detections(model, target, geometry.new_size, size)
             results += coco_results(detections, image_id, dataset.category_ids)
     return evaluate_results(
-        dataset.coco,
+        dataset.to_coco(),
         results,
         dataset.class_names,
         category_ids=dataset.category_ids,

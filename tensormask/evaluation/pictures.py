@@ -1,6 +1,6 @@
 """Pictures of an evaluation: predictions beside ground truth, and a contact sheet of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
+from tensormask.data.faults import Identity
 from tensormask.data.segmentation import segmentation_to_rle
-from tensormask.evaluation.ground_truth import has_mask
+from tensormask.evaluation.results import Detections
+from tensormask.layers import paste_masks
 from tensormask.visualizer import (
     contact_sheet,
     draw_instances,
@@ -39,7 +41,7 @@ class PictureWriter:
         self.stems: set[str] = set()
         self.sheet: list[np.ndarray] = []
 
-    def add(self, image_id: int, detections: Mapping[str, Tensor]) -> None:
+    def add(self, image_id: Identity, detections: Detections) -> None:
         if image_id not in self.chosen_ids:
             return
         rgb, _ = self.dataset.load(image_id)
@@ -50,7 +52,7 @@ class PictureWriter:
             truth_title += f", without {num_crowds} crowd" + "s" * (num_crowds > 1)
         titles = (f"predicted, score >= {DRAWN_SCORE}", truth_title)
         picture = side_by_side(predicted, truth, titles)
-        file_name = Path(self.dataset.coco.imgs[image_id]["file_name"])
+        file_name = Path(self.dataset.image(image_id)["file_name"])
         stem = unique_stem(file_name.stem, self.stems)
         save_picture(self.output_dir / "pictures" / f"{stem}.png", picture)
         self.sheet.append(shrink(picture, SHEET_CELL_WIDTH))
@@ -72,7 +74,7 @@ def evenly_spread(items: Sequence, count: int) -> list:
 
 def draw_predictions(
     rgb: np.ndarray,
-    detections: Mapping[str, Tensor],
+    detections: Detections,
     class_names: Sequence[str],
     min_score: float = DRAWN_SCORE,
 ) -> np.ndarray:
@@ -82,24 +84,37 @@ def draw_predictions(
         rgb,
         detections["boxes"][keep],
         detections["labels"][keep],
-        detections["masks"][keep] if "masks" in detections else None,
+        _masks_of(detections, keep, rgb.shape[:2]),
         detections["scores"][keep],
         class_names,
     )
 
 
-def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: int) -> tuple[np.ndarray, int]:
+def _masks_of(detections: Detections, keep: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """The masks of chosen detections, bool `(K, H, W)`; None for detections without masks."""
+    if "masks" in detections:
+        return detections["masks"][keep]
+    if "window_masks" not in detections:
+        return None
+    masks = [
+        mask for mask, kept in zip(detections["window_masks"], keep.tolist(), strict=True) if kept
+    ]
+    return paste_masks(masks, detections["windows"][keep], size)
+
+
+def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: Identity) -> tuple[np.ndarray, int]:
     """`rgb (H, W, 3)` with its annotated objects, and the number of crowds, which are left out."""
-    annotations = dataset.coco.imgToAnns[image_id]
-    objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
-    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
-    labels = [label_of.get(annotation["category_id"], -1) for annotation in objects]
-    boxes = np.array([annotation["bbox"] for annotation in objects], float).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    annotations = dataset.annotations(image_id)
+    objects = [a for a in annotations if not a["iscrowd"] and (a["bbox"] or a["segmentation"])]
     masks = np.zeros((len(objects), *rgb.shape[:2]), bool)
-    for mask, annotation in zip(masks, objects, strict=True):
-        if has_mask(annotation):
+    boxes = np.zeros((len(objects), 4))
+    for mask, box, annotation in zip(masks, boxes, objects, strict=True):
+        code = None
+        if annotation["segmentation"]:
             code = segmentation_to_rle(annotation["segmentation"], mask.shape)
             mask[:] = rle_tools.decode(code)
+        box[:] = annotation["bbox"] or rle_tools.toBbox(code)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = [dataset.label_of(annotation) for annotation in objects]
     picture = draw_instances(rgb, boxes, labels, masks, class_names=dataset.class_names)
-    return picture, len(annotations) - len(objects)
+    return picture, sum(annotation["iscrowd"] for annotation in annotations)

@@ -1,0 +1,229 @@
+"""Detections in COCO's results format: from tensors, into a file and back.
+
+Letters: K detections, (H, W) the picture, (V, U) a mask in its window.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle_tools
+from pycocotools.coco import COCO
+from torch import Tensor
+
+from tensormask.data.faults import Identity
+from tensormask.data.segmentation import check_rle, segmentation_to_rle
+from tensormask.evaluation.ground_truth import has_box, is_finite_number
+from tensormask.layers import paste_regions
+
+Detections = Mapping[str, Any]
+Result = dict[str, Any]
+REGION_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # of a result, by IoU type
+
+logger = logging.getLogger(__name__)
+
+
+def coco_results(
+    detections: Detections,
+    image_id: Identity,
+    category_ids: Sequence[Identity],
+    size: tuple[int, int] | None = None,
+) -> list[Result]:
+    """One picture's detections in COCO's results format, ready for JSON.
+
+    Args:
+        detections: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0,
+            on any device; for masks `masks (K, H, W)` bool, or `windows (K, 4)` and `window_masks`,
+            K tensors `(V, U)`, as of `TensorMask.detect`.
+        category_ids: the COCO category id of each label.
+        size: `(height, width)` of the picture in pixels, which `window_masks` need; `masks` are
+            compared with it if it is given.
+
+    Returns:
+        K dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and, where
+        there are masks, `segmentation` as `{"size": [H, W], "counts": str}`.
+
+    Raises:
+        ValueError: a label outside `category_ids`; NaN or infinity in boxes or scores; masks of
+            another size.
+    """
+    labels = detections["labels"].tolist()
+    if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
+        raise ValueError(
+            f"image {image_id}: labels from {min(labels)} to {max(labels)} were detected, but the "
+            f"data set has {len(category_ids)} categories; set MODEL.TENSOR_MASK.NUM_CLASSES to it"
+        )
+    boxes, scores = detections["boxes"].double().cpu(), detections["scores"].tolist()
+    if not (boxes.isfinite().all() and all(map(math.isfinite, scores))):
+        raise ValueError(
+            f"image {image_id}: NaN or infinity in the boxes or scores of its detections; are the "
+            "model's weights finite? A training that diverged needs a lower SOLVER.BASE_LR"
+        )
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(labels, boxes, scores, strict=True)
+    ]
+    codes = _encoded_masks(detections, size)
+    if codes is not None:
+        for result, code in zip(results, codes, strict=True):
+            result["segmentation"] = code
+    return results
+
+
+def encode_mask(mask: Tensor) -> dict[str, Any]:
+    """COCO's compressed run-length code of a bool `mask (H, W)`, with `counts` a str for JSON."""
+    # Runs go down the columns. The transposed copy is of one mask only, made where the mask lies.
+    columns = mask.bool().t().contiguous().cpu().numpy().view(np.uint8)
+    return _as_json(rle_tools.encode(columns.T))
+
+
+def encode_region(region: Tensor, x0: int, y0: int, size: tuple[int, int]) -> dict[str, Any]:
+    """As `encode_mask` of a mask that is empty but for a region, without making the mask.
+
+    Args:
+        region: bool `(h, w)`, all of it inside the picture.
+        x0, y0: the region's corner in the picture, in pixels.
+        size: `(height, width)` of the picture.
+    """
+    height, width = size
+    region_height, region_width = region.shape
+    # Runs go down the columns. A row of background below them ends every run in its own column.
+    columns = np.zeros(1 + region_width * (region_height + 1), dtype=bool)
+    padded = columns[1:].reshape(region_width, region_height + 1)
+    padded[:, :-1] = region.t().contiguous().cpu().numpy()
+    edges = np.flatnonzero(columns[1:] != columns[:-1])  # start, end, start, end, ...
+    column, row = np.divmod(edges, region_height + 1)
+    places = (x0 + column) * height + y0 + row
+    # Where the region is as high as the picture, a run may go on at the top of the next column.
+    goes_on = places[1:-1:2] == places[2::2]
+    whole = np.ones(len(places), dtype=bool)
+    whole[1:-1:2] &= ~goes_on
+    whole[2::2] &= ~goes_on
+    places = places[whole]
+    if len(places) == 0 or places[-1] < height * width:
+        places = np.append(places, height * width)
+    counts = np.diff(places, prepend=0)
+    return _as_json(rle_tools.frPyObjects({"size": list(size), "counts": counts}, height, width))
+
+
+class ResultsWriter:
+    """Writes results to a JSON list while they come in; none of them stays in memory.
+
+    A context manager. The file has a temporary name until the block is left, and an error in the
+    block leaves no file, or the one that was there before. There is one result to a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_results = 0
+        self._temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> "ResultsWriter":
+        self._file = open(self._temporary, "w", encoding="utf-8")
+        self._file.write("[")
+        return self
+
+    def add(self, results: Iterable[Result]) -> None:
+        for result in results:
+            self._file.write(",\n" if self.num_results else "\n")
+            self._file.write(json.dumps(result))
+            self.num_results += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._file:
+            self._file.write("\n]\n")
+        if error is None:
+            self._temporary.replace(self.path)
+        else:
+            self._temporary.unlink()
+
+
+def read_results(path: Path) -> Iterator[Result]:
+    """Results of a file by `ResultsWriter`, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("{"):
+                yield json.loads(line.rstrip(",\n"))
+
+
+def checked_results(
+    results: Sequence[Mapping[str, Any]], coco_gt: COCO, iou_types: Sequence[str]
+) -> list[Result]:
+    """Results of any origin as pycocotools can take them: it reads wild memory for some RLEs.
+
+    Those of a category that `coco_gt` does not have never count; their number is logged.
+
+    Raises:
+        ValueError: a result of a picture that `coco_gt` does not have, or without the region that
+            an IoU type needs; a box or a score that is not finite; an RLE that is not sound.
+    """
+    unknown = {result["image_id"] for result in results} - coco_gt.imgs.keys()
+    if unknown:
+        raise ValueError(
+            f"the results are of another data set: it has no picture {sorted(unknown, key=str)[:5]}"
+        )
+    for iou_type in iou_types:
+        region = REGION_KEYS[iou_type]
+        if any(region not in result for result in results):
+            raise ValueError(f"scoring {iou_type!r} needs a {region!r} in every result")
+    categories = {result["category_id"] for result in results} - coco_gt.cats.keys()
+    if categories:
+        logger.warning(
+            "%d of %d results do not count, since the ground truth has no category %s",
+            sum(result["category_id"] in categories for result in results),
+            len(results),
+            sorted(categories, key=str)[:5],
+        )
+    checked = []
+    for place, result in enumerate(results):
+        image = coco_gt.imgs[result["image_id"]]
+        name = f"result {place}, of image {result['image_id']}"
+        if not is_finite_number(result["score"]):
+            raise ValueError(f"{name}: the score must be a finite number, got {result['score']!r}")
+        if "bbox" in iou_types and not has_box(result):
+            raise ValueError(
+                f"{name}: the bbox must be four finite numbers, x, y, width and height in pixels, "
+                f"got {result['bbox']!r}"
+            )
+        checked.append(dict(result))
+        if "segm" in iou_types:
+            size = (image["height"], image["width"])
+            try:
+                check_rle(result["segmentation"], size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            checked[-1]["segmentation"] = segmentation_to_rle(result["segmentation"], size)
+    return checked
+
+
+def _encoded_masks(
+    detections: Detections, size: tuple[int, int] | None
+) -> Iterator[dict[str, Any]] | None:
+    """The code of each mask, made one at a time; None for detections without masks."""
+    if "masks" in detections:
+        masks = detections["masks"]
+        if size is not None and masks.shape[1:] != size:
+            raise ValueError(f"masks of shape {tuple(masks.shape)} for a picture of {size}")
+        return map(encode_mask, masks)
+    if "window_masks" not in detections:
+        return None
+    if size is None:
+        raise ValueError("masks in windows need the size of the picture")
+    regions = paste_regions(detections["window_masks"], detections["windows"], size)
+    return (encode_region(region, x0, y0, size) for x0, y0, region in regions)
+
+
+def _as_json(code: dict[str, Any]) -> dict[str, Any]:
+    return {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}

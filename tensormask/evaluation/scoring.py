@@ -1,0 +1,197 @@
+"""COCO's metrics of detections in its results format, by pycocotools."""
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tensormask.data.annotations import sort_key
+from tensormask.data.faults import Identity
+from tensormask.evaluation.ground_truth import numbered, scorable_copy
+from tensormask.evaluation.results import REGION_KEYS, Result, checked_results
+
+Metrics = dict[str, float]
+
+STANDARD_MAX_DETS = (1, 10, 100)
+AREA_RANGES = {"APs": 1, "APm": 2, "APl": 3}  # metric -> index on COCOeval's area axis; 0 is all
+
+
+def evaluate_results(
+    coco_gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    *,
+    category_ids: Sequence[Identity] | None = None,
+    image_ids: Sequence[Identity] | None = None,
+    iou_types: Sequence[str] = ("bbox", "segm"),
+    max_dets: int = 100,
+) -> dict[str, Metrics]:
+    """Scores detections in COCO's results format. Neither `coco_gt` nor `results` is changed.
+
+    Args:
+        class_names: name of each category, in the order of `category_ids`.
+        category_ids: the categories that count; None is all of them, by ascending id.
+        image_ids: the pictures that count; None is all of them.
+        iou_types: "bbox", "segm" or both; "segm" needs a `segmentation` in each result.
+        max_dets: see `evaluate`.
+
+    Returns:
+        Per IoU type, in percent, NaN where there is no object to find: `AP`, `AP50`, `AP75`, `APs`,
+        `APm`, `APl` and `AP-<class>` at 100 detections per picture and class, and `AP@<max_dets>`
+        and `AR@<max_dets>` when `max_dets` is not 100.
+
+    Raises:
+        ValueError: names and categories of unequal number, pictures or categories that `coco_gt`
+            does not have, results that cannot be scored (see `checked_results`), or an RLE of the
+            ground truth that is not sound.
+    """
+    unknown = set(iou_types) - REGION_KEYS.keys()
+    if unknown:
+        raise ValueError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
+    given = {"categories": (category_ids, coco_gt.cats), "images": (image_ids, coco_gt.imgs)}
+    for what, (ids, known) in given.items():
+        missing = [identity for identity in ids or [] if identity not in known]
+        if missing:
+            raise ValueError(f"the ground truth has no {what} with the ids {missing[:5]}")
+    category_ids = sorted(coco_gt.cats, key=sort_key) if category_ids is None else category_ids
+    image_ids = list(coco_gt.imgs) if image_ids is None else image_ids
+    if len(class_names) != len(category_ids):
+        raise ValueError(f"{len(class_names)} class names for {len(category_ids)} categories")
+    results = checked_results(results, coco_gt, iou_types)
+    return {
+        iou_type: metrics_of(
+            coco_gt,
+            results,
+            iou_type,
+            class_names,
+            category_ids=category_ids,
+            image_ids=image_ids,
+            max_dets=max_dets,
+        )
+        for iou_type in iou_types
+    }
+
+
+def metrics_of(
+    coco_gt: COCO,
+    results: Iterable[Result],
+    iou_type: str,
+    class_names: Sequence[str],
+    *,
+    category_ids: Sequence[Identity],
+    image_ids: Sequence[Identity],
+    max_dets: int,
+) -> Metrics:
+    """The metrics of `evaluate_results` for one IoU type, of results that pycocotools can take."""
+    coco_eval = score(
+        coco_gt,
+        results,
+        iou_type,
+        category_ids=category_ids,
+        image_ids=image_ids,
+        max_dets=max_dets,
+    )
+    names = _distinct_names(class_names, category_ids)
+    return summarize(coco_eval, names, category_ids, max_dets=max_dets)
+
+
+def score(
+    coco_gt: COCO,
+    results: Iterable[Result],
+    iou_type: str,
+    *,
+    category_ids: Sequence[Identity],
+    image_ids: Sequence[Identity],
+    max_dets: int = 100,
+) -> COCOeval:
+    """pycocotools' accumulated evaluation of `results`; the rest as in `evaluate_results`.
+
+    In it pictures and categories have numbers for ids, see `numbered`. Its `params.maxDets` holds
+    1, 10, 100 and `max_dets`.
+    """
+    if max_dets < 1:
+        raise ValueError(f"max_dets must be 1 or more, got {max_dets}")
+    images, categories = numbered(image_ids), numbered(category_ids)
+    found = [
+        {
+            "image_id": images[result["image_id"]],
+            "category_id": categories[result["category_id"]],
+            "score": result["score"],
+            # One kind of region only: loadRes takes areas from the box wherever there is one.
+            REGION_KEYS[iou_type]: result[REGION_KEYS[iou_type]],
+        }
+        for result in results
+        if result["image_id"] in images and result["category_id"] in categories
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
+        ground_truth = scorable_copy(coco_gt, images, categories, iou_type)
+        coco_eval = COCOeval(ground_truth, _loaded(ground_truth, found), iou_type)
+        coco_eval.params.imgIds = list(images.values())
+        coco_eval.params.catIds = list(categories.values())
+        coco_eval.params.maxDets = sorted({*STANDARD_MAX_DETS, max_dets})
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+    return coco_eval
+
+
+def _loaded(ground_truth: COCO, results: list[Result]) -> COCO:
+    """Results as a COCO object; they are written into."""
+    if results:
+        return ground_truth.loadRes(results)
+    empty = COCO()  # loadRes looks at the first one
+    empty.dataset = ground_truth.dataset | {"annotations": []}
+    empty.createIndex()
+    return empty
+
+
+def summarize(
+    coco_eval: COCOeval,
+    class_names: Sequence[str],
+    category_ids: Sequence[Identity],
+    *,
+    max_dets: int = 100,
+) -> Metrics:
+    """The metrics of `evaluate_results` from an accumulated evaluation.
+
+    COCOeval's own summary knows three limits of detections only and reads the third for most
+    numbers, hence this one; at 100 detections both give the same bits.
+    """
+    params = coco_eval.params
+    precision = coco_eval.eval["precision"]  # (thresholds, recalls, classes, areas, limits)
+    at_100 = precision[..., params.maxDets.index(100)]
+    metrics = {
+        "AP": _mean_percent(at_100[:, :, :, 0]),
+        "AP50": _mean_percent(at_100[params.iouThrs == 0.5, :, :, 0]),
+        "AP75": _mean_percent(at_100[params.iouThrs == 0.75, :, :, 0]),
+    }
+    for metric, area in AREA_RANGES.items():
+        metrics[metric] = _mean_percent(at_100[:, :, :, area])
+    if max_dets != 100:
+        limit = params.maxDets.index(max_dets)
+        recall = coco_eval.eval["recall"]  # (thresholds, classes, areas, limits)
+        metrics[f"AP@{max_dets}"] = _mean_percent(precision[:, :, :, 0, limit])
+        metrics[f"AR@{max_dets}"] = _mean_percent(recall[:, :, 0, limit])
+    numbers = numbered(category_ids)  # also their places in COCOeval's arrays
+    for name, category in zip(class_names, category_ids, strict=True):
+        metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, numbers[category], 0])
+    return metrics
+
+
+def _mean_percent(values: np.ndarray) -> float:
+    """100 times the mean of COCOeval's values; -1 marks those without objects, NaN is none left."""
+    defined = values[values > -1]
+    return 100 * float(np.mean(defined)) if defined.size else float("nan")
+
+
+def _distinct_names(class_names: Sequence[str], category_ids: Sequence[Identity]) -> list[str]:
+    """Names as they are, with the category id added to those that several categories share."""
+    counts = Counter(class_names)
+    return [
+        name if counts[name] == 1 else f"{name} (id {category})"
+        for name, category in zip(class_names, category_ids, strict=True)
+    ]

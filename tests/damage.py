@@ -1,0 +1,187 @@
+"""Damages a copy of a COCO-format set in every way that `tensormask.data.faults` has a name for.
+
+`python tests/damage.py annotations.json images/ out/` writes `out/annotations.json`, `out/images/`
+and prints what was done.
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+# What takes an annotation of a picture and spoils it; {kind of fault: [one or more ways]}.
+POLYGON = [1, 1, 5, 1, 5, 5]
+
+
+def _set(**fields):
+    return lambda annotation, image: annotation.update(fields)
+
+
+def _box(change):
+    def damage(annotation, image):
+        annotation["bbox"] = change(*annotation["bbox"], image["width"], image["height"])
+
+    return damage
+
+
+def _rle(size_change=0, counts=None):
+    def damage(annotation, image):
+        size = [image["height"] + size_change, image["width"]]
+        pixels = size[0] * size[1]
+        annotation["segmentation"] = {"size": size, "counts": counts(pixels)}
+
+    return damage
+
+
+ANNOTATION_DAMAGES = {
+    "annotation_unknown_image": [_set(image_id=987654321), _set(image_id=None)],
+    "annotation_unknown_category": [_set(category_id=987654), _set(category_id=[1])],
+    "box_malformed": [_set(bbox=[1, 2, 3]), _set(bbox=None), _set(bbox="1 2 3 4")],
+    "box_not_finite": [_set(bbox=[math.nan, 1, 5, 5]), _set(bbox=[1, 1, math.inf, 5])],
+    "box_negative": [_box(lambda x, y, w, h, *_: [x, y, -w, h])],
+    "box_empty": [_box(lambda x, y, w, h, *_: [x, y, w, 0])],
+    "box_outside": [
+        _box(lambda x, y, w, h, width, _: [width + 3, y, w, h]),
+        _box(lambda x, y, w, h, *_: [-w - 3, y, w, h]),
+    ],
+    "box_beyond": [_box(lambda x, y, w, h, *_: [-20, y, x + w + 20, h])],
+    "box_mask_disagree": [_box(lambda x, y, w, h, width, height: [0, 0, width, height])],
+    "mask_missing": [_set(segmentation=[]), _set(segmentation=None)],
+    "mask_malformed": [_set(segmentation="polygon"), _set(segmentation={"size": [1, 1]})],
+    "mask_size": [_rle(1, counts=lambda pixels: [0, pixels])],
+    "mask_counts": [
+        _rle(counts=lambda pixels: [0, pixels + 1]),
+        _rle(counts=lambda pixels: [pixels + 5, -5]),
+        _rle(counts=lambda pixels: [2**62, 2**62, 2**62, 2**62, pixels]),
+        _rle(counts=lambda pixels: [1.5, pixels]),
+        _rle(counts=lambda pixels: "P" * 50),  # every character says that another one follows
+        _rle(counts=lambda pixels: "0é0"),
+        _rle(counts=lambda pixels: "oooooooo0"),
+        _rle(counts=lambda pixels: 7),
+    ],
+    "mask_empty": [
+        _rle(counts=lambda pixels: [pixels]),
+        # Only who draws it knows; its box is right.
+        _set(segmentation=[[1.2, 1.2, 1.4, 1.2, 1.4, 1.4]], bbox=[1.2, 1.2, 0.2, 0.2]),
+    ],
+    "polygon_malformed": [_set(segmentation=[1, 1, 5, 1, 5, 5]), _set(segmentation=[["a"] * 6])],
+    "polygon_short": [_set(segmentation=[[1, 1, 5, 5]]), _set(segmentation=[[]])],
+    "polygon_odd": [_set(segmentation=[[*POLYGON, 7]])],
+    "polygon_not_finite": [
+        _set(segmentation=[[*POLYGON, math.nan, 2]]),
+        _set(segmentation=[[*POLYGON, math.inf, -math.inf]]),
+    ],
+    "polygon_far_outside": [_set(segmentation=[[*POLYGON, 1e9, 2]])],
+}
+# What of these can still be trained on.
+STILL_TRAINABLE = {"box_beyond", "box_mask_disagree"}
+
+
+def damage(json_file, image_root, out):
+    """Writes a damaged copy to the folder `out`.
+
+    Returns:
+        `{kind: [ids]}` of what was damaged; annotations that are no objects and entries without an
+        id by their place, as in "images[12]".
+    """
+    out = Path(out)
+    shutil.copytree(image_root, out / "images")
+    content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    done = {}
+    _damage_annotations(content, done)
+    _damage_entries(content, done)
+    _damage_pictures(content, out, done)
+    (out / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
+    return done
+
+
+def _damage_annotations(content, done):
+    images = {image["id"]: image for image in content["images"]}
+    # Small objects inside their picture, whose box can be moved and enlarged noticeably.
+    usable = [
+        annotation
+        for annotation in content["annotations"]
+        if not annotation.get("iscrowd")
+        and annotation["bbox"][2] < images[annotation["image_id"]]["width"] / 2
+        and annotation["bbox"][3] >= 4
+    ]
+    rest = iter(usable)
+    for kind, ways in ANNOTATION_DAMAGES.items():
+        for way in ways:
+            annotation = next(rest)
+            way(annotation, images[annotation["image_id"]])
+            done.setdefault(kind, []).append(annotation["id"])
+    one, other = next(rest), next(rest)
+    later = max(one, other, key=content["annotations"].index)
+    other["id"] = one["id"]
+    done["annotation_duplicate_id"] = [later["id"]]
+    for nothing in (None, 7, ["bbox"]):
+        content["annotations"].append(nothing)
+        number = len(content["annotations"]) - 1
+        done.setdefault("annotation_malformed", []).append(f"annotations[{number}]")
+
+
+def _damage_entries(content, done):
+    images, categories = content["images"], content["categories"]
+    images.append(dict(images[0], file_name="another.jpg"))
+    done["image_duplicate_id"] = [images[0]["id"]]
+    for fields in ({"id": None}, {"file_name": 7}, {"width": 0}, {"height": "12"}):
+        images.append({**images[0], "id": 900000 + len(images), **fields})
+        name = images[-1]["id"] or f"images[{len(images) - 1}]"
+        done.setdefault("image_malformed", []).append(name)
+    images.append("a picture")
+    done["image_malformed"].append(f"images[{len(images) - 1}]")
+    categories.append(copy.deepcopy(categories[0]))
+    done["category_duplicate_id"] = [categories[0]["id"]]
+    categories.append({"id": 4711})
+    done["category_malformed"] = [4711]
+
+
+def _damage_pictures(content, out, done):
+    """Spoils files of pictures, taken from the end of the list of whole entries."""
+    bad = {*done["image_duplicate_id"], *done["image_malformed"]}
+    spoilt = {i for ids in done.values() for i in ids}
+    # Pictures of which no annotation has been damaged.
+    touched = {
+        a["image_id"] for a in content["annotations"] if isinstance(a, dict) and a["id"] in spoilt
+    }
+    entries = [i for i in content["images"] if isinstance(i, dict) and i.get("id") not in bad]
+    rest = iter([i for i in entries if i["id"] not in touched])
+    # Pictures of which nobody may see a pixel: they lie beside the image root.
+    for leading_out in (
+        "../secret.png",
+        str((out / "secret.png").absolute()),
+        "a/../../secret.png",
+    ):
+        image = next(rest)
+        Image.new("RGB", (image["width"], image["height"]), (255, 0, 0)).save(out / "secret.png")
+        image["file_name"] = leading_out
+        done.setdefault("image_outside_root", []).append(image["id"])
+    image = next(rest)
+    (out / "images" / image["file_name"]).unlink()
+    done["image_missing"] = [image["id"]]
+    for spoil in (
+        lambda data: b"",
+        lambda data: b"no picture",
+        lambda data: data[: len(data) // 2],
+    ):
+        image = next(rest)
+        path = out / "images" / image["file_name"]
+        path.write_bytes(spoil(path.read_bytes()))
+        done.setdefault("image_broken", []).append(image["id"])
+    image = next(rest)
+    path = out / "images" / image["file_name"]
+    Image.open(path).resize((image["width"] + 1, image["height"])).save(path)
+    done["image_size"] = [image["id"]]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for argument in ("json_file", "image_root", "out"):
+        parser.add_argument(argument, type=Path)
+    for kind, ids in damage(**vars(parser.parse_args())).items():
+        print(f"{len(ids):4d}  {kind}: {ids}")
