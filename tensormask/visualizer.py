@@ -14,6 +14,7 @@ import numpy as np
 
 DRAWN_SIDE = 512  # pixels: pictures much smaller than this are magnified to be drawn on
 MASK_OPACITY = 0.45
+DIMMED = 0.45  # of the brightness of a picture that windows are drawn on
 OUTLINE_WIDTH = 2
 MAX_LABELS = 40
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -81,8 +82,7 @@ def draw_instances(
         # Large ones first, or they would hide the small ones that they overlap.
         for index in np.argsort(-masks.sum((1, 2)), kind="stable"):
             _draw_mask(picture, masks[index], factor, instance_colour(index))
-    corners = np.nan_to_num(boxes * factor, posinf=0, neginf=0)
-    corners = np.clip(corners, -1e6, 1e6).round().astype(int)
+    corners = _to_pixels(boxes, factor)
     if draw_boxes or masks is None:
         for index, (x0, y0, x1, y1) in enumerate(corners.tolist()):
             cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), instance_colour(index), 1)
@@ -93,6 +93,63 @@ def draw_instances(
             if scores is not None:
                 text += f" {scores[index]:.0%}"
             _draw_label(picture, text, corner, instance_colour(index), taken)
+    return picture
+
+
+def draw_windows(
+    image: np.ndarray,
+    boxes: Any,
+    windows: Any,
+    owned_objects: Any,
+    *,
+    magnify: int | None = None,
+) -> np.ndarray:
+    """A dark copy of `image` with windows that own objects, and the objects that none owns.
+
+    A window is a thin square in the colour that `draw_instances` gives to its object, with a dot in
+    its centre; the object itself is a filled box of that colour. An object without a window is a
+    white box that is crossed out.
+
+    Args:
+        image: `(H, W, 3)` uint8 RGB.
+        boxes: `(K, 4)` xyxy of the objects in pixels of `image`, array or tensor; so are the next.
+        windows: `(F, 4)` xyxy of the windows; they may reach out of the picture.
+        owned_objects: `(F,)` row in `boxes` of the object that each window owns.
+        magnify: as of `draw_instances`.
+
+    Returns:
+        `(magnify * H, magnify * W, 3)` uint8 RGB.
+
+    Raises:
+        ValueError: an image that is not uint8 `(H, W, 3)`, or a window without its object.
+    """
+    _check_picture(image)
+    factor = magnification(*image.shape[:2]) if magnify is None else magnify
+    boxes = _to_pixels(boxes, factor)
+    windows = _to_pixels(windows, factor)
+    owners = _to_numpy(owned_objects).astype(int).reshape(-1)
+    if len(owners) != len(windows) or not set(owners.tolist()) <= set(range(len(boxes))):
+        raise ValueError(
+            f"{len(windows)} windows own the objects {owners.tolist()} of {len(boxes)} boxes; "
+            "expected a row of the boxes for each window"
+        )
+    picture = (_enlarge(image, factor) * DIMMED).astype(np.uint8)
+    # Large objects first, or they would hide the small ones.
+    sides = boxes[:, 2:] - boxes[:, :2]
+    for index in np.argsort(-sides.prod(1), kind="stable"):
+        x0, y0, x1, y1 = boxes[index].tolist()
+        if index in owners:
+            region = picture[max(y0, 0) : y1, max(x0, 0) : x1]
+            tint = np.array(instance_colour(index)) * MASK_OPACITY
+            region[:] = (region * (1 - MASK_OPACITY) + tint).round().astype(np.uint8)
+        else:
+            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), WHITE, OUTLINE_WIDTH)
+            cv2.line(picture, (x0, y0), (x1 - 1, y1 - 1), WHITE, 1, cv2.LINE_AA)
+            cv2.line(picture, (x0, y1 - 1), (x1 - 1, y0), WHITE, 1, cv2.LINE_AA)
+    for owner, (x0, y0, x1, y1) in zip(owners.tolist(), windows.tolist(), strict=True):
+        colour = instance_colour(owner)
+        cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), colour, 1)
+        cv2.circle(picture, ((x0 + x1) // 2, (y0 + y1) // 2), OUTLINE_WIDTH, colour, cv2.FILLED)
     return picture
 
 
@@ -126,6 +183,26 @@ def side_by_side(
             _titled(picture, title) for picture, title in zip(pictures, titles, strict=True)
         ]
     return contact_sheet(pictures, columns=2)
+
+
+def captioned(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """`picture` above a white strip with texts, as many in a line as there is room for."""
+    _check_picture(picture)
+    lines: list[str] = []
+    for text in texts:
+        longer = f"{lines[-1]}   {text}" if lines else text
+        if lines and _text_size(longer)[0] + 2 * FONT_MARGIN <= picture.shape[1]:
+            lines[-1] = longer
+        else:
+            lines.append(text)
+    step = _text_size("p")[1] + FONT_MARGIN
+    width = max([picture.shape[1], *(_text_size(line)[0] + 2 * FONT_MARGIN for line in lines)])
+    height = picture.shape[0] + len(lines) * step + FONT_MARGIN * bool(lines)
+    result = np.full((height, width, 3), 255, np.uint8)
+    result[: picture.shape[0], : picture.shape[1]] = picture
+    for number, line in enumerate(lines, start=1):
+        _write(result, line, FONT_MARGIN, picture.shape[0] + number * step - FONT_MARGIN, DARK)
+    return result
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -204,6 +281,12 @@ def _to_numpy(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
+def _to_pixels(boxes: Any, factor: int) -> np.ndarray:
+    """Boxes `(K, 4)` on a picture that is `factor` times as large, in whole pixels."""
+    scaled = _to_numpy(boxes).astype(float).reshape(-1, 4) * factor
+    return np.clip(np.nan_to_num(scaled, posinf=0, neginf=0), -1e6, 1e6).round().astype(int)
+
+
 def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     """A copy with each pixel as `factor` x `factor` of them."""
     return np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
@@ -273,6 +356,12 @@ def _titled(picture: np.ndarray, title: str) -> np.ndarray:
     titled[strip:, :width] = picture
     _write(titled, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
     return titled
+
+
+def _text_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of a line, tails of letters included."""
+    (width, height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
+    return width, height + baseline
 
 
 def _write(picture: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
