@@ -25,7 +25,7 @@ from tensormask.evaluation.coverage import (
     measure_coverage,
     propose_sizes,
 )
-from tensormask.modeling import build_model
+from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "Base-TensorMask.yaml"
@@ -95,7 +95,7 @@ def check(
             for num_done in check_files(dataset, num_workers):
                 progress.update(num_done)
     statistics = count_contents(dataset)
-    windows = build_model(cfg).windows
+    windows = build_windows(cfg)
     objects = input_objects(dataset, build_test_transform(cfg))
     coverage = measure_coverage(objects, windows)
     proposed, proposed_coverage = propose_sizes(objects, windows)

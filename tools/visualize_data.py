@@ -17,8 +17,8 @@ import torch
 from tensormask.config import CfgNode, get_cfg
 from tensormask.data import build_train_loader, get_dataset
 from tensormask.evaluation.coverage import level_names, window_grids
-from tensormask.modeling import build_model
 from tensormask.modeling.assignment import Assignment, assign
+from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
 from tensormask.visualizer import (
     MAX_LABELS,
@@ -143,9 +143,9 @@ def draw(cfg: CfgNode, output: Path, num_pictures: int) -> int:
         how many have been drawn.
 
     Raises:
-        ValueError: as of `build_train_loader` and `build_model`, or no picture can be read.
+        ValueError: as of `build_train_loader` and `build_windows`, or no picture can be read.
     """
-    windows = build_model(cfg).windows
+    windows = build_windows(cfg)
     batches = build_train_loader(cfg)
     samples = itertools.islice(itertools.chain.from_iterable(batches), num_pictures)
     class_names = get_dataset(cfg.DATASETS.TRAIN[0]).class_names

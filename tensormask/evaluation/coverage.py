@@ -212,7 +212,7 @@ def window_grids(size: tuple[int, int], windows: Windows) -> Grids:
 
 def level_names(windows: Windows) -> list[str]:
     """ "p2", "p3", ... of the levels, as `MODEL.TENSOR_MASK.IN_FEATURES` names them."""
-    return [f"p{stride.bit_length() - 1}" for stride in windows.strides]
+    return [f"p{level}" for level in windows.levels]
 
 
 def _chunks(objects: InputObjects, windows: Windows) -> list[tuple[Grids, list[int]]]:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tensormask.data import CocoDataset
 from tensormask.data.transforms import Augmentation, transform_annotations
+from tensormask.evaluation.coverage import window_grids
 from tensormask.evaluation.results import coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_masks
 from tensormask.modeling import TensorMask
 from tensormask.modeling.assignment import assign
-from tensormask.modeling.tensormask import padded_size
 
 
 def evaluate_oracle(
@@ -72,9 +72,8 @@ def oracle_detections(
     Returns:
         a detection with scores of 1; objects that no window owns are not in it.
     """
-    padded = padded_size(*input_size)
-    grids = [tuple(-(-side // stride) for side in padded) for stride in model.windows.strides]
-    owned = assign([target["boxes"]], model.windows, grids)
+    grids = window_grids(input_size, model.windows)
+    owned = assign([target["boxes"]], model.windows, list(grids))
     best: dict[
         int, tuple[float, Tensor, Tensor]
     ] = {}  # object -> IoU, its mask in the window, the window

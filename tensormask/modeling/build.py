@@ -29,20 +29,7 @@ def build_model(cfg) -> TensorMask:
     ):
         if list(value) != stages:
             raise ValueError(f"{key} must be {stages}, got {list(value)}")
-    levels = [int(name.removeprefix("p")) for name in head.IN_FEATURES]
-    if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
-        raise ValueError(
-            "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
-            f"got {head.IN_FEATURES}"
-        )
-    if [list(ratios) for ratios in model.ANCHOR_GENERATOR.ASPECT_RATIOS] != [[1.0]]:
-        raise ValueError(
-            "TensorMask's windows are square: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]]"
-        )
-    windows = Windows(
-        strides=tuple(2**k for k in levels),
-        sizes=tuple(tuple(sizes) for sizes in model.ANCHOR_GENERATOR.SIZES),
-    )
+    windows = build_windows(cfg)
     backbone = ResNet(
         model.RESNETS.DEPTH,
         norm=model.RESNETS.NORM,
@@ -52,7 +39,7 @@ def build_model(cfg) -> TensorMask:
     fpn = FPN(
         backbone.out_channels,
         model.FPN.OUT_CHANNELS,
-        levels=(levels[0], levels[-1]),
+        levels=(windows.levels[0], windows.levels[-1]),
         norm=model.FPN.NORM,
         fuse=model.FPN.FUSE_TYPE,
     )
@@ -97,6 +84,29 @@ def build_model(cfg) -> TensorMask:
         nms_threshold=head.NMS_THRESH_TEST,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     ).to(resolve_device(model.DEVICE))
+
+
+def build_windows(cfg) -> Windows:
+    """The windows of a config's model.
+
+    Raises:
+        ValueError: levels that are no neighbours, windows that are not square or do not fit.
+    """
+    names, anchors = cfg.MODEL.TENSOR_MASK.IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
+    levels = [int(name.removeprefix("p")) for name in names]
+    if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
+        raise ValueError(
+            "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
+            f"got {names}"
+        )
+    if [list(ratios) for ratios in anchors.ASPECT_RATIOS] != [[1.0]]:
+        raise ValueError(
+            "TensorMask's windows are square: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]]"
+        )
+    return Windows(
+        strides=tuple(2**level for level in levels),
+        sizes=tuple(tuple(sizes) for sizes in anchors.SIZES),
+    )
 
 
 def resolve_device(name: str) -> torch.device:

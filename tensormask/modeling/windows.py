@@ -44,6 +44,11 @@ class Windows:
         return len(self.strides)
 
     @property
+    def levels(self) -> list[int]:
+        """The pyramid level of each stride: 2 for 4 px, ..."""
+        return [stride.bit_length() - 1 for stride in self.strides]
+
+    @property
     def num_sizes(self) -> int:
         """Windows at each place."""
         return len(self.sizes[0])
