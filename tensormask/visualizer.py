@@ -259,7 +259,11 @@ def save_picture(path: str | Path, rgb: np.ndarray) -> None:
 
 
 def unique_stem(stem: str, taken: set[str]) -> str:
-    """`stem`, or `stem_2`, `stem_3`, ... if it is in `taken`, to which the result is added."""
+    """`stem`, or `stem_2`, `stem_3`, ... if it is in `taken`, to which the result is added.
+
+    It is cut to 200 bytes: file systems take 255, with a suffix.
+    """
+    stem = stem.encode("utf-8", "replace")[:200].decode("utf-8", "ignore")
     unique, number = stem, 1
     while unique in taken:
         number += 1

@@ -40,6 +40,8 @@ def _rle(size_change=0, counts=None):
 ANNOTATION_DAMAGES = {
     "annotation_unknown_image": [_set(image_id=987654321), _set(image_id=None)],
     "annotation_unknown_category": [_set(category_id=987654), _set(category_id=[1])],
+    "iscrowd_malformed": [_set(iscrowd="0"), _set(iscrowd=2)],
+    "area_malformed": [_set(area="large"), _set(area=-4.0), _set(area=math.nan)],
     "box_malformed": [_set(bbox=[1, 2, 3]), _set(bbox=None), _set(bbox="1 2 3 4")],
     "box_not_finite": [_set(bbox=[math.nan, 1, 5, 5]), _set(bbox=[1, 1, math.inf, 5])],
     "box_negative": [_box(lambda x, y, w, h, *_: [x, y, -w, h])],
@@ -78,7 +80,7 @@ ANNOTATION_DAMAGES = {
     "polygon_far_outside": [_set(segmentation=[[*POLYGON, 1e9, 2]])],
 }
 # What of these can still be trained on.
-STILL_TRAINABLE = {"box_beyond", "box_mask_disagree"}
+STILL_TRAINABLE = {"box_beyond", "box_mask_disagree", "iscrowd_malformed", "area_malformed"}
 
 
 def damage(json_file, image_root, out):

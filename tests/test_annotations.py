@@ -44,7 +44,7 @@ def test_a_sound_one():
 def test_ids():
     for value, expected in [(3, 3), (-1, -1), (0, 0), ("a", "a"), (7.0, 7)]:
         assert as_id(value) == expected
-    for value in (None, True, "", 1.5, math.nan, math.inf, [1], {}):
+    for value in (None, True, "", 1.5, math.nan, math.inf, [1], {}, "\ud800"):
         assert as_id(value) is None
 
 
@@ -69,6 +69,7 @@ def test_an_annotation_without_id_is_named_by_its_place():
         ([2, 2, 4], False, ["box_malformed"]),
         ([2, 2, 4, "4"], False, ["box_malformed"]),
         ([2, 2, 4, 10**400], False, ["box_malformed"]),
+        ([2, 2, 4, 1e39], False, ["box_malformed"]),  # infinite in 32 bits
         ([2, 2, 4, True], False, ["box_malformed"]),
         ({"x": 2}, False, ["box_malformed"]),
         (None, False, ["box_malformed"]),
@@ -110,6 +111,27 @@ def test_an_rle_is_kept_compressed():
     assert check_segmentation(expected, SIZE) == (expected, [])
 
 
+@pytest.mark.parametrize("value", [0, 1, True, False, 1.0])
+def test_crowds(value):
+    kept, faults = check({**SOUND, "iscrowd": value})
+    assert (kept["iscrowd"], faults) == (int(value), {})
+
+
+@pytest.mark.parametrize("value", ["0", "false", math.nan, [0], 2, -1, None])
+def test_what_is_no_crowd_is_said_and_taken_for_none(value):
+    kept, faults = check({**SOUND, "iscrowd": value})
+    assert (kept["iscrowd"], faults) == (0, {"iscrowd_malformed": 1})
+    assert is_trainable(kept, IMAGES[5])
+
+
+@pytest.mark.parametrize("area", ["16", math.nan, math.inf, -1, 1e11, 10**400, [16], True])
+def test_an_area_that_is_none_is_said_and_left_out(area):
+    kept, faults = check({**SOUND, "area": area})
+    assert faults == {"area_malformed": 1}
+    assert "area" not in kept
+    assert is_trainable(kept, IMAGES[5])
+
+
 def test_an_empty_rle_is_scored_and_not_trained_on():
     kept, faults = check({**SOUND, "segmentation": {"size": [8, 12], "counts": [96]}})
     assert faults == {"mask_empty": 1}
@@ -147,19 +169,21 @@ def test_images():
         *({"license": 3}, {"file_name": "b.png"}, {"id": None}, {"id": 6, "width": 0}),
         *({"id": 7, "height": "8"}, {"id": 8, "width": 12.5}, {"id": 9, "file_name": ""}),
         *({"id": 10, "file_name": "a\0.png"}, {"id": 11, "file_name": ".."}),
-        {"id": 12, "width": 10**30},
+        *({"id": 12, "width": 10**30}, {"id": 13, "width": 2**17 + 1}),
+        *({"id": 14, "width": 2**17, "height": 2**12}, {"id": 15, "file_name": "\ud800.png"}),
     ]
     entries = [None, *(entry | change for change in changes)]
     assert check_images(entries, faults) == {5: entry}
-    assert faults.counts == {"image_malformed": 9, "image_duplicate_id": 1}
+    assert faults.counts == {"image_malformed": 12, "image_duplicate_id": 1}
     assert faults.first_ids["image_malformed"] == ["images[0]", "images[3]", 6, 7, 8]
 
 
 def test_categories():
     faults = FaultLog()
     entries = [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}, {"id": 4}, {"name": "c"}, 5]
+    entries.append({"id": 6, "name": "\ud800"})
     assert check_categories(entries, faults) == {3: "a"}
-    assert faults.counts == {"category_malformed": 3, "category_duplicate_id": 1}
+    assert faults.counts == {"category_malformed": 4, "category_duplicate_id": 1}
 
 
 # ---- whatever a file may hold ----

@@ -157,18 +157,25 @@ def test_objects_that_vanish_are_told(small_set):
         assert sample["faults"] == ([fault] if gone else [])
 
 
-def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(small_set, tmp_path):
-    whole = samples_of(take(make_cfg(small_set), 9))
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_picture_that_cannot_be_read_is_replaced_by_another(small_set, tmp_path, num_workers):
+    whole = samples_of(take(make_cfg(small_set), 40))
     (tmp_path / "2.png").write_text("no picture")
     (tmp_path / "3.png").unlink()  # once the set is read: a file that goes while training
-    samples = samples_of(take(make_cfg(small_set), 9))
+    cfg = make_cfg(small_set, **{"DATALOADER.NUM_WORKERS": num_workers})
+    samples = samples_of(take(cfg, 40))
+    stand_ins = Counter()
     for sample, before in zip(samples, whole, strict=True):
-        wanted = before["image_id"]
-        assert sample["image_id"] == (6 if wanted in (2, 3) else wanted)
-        faults = {2: ["image_broken", "image_missing"], 3: ["image_missing"]}.get(wanted, [])
-        assert [kind for _, kind, _ in sample["faults"]] == faults
-        if wanted not in (2, 3):
+        kinds = {2: "image_broken", 3: "image_missing"}
+        if before["image_id"] in kinds:
+            assert sample["faults"][0] == (small_set, kinds[before["image_id"]], before["image_id"])
+            stand_ins[sample["image_id"]] += 1
+        else:
+            assert sample["faults"] == []
+            assert sample["image_id"] == before["image_id"]
             assert torch.equal(sample["image"], before["image"])
+    assert set(stand_ins) == {1, 6, 7, 8}  # all of the others, in turn
+    assert_same([samples[20:]], [samples_of(take(cfg, 30, start=10))])
 
 
 def test_no_picture_can_be_read(small_set, tmp_path):
@@ -177,7 +184,7 @@ def test_no_picture_can_be_read(small_set, tmp_path):
         path.write_text("no picture")
     sample = next(loader)[0]
     assert sample["image"] is None
-    assert len(sample["faults"]) == 6
+    assert len(sample["faults"]) == 101
 
 
 def test_a_test_picture_that_cannot_be_read(small_set, tmp_path):
@@ -187,6 +194,24 @@ def test_a_test_picture_that_cannot_be_read(small_set, tmp_path):
     assert [s["image_id"] for s in samples if s["image"] is None] == [2]
     assert samples[1]["faults"] == [(small_set, "image_broken", 2)]
     assert [s["faults"] for s in samples if s["image_id"] != 2] == [[]] * 7
+
+
+def test_a_missing_picture_is_never_drawn(small_set, tmp_path):
+    (tmp_path / "2.png").unlink()
+    samples = samples_of(take(make_cfg(small_set), 20))
+    assert {sample["image_id"] for sample in samples} == {1, 3, 6, 7, 8}
+    assert all(sample["faults"] == [] for sample in samples)
+
+
+def test_a_set_without_a_usable_annotation_is_refused(small_set, tmp_path):
+    data = json.loads((tmp_path / "set.json").read_text())
+    for annotation in data["annotations"]:
+        annotation["image_id"] = 99
+    (tmp_path / "set.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"(?s)no annotation can be used.*unknown_image"):
+        build_test_loader(make_cfg(), get_dataset(small_set))
+    (tmp_path / "info.json").write_text(json.dumps({**data, "annotations": []}))
+    assert len(build_test_loader(make_cfg(), get_dataset(f"{tmp_path}/info.json@{tmp_path}"))) == 8
 
 
 def test_strict(small_set, tmp_path):

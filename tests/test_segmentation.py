@@ -53,7 +53,7 @@ def test_run_lengths_are_pycocotools(mask):
 
 
 def test_long_runs():
-    runs = [0, 3_000_000_000, 1, 5, 2_999_999_999, 1]
+    runs = [0, 1_000_000_000, 1, 5, 3_000_000_000, 1]
     size = (1, sum(runs))
     code = mask_utils.frPyObjects({"size": list(size), "counts": runs}, *size)
     assert check_rle(code, size).tolist() == runs
@@ -128,6 +128,11 @@ def test_every_form_becomes_a_mask(segmentation):
     assert 0 < mask_utils.decode(rle).sum() < 96
 
 
+def test_an_rle_beyond_32_bits_is_refused():
+    with pytest.raises(ValueError, match="too large"):
+        check_rle({"size": [2**20, 2**13], "counts": [2**33 - 5, 5]}, (2**20, 2**13))
+
+
 def test_usable_polygons():
     assert usable_polygons([SQUARE, [1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 7]]) == [SQUARE]
 
@@ -136,7 +141,9 @@ def test_usable_polygons():
     "polygon, fault",
     [
         (SQUARE, None),
-        ([-12, 0, 24, 0, 24, 20], None),
+        ([-192, 0, 204, 0, 204, 20], None),
+        ([0, 0, 12, 8, 0, 8] * 190, None),
+        ([0, 0, 12, 8] * 257, "polygon_far_outside"),  # to and fro: 514 longer sides
         ([1, 1, 2, 2], "polygon_short"),
         ([], "polygon_short"),
         ([1, 2, 3, 4, 5, 6, 7], "polygon_odd"),
@@ -144,8 +151,8 @@ def test_usable_polygons():
         ([*SQUARE, math.inf, -math.inf], "polygon_not_finite"),
         ([*SQUARE, 10**400, 1], "polygon_not_finite"),
         ([*SQUARE, 1e300, 1], "polygon_far_outside"),
-        ([*SQUARE, -12.1, 1], "polygon_far_outside"),
-        ([*SQUARE, 24.1, 1], "polygon_far_outside"),
+        ([*SQUARE, -192.1, 1], "polygon_far_outside"),
+        ([*SQUARE, 204.1, 1], "polygon_far_outside"),
         (["1"] * 6, "polygon_malformed"),
         ([None] * 6, "polygon_malformed"),
         ([[1, 1], [2, 2], [3, 1]], "polygon_malformed"),

@@ -81,6 +81,7 @@ def fakes(monkeypatch):
         return state.results
 
     content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
+    content |= {"has_annotations": True, "num_annotations": 7}
     content["faults"] = state.faults = FaultLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
     monkeypatch.setattr(trainer, "build_model", lambda cfg: FakeModel())
@@ -88,6 +89,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(trainer, "build_test_loader", lambda cfg, dataset: [])
     monkeypatch.setattr(trainer, "get_dataset", lambda name: dataset)
     monkeypatch.setattr(trainer, "evaluate", fake_evaluate)
+    monkeypatch.setattr(trainer, "check_files", lambda dataset, num_workers: [])
     return state
 
 
@@ -309,7 +311,8 @@ def test_faults_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypa
     ]
     log = (tmp_path / "log.txt").read_text()
     assert "a has 1 faults" in log
-    assert log.count("image_broken") == 1
+    assert log.count("1  image_broken") == 1  # at once
+    assert log.count("2  image_broken") == 1  # at the end
 
 
 def test_strict_stops_at_the_first_fault(fakes, tmp_path, monkeypatch):
@@ -331,5 +334,30 @@ def test_no_picture_to_train_on(fakes, tmp_path, monkeypatch):
         yield [{"image": None, "faults": [("a", "image_missing", i) for i in range(100)]}]
 
     monkeypatch.setattr(trainer, "build_train_loader", loader)
-    with pytest.raises(ValueError, match="100 pictures in a row cannot be read"):
+    with pytest.raises(ValueError, match="100 pictures drawn in a row cannot be read"):
         trainer.train(make_cfg(tmp_path))
+
+
+def test_mistakes_of_the_evaluation_are_found_before_training(fakes, tmp_path, monkeypatch):
+    for opts, message in [
+        (("TEST.MAX_DETS", 0), "MAX_DETS is 0"),
+        (("INPUT.MIN_SIZE_TEST", -5), "pixels"),
+        (("MODEL.TENSOR_MASK.NUM_CLASSES", 3), "NUM_CLASSES 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer.train(make_cfg(tmp_path, *opts))
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("names, refused", [(["ring", "star"], True), (["Star", "Ring"], False)])
+def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog, names, refused):
+    trained_on = trainer.get_dataset("a")
+    other = type("Other", (list,), {**vars(type(trained_on)), "class_names": names})(range(7))
+    sets = {"a": trained_on, "b": other}
+    monkeypatch.setattr(trainer, "get_dataset", sets.__getitem__)
+    if refused:
+        with pytest.raises(ValueError, match="another order"):
+            trainer.train(make_cfg(tmp_path))
+    else:
+        trainer.train(make_cfg(tmp_path))
+        assert "name their classes differently" in (tmp_path / "log.txt").read_text()

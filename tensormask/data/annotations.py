@@ -20,14 +20,30 @@ ImageEntry = dict[str, Any]
 # A box and the extent of its mask disagree beyond this many pixels and this share of the box.
 _TOLERATED_PIXELS, _TOLERATED_SHARE = 2.0, 0.05
 _TOLERATED_BEYOND = 1.0  # pixels that a box may reach out of the picture by rounding
+# Pictures are hardly larger than what PIL reads: masks of the stated size are made before they are
+# opened.
+_MAX_SIDE, _MAX_PIXELS = 2**17, 2**28
+_MAX_LENGTH = 2**40  # what is longer is no number of pixels
+_MAX_AREA = 1e10  # COCO's evaluation ignores what is larger
 
 
 def as_id(value: Any) -> Identity | None:
     """An id of the file as an integer or a string; None for anything else. 7.0 is 7."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    usable = isinstance(value, int | str) and not isinstance(value, bool) and value != ""
-    return value if usable else None
+    usable = isinstance(value, int) and not isinstance(value, bool)
+    return value if usable or is_text(value) else None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written: JSON may hold none, or half characters."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sort_key(identity: Identity) -> tuple[bool, Identity]:
@@ -43,8 +59,9 @@ def check_images(entries: list[Any], faults: FaultLog) -> dict[Identity, ImageEn
         identity, file_name = as_id(entry.get("id")), entry.get("file_name")
         # What as_id takes for an id it takes for a length, strings apart.
         height, width = as_id(entry.get("height")), as_id(entry.get("width"))
-        usable_name = isinstance(file_name, str) and file_name.strip("/.") and "\0" not in file_name
-        usable_size = all(isinstance(side, int) and 0 < side < 2**31 for side in (height, width))
+        usable_name = is_text(file_name) and file_name.strip("/.") and "\0" not in file_name
+        usable_size = all(isinstance(s, int) and 0 < s <= _MAX_SIDE for s in (height, width))
+        usable_size = usable_size and height * width <= _MAX_PIXELS
         if identity is None or not usable_name or not usable_size:
             faults.add("image_malformed", _name(identity, f"images[{number}]"))
         elif identity in images:
@@ -65,7 +82,7 @@ def check_categories(entries: list[Any], faults: FaultLog) -> dict[Identity, str
     for number, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
         identity, name = as_id(entry.get("id")), entry.get("name")
-        if identity is None or not isinstance(name, str) or not name:
+        if identity is None or not is_text(name):
             faults.add("category_malformed", _name(identity, f"categories[{number}]"))
         elif identity in categories:
             faults.add("category_duplicate_id", identity)
@@ -110,18 +127,23 @@ def check_annotation(
     found = box_faults + mask_faults
     if box and segmentation and not found and not _agree(box, segmentation, size):
         found = ["box_mask_disagree"]
+    is_crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
+    if is_crowd not in (0, 1):  # True is 1
+        found, is_crowd = [*found, "iscrowd_malformed"], 0
+    has_area = _is_number(area) and 0 <= area <= _MAX_AREA  # not NaN, either
+    if area is not None and not has_area:
+        found = [*found, "area_malformed"]
     for kind in found:
         faults.add(kind, identity)
     checked = {
         "id": identity,
         "image_id": image_id,
         "category_id": category_id,
-        "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+        "iscrowd": int(is_crowd),
         "bbox": box,
         "segmentation": segmentation,
     }
-    area = annotation.get("area")
-    if _is_number(area) and math.isfinite(area):
+    if has_area:
         checked["area"] = area
     return checked
 
@@ -234,10 +256,10 @@ def _has_area_inside(box: list[float], size: tuple[int, int]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # An integer beyond the floats is no length in pixels.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return isinstance(value, float) or abs(value) < 2**53
+    # NaN and infinity pass: they are a fault of their own.
+    return not abs(value) > _MAX_LENGTH or value in (math.inf, -math.inf)
 
 
 def _name(identity: Identity | None, place: str) -> Identity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -78,27 +79,29 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
 def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
     """Metadata, annotations and folder of pictures of a name."""
-    if name in _registered:
-        return _registered[name]
     if name in _SHAPES:
         return {}, *shapes.ensure_shapes(_SHAPES[name], root)
-    hint = ""
-    if name in _COCO_FILES:
+    metadata, hint = {}, ""
+    separator = re.search(r"\.json@", name, re.IGNORECASE)
+    if name in _registered:
+        metadata, json_file, image_root = _registered[name]
+    elif name in _COCO_FILES:
         json_name, folder = _COCO_FILES[name]
         json_file, image_root = root / "coco" / "annotations" / json_name, root / "coco" / folder
         hint = (
             f" The data root is {root.absolute()}; set the environment variable "
             "TENSORMASK_DATASETS (or DETECTRON2_DATASETS) to the folder that holds coco/."
         )
-    elif ".json@" in name:
-        stem, _, folder = name.partition(".json@")
-        json_file, image_root = Path(f"{stem}.json"), Path(folder)
+    elif separator:
+        json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
         raise ValueError(_unknown_name(name))
     for path, what in ((json_file, "annotations"), (image_root, "pictures")):
-        if not path.exists():
-            raise FileNotFoundError(f"the {what} of {name} are not at {path.absolute()}.{hint}")
-    return {}, json_file, image_root
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"the {what} of {name} are not at {Path(path).absolute()}.{hint}"
+            )
+    return metadata, json_file, image_root
 
 
 def _unknown_name(name: str) -> str:

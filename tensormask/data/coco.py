@@ -47,6 +47,7 @@ class CocoDataset:
             annotations say.
         num_trainable: int32 `(N,)`, the objects that can be trained on, by place.
         has_file: bool `(N,)`, whether there is a file to open, by place.
+        has_annotations: whether the file has any, usable or not; COCO's test sets have none.
         num_annotations: all that are kept, crowds too.
         num_crowds: those of them that are crowds.
 
@@ -75,6 +76,7 @@ class CocoDataset:
         self._label_of = {category: label for label, category in enumerate(self.category_ids)}
         self._place_of = {image_id: place for place, image_id in enumerate(self.image_ids)}
 
+        self.has_annotations = bool(content["annotations"])
         per_image: dict[Identity, list[Annotation]] = {image_id: [] for image_id in images}
         seen: set[Identity] = set()
         for number, entry in enumerate(content["annotations"]):
@@ -236,5 +238,5 @@ def _is_inside(root: Path, folder: str) -> bool:
 def _list_folder(folder: str) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except OSError:
+    except OSError:  # not there, or not to be read
         return set()

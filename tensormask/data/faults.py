@@ -30,7 +30,10 @@ _MISSED = "not trained on; when evaluated, its objects count as missed"
 # Those of pictures have ids of pictures, those of categories of categories, all others have ids of
 # annotations.
 FAULTS = {
-    "image_malformed": Fault("picture without a usable id, file_name, width or height", _LEFT_OUT),
+    "image_malformed": Fault(
+        "picture without a usable id, file_name, width or height, or of over 268 million pixels",
+        _LEFT_OUT,
+    ),
     "image_duplicate_id": Fault("picture with the id of another one", "the first is taken"),
     "image_outside_root": Fault("file_name leads out of the image root", _MISSED),
     "image_missing": Fault("there is no such file", _MISSED),
@@ -42,6 +45,8 @@ FAULTS = {
     "annotation_duplicate_id": Fault("annotation with the id of another one", "both are kept"),
     "annotation_unknown_image": Fault("there is no picture of this image_id", _LEFT_OUT),
     "annotation_unknown_category": Fault("there is no category of this category_id", _LEFT_OUT),
+    "iscrowd_malformed": Fault("iscrowd is neither 0 nor 1", "taken for 0"),
+    "area_malformed": Fault("area is no number from 0 to 1e10", "the mask's area is taken"),
     "box_malformed": Fault("bbox missing, or not four numbers", _NOT_TRAINED_ON),
     "box_not_finite": Fault("bbox with NaN or infinity", _NOT_TRAINED_ON),
     "box_negative": Fault("bbox of negative width or height", _NOT_TRAINED_ON),
@@ -58,7 +63,8 @@ FAULTS = {
     "polygon_odd": Fault("polygon with an x without a y", _POLYGON_LEFT_OUT),
     "polygon_not_finite": Fault("polygon with NaN or infinity", _POLYGON_LEFT_OUT),
     "polygon_far_outside": Fault(
-        "polygon farther outside than the picture's longer side", _POLYGON_LEFT_OUT
+        "polygon more than 16 of the picture's longer sides out of it, or more than 512 long",
+        _POLYGON_LEFT_OUT,
     ),
     "box_mask_disagree": Fault(
         "bbox and the extent of the mask differ by more than 2 px and 5 % of the longer side",
@@ -149,6 +155,7 @@ class FaultReporter:
         self.logs = dict(logs)
         self.strict = strict
         self._reported = 0
+        self._said = {name: len(log) for name, log in self.logs.items()}
         for name, log in self.logs.items():
             if log:
                 logger.warning("%s has %d faults:\n%s", name, len(log), log.table())
@@ -172,6 +179,13 @@ class FaultReporter:
     def watch(self, loader: Iterable[list[Mapping[str, Any]]]) -> _Watched:
         """A loader of the same batches that gives each to `take` on its way."""
         return _Watched(loader, self)
+
+    def log_found(self) -> None:
+        """Logs the faults of all sets again, if there are any that the start did not say."""
+        for name, log in self.logs.items():
+            if len(log) > self._said[name]:
+                self._said[name] = len(log)
+                logger.warning("%s has %d faults by now:\n%s", name, len(log), log.table())
 
     def pop_record(self) -> dict[str, Any] | None:
         """`{set: {kind: {"count", "first_ids"}}}`, or None if nothing is new since the last one."""

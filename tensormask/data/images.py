@@ -8,6 +8,7 @@ a file with several frames the first is taken.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import warnings
@@ -26,6 +27,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What is read whatever a file is called. PIL knows more formats; some of them, EPS and WMF, it has
+# other programs read, which nobody wants for pictures from anywhere.
+_FORMATS = (
+    *("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "GIF", "BMP", "DIB", "PPM", "JPEG2000"),
+    *("TGA", "ICO", "PCX", "SGI", "PSD", "DDS", "IM", "PFM"),
+)
 _DEEP_GREY_MODES = ("I", "F")  # and I;16, I;16B, ...: 16 or 32 bits, integers or floats
 _DARK_PERCENTILE, _BRIGHT_PERCENTILE = 0.1, 99.9
 
@@ -64,7 +71,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         # PIL warns of odd metadata and of large pictures; neither keeps them from being read.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 return _to_rgb(image)
     except PictureError:
         raise
@@ -75,6 +82,13 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except Exception as error:  # PIL fails in many ways on broken files
         reason = str(error).rstrip(".") or type(error).__name__
         raise PictureError("image_broken", path, f"cannot be read: {reason}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `_FORMATS` that this PIL was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:

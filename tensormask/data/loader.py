@@ -32,9 +32,10 @@ from .transforms import (
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
-# Families of random streams of one seed: the order of an epoch, the augmentation of a sample.
-_ORDER, _AUGMENTATION = 0, 1
-# So many pictures in a row that cannot be read are no accident.
+# Families of random streams of one seed: the order of an epoch, the augmentation of a sample, and
+# the pictures that stand in for one that cannot be read.
+_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
+# So many draws of pictures that cannot be read are no accident.
 _MAX_REPLACEMENTS = 100
 
 
@@ -93,7 +94,8 @@ def build_test_loader(cfg: Any, dataset: CocoDataset) -> DataLoader:
 def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
     """Raises ValueError if a set does not have the config's number of classes, or has faults.
 
-    The faults that are known before a picture is opened are an error with `DATASETS.STRICT` only.
+    Faults are an error with `DATASETS.STRICT` only, those that are known before a picture is
+    opened; or if no annotation is whole.
     """
     expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     if expected != given:
@@ -103,16 +105,21 @@ def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
         )
     if cfg.DATASETS.STRICT:
         dataset.faults.check_strict(dataset.name)
+    if dataset.has_annotations and not dataset.num_annotations:
+        raise ValueError(
+            f"{dataset.name}: no annotation can be used.\n{dataset.faults.table()}\n"
+            "A set for testing only, such as test-dev, has none at all."
+        )
 
 
 class TrainingSet(Dataset):
     """Augmented samples of one or more data sets.
 
     Indexed by (position, picture): `picture` counts through the sets one after the other,
-    `position` seeds the augmentation. A picture that cannot be read is replaced by the next one
-    that can. A sample is a dict of
+    `position` seeds the augmentation, and the draw of another picture for one that cannot be read.
+    A sample is a dict of
 
-        image: uint8 tensor (3, H, W), RGB; None where a hundred pictures in a row cannot be read
+        image: uint8 tensor (3, H, W), RGB; None where a hundred draws cannot be read
         target: boxes (K, 4) float32, (x0, y0, x1, y1) in pixels; labels (K,) int64 from 0; masks
             (K, H, W) bool
         dataset: name of the set
@@ -154,8 +161,8 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, picture = key
         faults: list[tuple[str, str, Identity]] = []
-        for offset in range(min(_MAX_REPLACEMENTS, len(self))):
-            index = (picture + offset) % len(self)
+        draws = _rng(self.seed, _REPLACEMENT, position).integers(len(self), size=_MAX_REPLACEMENTS)
+        for index in (picture, *draws):
             dataset = self.datasets[self._set_of[index]]
             image, annotations = dataset.record(self._place_of[index])
             try:
@@ -310,7 +317,7 @@ def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
         num_workers=num_workers,
         collate_fn=list,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         # Its own generator: the default takes a number from torch's global one, and later draws
         # would depend on that.
         generator=torch.Generator(),

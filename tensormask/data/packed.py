@@ -40,8 +40,3 @@ class PackedList(Sequence):
         index %= len(self)
         start, end = self._ends[index : index + 2].tolist()
         return pickle.loads(np.asarray(self._buffer[start:end]).data)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the buffer in bytes."""
-        return self._buffer.numel()

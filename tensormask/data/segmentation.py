@@ -17,6 +17,9 @@ from pycocotools import mask as mask_utils
 # count can have.
 _MAX_GROUPS = 7
 _FIRST_CHARACTER, _CONTINUES, _SIGN, _VALUE_BITS = 48, 0x20, 0x10, 5
+# How far a polygon may leave its picture, and how long its outline may be, in longer sides of the
+# picture: the memory of rasterising grows with both.
+_MAX_DISTANCE, _MAX_OUTLINE = 16, 512
 
 
 def usable_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]:
@@ -28,9 +31,7 @@ def polygon_fault(polygon: Any, size: tuple[int, int]) -> str | None:
     """The kind of fault (see `faults`) of a polygon `[x0, y0, x1, y1, ...]`, None if it has none.
 
     Args:
-        size: (height, width) of the picture in pixels. A polygon may leave the picture by its
-            longer side at most: no mask comes from farther out, and the memory of rasterising
-            grows with the distance.
+        size: (height, width) of the picture in pixels.
     """
     try:
         total = math.fsum(polygon)
@@ -43,10 +44,20 @@ def polygon_fault(polygon: Any, size: tuple[int, int]) -> str | None:
         return "polygon_short"
     if not math.isfinite(total):
         return "polygon_not_finite"
-    margin = max(size)
-    if min(polygon) < -margin or max(polygon) > 2 * margin:
+    lowest, highest, side = min(polygon), max(polygon), max(size)
+    if lowest < -_MAX_DISTANCE * side or highest > (1 + _MAX_DISTANCE) * side:
         return "polygon_far_outside"
+    # No edge is longer than the extent, so few polygons are measured.
+    if len(polygon) / 2 * (highest - lowest) > _MAX_OUTLINE * side:
+        if _outline(polygon) > _MAX_OUTLINE * side:
+            return "polygon_far_outside"
     return None
+
+
+def _outline(polygon: Sequence[float]) -> float:
+    """The length of a polygon's outline in pixels, along the longer side of each edge."""
+    points = np.reshape(np.asarray(polygon, dtype=np.float64), (-1, 2))
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:
@@ -89,6 +100,8 @@ def check_rle(rle: Any, size: tuple[int, int]) -> np.ndarray:
             f"the RLE of an object is {rle['size']} (height, width), "
             f"but its picture is {list(size)}."
         )
+    if size[0] * size[1] >= 2**32:
+        raise ValueError(f"an RLE of {list(size)} pixels is too large: its runs have 32 bits.")
     runs = run_lengths(rle["counts"])
     if len(runs) and runs.min() < 0:
         raise ValueError("the counts of an RLE hold a negative run.")

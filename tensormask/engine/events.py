@@ -133,6 +133,13 @@ class MetricsWriter:
         self.close()
 
 
+def append_faults(output_dir: str | Path, faults: Mapping[str, object] | None) -> None:
+    """Append the faults that an evaluation by itself has found to `metrics.json`, if any."""
+    if faults is not None:
+        with open(Path(output_dir) / "metrics.json", "a", encoding="utf-8") as file:
+            file.write(json_line({"iteration": 0, "faults": faults}))
+
+
 def drop_metrics_from(path: str | Path, start_iteration: int) -> None:
     """Keep the lines of a `metrics.json` before `start_iteration`, so that none comes up twice.
 

@@ -24,6 +24,7 @@ from tensormask.data import (
     check_dataset,
     get_dataset,
 )
+from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine.checkpoint import (
     LAST_CHECKPOINT,
@@ -38,6 +39,7 @@ from tensormask.engine.checkpoint import (
 from tensormask.engine.events import (
     MetricsWriter,
     RecentMetrics,
+    append_faults,
     flatten_results,
     format_progress,
     setup_logging,
@@ -82,8 +84,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     setup_logging(output_dir)
     checkpoint = _checkpoint_to_resume(output_dir) if resume else None
     cfg = _with_seed(cfg, checkpoint)
-    for name in cfg.DATASETS.TEST:
-        check_dataset(cfg, get_dataset(name))  # not only after hours of training
+    check_evaluation(cfg)
     reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     seed_everything(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -110,6 +111,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         results = evaluate_all(cfg, model, output_dir, reporter)
         writer.write(cfg.SOLVER.MAX_ITER - 1, flatten_results(results))
         writer.write_faults(cfg.SOLVER.MAX_ITER - 1, reporter.pop_record())
+        reporter.log_found()
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
 
@@ -210,6 +212,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir)
     checkpoint = _checkpoint_to_resume(output_dir) if resume else None
+    check_evaluation(cfg)
     reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
     model = build_model(cfg)
     if checkpoint is not None:
@@ -222,8 +225,36 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
             "or --resume to take the last checkpoint in OUTPUT_DIR"
         )
     results = evaluate_all(cfg, model, output_dir, reporter)
+    append_faults(output_dir, reporter.pop_record())
+    reporter.log_found()
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Find mistakes that would else come up only in the evaluation, after hours of training.
+
+    Raises:
+        ValueError: a test set or an option of the evaluation does not fit.
+    """
+    build_test_transform(cfg)
+    if cfg.TEST.MAX_DETS < 1:
+        raise ValueError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
+    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]).class_names if cfg.DATASETS.TRAIN else None
+    for name in cfg.DATASETS.TEST:
+        dataset = get_dataset(name)
+        check_dataset(cfg, dataset)
+        if trained_on is None or dataset.class_names == trained_on:
+            continue
+        if sorted(dataset.class_names) == sorted(trained_on):
+            raise ValueError(
+                f"{name} and {cfg.DATASETS.TRAIN[0]} have their classes in another order, "
+                f"{dataset.class_names} and {trained_on}: give them equal category ids"
+            )
+        logger.warning(
+            "%s and %s name their classes differently, %s and %s; they are matched by their order",
+            *(name, cfg.DATASETS.TRAIN[0], dataset.class_names, trained_on),
+        )
 
 
 def evaluate_all(
@@ -279,10 +310,18 @@ def _evaluate_one(
 def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:
     """The reporter of the faults of some data sets; says those that are known already.
 
+    With `DATASETS.STRICT` all pictures are opened first.
+
     Raises:
-        ValueError: there are some and `DATASETS.STRICT` is on.
+        ValueError: there are faults and `DATASETS.STRICT` is on.
     """
-    logs = {name: get_dataset(name).faults for name in names}
+    datasets = {name: get_dataset(name) for name in names}
+    if cfg.DATASETS.STRICT:
+        for name, dataset in datasets.items():
+            logger.info("DATASETS.STRICT: opening all %d pictures of %s", len(dataset), name)
+            for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
+                pass
+    logs = {name: dataset.faults for name, dataset in datasets.items()}
     return FaultReporter(logs, strict=cfg.DATASETS.STRICT)
 
 
@@ -337,7 +376,7 @@ def _check_pictures(batch: list[dict]) -> None:
     for sample in batch:
         if sample["image"] is None:
             raise ValueError(
-                f"{len(sample['faults'])} pictures in a row cannot be read; the last is "
+                f"{len(sample['faults'])} pictures drawn in a row cannot be read; the last is "
                 f"{sample['faults'][-1]} (data set, fault, image id). "
                 "Is the folder of pictures there and readable?"
             )

@@ -83,7 +83,7 @@ def evaluate(
 
         path = folder / RESULTS_FILE
         iou_types = _write_detections(model, loader, dataset, path, pictures)
-        if dataset.num_annotations == 0:
+        if not dataset.has_annotations:
             logger.warning("%s has no annotations: nothing is scored", dataset.name)
             if output_dir is not None:
                 write_submission(path, dataset.name, submission_name)

@@ -84,7 +84,10 @@ def has_box(entry: Mapping[str, Any]) -> bool:
 
 def is_finite_number(value: Any) -> bool:
     """Whether a value is a number, and neither NaN nor infinite."""
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def _completed(

@@ -169,6 +169,10 @@ def checked_results(
         ValueError: a result of a picture that `coco_gt` does not have, or without the region that
             an IoU type needs; a box or a score that is not finite; an RLE that is not sound.
     """
+    for place, result in enumerate(results):
+        missing = [key for key in ("image_id", "category_id", "score") if key not in result]
+        if missing:
+            raise ValueError(f"result {place} has no {', '.join(missing)}")
     unknown = {result["image_id"] for result in results} - coco_gt.imgs.keys()
     if unknown:
         raise ValueError(

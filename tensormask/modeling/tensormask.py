@@ -134,7 +134,7 @@ class TensorMask(nn.Module):
         normalized = []
         for image in images:
             _check_image(image)
-            image = image.to(self.device)
+            image = image.to(self.device, non_blocking=True)
             image = image.float() if image.dtype == torch.uint8 else image.float() * 255
             if self.channel_order == "BGR":
                 image = image.flip(0)
@@ -311,7 +311,7 @@ def _checked_target(
     if boxes.device.type == "cpu" and not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
     return {
-        "boxes": boxes.to(device).float(),
-        "labels": labels.to(device),
-        "masks": masks.to(device).bool(),
+        "boxes": boxes.to(device, non_blocking=True).float(),
+        "labels": labels.to(device, non_blocking=True),
+        "masks": masks.to(device, non_blocking=True).bool(),
     }
