@@ -6,10 +6,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TENSORMASK_X86_VARIANTS
+#include <immintrin.h>
 #endif
 
 namespace tensormask {
@@ -76,7 +78,9 @@ namespace avx2 {
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 namespace avx512 {
+#define TENSORMASK_AVX512
 #include "swap_align2nat_cpu_kernels.h"
+#undef TENSORMASK_AVX512
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -102,13 +106,18 @@ Isa isa() {
 #endif
 }
 
+// Calls FUNCTION<T> of the widest variant that runs here. AVX-512 is for float32 alone: its masked
+// steps are what short rows gain from, and each variant costs seconds of compile time.
 #if defined(TENSORMASK_X86_VARIANTS)
-#define CALL(FUNCTION, ...)                                  \
-  (isa() == Isa::AVX512     ? avx512::FUNCTION(__VA_ARGS__)  \
-       : isa() == Isa::AVX2 ? avx2::FUNCTION(__VA_ARGS__)    \
-                            : baseline::FUNCTION(__VA_ARGS__))
+#define CALL(FUNCTION, ...)                                                      \
+  do {                                                                           \
+    if constexpr (std::is_same_v<T, float>)                                      \
+      if (isa() == Isa::AVX512) return avx512::FUNCTION<T>(__VA_ARGS__);         \
+    if (isa() != Isa::BASELINE) return avx2::FUNCTION<T>(__VA_ARGS__);           \
+    return baseline::FUNCTION<T>(__VA_ARGS__);                                   \
+  } while (false)
 #else
-#define CALL(FUNCTION, ...) baseline::FUNCTION(__VA_ARGS__)
+#define CALL(FUNCTION, ...) return baseline::FUNCTION<T>(__VA_ARGS__)
 #endif
 
 // Calls f with a null pointer of the tensor's element type.
@@ -135,7 +144,7 @@ void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out
   if (out.numel() == 0) return;
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(dense_forward<T>, g, view<T>(x), static_cast<T*>(out.mutable_data_ptr()), pad_val);
+    CALL(dense_forward, g, view<T>(x), static_cast<T*>(out.mutable_data_ptr()), pad_val);
   });
 }
 
@@ -152,7 +161,7 @@ void backward_out(
   if (out.numel() == 0) return;
   dispatch(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(dense_backward<T>, g, view<T>(grad), static_cast<T*>(out.mutable_data_ptr()));
+    CALL(dense_backward, g, view<T>(grad), static_cast<T*>(out.mutable_data_ptr()));
   });
 }
 
@@ -171,7 +180,7 @@ Tensor forward_at(const Tensor& x, const Tensor& windows, int64_t lambda_val, do
   if (out.numel() == 0) return out;
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(windows_forward<T>, g, view<T>(x), rows.const_data_ptr<int64_t>(), rows.size(0),
+    CALL(windows_forward, g, view<T>(x), rows.const_data_ptr<int64_t>(), rows.size(0),
          static_cast<T*>(out.mutable_data_ptr()), pad_val);
   });
   return out;
@@ -199,7 +208,7 @@ Tensor backward_at(
     using T = std::remove_pointer_t<decltype(type)>;
     const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
                               grad.stride(1), grad.stride(2)};
-    CALL(windows_backward<T>, g, masks, window, order.data(), starts.data(),
+    CALL(windows_backward, g, masks, window, order.data(), starts.data(),
          static_cast<T*>(out.mutable_data_ptr()));
   });
   return out;

@@ -115,6 +115,24 @@ inline void sum_rows(A* out, const RowSum<T>& sum, int64_t offset, int64_t size)
   }
 }
 
+#if defined(TENSORMASK_AVX512)
+// Rows are short where lambda is large: a masked step is cheaper than a loop for the rest.
+inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
+
+template <int COUNT>
+inline void sum_rows(float* out, const RowSum<float>& sum, int64_t offset, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const __mmask16 mask = lanes(size - i);
+    __m512 value = _mm512_set1_ps(sum.constant);
+    for (int k = 0; k < COUNT; ++k) {
+      const __m512 row = _mm512_maskz_loadu_ps(mask, sum.row[k] + offset + i);
+      value = _mm512_fmadd_ps(_mm512_set1_ps(sum.weight[k]), row, value);
+    }
+    _mm512_mask_storeu_ps(out + i, mask, value);
+  }
+}
+#endif
+
 // out[i] = the sum at `offset + i * step`.
 template <typename T, typename A>
 inline void sum_rows(A* out, const RowSum<T>& sum, int64_t offset, int64_t size, int64_t step) {
@@ -133,6 +151,14 @@ inline void sum_rows(A* out, const RowSum<T>& sum, int64_t offset, int64_t size,
   }
 }
 
+// Asks for the rows that come next: hardware does not see them coming, a channel is far away.
+template <typename T>
+inline void fetch_rows(const RowSum<T>& sum, int first, int last, int64_t offset, int64_t size) {
+  for (int k = first; k < last && k < sum.count; ++k)
+    for (int64_t i = 0; i < size; i += int64_t(64 / sizeof(T)))
+      __builtin_prefetch(sum.row[k] + offset + i);
+}
+
 // out = low + fraction * (high - low): exactly the padding where both are.
 template <typename T, typename A>
 inline void mix_rows(T* out, const A* low, const A* high, A fraction, int64_t size) {
@@ -143,9 +169,130 @@ inline void mix_rows(T* out, const A* low, const A* high, A fraction, int64_t si
   }
 }
 
+#if defined(TENSORMASK_AVX512)
+inline void mix_rows(float* out, const float* low, const float* high, float fraction, int64_t size) {
+  const __m512 f = _mm512_set1_ps(fraction);
+  for (int64_t i = 0; i < size; i += 16) {
+    const __mmask16 mask = lanes(size - i);
+    const __m512 a = _mm512_maskz_loadu_ps(mask, low + i), b = _mm512_maskz_loadu_ps(mask, high + i);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_fmadd_ps(f, _mm512_sub_ps(b, a), a));
+  }
+}
+#endif
+
+template <typename A>
+inline void add_rows(A* out, const A* a, A wa, const A* b, A wb, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = wa * a[i] + wb * b[i];
+}
+
+#if defined(TENSORMASK_AVX512)
+inline void add_rows(float* out, const float* a, float wa, const float* b, float wb, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const __mmask16 mask = lanes(size - i);
+    const __m512 value = _mm512_mul_ps(_mm512_set1_ps(wb), _mm512_maskz_loadu_ps(mask, b + i));
+    _mm512_mask_storeu_ps(
+        out + i, mask,
+        _mm512_fmadd_ps(_mm512_set1_ps(wa), _mm512_maskz_loadu_ps(mask, a + i), value));
+  }
+}
+#endif
+
 template <typename T>
 inline void fill_row(T* out, T value, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
+}
+
+// ---- phases: from[j * lambda + p] <-> to[p * length + j] ----
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TENSORMASK_TRANSPOSE
+#endif
+#endif
+
+#if defined(TENSORMASK_TRANSPOSE)
+template <typename A>
+inline void transpose_8x8(const A* from, int64_t from_step, A* to, int64_t to_step) {
+  typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; ++i) __builtin_memcpy(&a[i], from + i * from_step, sizeof a[i]);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int k = 0; k < 8; k += 4)
+    for (int i = k; i < k + 2; ++i) {
+      a[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * to_step, &b[i], sizeof b[i]);
+}
+#endif
+
+template <int LAMBDA, typename A>
+inline void split_small(const A* from, A* to, int64_t length, int64_t count) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int p = 0; p < LAMBDA; ++p) to[p * length + j] = from[j * LAMBDA + p];
+}
+
+template <int LAMBDA, typename A>
+inline void merge_small(const A* from, int64_t length, A* to, int64_t count) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int p = 0; p < LAMBDA; ++p) to[j * LAMBDA + p] = from[p * length + j];
+}
+
+// Sorts `size` places by their remainder modulo lambda.
+template <typename A>
+inline void split_phases(const A* from, int64_t size, int64_t lambda, A* to, int64_t length) {
+  int64_t j = 0;
+  const int64_t whole = size / lambda;
+  if (lambda == 2) {
+    split_small<2>(from, to, length, j = whole);
+  } else if (lambda == 4) {
+    split_small<4>(from, to, length, j = whole);
+  }
+#if defined(TENSORMASK_TRANSPOSE)
+  else if (lambda % 8 == 0) {
+    for (; j + 8 <= whole; j += 8)
+      for (int64_t p = 0; p < lambda; p += 8)
+        transpose_8x8(from + j * lambda + p, lambda, to + p * length + j, length);
+  }
+#endif
+  from += j * lambda;
+  for (int64_t p = 0; p < lambda; ++p) {
+    const int64_t end = (size - p + lambda - 1) / lambda - j;
+    for (int64_t i = 0; i < end; ++i) to[p * length + j + i] = from[i * lambda + p];
+  }
+}
+
+// The other way round, for the places -1 .. size - 1: `from` has a column before the first, whose
+// last phase is the place -1.
+template <typename A>
+inline void merge_phases(const A* from, int64_t length, int64_t lambda, A* to, int64_t size) {
+  int64_t j = 0;
+  const int64_t whole = size / lambda;
+  to[-1] = from[(lambda - 1) * length - 1];
+  if (lambda == 2) {
+    merge_small<2>(from, length, to, j = whole);
+  } else if (lambda == 4) {
+    merge_small<4>(from, length, to, j = whole);
+  }
+#if defined(TENSORMASK_TRANSPOSE)
+  else if (lambda % 8 == 0) {
+    for (; j + 8 <= whole; j += 8)
+      for (int64_t p = 0; p < lambda; p += 8)
+        transpose_8x8(from + p * length + j, length, to + j * lambda + p, lambda);
+  }
+#endif
+  to += j * lambda;
+  for (int64_t p = 0; p < lambda; ++p) {
+    const int64_t end = (size - p + lambda - 1) / lambda - j;
+    for (int64_t i = 0; i < end; ++i) to[i * lambda + p] = from[p * length + j + i];
+  }
 }
 
 // ---- dense, forward ----
@@ -163,6 +310,12 @@ class DenseForward {
     phases.assign((g.side + 2) * g.lambda * length, pad);
     line.assign(g.width + 2, pad);
     if (in.x != 1) turned.assign(g.width * g.side, pad);
+    for (int64_t r = 0; r < g.lambda; ++r) {
+      const RowTaps taps = row_taps(r, g.lambda);
+      const int64_t p = positive_modulo(r - g.shift, g.lambda);
+      const int64_t back = (p - r + g.shift) / g.lambda;
+      block.push_back({phase(taps.lower, p) - back - phases.data(), static_cast<A>(taps.fraction)});
+    }
   }
 
   // All mask columns of mask row `v` of the windows in row `y` of image `n`.
@@ -223,44 +376,36 @@ class DenseForward {
       return sum_rows(phase(u, 0), sum, u * in.c, g.width, 1);
     A* row = line.data() + 1;  // row[-1] and row[width] are padding
     if (in.x == 1) {
+      if (u + 1 < g.side) fetch_rows(sum, 2, 4, (u + 1) * in.c, g.width);
       sum_rows(row, sum, u * in.c, g.width, 1);
     } else {
       for (int64_t w = 0; w < g.width; ++w) row[w] = turned[w * g.side + u];
     }
-    if (!g.averages) {
-      for (int64_t p = 0; p < g.lambda; ++p) {
-        A* to = phase(u, p);
-        const int64_t end = (g.width - p + g.lambda - 1) / g.lambda;
-        for (int64_t j = 0; j < end; ++j) to[j] = row[j * g.lambda + p];
-      }
-      return;
+    if (g.averages) {
+      for (int64_t w = -1; w < g.width; ++w) row[w] = A(0.5) * (row[w] + row[w + 1]);
+      phase(u, g.lambda - 1)[-1] = row[-1];  // the place -1 belongs to the last phase
     }
-    // The place -1 belongs to the last phase.
-    A* row_before = row - 1;
-    for (int64_t w = -1; w < g.width; ++w) row[w] = A(0.5) * (row[w] + row[w + 1]);
-    phase(u, g.lambda - 1)[-1] = *row_before;
-    for (int64_t p = 0; p < g.lambda; ++p) {
-      A* to = phase(u, p);
-      const int64_t end = (g.width - p + g.lambda - 1) / g.lambda;
-      for (int64_t j = 0; j < end; ++j) to[j] = row[j * g.lambda + p];
-    }
+    split_phases(row, g.width, g.lambda, phase(u, 0), length);
     row[-1] = pad;
   }
 
   void mix_columns(T* target) {
-    const int64_t step = g.out_height * g.out_width;
-    for (int64_t r = 0; r < g.lambda; ++r) {
-      const RowTaps taps = row_taps(r, g.lambda);
-      const int64_t p = positive_modulo(r - g.shift, g.lambda);
-      const int64_t back = (p - r + g.shift) / g.lambda;
-      const A fraction = static_cast<A>(taps.fraction);
-      for (int64_t q = 0; q < g.side; ++q) {
-        const A* low = phase(q + taps.lower, p) + q - back;
-        const A* high = fraction == A(0) ? low : phase(q + taps.lower + 1, p) + q - back;
-        mix_rows(target + (q * g.lambda + r) * step, low, high, fraction, g.out_width);
+    const int64_t step = g.out_height * g.out_width, channel = g.lambda * length;
+    for (int64_t q = 0; q < g.side; ++q) {
+      for (const Column& column : block) {
+        const A* low = phases.data() + column.offset + q * (channel + 1);
+        const A* high = column.fraction == A(0) ? low : low + channel;
+        mix_rows(target, low, high, column.fraction, g.out_width);
+        target += step;
       }
     }
   }
+
+  // A mask column of channel 0: where its lower tap for window 0 lies in `phases`.
+  struct Column {
+    int64_t offset;
+    A fraction;
+  };
 
   const Geometry g;
   const View<const T> in;
@@ -268,6 +413,7 @@ class DenseForward {
   const A pad;
   int64_t margin, length;
   std::vector<A> phases, line, turned;
+  std::vector<Column> block;
 };
 
 // The order of the rows of one image: by place along H while output rows are long, which reads
@@ -275,7 +421,7 @@ class DenseForward {
 // cache lines are filled before they leave the cache.
 template <typename T>
 bool by_place(const Geometry& g) {
-  return g.out_width * int64_t(sizeof(T)) >= SHORT_ROW;
+  return g.lambda > 1 && g.out_width * int64_t(sizeof(T)) >= SHORT_ROW;
 }
 
 template <typename T>
@@ -316,7 +462,14 @@ class DenseBackward {
     // `side` are zero.
     columns.assign((g.side + 2) * g.lambda * length, A(0));
     line.assign(g.width + 1, A(0));
-    mixed.assign(g.out_width + 2, A(0));
+    phases.assign(g.lambda * (g.out_width + 1), A(0));
+    for (int64_t p = 0; p < g.lambda; ++p) {
+      const int64_t r = (p + g.shift) % g.lambda, back = (p - r + g.shift) / g.lambda;
+      const RowTaps taps = row_taps(r, g.lambda);
+      const A* low = column(-taps.lower, r) + back + taps.lower - 1;
+      block.push_back({low - columns.data(), static_cast<A>(1 - taps.fraction),
+                       static_cast<A>(taps.fraction)});
+    }
   }
 
   // All channels u and all places along W of the mask row `v` and the place `h` of image `n`.
@@ -376,8 +529,10 @@ class DenseBackward {
 
   void gather(const RowSum<T>& sum) {
     if (grad.x == 1 || grad.c != 1) {
-      for (int64_t u = 0; u < g.out_side; ++u)
+      for (int64_t u = 0; u < g.out_side; ++u) {
+        if (u + 2 < g.out_side) fetch_rows(sum, 0, 2, (u + 2) * grad.c, g.out_width);
         sum_rows(column(0, u), sum, u * grad.c, g.out_width, grad.x);
+      }
       return;
     }
     for (int64_t x = 0; x < g.out_width; ++x) {  // channels_last: along the channels
@@ -389,31 +544,31 @@ class DenseBackward {
 
   // line[1 + w] = what arrives in channel u by the floor of the place w, -1 <= w < width.
   void mix_channel(int64_t u) {
-    for (int64_t r = 0; r < g.lambda; ++r) {
-      const RowTaps taps = row_taps(r, g.lambda);
-      const int64_t q = u - taps.lower;
-      const A* low = column(q, r) - q;
-      const A* high = column(q - 1, r) - (q - 1);
-      const A low_weight = static_cast<A>(1 - taps.fraction), high_weight = static_cast<A>(taps.fraction);
-      // Places m * lambda + r - shift, from -1 or 0 on.
-      const int64_t first = g.averages ? -1 : 0;
-      const int64_t begin = (first + g.shift - r + g.lambda - 1) / g.lambda;
-      const int64_t end = (g.width + g.shift - r + g.lambda - 1) / g.lambda;
-      A* to = line.data() + 1 + r - g.shift;
-      if (g.lambda == 1) {
-        for (int64_t m = begin; m < end; ++m) to[m] = low_weight * low[m];
-      } else {
-        for (int64_t m = begin; m < end; ++m)
-          to[m * g.lambda] = low_weight * low[m] + high_weight * high[m];
-      }
+    const int64_t channel = g.lambda * length;
+    A* to = g.lambda == 1 ? line.data() : phases.data();  // with a place -1 of each phase
+    for (const Column& column : block) {
+      const A* low = columns.data() + column.offset + u * (channel - 1);
+      const A* high = low - channel + 1;
+      add_rows(to, low, column.low, high, column.high, g.out_width + 1);
+      to += g.out_width + 1;
     }
+    if (g.lambda > 1)
+      merge_phases(phases.data() + 1, g.out_width + 1, g.lambda, line.data() + 1, g.width);
   }
+
+  // A phase: for channel 0 and the place -1 of this phase, where the lower tap lies in `columns`;
+  // its weight and that of the channel before, one window further.
+  struct Column {
+    int64_t offset;
+    A low, high;
+  };
 
   const Geometry g;
   const View<const T> grad;
   T* const out;
   int64_t margin, length;
-  std::vector<A> columns, line, mixed, turned;
+  std::vector<A> columns, line, phases, turned;
+  std::vector<Column> block;
 };
 
 template <typename T>
@@ -533,6 +688,8 @@ class WindowForward {
     const int64_t size = 2 * g.lambda + int64_t(g.averages);
     const int64_t begin = clamp(-first, 0, size), end = clamp(g.width - first, begin, size);
     fill_row(buffer, pad, begin);
+    // The mask rows to come read the places below, a cache line or two in each channel.
+    fetch_rows(sum, 0, 4, 2 * in.y + u * in.c + (first + begin) * in.x, end - begin);
     sum_rows(buffer + begin, sum, u * in.c + (first + begin) * in.x, end - begin, in.x);
     fill_row(buffer + end, pad, size - end);
     if (g.averages)
@@ -560,7 +717,7 @@ class WindowForward {
 template <typename T>
 void windows_forward(
     const Geometry& g, View<const T> x, const int64_t* windows, int64_t count, T* out, double pad) {
-  share(count * g.out_side, ROWS_AT_ONCE, [&](auto next) {
+  share(count * g.out_side, g.lambda < ROWS_AT_ONCE ? ROWS_AT_ONCE : g.lambda, [&](auto next) {
     WindowForward<T> row(g, x, pad);
     next([&](int64_t i) {
       const int64_t* window = windows + i / g.out_side * 3;
