@@ -18,6 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
+constexpr const char* DTYPES = "float64, float32, float16 or bfloat16";
+
 template <typename... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -72,7 +74,7 @@ inline void check_lambda(int64_t lambda_val) {
 
 inline Geometry check_input(const Tensor& x, int64_t lambda_val) {
   require(x.dim() == 4 && is_supported(x),
-          "x must be a float64, float32, float16 or bfloat16 tensor (N, V*U, H, W), got ",
+          "x must be a floating tensor (N, V*U, H, W), ", DTYPES, ", got ",
           dtype_name(x), " of shape ", text(x.sizes()));
   check_lambda(lambda_val);
   const int64_t side = square_root(x.size(1));
@@ -105,8 +107,8 @@ inline Geometry check_grad(
     const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width) {
   check_lambda(lambda_val);
   require(grad.dim() == 4 && is_supported(grad),
-          "grad must be a float64, float32, float16 or bfloat16 tensor (N, lambda*V * lambda*U, "
-          "H', W'), got ", dtype_name(grad), " of shape ", text(grad.sizes()));
+          "grad must be a floating tensor (N, lambda*V * lambda*U, H', W'), ", DTYPES, ", got ",
+          dtype_name(grad), " of shape ", text(grad.sizes()));
   const int64_t side = square_root(grad.size(1)) / lambda_val;
   const Geometry g = Geometry::of(grad.size(0), side, height, width, lambda_val);
   require(side > 0 && height >= 0 && width >= 0 && has_shape(grad, output_shape(g)),
@@ -119,8 +121,8 @@ inline Geometry check_grad_at(
     const Tensor& grad, int64_t lambda_val, int64_t num_images, int64_t height, int64_t width) {
   check_lambda(lambda_val);
   require(grad.dim() == 3 && is_supported(grad),
-          "grad must be a float64, float32, float16 or bfloat16 tensor (K, lambda*V, lambda*U), "
-          "got ", dtype_name(grad), " of shape ", text(grad.sizes()));
+          "grad must be a floating tensor (K, lambda*V, lambda*U), ", DTYPES, ", got ",
+          dtype_name(grad), " of shape ", text(grad.sizes()));
   const int64_t side = grad.size(1) / lambda_val;
   require(side > 0 && side * lambda_val == grad.size(1) && grad.size(1) == grad.size(2) &&
               num_images >= 0 && height >= 0 && width >= 0,

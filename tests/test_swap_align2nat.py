@@ -1,5 +1,6 @@
 """The op: grids computed by hand, the formula tap by tap, gradients, and what is refused."""
 
+import importlib
 import itertools
 import math
 
@@ -109,7 +110,7 @@ def test_gradients(side: int, lambda_val: int) -> None:
 
 
 def test_large_windows_are_gathered_in_parts(monkeypatch) -> None:
-    module = __import__("tensormask.layers.swap_align2nat", fromlist=["x"])
+    module = importlib.import_module("tensormask.layers.swap_align2nat_reference")
     x = torch.randn(1, 9, 6, 6, requires_grad=True)
     windows = every_window(x, 2)
     whole = swap_align2nat_at(x, windows, 2)
