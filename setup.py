@@ -61,7 +61,7 @@ def extension() -> dict:
             "upgrade it, or set TENSORMASK_WITHOUT_EXT=1."
         )
     setuptools_version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
-    if setuptools_version < (70, 1):
+    if setuptools_version < (70, 1) and "build_ext" not in sys.argv:
         sys.exit(
             f"tensormask: setuptools {setuptools.__version__} cannot build wheels by itself: "
             "pip install 'setuptools>=77'"

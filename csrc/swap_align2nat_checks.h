@@ -42,8 +42,13 @@ inline std::string dtype_name(const Tensor& tensor) {
     case ScalarType::Bool: return "torch.bool";
     case ScalarType::ComplexFloat: return "torch.complex64";
     case ScalarType::ComplexDouble: return "torch.complex128";
-    default: return torch::headeronly::toString(tensor.scalar_type());
+    case ScalarType::ComplexHalf: return "torch.complex32";
+    default: break;
   }
+  std::string name = torch::headeronly::toString(tensor.scalar_type());  // "Float8_e4m3fn"
+  for (char& letter : name)
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  return "torch." + name;
 }
 
 // As Python prints a tuple: "(1, 9, 4, 4)", "(3,)".

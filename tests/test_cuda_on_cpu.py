@@ -12,8 +12,8 @@ from tensormask.layers import swap_align2nat_reference as reference
 
 SOURCE = Path(__file__).parent / "cuda_on_cpu.cpp"
 PAD = -6.0
-# (N, side, H, W, lambda): odd and even sides and ratios, maps that are no multiples and smaller than
-# a window, rows of whole vectors, several parts of the channels.
+# (N, side, H, W, lambda): odd and even sides and ratios, maps that are no multiples and smaller
+# than a window, rows of whole vectors, several parts of the channels.
 CASES = [
     (1, 1, 1, 1, 1),
     (2, 3, 5, 8, 1),

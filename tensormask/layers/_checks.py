@@ -5,6 +5,7 @@ themselves.
 """
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def check_input(x: Tensor, lambda_val: int) -> int:
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
     check_lambda(lambda_val)
-    side = math.isqrt(x.shape[1])
+    side = _square_root(x.shape[1])
     if side == 0 or side * side != x.shape[1]:
         raise ValueError(f"the channels of x must be a square V*U with V == U, got {x.shape[1]}")
     return side
@@ -66,7 +67,7 @@ def check_grad(grad: Tensor, lambda_val: int, height: int, width: int) -> int:
             f"grad must be a floating tensor (N, lambda*V * lambda*U, H', W'), {_DTYPES_TEXT}, "
             f"got {grad.dtype} of shape {tuple(grad.shape)}"
         )
-    side = math.isqrt(grad.shape[1]) // lambda_val
+    side = _square_root(grad.shape[1]) // lambda_val
     out_height, out_width = -(-height // lambda_val), -(-width // lambda_val)
     expected = ((side * lambda_val) ** 2, out_height, out_width)
     if side == 0 or tuple(grad.shape[1:]) != expected:
@@ -93,3 +94,8 @@ def _grad_error(grad: Tensor, lambda_val: int, height: int, width: int) -> Value
         f"grad of shape {tuple(grad.shape)} is none of lambda_val {lambda_val} for a map of "
         f"height {height} and width {width}"
     )
+
+
+def _square_root(value: int) -> int:
+    """Rounded down. ``index`` fixes the number of channels in a traced graph: the op needs it."""
+    return math.isqrt(operator.index(value))

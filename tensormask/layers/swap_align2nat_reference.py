@@ -6,6 +6,7 @@ everything below follows. Arguments are those of the public functions, already c
 """
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _MAX_VALUES_PER_CHUNK = 1 << 20
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     """The operation at every window, one axis pair after the other."""
     num_images, channels, height, width = x.shape
-    side = math.isqrt(channels)
+    side = math.isqrt(operator.index(channels))
     out_height, out_width = -(-height // lambda_val), -(-width // lambda_val)
     out_side = side * lambda_val
 
@@ -70,7 +71,7 @@ class _SwapAtAdjoint(torch.autograd.Function):
 
 
 def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    out_side = math.isqrt(x.shape[1]) * lambda_val
+    out_side = math.isqrt(operator.index(x.shape[1])) * lambda_val
     out = x.new_full((len(windows), out_side, out_side), pad_val)
     values = x.contiguous().view(-1)
     for chunk, out_chunk in _chunks(windows, out):
@@ -133,7 +134,7 @@ def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_
     A tap outside of the map has weight 0 and some index inside.
     """
     _, channels, height, width = shape
-    side = math.isqrt(channels)
+    side = math.isqrt(operator.index(channels))
     image, y, x = (column.view(-1, 1) for column in windows.unbind(1))
     taps = _axis_taps(side, lambda_val, windows.device)
 
