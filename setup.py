@@ -57,8 +57,8 @@ def extension() -> dict:
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 11):
         sys.exit(
-            f"tensormask: the compiled op needs PyTorch 2.11 or newer, this is {torch.__version__}: "
-            "upgrade it, or set TENSORMASK_WITHOUT_EXT=1."
+            "tensormask: the compiled op needs PyTorch 2.11 or newer, this is "
+            f"{torch.__version__}: upgrade it, or set TENSORMASK_WITHOUT_EXT=1."
         )
     setuptools_version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
     if setuptools_version < (70, 1) and "build_ext" not in sys.argv:
@@ -103,8 +103,8 @@ def wants_cuda(torch, cuda_home: str | None) -> bool:
         return False
     if torch.version.cuda is None:
         sys.exit(
-            f"tensormask: FORCE_CUDA is set, but PyTorch {torch.__version__} is built without CUDA: "
-            "install a CUDA build of it, or unset FORCE_CUDA."
+            f"tensormask: FORCE_CUDA is set, but PyTorch {torch.__version__} is built without "
+            "CUDA: install a CUDA build of it, or unset FORCE_CUDA."
         )
     if cuda_home is None and not forced:
         print(

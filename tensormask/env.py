@@ -25,8 +25,7 @@ def describe() -> str:
         *((f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())),
         ("swap_align2nat", str(_native.LIBRARY or "plain PyTorch")),
     ]
-    for device in ("cpu", "cuda"):
-        rows.append((f"  on {device}", f"plain PyTorch: {reason}" if (reason := _native.why_not(device)) else "compiled"))
+    rows += [(f"  on {device}", _native.describe(device)) for device in ("cpu", "cuda")]
     rows.append(("  TENSORMASK_OP", os.environ.get("TENSORMASK_OP", "auto (not set)")))
     return "\n".join(f"{name:<24} {text}" for name, text in rows)
 

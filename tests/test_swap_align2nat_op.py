@@ -1,4 +1,4 @@
-"""The compiled op: equal to the reference, known to PyTorch's tools, loaded and refused in words."""
+"""The compiled op: equal to the reference, known to PyTorch's tools, loaded and refused."""
 
 import importlib
 import logging
@@ -56,7 +56,10 @@ def test_equals_the_reference(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(2, side**2, height, width).to(dtype).to(memory_format=layout)
     exact = x.double().requires_grad_()
-    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    # One rounding of the result; sums of up to 16 terms as large as the padding before it.
+    half = dtype in (torch.float16, torch.bfloat16)
+    eps = torch.finfo(dtype).eps
+    close = {"rtol": 2 * eps, "atol": (8 if half else 64) * eps}
 
     dense = ops.swap_align2nat(x, lambda_val, pad_val)
     expected = reference.swap_align2nat(exact, lambda_val, pad_val)
@@ -131,7 +134,7 @@ def test_out_is_written_where_it_is() -> None:
     grad_x = torch.full_like(x, torch.nan)
     ops.swap_align2nat_backward.out(expected, 2, 8, 6, out=grad_x)
     assert torch.equal(grad_x, ops.swap_align2nat_backward(expected, 2, 8, 6))
-    with pytest.raises(RuntimeError, match="out must be a contiguous torch.float32 tensor of shape"):
+    with pytest.raises(RuntimeError, match="out must be a contiguous"):
         ops.swap_align2nat.out(x, 2, -6.0, out=torch.empty(1, 36, 4, 4))
 
 
@@ -267,7 +270,12 @@ def test_errors_are_the_same_everywhere(x, lambda_val, windows) -> None:
 
 @pytest.mark.parametrize(
     "shape, size",
-    [((1, 36, 2, 2), (5, 4)), ((1, 37, 2, 2), (4, 4)), ((1, 1, 2, 2), (4, 4)), ((36, 2, 2), (4, 4))],
+    [
+        ((1, 36, 2, 2), (5, 4)),
+        ((1, 37, 2, 2), (4, 4)),
+        ((1, 1, 2, 2), (4, 4)),
+        ((36, 2, 2), (4, 4)),
+    ],
 )
 def test_gradients_of_other_shapes_are_refused(shape, size) -> None:
     messages = set()
@@ -300,8 +308,9 @@ def test_backends_are_chosen_by_name(monkeypatch, caplog) -> None:
     with op_backend("native"):
         swap_align2nat(x, 2)
     assert len(calls) == 1
-    with pytest.raises(ValueError, match="one of auto, native, reference, got 'cuda'"), op_backend(
-        "cuda"
+    with (
+        pytest.raises(ValueError, match="one of auto, native, reference, got 'cuda'"),
+        op_backend("cuda"),
     ):
         pass
 

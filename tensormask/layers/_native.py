@@ -96,6 +96,14 @@ def use_native(device: str) -> bool:
     return False
 
 
+def describe(device: str) -> str:
+    """What computes swap_align2nat on a type of device, in a few words, for logs."""
+    reason = why_not(device)
+    if reason:
+        return f"plain PyTorch: {reason}"
+    return "compiled" if _backend != "reference" else "plain PyTorch: it was asked for"
+
+
 def why_not(device: str) -> str:
     """Why there is no compiled op on a type of device; empty where there is one."""
     if device in DEVICES:

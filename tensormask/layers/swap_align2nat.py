@@ -164,6 +164,4 @@ if _native.LIBRARY is not None:
         ("swap_align2nat_at_backward", _fake_at_backward, _grad_at_backward, _setup_at_backward),
     ):
         torch.library.register_fake(f"tensormask::{_name}", _shape)
-        torch.library.register_autograd(
-            f"tensormask::{_name}", _gradient, setup_context=_context
-        )
+        torch.library.register_autograd(f"tensormask::{_name}", _gradient, setup_context=_context)

@@ -1,4 +1,4 @@
-"""swap_align2nat in plain PyTorch: what the compiled op is tested against, and what runs without it.
+"""swap_align2nat in plain PyTorch: the compiled op is tested against it, and it runs without one.
 
 The map separates: ``op(X) = pad_val + L(X - pad_val)`` with ``L = L_y (x) L_x``, where ``L_y`` acts
 on (H, V) and ``L_x`` on (W, U), with at most four taps each: those of `_axis_taps`, from which

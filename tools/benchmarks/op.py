@@ -203,8 +203,7 @@ def _compared(times: dict, name: str, base: str, column: str, ratio: str) -> dic
 def _speedups(times: dict[str, list[float]]) -> dict[str, float]:
     return {
         f"{name} speedup": statistics.median(
-            slow / fast
-            for slow, fast in zip(times[f"reference {name}"], times[name], strict=True)
+            slow / fast for slow, fast in zip(times[f"reference {name}"], times[name], strict=True)
         )
         for name in ("forward", "backward")
         if f"reference {name}" in times
