@@ -8,7 +8,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format quickstart clean
+.PHONY: help install test lint format quickstart clean gpu-build gpu-test gpu-bench gpu-check
 
 help:
 	@echo "make quickstart   train, evaluate and draw a small TensorMask (OPTS=\"KEY VALUE ...\")"
@@ -16,13 +16,14 @@ help:
 	@echo "make lint         check style and formatting"
 	@echo "make format       mend style and formatting"
 	@echo "make install      make $(VENV), once; the others do it when it is missing"
+	@echo "make gpu-check    build, test and measure the CUDA kernels: gpu-build, gpu-test, gpu-bench"
 	@echo "make clean        remove caches and build folders; $(VENV), output/ and datasets/ stay"
 	@echo "Each stands alone. PYTHON=python3.x chooses the interpreter of $(VENV) (3.11 or newer)."
 
 install: $(INSTALLED)
 
 # A $(VENV) without a working pip is the rest of an interrupted or moved one: made anew.
-$(INSTALLED): requirements.txt setup.py pyproject.toml
+$(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}, TensorMask needs 3.11 or newer: set PYTHON=...")'
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -44,6 +45,28 @@ format: install
 quickstart: install
 	$(VENV)/bin/python tools/train_net.py --config-file configs/quickstart.yaml $(OPTS)
 
+# On a machine with a GPU, nvcc and PyTorch: $(PYTHON) as it is, no $(VENV), no network, no pytest.
+gpu-build:
+	FORCE_CUDA=1 CUDA_HOME=$${CUDA_HOME:-/usr/local/cuda} timeout 540 $(PYTHON) setup.py build_ext --inplace
+
+gpu-test:
+	timeout 260 $(PYTHON) tests/test_swap_align2nat_cuda.py
+	@if command -v compute-sanitizer >/dev/null; then \
+		echo "compute-sanitizer --tool memcheck"; \
+		timeout 260 compute-sanitizer --tool memcheck --error-exitcode 1 \
+			$(PYTHON) tests/test_swap_align2nat_cuda.py --small; \
+	else echo "compute-sanitizer is not there: no memcheck"; fi
+
+gpu-bench:
+	timeout 540 $(PYTHON) tools/benchmark.py op --device cuda \
+		--dtypes float32 float16 bfloat16 --json op_cuda.json
+
+# One after the other, also under make -j.
+gpu-check:
+	$(MAKE) gpu-build
+	$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info op_cuda.json .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

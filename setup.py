@@ -1,9 +1,26 @@
+"""Builds the package and, where it can, its compiled op. What it decided is printed.
+
+TENSORMASK_WITHOUT_EXT=1 builds no op (plain PyTorch does its work), FORCE_CUDA=1 builds the CUDA
+kernels without a GPU in sight, TORCH_CUDA_ARCH_LIST names the GPUs, CUDA_HOME the toolkit.
+"""
+
+import os
 import re
+import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+SOURCES = ["csrc/swap_align2nat.cpp", "csrc/swap_align2nat_cpu.cpp"]
+CUDA_SOURCES = ["csrc/swap_align2nat_cuda.cu"]
+HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
+# The stable ABI as of PyTorch 2.11: the library runs with that version and all later ones.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# Where no GPU says what it is. A100, RTX 30, H100, and by PTX all that comes after.
+DEFAULT_ARCHITECTURES = "8.0;8.6;9.0+PTX"
+INSTALL = "pip install --no-build-isolation --no-deps -e ."
 
 
 def read_version() -> str:
@@ -15,6 +32,106 @@ def read_version() -> str:
     return match.group(1)
 
 
+def is_on(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off")
+
+
+def extension() -> dict:
+    """Arguments of `setup` for the compiled op; none where there is to be none."""
+    if is_on("TENSORMASK_WITHOUT_EXT"):
+        return without_extension("TENSORMASK_WITHOUT_EXT is set")
+    if not sys.platform.startswith("linux"):
+        return without_extension(f"it is not built on {sys.platform}")
+    if {"sdist", "egg_info", "clean", "--version", "--name"} & set(sys.argv[1:]):
+        return {}  # nothing is compiled
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            f"tensormask: the compiled op needs PyTorch at build time ({error}). pip builds in an "
+            f"environment of its own, which cannot see yours: install torch first, then run\n"
+            f"    {INSTALL}\n"
+            "or set TENSORMASK_WITHOUT_EXT=1 to do without the compiled op."
+        )
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 11):
+        sys.exit(
+            "tensormask: the compiled op needs PyTorch 2.11 or newer, this is "
+            f"{torch.__version__}: upgrade it, or set TENSORMASK_WITHOUT_EXT=1."
+        )
+    setuptools_version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
+    if setuptools_version < (70, 1) and "build_ext" not in sys.argv:
+        sys.exit(
+            f"tensormask: setuptools {setuptools.__version__} cannot build wheels by itself: "
+            "pip install 'setuptools>=77'"
+        )
+    cuda = wants_cuda(torch, cpp_extension.CUDA_HOME)
+    flags = {"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI]}
+    sources = list(SOURCES)
+    if cuda:
+        sources += CUDA_SOURCES
+        flags["nvcc"] = ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA"]
+    print(f"tensormask: compiling swap_align2nat for the CPU{' and CUDA' if cuda else ''}")
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    op = make(
+        "tensormask._C",
+        sources,
+        depends=HEADERS,
+        include_dirs=cuda_include_dirs(torch) if cuda else [],
+        extra_compile_args=flags,
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [op],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        # No symbol of Python is used: one wheel serves every CPython from 3.10 on.
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def without_extension(reason: str) -> dict:
+    print(f"tensormask: no compiled op: {reason}; swap_align2nat runs in plain PyTorch")
+    return {}
+
+
+def wants_cuda(torch, cuda_home: str | None) -> bool:
+    """Whether to build the CUDA kernels; sets what torch cannot guess."""
+    forced, visible = is_on("FORCE_CUDA"), torch.cuda.is_available()
+    if not forced and not visible:
+        print("tensormask: no GPU in sight and FORCE_CUDA is not set: no CUDA kernels")
+        return False
+    if torch.version.cuda is None:
+        sys.exit(
+            f"tensormask: FORCE_CUDA is set, but PyTorch {torch.__version__} is built without "
+            "CUDA: install a CUDA build of it, or unset FORCE_CUDA."
+        )
+    if cuda_home is None and not forced:
+        print(
+            "tensormask: a GPU is in sight, but no CUDA toolkit (nvcc): no CUDA kernels. Set "
+            "CUDA_HOME to the toolkit and install again to have them."
+        )
+        return False
+    if cuda_home is None or not Path(cuda_home, "include", "cuda_runtime.h").is_file():
+        standard = Path("/usr/local/cuda")
+        there = (standard / "include" / "cuda_runtime.h").is_file()
+        sys.exit(
+            f"tensormask: no CUDA toolkit in CUDA_HOME={cuda_home}: include/cuda_runtime.h is not "
+            "there (where nvcc is a wrapper script, its folder is guessed wrong). "
+            f"Set CUDA_HOME={standard if there else '/path/to/cuda'} and run again."
+        )
+    if not visible and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
+        print(f"tensormask: no GPU in sight: TORCH_CUDA_ARCH_LIST={DEFAULT_ARCHITECTURES}")
+    return True
+
+
+def cuda_include_dirs(torch) -> list[str]:
+    """Headers of CUDA libraries, which a small toolkit lacks and PyTorch's own packages have."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    return [str(path) for path in packages.glob("cu*/include")]
+
+
 setup(
     name="tensormask",
     version=read_version(),
@@ -22,6 +139,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["tensormask", "tensormask.*"]),
     package_data={"tensormask": ["py.typed"]},
+    **extension(),
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",

@@ -1,7 +1,9 @@
 """The op: grids computed by hand, the formula tap by tap, gradients, and what is refused."""
 
+import importlib
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tensormask.layers import SwapAlign2Nat, swap_align2nat, swap_align2nat_at
+from tensormask.layers import SwapAlign2Nat, op_backend, swap_align2nat, swap_align2nat_at
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "reference"])
+def backend(request):
+    """Both are held to the same numbers and the same words."""
+    if request.param == "native" and "TENSORMASK_WITHOUT_EXT" in os.environ:
+        pytest.skip("TENSORMASK_WITHOUT_EXT: nothing is compiled")
+    with op_backend(request.param):
+        yield request.param
 
 
 def sixteen_taps(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
@@ -108,8 +119,10 @@ def test_gradients(side: int, lambda_val: int) -> None:
     assert torch.autograd.gradcheck(lambda x: swap_align2nat(x, lambda_val), x)
 
 
-def test_large_windows_are_gathered_in_parts(monkeypatch) -> None:
-    module = __import__("tensormask.layers.swap_align2nat", fromlist=["x"])
+def test_large_windows_are_gathered_in_parts(monkeypatch, backend) -> None:
+    if backend != "reference":
+        pytest.skip("the compiled op has no parts")
+    module = importlib.import_module("tensormask.layers.swap_align2nat_reference")
     x = torch.randn(1, 9, 6, 6, requires_grad=True)
     windows = every_window(x, 2)
     whole = swap_align2nat_at(x, windows, 2)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how fast and how frugal the library is: `python tools/benchmark.py data`.
+"""Measure how fast and how frugal the library is: `python tools/benchmark.py op`.
 
 Each subcommand is a module of tools/benchmarks/, which says how to add one.
 """
@@ -14,6 +14,7 @@ from benchmarks.timing import describe_machine
 
 BENCHMARKS = (
     "data",
+    "op",
 )  # fmt: skip
 
 EXIT_MISTAKE = 2

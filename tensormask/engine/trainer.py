@@ -52,6 +52,7 @@ from tensormask.engine.solver import (
 )
 from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
+from tensormask.layers import _native
 from tensormask.modeling import build_model
 from tensormask.visualizer import unique_stem
 
@@ -400,3 +401,4 @@ def _log_start(cfg: CfgNode, model: nn.Module, datasets: list, start: int) -> No
         sum(p.numel() for p in parameters) / 1e6,
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
+    logger.info("swap_align2nat: %s", _native.describe(parameters[0].device.type))

@@ -7,55 +7,47 @@ a mask value per fine unit. The value ``(v, u)`` of the window ``(y, x)`` is int
     oy = y * lambda + v - lambda * V / 2 + 0.5,    ov = (v + 0.5) / lambda - 0.5,
 
 and at ``ox, ou`` likewise. What lies outside of the input, on any of the four axes, reads
-``pad_val``. The map separates: ``op(X) = pad_val + L(X - pad_val)`` with ``L = L_y (x) L_x``, where
-``L_y`` acts on (H, V) and ``L_x`` on (W, U), with at most four taps each: those of `_axis_taps`,
-from which everything below follows.
-"""
+``pad_val``.
 
-import math
+Here are the public functions and the registrations that PyTorch needs of a compiled op. The
+kernels are in ``csrc``, the same in plain PyTorch in `swap_align2nat_reference`.
+"""
 
 import torch
 from torch import Tensor, nn
 
-# Mask values that are gathered at once: bounds the index tensors at a few dozen MB.
-_MAX_VALUES_PER_CHUNK = 1 << 20
+from . import _native, swap_align2nat_reference
+from ._checks import check_grad, check_grad_at, check_input, check_inside, check_windows
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
     """The operation at every window: the definition, and a tool for research.
 
     Args:
-        x (Tensor[N, V*U, H, W]): aligned masks, floating, V == U.
+        x (Tensor[N, V*U, H, W]): aligned masks, V == U; float64, float32, float16 or bfloat16, in
+            any memory format.
         lambda_val: ratio of the coarse unit to the fine one, an integer >= 1.
         pad_val: what is read outside of ``x``, a logit.
 
     Returns:
         Tensor[N, (lambda*V) * (lambda*U), ceil(H/lambda), ceil(W/lambda)]: natural masks, dtype of
-        ``x``.
+        ``x``, contiguous; differentiable twice in ``x``.
 
     Raises:
-        ValueError: ``x`` is not 4D floating, its channels are no square, or ``lambda_val`` < 1.
+        ValueError: ``x`` is not 4D of these dtypes, its channels are no square, or
+            ``lambda_val`` < 1.
     """
-    side = _check_input(x, lambda_val)
-    num_images, _, height, width = x.shape
-    out_height, out_width = math.ceil(height / lambda_val), math.ceil(width / lambda_val)
-    out_side = side * lambda_val
-
-    x = (x - pad_val).unflatten(1, (side, side))
-    # L_x on (U, W), then L_y on (V, H); each time the two axes stand last, merged.
-    x = x.permute(0, 1, 3, 2, 4)  # (N, V, H, U, W)
-    x = _apply_axis(x, lambda_val, out_width)  # (N, V, H, U', W')
-    x = x.permute(0, 3, 4, 1, 2)  # (N, U', W', V, H)
-    x = _apply_axis(x, lambda_val, out_height)  # (N, U', W', V', H')
-    x = x.permute(0, 3, 1, 4, 2).reshape(num_images, out_side * out_side, out_height, out_width)
-    return x + pad_val
+    check_input(x, lambda_val)
+    if _native.use_native(x.device.type):
+        return torch.ops.tensormask.swap_align2nat(x, lambda_val, pad_val)
+    return swap_align2nat_reference.swap_align2nat(x, lambda_val, pad_val)
 
 
 def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
     """The operation at chosen windows only: the same values as `swap_align2nat` at those places.
 
     Args:
-        x (Tensor[N, V*U, H, W]): aligned masks, floating, V == U.
+        x (Tensor[N, V*U, H, W]): aligned masks, as for `swap_align2nat`.
         windows (Tensor[K, 3]): int64 rows ``(n, y, x)``: image, and row and column on the coarse
             grid.
         lambda_val: ratio of the coarse unit to the fine one, an integer >= 1.
@@ -66,11 +58,17 @@ def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: floa
 
     Raises:
         ValueError: as `swap_align2nat`; or ``windows`` is not (K, 3) int64 on the device of ``x``;
-            or, on the CPU, a window lies outside of the grid.
+            or, on the CPU, a window lies outside of the grid. On a GPU the kernel stops there with
+            the same words, since a look from here would wait for it.
     """
-    _check_input(x, lambda_val)
-    _check_windows(x, windows, lambda_val)
-    return _SwapAt.apply(x, windows, lambda_val, pad_val)
+    check_input(x, lambda_val)
+    check_windows(x, windows)
+    # In a compiled graph the values are not there to look at: the kernel looks.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_inside(x, windows, lambda_val)
+    if _native.use_native(x.device.type):
+        return torch.ops.tensormask.swap_align2nat_at(x, windows, lambda_val, pad_val)
+    return swap_align2nat_reference.swap_align2nat_at(x, windows, lambda_val, pad_val)
 
 
 class SwapAlign2Nat(nn.Module):
@@ -88,171 +86,82 @@ class SwapAlign2Nat(nn.Module):
         return f"lambda_val={self.lambda_val}, pad_val={self.pad_val}"
 
 
-class _SwapAt(torch.autograd.Function):
-    """Gather at windows. The backward pass makes its indices again: only windows are kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-        ctx.save_for_backward(windows)
-        ctx.shape, ctx.lambda_val = x.shape, lambda_val
-        return _gather(x, windows, lambda_val, pad_val)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (windows,) = ctx.saved_tensors
-        return _SwapAtAdjoint.apply(grad, windows, ctx.lambda_val, ctx.shape), None, None, None
+# ---- shapes, for tracing ----
 
 
-class _SwapAtAdjoint(torch.autograd.Function):
-    """The transposed map, (K, lambda*V, lambda*U) to (N, V*U, H, W).
-
-    Its own backward is the gather with padding 0.
-    """
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
-        ctx.save_for_backward(windows)
-        ctx.lambda_val = lambda_val
-        return _scatter(grad, windows, lambda_val, shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (windows,) = ctx.saved_tensors
-        return _SwapAt.apply(grad, windows, ctx.lambda_val, 0.0), None, None, None
+def _fake(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
+    side = check_input(x, lambda_val) * lambda_val
+    num_images, _, height, width = x.shape
+    return x.new_empty(num_images, side * side, -(-height // lambda_val), -(-width // lambda_val))
 
 
-def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    out_side = math.isqrt(x.shape[1]) * lambda_val
-    out = x.new_full((len(windows), out_side, out_side), pad_val)
-    values = x.contiguous().view(-1)
-    for chunk, out_chunk in _chunks(windows, out):
-        for index, weight in _window_taps(x.shape, x.dtype, chunk, lambda_val):
-            out_chunk += weight * (values[index] - pad_val)
-    return out
+def _fake_backward(grad: Tensor, lambda_val: int, height: int, width: int) -> Tensor:
+    side = check_grad(grad, lambda_val, height, width)
+    return grad.new_empty(grad.shape[0], side * side, height, width)
 
 
-def _scatter(grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
-    out = grad.new_zeros(shape)
-    values = out.view(-1)
-    for chunk, grad_chunk in _chunks(windows, grad):
-        for index, weight in _window_taps(shape, grad.dtype, chunk, lambda_val):
-            values.index_add_(0, index.view(-1), (weight * grad_chunk).view(-1))
-    return out
+def _fake_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
+    side = check_input(x, lambda_val) * lambda_val
+    check_windows(x, windows)
+    return x.new_empty(windows.shape[0], side, side)
 
 
-def _chunks(windows: Tensor, masks: Tensor):
-    """Windows and their masks, a bounded number of mask values at a time."""
-    size = max(1, _MAX_VALUES_PER_CHUNK // max(1, masks[:1].numel()))
-    return zip(windows.split(size), masks.split(size), strict=True)
+def _fake_at_backward(
+    grad: Tensor, windows: Tensor, lambda_val: int, num_images: int, height: int, width: int
+) -> Tensor:
+    side = check_grad_at(grad, lambda_val, height, width)
+    check_windows(grad, windows)
+    return grad.new_empty(num_images, side * side, height, width)
 
 
-# ---- the taps ----
+# ---- gradients: of the map its transpose, of the transpose the map without padding ----
 
 
-def _axis_taps(
-    side: int, lambda_val: int, device: torch.device
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What a mask row of the window at 0 reads along one axis pair, (H, V) or (W, U).
-
-    Returns:
-        One to four ``(place, channel, weight)``, each (lambda*side,): the place relative to
-        ``y * lambda`` (int64), the mask row of the input (int64), and the weight (float64), which
-        is 0 where the mask row is outside of 0..side-1.
-    """
-    row = torch.arange(side * lambda_val, dtype=torch.float64, device=device)
-    places = _linear(row - side * lambda_val / 2 + 0.5, whole=side * lambda_val % 2 == 1)
-    channels = _linear((row + 0.5) / lambda_val - 0.5, whole=lambda_val == 1)
-    taps = []
-    for place, place_weight in places:
-        for channel, channel_weight in channels:
-            inside = (channel >= 0) & (channel < side)
-            weight = (place_weight * channel_weight) * inside
-            taps.append((place, channel.clamp(0, side - 1), weight))
-    return taps
+def _setup(ctx, inputs, output) -> None:
+    x, ctx.lambda_val, _ = inputs
+    ctx.size = x.shape[2:]
 
 
-def _linear(coordinate: Tensor, *, whole: bool) -> list[tuple[Tensor, Tensor]]:
-    """Floor and ceil of a coordinate with their weights; of whole coordinates the floor alone."""
-    low = coordinate.floor()
-    if whole:
-        return [(low.long(), torch.ones_like(low))]
-    return [(low.long(), 1 - coordinate + low), (low.long() + 1, coordinate - low)]
+def _grad(ctx, grad: Tensor):
+    op = torch.ops.tensormask.swap_align2nat_backward
+    return op(grad, ctx.lambda_val, *ctx.size), None, None
 
 
-def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_val: int):
-    """Yields each tap's index into the flattened input and weight, (K, lambda*V, lambda*U).
-
-    A tap outside of the map has weight 0 and some index inside.
-    """
-    _, channels, height, width = shape
-    side = math.isqrt(channels)
-    image, y, x = (column.view(-1, 1) for column in windows.unbind(1))
-    taps = _axis_taps(side, lambda_val, windows.device)
-
-    def along(start: Tensor, extent: int, place_stride: int, channel_stride: int):
-        for place, channel, weight in taps:
-            place = start * lambda_val + place  # (K, lambda*side)
-            inside = (place >= 0) & (place < extent)
-            index = place.clamp(0, extent - 1) * place_stride + channel * channel_stride
-            yield index, (weight * inside).to(dtype)
-
-    rows = list(along(y, height, width, side * height * width))
-    columns = list(along(x, width, 1, height * width))
-    base = (image * channels * height * width).view(-1, 1, 1)
-    for row_index, row_weight in rows:
-        for column_index, column_weight in columns:
-            index = base + row_index[:, :, None] + column_index[:, None, :]
-            yield index, row_weight[:, :, None] * column_weight[:, None, :]
+def _setup_backward(ctx, inputs, output) -> None:
+    ctx.lambda_val = inputs[1]
 
 
-def _apply_axis(x: Tensor, lambda_val: int, num_windows: int) -> Tensor:
-    """``L`` of one axis pair: (..., side, extent) to (..., lambda*side, num_windows)."""
-    side, extent = x.shape[-2:]
-    x = x.flatten(-2)
-    start = torch.arange(num_windows, device=x.device) * lambda_val
-    out = 0
-    for place, channel, weight in _axis_taps(side, lambda_val, x.device):
-        place = place[:, None] + start  # (lambda*side, num_windows)
-        inside = (place >= 0) & (place < extent)
-        index = channel[:, None] * extent + place.clamp(0, extent - 1)
-        tap = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)
-        out = out + tap * (weight[:, None] * inside).to(x.dtype)
-    return out
+def _grad_backward(ctx, grad: Tensor):
+    return torch.ops.tensormask.swap_align2nat(grad, ctx.lambda_val, 0.0), None, None, None
 
 
-# ---- what is refused ----
+def _setup_at(ctx, inputs, output) -> None:
+    x, windows, ctx.lambda_val, _ = inputs
+    ctx.save_for_backward(windows)
+    ctx.size = (x.shape[0], *x.shape[2:])
 
 
-def _check_input(x: Tensor, lambda_val: int) -> int:
-    """The side V == U of the input's masks."""
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(
-            f"x must be a floating tensor (N, V*U, H, W), got {x.dtype} of shape {tuple(x.shape)}"
-        )
-    if not isinstance(lambda_val, int) or lambda_val < 1:
-        raise ValueError(f"lambda_val must be an integer >= 1, got {lambda_val!r}")
-    side = math.isqrt(x.shape[1])
-    if side == 0 or side * side != x.shape[1]:
-        raise ValueError(f"the channels of x must be a square V*U with V == U, got {x.shape[1]}")
-    return side
+def _grad_at(ctx, grad: Tensor):
+    op = torch.ops.tensormask.swap_align2nat_at_backward
+    return op(grad, *ctx.saved_tensors, ctx.lambda_val, *ctx.size), None, None, None
 
 
-def _check_windows(x: Tensor, windows: Tensor, lambda_val: int) -> None:
-    if windows.dim() != 2 or windows.shape[1] != 3 or windows.dtype != torch.int64:
-        raise ValueError(
-            "windows must be int64 of shape (K, 3), rows (n, y, x), "
-            f"got {windows.dtype} of shape {tuple(windows.shape)}"
-        )
-    if windows.device != x.device:
-        raise ValueError(f"windows are on {windows.device}, x is on {x.device}")
-    if x.device.type == "cpu" and len(windows):  # elsewhere the look would wait for the device
-        num_images, _, height, width = x.shape
-        limit = torch.tensor(
-            [num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val)]
-        )
-        outside = ((windows < 0) | (windows >= limit)).any(1)
-        if outside.any():
-            raise ValueError(
-                f"window (n, y, x) = {windows[outside][0].tolist()} lies outside of the grid "
-                f"{limit.tolist()}"
-            )
+def _setup_at_backward(ctx, inputs, output) -> None:
+    ctx.lambda_val = inputs[2]
+    ctx.save_for_backward(inputs[1])
+
+
+def _grad_at_backward(ctx, grad: Tensor):
+    op = torch.ops.tensormask.swap_align2nat_at
+    return op(grad, *ctx.saved_tensors, ctx.lambda_val, 0.0), None, None, None, None, None
+
+
+if _native.LIBRARY is not None:
+    for _name, _shape, _gradient, _context in (
+        ("swap_align2nat", _fake, _grad, _setup),
+        ("swap_align2nat_backward", _fake_backward, _grad_backward, _setup_backward),
+        ("swap_align2nat_at", _fake_at, _grad_at, _setup_at),
+        ("swap_align2nat_at_backward", _fake_at_backward, _grad_at_backward, _setup_at_backward),
+    ):
+        torch.library.register_fake(f"tensormask::{_name}", _shape)
+        torch.library.register_autograd(f"tensormask::{_name}", _gradient, setup_context=_context)

@@ -1,0 +1,174 @@
+// What is refused, in the words of tensormask/layers/_checks.py, and the shapes of results.
+
+#pragma once
+
+#include "swap_align2nat.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace tensormask {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+constexpr const char* DTYPES = "float64, float32, float16 or bfloat16";
+
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Bool: return "torch.bool";
+    case ScalarType::ComplexFloat: return "torch.complex64";
+    case ScalarType::ComplexDouble: return "torch.complex128";
+    case ScalarType::ComplexHalf: return "torch.complex32";
+    default: break;
+  }
+  std::string name = torch::headeronly::toString(tensor.scalar_type());  // "Float8_e4m3fn"
+  for (char& letter : name)
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  return "torch." + name;
+}
+
+// As Python prints a tuple: "(1, 9, 4, 4)", "(3,)".
+template <typename Sizes>
+std::string text(const Sizes& sizes) {
+  std::ostringstream out;
+  out << "(";
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << (sizes.size() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline bool is_supported(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+      type == ScalarType::BFloat16;
+}
+
+inline int64_t square_root(int64_t value) {
+  int64_t root = 0;
+  while ((root + 1) * (root + 1) <= value) ++root;
+  return root;
+}
+
+inline void check_lambda(int64_t lambda_val) {
+  require(lambda_val >= 1, "lambda_val must be an integer >= 1, got ", lambda_val);
+}
+
+inline Geometry check_input(const Tensor& x, int64_t lambda_val) {
+  require(x.dim() == 4 && is_supported(x),
+          "x must be a floating tensor (N, V*U, H, W), ", DTYPES, ", got ",
+          dtype_name(x), " of shape ", text(x.sizes()));
+  check_lambda(lambda_val);
+  const int64_t side = square_root(x.size(1));
+  require(side > 0 && side * side == x.size(1),
+          "the channels of x must be a square V*U with V == U, got ", x.size(1));
+  return Geometry::of(x.size(0), side, x.size(2), x.size(3), lambda_val);
+}
+
+inline Shape input_shape(const Geometry& g) {
+  return {g.num_images, g.side * g.side, g.height, g.width};
+}
+
+inline Shape output_shape(const Geometry& g) {
+  return {g.num_images, g.out_side * g.out_side, g.out_height, g.out_width};
+}
+
+inline Shape masks_shape(const Geometry& g, const Tensor& windows) {
+  return {windows.size(0), g.out_side, g.out_side};
+}
+
+inline bool has_shape(const Tensor& tensor, const Shape& shape) {
+  const auto sizes = tensor.sizes();
+  if (sizes.size() != shape.size()) return false;
+  for (size_t i = 0; i < shape.size(); ++i)
+    if (sizes[i] != shape[i]) return false;
+  return true;
+}
+
+inline Geometry check_grad(
+    const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width) {
+  check_lambda(lambda_val);
+  require(grad.dim() == 4 && is_supported(grad),
+          "grad must be a floating tensor (N, lambda*V * lambda*U, H', W'), ", DTYPES, ", got ",
+          dtype_name(grad), " of shape ", text(grad.sizes()));
+  const int64_t side = square_root(grad.size(1)) / lambda_val;
+  const Geometry g = Geometry::of(grad.size(0), side, height, width, lambda_val);
+  require(side > 0 && height >= 0 && width >= 0 && has_shape(grad, output_shape(g)),
+          "grad of shape ", text(grad.sizes()), " is none of lambda_val ", lambda_val,
+          " for a map of height ", height, " and width ", width);
+  return g;
+}
+
+inline Geometry check_grad_at(
+    const Tensor& grad, int64_t lambda_val, int64_t num_images, int64_t height, int64_t width) {
+  check_lambda(lambda_val);
+  require(grad.dim() == 3 && is_supported(grad),
+          "grad must be a floating tensor (K, lambda*V, lambda*U), ", DTYPES, ", got ",
+          dtype_name(grad), " of shape ", text(grad.sizes()));
+  const int64_t side = grad.size(1) / lambda_val;
+  require(side > 0 && side * lambda_val == grad.size(1) && grad.size(1) == grad.size(2) &&
+              num_images >= 0 && height >= 0 && width >= 0,
+          "grad of shape ", text(grad.sizes()), " is none of lambda_val ", lambda_val,
+          " for a map of height ", height, " and width ", width);
+  return Geometry::of(num_images, side, height, width, lambda_val);
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
+// Windows, contiguous.
+inline Tensor check_windows(const Tensor& x, const Tensor& windows) {
+  require(windows.dim() == 2 && windows.size(1) == 3 && windows.scalar_type() == ScalarType::Long,
+          "windows must be int64 of shape (K, 3), rows (n, y, x), got ", dtype_name(windows),
+          " of shape ", text(windows.sizes()));
+  require(device_name(windows) == device_name(x), "windows are on ", device_name(windows),
+          ", x is on ", device_name(x));
+  return windows.is_contiguous() ? windows : torch::stable::contiguous(windows);
+}
+
+// Windows in host memory lie on the grid.
+inline void check_inside(const Geometry& g, const Tensor& windows) {
+  const int64_t* window = windows.const_data_ptr<int64_t>();
+  const int64_t limits[3] = {g.num_images, g.out_height, g.out_width};
+  for (int64_t k = 0; k < windows.size(0); ++k, window += 3) {
+    bool inside = true;
+    for (int i = 0; i < 3; ++i) inside &= window[i] >= 0 && window[i] < limits[i];
+    require(inside, "window (n, y, x) = [", window[0], ", ", window[1], ", ", window[2],
+            "] lies outside of the grid [", limits[0], ", ", limits[1], ", ", limits[2], "]");
+  }
+}
+
+inline void check_out(const Tensor& x, const Tensor& out, const Shape& shape) {
+  require(out.scalar_type() == x.scalar_type() && has_shape(out, shape) && out.is_contiguous() &&
+              device_name(out) == device_name(x),
+          "out must be a contiguous ", dtype_name(x), " tensor of shape ", text(shape), " on ",
+          device_name(x), ", got ", dtype_name(out), " of shape ", text(out.sizes()), " on ",
+          device_name(out));
+}
+
+}  // namespace tensormask

@@ -1,0 +1,228 @@
+// swap_align2nat on the CPU: checks, memory, and the choice of instruction set.
+
+#include "swap_align2nat_checks.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TENSORMASK_X86_VARIANTS
+#include <immintrin.h>
+#endif
+
+namespace tensormask {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Output rows below this many bytes are written in another order, see `by_place`.
+constexpr int64_t SHORT_ROW = 256;
+// Rows that a thread takes at a time: neighbours read the same memory.
+constexpr int64_t ROWS_AT_ONCE = 4;
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+int64_t positive_modulo(int64_t value, int64_t by) { return (value % by + by) % by; }
+
+// Runs `work(next)` once per thread; `next(f)` calls f(i) for numbers below `count` until all
+// are done, each exactly once. Threads take `at_once` numbers at a time as they come free: rows
+// that are only padding cost next to nothing.
+template <typename F>
+void share(int64_t count, int64_t at_once, const F& work) {
+  const int64_t parts = (count + at_once - 1) / at_once;
+  std::atomic<int64_t> taken{0};
+  const auto next = [&](auto&& f) {
+    for (int64_t part = taken++; part < parts; part = taken++) {
+      const int64_t end = clamp((part + 1) * at_once, 0, count);
+      for (int64_t i = part * at_once; i < end; ++i) f(i);
+    }
+  };
+  const int64_t threads = clamp(torch::stable::get_num_threads(), 1, parts);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) work(next);
+  });
+}
+
+namespace baseline {
+#include "swap_align2nat_cpu_kernels.h"
+}
+
+#if defined(TENSORMASK_X86_VARIANTS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#include "swap_align2nat_cpu_kernels.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+namespace avx512 {
+#define TENSORMASK_AVX512
+#include "swap_align2nat_cpu_kernels.h"
+#undef TENSORMASK_AVX512
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+enum class Isa { BASELINE, AVX2, AVX512 };
+
+Isa isa() {
+#if defined(TENSORMASK_X86_VARIANTS)
+  static const Isa found = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 ? (avx512 ? Isa::AVX512 : Isa::AVX2) : Isa::BASELINE;
+  }();
+  return found;
+#else
+  return Isa::BASELINE;
+#endif
+}
+
+// Calls FUNCTION<T> of the widest variant that runs here. AVX-512 is for float32 alone: its masked
+// steps are what short rows gain from, and each variant costs seconds of compile time.
+#if defined(TENSORMASK_X86_VARIANTS)
+#define CALL(FUNCTION, ...)                                                      \
+  do {                                                                           \
+    if constexpr (std::is_same_v<T, float>)                                      \
+      if (isa() == Isa::AVX512) return avx512::FUNCTION<T>(__VA_ARGS__);         \
+    if (isa() != Isa::BASELINE) return avx2::FUNCTION<T>(__VA_ARGS__);           \
+    return baseline::FUNCTION<T>(__VA_ARGS__);                                   \
+  } while (false)
+#else
+#define CALL(FUNCTION, ...) return baseline::FUNCTION<T>(__VA_ARGS__)
+#endif
+
+// Calls f with a null pointer of the tensor's element type.
+template <typename F>
+void dispatch(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
+    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
+  }
+}
+
+template <typename T>
+View<const T> view(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
+}
+
+void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out) {
+  const Geometry g = check_input(x, lambda_val);
+  check_out(x, out, output_shape(g));
+  if (out.numel() == 0) return;
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(dense_forward, g, view<T>(x), static_cast<T*>(out.mutable_data_ptr()), pad_val);
+  });
+}
+
+Tensor forward(const Tensor& x, int64_t lambda_val, double pad_val) {
+  Tensor out = torch::stable::new_empty(x, output_shape(check_input(x, lambda_val)));
+  forward_out(x, lambda_val, pad_val, out);
+  return out;
+}
+
+void backward_out(
+    const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width, Tensor out) {
+  const Geometry g = check_grad(grad, lambda_val, height, width);
+  check_out(grad, out, input_shape(g));
+  if (out.numel() == 0) return;
+  dispatch(grad, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(dense_backward, g, view<T>(grad), static_cast<T*>(out.mutable_data_ptr()));
+  });
+}
+
+Tensor backward(const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width) {
+  const Geometry g = check_grad(grad, lambda_val, height, width);
+  Tensor out = torch::stable::new_empty(grad, input_shape(g));
+  backward_out(grad, lambda_val, height, width, out);
+  return out;
+}
+
+Tensor forward_at(const Tensor& x, const Tensor& windows, int64_t lambda_val, double pad_val) {
+  const Geometry g = check_input(x, lambda_val);
+  const Tensor rows = check_windows(x, windows);
+  check_inside(g, rows);
+  Tensor out = torch::stable::new_empty(x, masks_shape(g, rows));
+  if (out.numel() == 0) return out;
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(windows_forward, g, view<T>(x), rows.const_data_ptr<int64_t>(), rows.size(0),
+         static_cast<T*>(out.mutable_data_ptr()), pad_val);
+  });
+  return out;
+}
+
+Tensor backward_at(
+    const Tensor& grad, const Tensor& windows, int64_t lambda_val, int64_t num_images,
+    int64_t height, int64_t width) {
+  const Geometry g = check_grad_at(grad, lambda_val, num_images, height, width);
+  const Tensor rows = check_windows(grad, windows);
+  check_inside(g, rows);
+  Tensor out = torch::stable::new_empty(grad, input_shape(g));
+  if (out.numel() == 0) return out;
+
+  // Windows by image, in their order.
+  const int64_t* window = rows.const_data_ptr<int64_t>();
+  const int64_t count = rows.size(0);
+  std::vector<int64_t> starts(num_images + 1, 0), order(count);
+  for (int64_t k = 0; k < count; ++k) ++starts[window[k * 3] + 1];
+  for (int64_t n = 0; n < num_images; ++n) starts[n + 1] += starts[n];
+  std::vector<int64_t> ends(starts.begin(), starts.end() - 1);
+  for (int64_t k = 0; k < count; ++k) order[ends[window[k * 3]]++] = k;
+
+  dispatch(grad, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
+                              grad.stride(1), grad.stride(2)};
+    CALL(windows_backward, g, masks, window, order.data(), starts.data(),
+         static_cast<T*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tensormask, CPU, m) {
+  m.impl("swap_align2nat", TORCH_BOX(&forward));
+  m.impl("swap_align2nat.out", TORCH_BOX(&forward_out));
+  m.impl("swap_align2nat_backward", TORCH_BOX(&backward));
+  m.impl("swap_align2nat_backward.out", TORCH_BOX(&backward_out));
+  m.impl("swap_align2nat_at", TORCH_BOX(&forward_at));
+  m.impl("swap_align2nat_at_backward", TORCH_BOX(&backward_at));
+}
+
+}  // namespace tensormask

@@ -1,0 +1,194 @@
+// swap_align2nat on CUDA: checks, memory, launches. Nothing here waits for the device.
+
+#include "swap_align2nat_checks.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#define TENSORMASK_KERNEL __global__
+#define TENSORMASK_DEVICE __device__
+
+namespace tensormask {
+namespace cuda {
+
+template <typename A>
+__device__ A* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<A*>(memory);
+}
+
+__device__ inline void synchronize() { __syncthreads(); }
+
+}  // namespace cuda
+}  // namespace tensormask
+
+#include "swap_align2nat_cuda_kernels.h"
+
+namespace tensormask {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Calls f with a null pointer of the tensor's element type.
+template <typename F>
+void dispatch(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
+    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
+  }
+}
+
+template <typename T>
+View<const T> view(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
+}
+
+// PyTorch's current stream on the current device.
+cudaStream_t stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+unsigned int grid(int64_t blocks) {
+  require(blocks <= std::numeric_limits<int32_t>::max(), "the tensor is too large for one launch: ",
+          blocks, " blocks are needed; divide the batch");
+  return static_cast<unsigned int>(blocks);
+}
+
+void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out) {
+  const Geometry g = check_input(x, lambda_val);
+  check_out(x, out, output_shape(g));
+  if (out.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* const target = static_cast<T*>(out.mutable_data_ptr());
+    const cuda::Cut cut = cuda::cut_forward<T>(g);
+    if (cut.tile > 0) {
+      cuda::dense_forward<T>
+          <<<grid(cut.blocks(g.num_images)), cuda::THREADS, cuda::shared_bytes<T>(g, cut),
+             stream_of(x)>>>(g, view<T>(x), target, pad_val, cut);
+    } else {
+      cuda::dense_forward_directly<T>
+          <<<grid(g.num_images * g.out_side * g.out_height), cuda::THREADS, 0, stream_of(x)>>>(
+              g, view<T>(x), target, pad_val);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+Tensor forward(const Tensor& x, int64_t lambda_val, double pad_val) {
+  Tensor out = torch::stable::new_empty(x, output_shape(check_input(x, lambda_val)));
+  forward_out(x, lambda_val, pad_val, out);
+  return out;
+}
+
+void backward_out(
+    const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width, Tensor out) {
+  const Geometry g = check_grad(grad, lambda_val, height, width);
+  check_out(grad, out, input_shape(g));
+  if (out.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  dispatch(grad, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* const target = static_cast<T*>(out.mutable_data_ptr());
+    const cuda::Cut cut = cuda::cut_backward<T>(g);
+    if (cut.tile > 0) {
+      cuda::dense_backward<T>
+          <<<grid(cut.blocks(g.num_images)), cuda::THREADS, cuda::shared_bytes<T>(g, cut),
+             stream_of(grad)>>>(g, view<T>(grad), target, cut);
+    } else {
+      cuda::dense_backward_directly<T>
+          <<<grid(g.num_images * g.side * g.side * g.height), cuda::WINDOW_THREADS, 0,
+             stream_of(grad)>>>(g, view<T>(grad), target);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+Tensor backward(const Tensor& grad, int64_t lambda_val, int64_t height, int64_t width) {
+  const Geometry g = check_grad(grad, lambda_val, height, width);
+  Tensor out = torch::stable::new_empty(grad, input_shape(g));
+  backward_out(grad, lambda_val, height, width, out);
+  return out;
+}
+
+Tensor forward_at(const Tensor& x, const Tensor& windows, int64_t lambda_val, double pad_val) {
+  const Geometry g = check_input(x, lambda_val);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor rows = check_windows(x, windows);
+  Tensor out = torch::stable::new_empty(x, masks_shape(g, rows));
+  if (out.numel() == 0) return out;
+  dispatch(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cuda::windows_forward<T>
+        <<<grid(rows.size(0) * g.out_side), cuda::WINDOW_THREADS, 0, stream_of(x)>>>(
+            g, view<T>(x), rows.const_data_ptr<int64_t>(),
+            static_cast<T*>(out.mutable_data_ptr()), pad_val);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+Tensor backward_at(
+    const Tensor& grad, const Tensor& windows, int64_t lambda_val, int64_t num_images,
+    int64_t height, int64_t width) {
+  const Geometry g = check_grad_at(grad, lambda_val, num_images, height, width);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const Tensor rows = check_windows(grad, windows);
+  Tensor out = torch::stable::new_empty(grad, input_shape(g));
+  if (out.numel() == 0) return out;
+
+  const int64_t count = rows.size(0);
+  Tensor head = torch::stable::new_empty(rows, Shape{num_images, g.out_height, g.out_width});
+  Tensor next = torch::stable::new_empty(rows, Shape{count});
+  int64_t* const heads = static_cast<int64_t*>(head.mutable_data_ptr());
+  int64_t* const nexts = static_cast<int64_t*>(next.mutable_data_ptr());
+  const cudaStream_t stream = stream_of(grad);
+  STD_CUDA_CHECK(cudaMemsetAsync(heads, 0xff, head.numel() * sizeof(int64_t), stream));  // -1
+  if (count > 0) {
+    cuda::link_windows<<<grid((count + cuda::WINDOW_THREADS - 1) / cuda::WINDOW_THREADS),
+                         cuda::WINDOW_THREADS, 0, stream>>>(
+        g, rows.const_data_ptr<int64_t>(), count, heads, nexts);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  dispatch(grad, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
+                              grad.stride(1), grad.stride(2)};
+    cuda::windows_backward<T>
+        <<<grid(num_images * g.side * g.side * height), cuda::WINDOW_THREADS, 0, stream>>>(
+            g, masks, heads, nexts, static_cast<T*>(out.mutable_data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tensormask, CUDA, m) {
+  m.impl("swap_align2nat", TORCH_BOX(&forward));
+  m.impl("swap_align2nat.out", TORCH_BOX(&forward_out));
+  m.impl("swap_align2nat_backward", TORCH_BOX(&backward));
+  m.impl("swap_align2nat_backward.out", TORCH_BOX(&backward_out));
+  m.impl("swap_align2nat_at", TORCH_BOX(&forward_at));
+  m.impl("swap_align2nat_at_backward", TORCH_BOX(&backward_at));
+}
+
+}  // namespace tensormask
