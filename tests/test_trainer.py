@@ -13,7 +13,7 @@ from torch import nn
 
 from tensormask.config import get_cfg
 from tensormask.data.faults import FaultLog
-from tensormask.engine import trainer
+from tensormask.engine import evaluator, trainer
 from tensormask.engine.checkpoint import load_checkpoint, preserved_random_states
 from tensormask.evaluation import UnexpectedResultsError
 
@@ -84,12 +84,13 @@ def fakes(monkeypatch):
     content |= {"has_annotations": True, "num_annotations": 7}
     content["faults"] = state.faults = FaultLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
-    monkeypatch.setattr(trainer, "build_model", lambda cfg: FakeModel())
+    for module in (trainer, evaluator):
+        monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())
+        monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
     monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
-    monkeypatch.setattr(trainer, "build_test_loader", lambda cfg, dataset: [])
-    monkeypatch.setattr(trainer, "get_dataset", lambda name: dataset)
-    monkeypatch.setattr(trainer, "evaluate", fake_evaluate)
-    monkeypatch.setattr(trainer, "check_files", lambda dataset, num_workers: [])
+    monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset: [])
+    monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
+    monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])
     return state
 
 
@@ -278,17 +279,17 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypa
 def test_expected_results_are_checked_in_both_ways(tmp_path, fakes):
     expected = ("TEST.EXPECTED_RESULTS", [["segm", "AP", 31.0, 1.5]])
     trainer.train(make_cfg(tmp_path, *expected))
-    trainer.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
+    evaluator.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
     fakes.results = {"segm": {"AP": 29.0}}
     with pytest.raises(UnexpectedResultsError):
-        trainer.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
+        evaluator.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
     with pytest.raises(UnexpectedResultsError):
         trainer.train(make_cfg(tmp_path, *expected))
 
 
 def test_evaluating_nothing_is_refused(tmp_path, fakes):
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
-        trainer.evaluate_only(make_cfg(tmp_path))
+        evaluator.evaluate_only(make_cfg(tmp_path))
 
 
 def test_faults_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypatch):
@@ -326,7 +327,7 @@ def test_strict_stops_at_the_first_fault(fakes, tmp_path, monkeypatch):
         trainer.train(make_cfg(tmp_path, "DATASETS.STRICT", True))
     fakes.faults.add("box_empty", 3)
     with pytest.raises(ValueError, match="box_empty"):
-        trainer.evaluate_only(make_cfg(tmp_path, "DATASETS.STRICT", True))
+        evaluator.evaluate_only(make_cfg(tmp_path, "DATASETS.STRICT", True))
 
 
 def test_no_picture_to_train_on(fakes, tmp_path, monkeypatch):
@@ -354,7 +355,8 @@ def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog,
     trained_on = trainer.get_dataset("a")
     other = type("Other", (list,), {**vars(type(trained_on)), "class_names": names})(range(7))
     sets = {"a": trained_on, "b": other}
-    monkeypatch.setattr(trainer, "get_dataset", sets.__getitem__)
+    for module in (trainer, evaluator):
+        monkeypatch.setattr(module, "get_dataset", sets.__getitem__)
     if refused:
         with pytest.raises(ValueError, match="another order"):
             trainer.train(make_cfg(tmp_path))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tensormask
 from tensormask.config import CfgNode, get_cfg
-from tensormask.engine.trainer import NonFiniteLossError, evaluate_only, train
+from tensormask.engine.evaluator import evaluate_only
+from tensormask.engine.trainer import NonFiniteLossError, train
 from tensormask.evaluation import UnexpectedResultsError
 
 logger = logging.getLogger("tensormask.tools.train_net")

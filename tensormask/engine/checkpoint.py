@@ -4,6 +4,7 @@ A checkpoint is a plain dict in `torch.save`'s format, read with `weights_only=T
 under their name only when they are complete.
 """
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from torch import nn
 
 import tensormask
 from tensormask.engine.weights import read_torch
+
+logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last_checkpoint"
 KEYS = ("model", "optimizer", "scheduler", "iteration", "random_states", "config")
@@ -213,3 +216,13 @@ def restore_model(checkpoint: dict[str, Any], model: nn.Module) -> None:
             "The checkpoint holds another model than this config describes; "
             f"resume with the config.yaml beside it. {error}"
         ) from error
+
+
+def checkpoint_to_resume(output_dir: str | Path) -> dict | None:
+    """Load the last checkpoint of a folder, and say which; None if there is none."""
+    path = find_last_checkpoint(output_dir)
+    if path is None:
+        logger.info("Nothing to resume in %s", output_dir)
+        return None
+    logger.info("Resuming from %s", path)
+    return load_checkpoint(path)

@@ -1,12 +1,11 @@
-"""Training and evaluation of a config: read from `train` downwards."""
+"""Training of a config: read from `train` downwards."""
 
 import logging
 import math
 import random
-import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,29 +16,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tensormask.config import CfgNode
-from tensormask.data import (
-    FaultReporter,
-    build_test_loader,
-    build_train_loader,
-    check_dataset,
-    get_dataset,
-)
-from tensormask.data.statistics import check_files
-from tensormask.data.transforms import build_test_transform
+from tensormask.data import FaultReporter, build_train_loader, get_dataset
 from tensormask.engine.checkpoint import (
     LAST_CHECKPOINT,
-    find_last_checkpoint,
-    load_checkpoint,
-    preserved_random_states,
+    checkpoint_to_resume,
     restore_checkpoint,
-    restore_model,
     save_checkpoint,
     write_atomically,
 )
+from tensormask.engine.evaluator import build_fault_reporter, check_evaluation, evaluate_all
 from tensormask.engine.events import (
     MetricsWriter,
     RecentMetrics,
-    append_faults,
     flatten_results,
     format_progress,
     setup_logging,
@@ -50,11 +38,10 @@ from tensormask.engine.solver import (
     build_lr_scheduler,
     build_optimizer,
 )
-from tensormask.engine.weights import check_complete, load_weights
-from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
+from tensormask.engine.weights import load_weights
+from tensormask.evaluation import verify_results
 from tensormask.layers import _native
 from tensormask.modeling import build_model
-from tensormask.visualizer import unique_stem
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +70,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir)
-    checkpoint = _checkpoint_to_resume(output_dir) if resume else None
+    checkpoint = checkpoint_to_resume(output_dir) if resume else None
     cfg = _with_seed(cfg, checkpoint)
     check_evaluation(cfg)
     reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -199,133 +186,6 @@ def train_step(
     return {"total_loss": total, **values, "lr": lr, "grad_norm": float(grad_norm)}
 
 
-def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
-    """Evaluate the weights in `MODEL.WEIGHTS`, or with `resume` the last checkpoint's.
-
-    Returns:
-        The results, as `evaluate_all` gives them.
-
-    Raises:
-        ValueError: something in the config, the data or the weights does not fit.
-        UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
-    """
-    output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    setup_logging(output_dir)
-    checkpoint = _checkpoint_to_resume(output_dir) if resume else None
-    check_evaluation(cfg)
-    reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
-    model = build_model(cfg)
-    if checkpoint is not None:
-        restore_model(checkpoint, model)
-    elif cfg.MODEL.WEIGHTS:
-        check_complete(load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
-    else:
-        raise ValueError(
-            "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
-            "or --resume to take the last checkpoint in OUTPUT_DIR"
-        )
-    results = evaluate_all(cfg, model, output_dir, reporter)
-    append_faults(output_dir, reporter.pop_record())
-    reporter.log_found()
-    verify_results(cfg.TEST.EXPECTED_RESULTS, results)
-    return results
-
-
-def check_evaluation(cfg: CfgNode) -> None:
-    """Find mistakes that would else come up only in the evaluation, after hours of training.
-
-    Raises:
-        ValueError: a test set or an option of the evaluation does not fit.
-    """
-    build_test_transform(cfg)
-    if cfg.TEST.MAX_DETS < 1:
-        raise ValueError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
-    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]).class_names if cfg.DATASETS.TRAIN else None
-    for name in cfg.DATASETS.TEST:
-        dataset = get_dataset(name)
-        check_dataset(cfg, dataset)
-        if trained_on is None or dataset.class_names == trained_on:
-            continue
-        if sorted(dataset.class_names) == sorted(trained_on):
-            raise ValueError(
-                f"{name} and {cfg.DATASETS.TRAIN[0]} have their classes in another order, "
-                f"{dataset.class_names} and {trained_on}: give them equal category ids"
-            )
-        logger.warning(
-            "%s and %s name their classes differently, %s and %s; they are matched by their order",
-            *(name, cfg.DATASETS.TRAIN[0], dataset.class_names, trained_on),
-        )
-
-
-def evaluate_all(
-    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: FaultReporter
-) -> dict[str, dict[str, float]]:
-    """Evaluate on every set in `DATASETS.TEST`, and log the results.
-
-    The model's mode and the random generators are afterwards as they were before. Files go to
-    `output_dir/inference`, with several sets to a folder for each below it.
-
-    Returns:
-        `{"bbox": {"AP", ...}, "segm": {...}}` in percent, with `TEST.ORACLE_ON` also `"oracle"`:
-        what true masks score that are seen through the windows. With several sets this is nested
-        once more: `{set's name: {"bbox": ...}}`.
-    """
-    names = list(dict.fromkeys(cfg.DATASETS.TEST))
-    results, taken = {}, set()
-    for name in names:
-        folder = Path(output_dir) / "inference"
-        if len(names) > 1:
-            folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
-        # A run that is evaluated on the way must train like one that is not.
-        with preserved_random_states():
-            results[name] = _evaluate_one(cfg, model, name, folder, reporter)
-    return results[names[0]] if len(names) == 1 else results
-
-
-def _evaluate_one(
-    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: FaultReporter
-) -> dict[str, dict[str, float]]:
-    dataset = get_dataset(name)
-    logger.info("Evaluating on %s: %d pictures", name, len(dataset))
-    results = evaluate(
-        model,
-        reporter.watch(build_test_loader(cfg, dataset)),
-        dataset,
-        folder,
-        max_dets=cfg.TEST.MAX_DETS,
-        num_visualized=cfg.TEST.NUM_VISUALIZED,
-        submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
-    )
-    if not results:  # test-dev: nothing to compare with
-        return results
-    oracle = None
-    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
-        oracle = evaluate_oracle(
-            model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
-        )["segm"]
-    logger.info("Results on %s\n%s", name, results_table(results, oracle))
-    return results if oracle is None else {**results, "oracle": oracle}
-
-
-def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:
-    """The reporter of the faults of some data sets; says those that are known already.
-
-    With `DATASETS.STRICT` all pictures are opened first.
-
-    Raises:
-        ValueError: there are faults and `DATASETS.STRICT` is on.
-    """
-    datasets = {name: get_dataset(name) for name in names}
-    if cfg.DATASETS.STRICT:
-        for name, dataset in datasets.items():
-            logger.info("DATASETS.STRICT: opening all %d pictures of %s", len(dataset), name)
-            for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
-                pass
-    logs = {name: dataset.faults for name, dataset in datasets.items()}
-    return FaultReporter(logs, strict=cfg.DATASETS.STRICT)
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and PyTorch, those of all GPUs included."""
     random.seed(seed)
@@ -344,15 +204,6 @@ def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
     cfg.freeze()
     logger.info("Seed: %d", cfg.SEED)
     return cfg
-
-
-def _checkpoint_to_resume(output_dir: Path) -> dict | None:
-    path = find_last_checkpoint(output_dir)
-    if path is None:
-        logger.info("Nothing to resume in %s", output_dir)
-        return None
-    logger.info("Resuming from %s", path)
-    return load_checkpoint(path)
 
 
 def _checked_losses(

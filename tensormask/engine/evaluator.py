@@ -1,0 +1,152 @@
+"""Evaluation of a config: of weights by themselves, and of a model while it is trained."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from tensormask.config import CfgNode
+from tensormask.data import FaultReporter, build_test_loader, check_dataset, get_dataset
+from tensormask.data.statistics import check_files
+from tensormask.data.transforms import build_test_transform
+from tensormask.engine.checkpoint import (
+    checkpoint_to_resume,
+    preserved_random_states,
+    restore_model,
+)
+from tensormask.engine.events import append_faults, setup_logging
+from tensormask.engine.weights import check_complete, load_weights
+from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
+from tensormask.modeling import build_model
+from tensormask.visualizer import unique_stem
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
+    """Evaluate the weights in `MODEL.WEIGHTS`, or with `resume` the last checkpoint's.
+
+    Returns:
+        The results, as `evaluate_all` gives them.
+
+    Raises:
+        ValueError: something in the config, the data or the weights does not fit.
+        UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
+    """
+    output_dir = Path(cfg.OUTPUT_DIR)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    setup_logging(output_dir)
+    checkpoint = checkpoint_to_resume(output_dir) if resume else None
+    check_evaluation(cfg)
+    reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
+    model = build_model(cfg)
+    if checkpoint is not None:
+        restore_model(checkpoint, model)
+    elif cfg.MODEL.WEIGHTS:
+        check_complete(load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
+    else:
+        raise ValueError(
+            "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
+            "or --resume to take the last checkpoint in OUTPUT_DIR"
+        )
+    results = evaluate_all(cfg, model, output_dir, reporter)
+    append_faults(output_dir, reporter.pop_record())
+    reporter.log_found()
+    verify_results(cfg.TEST.EXPECTED_RESULTS, results)
+    return results
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Find mistakes that would else come up only in the evaluation, after hours of training.
+
+    Raises:
+        ValueError: a test set or an option of the evaluation does not fit.
+    """
+    build_test_transform(cfg)
+    if cfg.TEST.MAX_DETS < 1:
+        raise ValueError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
+    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]).class_names if cfg.DATASETS.TRAIN else None
+    for name in cfg.DATASETS.TEST:
+        dataset = get_dataset(name)
+        check_dataset(cfg, dataset)
+        if trained_on is None or dataset.class_names == trained_on:
+            continue
+        if sorted(dataset.class_names) == sorted(trained_on):
+            raise ValueError(
+                f"{name} and {cfg.DATASETS.TRAIN[0]} have their classes in another order, "
+                f"{dataset.class_names} and {trained_on}: give them equal category ids"
+            )
+        logger.warning(
+            "%s and %s name their classes differently, %s and %s; they are matched by their order",
+            *(name, cfg.DATASETS.TRAIN[0], dataset.class_names, trained_on),
+        )
+
+
+def evaluate_all(
+    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: FaultReporter
+) -> dict[str, dict[str, float]]:
+    """Evaluate on every set in `DATASETS.TEST`, and log the results.
+
+    The model's mode and the random generators are afterwards as they were before. Files go to
+    `output_dir/inference`, with several sets to a folder for each below it.
+
+    Returns:
+        `{"bbox": {"AP", ...}, "segm": {...}}` in percent, with `TEST.ORACLE_ON` also `"oracle"`:
+        what true masks score that are seen through the windows. With several sets this is nested
+        once more: `{set's name: {"bbox": ...}}`.
+    """
+    names = list(dict.fromkeys(cfg.DATASETS.TEST))
+    results, taken = {}, set()
+    for name in names:
+        folder = Path(output_dir) / "inference"
+        if len(names) > 1:
+            folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
+        # A run that is evaluated on the way must train like one that is not.
+        with preserved_random_states():
+            results[name] = _evaluate_one(cfg, model, name, folder, reporter)
+    return results[names[0]] if len(names) == 1 else results
+
+
+def _evaluate_one(
+    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: FaultReporter
+) -> dict[str, dict[str, float]]:
+    dataset = get_dataset(name)
+    logger.info("Evaluating on %s: %d pictures", name, len(dataset))
+    results = evaluate(
+        model,
+        reporter.watch(build_test_loader(cfg, dataset)),
+        dataset,
+        folder,
+        max_dets=cfg.TEST.MAX_DETS,
+        num_visualized=cfg.TEST.NUM_VISUALIZED,
+        submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
+    )
+    if not results:  # test-dev: nothing to compare with
+        return results
+    oracle = None
+    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
+        oracle = evaluate_oracle(
+            model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
+        )["segm"]
+    logger.info("Results on %s\n%s", name, results_table(results, oracle))
+    return results if oracle is None else {**results, "oracle": oracle}
+
+
+def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:
+    """The reporter of the faults of some data sets; says those that are known already.
+
+    With `DATASETS.STRICT` all pictures are opened first.
+
+    Raises:
+        ValueError: there are faults and `DATASETS.STRICT` is on.
+    """
+    datasets = {name: get_dataset(name) for name in names}
+    if cfg.DATASETS.STRICT:
+        for name, dataset in datasets.items():
+            logger.info("DATASETS.STRICT: opening all %d pictures of %s", len(dataset), name)
+            for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
+                pass
+    logs = {name: dataset.faults for name, dataset in datasets.items()}
+    return FaultReporter(logs, strict=cfg.DATASETS.STRICT)
