@@ -391,8 +391,13 @@ TENSORMASK_HOST_DEVICE A value_at(
   return values[0] + taps.fraction * (values[1] - values[0]);
 }
 
-// A block for each mask row of each window. A window outside of the grid or of the images (which
-// only the device could see) reads padding.
+// Only the device can see whether a window is on the grid; one that is not reads padding.
+TENSORMASK_HOST_DEVICE inline bool on_grid(const Geometry& g, const int64_t* window) {
+  return window[0] >= 0 && window[0] < g.num_images && window[1] >= 0 &&
+      window[1] < g.out_height && window[2] >= 0 && window[2] < g.out_width;
+}
+
+// A block for each mask row of each window.
 template <typename T>
 TENSORMASK_KERNEL void windows_forward(
     Geometry g, View<const T> in, const int64_t* windows, T* out, double padding) {
@@ -403,7 +408,7 @@ TENSORMASK_KERNEL void windows_forward(
   const int64_t n = windows[k * 3], y = windows[k * 3 + 1], x = windows[k * 3 + 2];
   const A pad = static_cast<A>(padding);
   Rows<T, A> rows;
-  if (n >= 0 && n < g.num_images) rows = rows_read<T, A>(g, in, n, v, y);
+  if (on_grid(g, windows + k * 3)) rows = rows_read<T, A>(g, in, n, v, y);
   const A constant = rows.missing() * pad;
   const bool any = rows.any();
   T* const target = out + int64_t(blockIdx.x) * side;
@@ -447,9 +452,7 @@ TENSORMASK_KERNEL inline void link_windows(
   while (before < k && !same(before)) ++before;
   while (after < count && !same(after)) ++after;
   next[k] = after < count ? after : -1;
-  const bool inside = n >= 0 && n < g.num_images && y >= 0 && y < g.out_height && x >= 0 &&
-      x < g.out_width;
-  if (before == k && inside) head[(n * g.out_height + y) * g.out_width + x] = k;
+  if (before == k && on_grid(g, windows + k * 3)) head[(n * g.out_height + y) * g.out_width + x] = k;
 }
 
 // What one axis of the input value (channel, place) went to: four pairs of a window on the grid and

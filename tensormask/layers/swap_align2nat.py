@@ -58,8 +58,8 @@ def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: floa
 
     Raises:
         ValueError: as `swap_align2nat`; or ``windows`` is not (K, 3) int64 on the device of ``x``;
-            or, on the CPU, a window lies outside of the grid. On a GPU the kernel stops there with
-            the same words, since a look from here would wait for it.
+            or, on the CPU, a window lies outside of the grid. On a GPU, where a look would wait
+            for the device, such a window reads ``pad_val`` and gets no gradient.
     """
     check_input(x, lambda_val)
     check_windows(x, windows)
