@@ -13,7 +13,13 @@ import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-SOURCES = ["csrc/swap_align2nat.cpp", "csrc/swap_align2nat_cpu.cpp"]
+SOURCES = [
+    "csrc/swap_align2nat.cpp",
+    "csrc/swap_align2nat_cpu.cpp",
+    "csrc/swap_align2nat_cpu_avx2.cpp",
+    "csrc/swap_align2nat_cpu_avx512.cpp",
+    "csrc/swap_align2nat_cpu_baseline.cpp",
+]
 CUDA_SOURCES = ["csrc/swap_align2nat_cuda.cu"]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
 # The stable ABI as of PyTorch 2.11: the library runs with that version and all later ones.

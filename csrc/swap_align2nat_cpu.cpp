@@ -1,98 +1,30 @@
 // swap_align2nat on the CPU: checks, memory, and the choice of instruction set.
 
 #include "swap_align2nat_checks.h"
+#include "swap_align2nat_cpu.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define TENSORMASK_X86_VARIANTS
-#include <immintrin.h>
-#endif
-
 namespace tensormask {
+
+void run_threads(int64_t parts, void (*work)(void* context), void* context) {
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(
+      0, parts < threads ? parts : threads, 1, [&](int64_t begin, int64_t end) {
+        for (; begin < end; ++begin) work(context);
+      });
+}
+
 namespace {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// Output rows below this many bytes are written in another order, see `by_place`.
-constexpr int64_t SHORT_ROW = 256;
-// Rows that a thread takes at a time: neighbours read the same memory.
-constexpr int64_t ROWS_AT_ONCE = 4;
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : (value > high ? high : value);
-}
-
-int64_t positive_modulo(int64_t value, int64_t by) { return (value % by + by) % by; }
-
-// Runs `work(next)` once per thread; `next(f)` calls f(i) for numbers below `count` until all
-// are done, each exactly once. Threads take `at_once` numbers at a time as they come free: rows
-// that are only padding cost next to nothing.
-template <typename F>
-void share(int64_t count, int64_t at_once, const F& work) {
-  const int64_t parts = (count + at_once - 1) / at_once;
-  std::atomic<int64_t> taken{0};
-  const auto next = [&](auto&& f) {
-    for (int64_t part = taken++; part < parts; part = taken++) {
-      const int64_t end = clamp((part + 1) * at_once, 0, count);
-      for (int64_t i = part * at_once; i < end; ++i) f(i);
-    }
-  };
-  const int64_t threads = clamp(torch::stable::get_num_threads(), 1, parts);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) work(next);
-  });
-}
-
-namespace baseline {
-#include "swap_align2nat_cpu_kernels.h"
-}
-
 #if defined(TENSORMASK_X86_VARIANTS)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#include "swap_align2nat_cpu_kernels.h"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-namespace avx512 {
-#define TENSORMASK_AVX512
-#include "swap_align2nat_cpu_kernels.h"
-#undef TENSORMASK_AVX512
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
 enum class Isa { BASELINE, AVX2, AVX512 };
 
 Isa isa() {
-#if defined(TENSORMASK_X86_VARIANTS)
   static const Isa found = [] {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -101,10 +33,8 @@ Isa isa() {
     return avx2 ? (avx512 ? Isa::AVX512 : Isa::AVX2) : Isa::BASELINE;
   }();
   return found;
-#else
-  return Isa::BASELINE;
-#endif
 }
+#endif
 
 // Calls FUNCTION<T> of the widest variant that runs here. AVX-512 is for float32 alone: its masked
 // steps are what short rows gain from, and each variant costs seconds of compile time.

@@ -1,6 +1,7 @@
-// The CPU kernels, written once and compiled for several instruction sets: swap_align2nat_cpu.cpp
-// includes this file in one namespace for each of them, which is why it and its parts have no
-// include guard and include nothing else.
+// The CPU kernels, written once and compiled for several instruction sets: a file for each of them
+// includes this one within a namespace of its own, where instructions beyond the baseline are
+// allowed. So it and its parts include nothing that would be compiled for those instructions and
+// then used everywhere.
 //
 // Every kernel goes through the two axis pairs one after the other. The first pass combines at
 // most four rows of memory, which are contiguous, into a buffer that stays in the cache; the

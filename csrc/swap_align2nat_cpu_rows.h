@@ -1,4 +1,28 @@
-// Part of swap_align2nat_cpu_kernels.h: numbers, rows of memory, and phases.
+// Part of swap_align2nat_cpu_kernels.h: threads, numbers, rows of memory, and phases.
+
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+inline int64_t positive_modulo(int64_t value, int64_t by) { return (value % by + by) % by; }
+
+// Runs `work(next)` once per thread; `next(f)` calls f(i) for numbers below `count` until all
+// are done, each exactly once. Threads take `at_once` numbers at a time as they come free: rows
+// that are only padding cost next to nothing.
+template <typename F>
+void share(int64_t count, int64_t at_once, const F& work) {
+  const int64_t parts = (count + at_once - 1) / at_once;
+  std::atomic<int64_t> taken{0};
+  const auto next = [&](auto&& f) {
+    for (int64_t part = taken++; part < parts; part = taken++) {
+      const int64_t end = clamp((part + 1) * at_once, 0, count);
+      for (int64_t i = part * at_once; i < end; ++i) f(i);
+    }
+  };
+  auto thread = [&] { work(next); };
+  run_threads(
+      parts, [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
+}
 
 template <typename T>
 struct Accumulate {

@@ -1,0 +1,35 @@
+// The CPU kernels for x86 with AVX2 and FMA.
+
+#include "swap_align2nat_cpu.h"
+
+#include <atomic>
+#include <vector>
+
+#if defined(TENSORMASK_X86_VARIANTS)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace tensormask {
+namespace avx2 {
+
+#include "swap_align2nat_cpu_kernels.h"
+
+TENSORMASK_INSTANTIATE(float)
+TENSORMASK_INSTANTIATE(double)
+TENSORMASK_INSTANTIATE(Half)
+TENSORMASK_INSTANTIATE(BFloat16)
+
+}  // namespace avx2
+}  // namespace tensormask
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,34 @@
+// The CPU kernels for x86 with AVX-512: float32 alone, see swap_align2nat_cpu.cpp.
+
+#include "swap_align2nat_cpu.h"
+
+#include <atomic>
+#include <vector>
+
+#if defined(TENSORMASK_X86_VARIANTS)
+#include <immintrin.h>
+
+#define TENSORMASK_AVX512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+namespace tensormask {
+namespace avx512 {
+
+#include "swap_align2nat_cpu_kernels.h"
+
+TENSORMASK_INSTANTIATE(float)
+
+}  // namespace avx512
+}  // namespace tensormask
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,19 @@
+// The CPU kernels for any machine.
+
+#include "swap_align2nat_cpu.h"
+
+#include <atomic>
+#include <vector>
+
+namespace tensormask {
+namespace baseline {
+
+#include "swap_align2nat_cpu_kernels.h"
+
+TENSORMASK_INSTANTIATE(float)
+TENSORMASK_INSTANTIATE(double)
+TENSORMASK_INSTANTIATE(Half)
+TENSORMASK_INSTANTIATE(BFloat16)
+
+}  // namespace baseline
+}  // namespace tensormask
