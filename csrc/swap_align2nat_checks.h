@@ -1,4 +1,5 @@
-// What is refused, in the words of tensormask/layers/_checks.py, and the shapes of results.
+// What is refused, in the words of tensormask/layers/_checks.py, the shapes of results, and the way
+// from tensors to kernels.
 
 #pragma once
 
@@ -169,6 +170,25 @@ inline void check_out(const Tensor& x, const Tensor& out, const Shape& shape) {
           "out must be a contiguous ", dtype_name(x), " tensor of shape ", text(shape), " on ",
           device_name(x), ", got ", dtype_name(out), " of shape ", text(out.sizes()), " on ",
           device_name(out));
+}
+
+// Calls f with a null pointer of the tensor's element type.
+// A device has its own types of 16 bits.
+template <typename Half, typename BFloat16, typename F>
+void dispatch(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
+    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
+  }
+}
+
+template <typename T>
+View<const T> view(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
 }
 
 }  // namespace tensormask

@@ -50,29 +50,11 @@ Isa isa() {
 #define CALL(FUNCTION, ...) return baseline::FUNCTION<T>(__VA_ARGS__)
 #endif
 
-// Calls f with a null pointer of the tensor's element type.
-template <typename F>
-void dispatch(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return f(static_cast<float*>(nullptr));
-    case ScalarType::Double: return f(static_cast<double*>(nullptr));
-    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
-    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
-  }
-}
-
-template <typename T>
-View<const T> view(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2), tensor.stride(3)};
-}
-
 void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out) {
   const Geometry g = check_input(x, lambda_val);
   check_out(x, out, output_shape(g));
   if (out.numel() == 0) return;
-  dispatch(x, [&](auto* type) {
+  dispatch<Half, BFloat16>(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     CALL(dense_forward, g, view<T>(x), static_cast<T*>(out.mutable_data_ptr()), pad_val);
   });
@@ -89,7 +71,7 @@ void backward_out(
   const Geometry g = check_grad(grad, lambda_val, height, width);
   check_out(grad, out, input_shape(g));
   if (out.numel() == 0) return;
-  dispatch(grad, [&](auto* type) {
+  dispatch<Half, BFloat16>(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     CALL(dense_backward, g, view<T>(grad), static_cast<T*>(out.mutable_data_ptr()));
   });
@@ -108,7 +90,7 @@ Tensor forward_at(const Tensor& x, const Tensor& windows, int64_t lambda_val, do
   check_inside(g, rows);
   Tensor out = torch::stable::new_empty(x, masks_shape(g, rows));
   if (out.numel() == 0) return out;
-  dispatch(x, [&](auto* type) {
+  dispatch<Half, BFloat16>(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     CALL(windows_forward, g, view<T>(x), rows.const_data_ptr<int64_t>(), rows.size(0),
          static_cast<T*>(out.mutable_data_ptr()), pad_val);
@@ -134,7 +116,7 @@ Tensor backward_at(
   std::vector<int64_t> ends(starts.begin(), starts.end() - 1);
   for (int64_t k = 0; k < count; ++k) order[ends[window[k * 3]]++] = k;
 
-  dispatch(grad, [&](auto* type) {
+  dispatch<Half, BFloat16>(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
                               grad.stride(1), grad.stride(2)};

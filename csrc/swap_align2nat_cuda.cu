@@ -39,24 +39,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Calls f with a null pointer of the tensor's element type.
-template <typename F>
-void dispatch(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return f(static_cast<float*>(nullptr));
-    case ScalarType::Double: return f(static_cast<double*>(nullptr));
-    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
-    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
-  }
-}
-
-template <typename T>
-View<const T> view(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2), tensor.stride(3)};
-}
-
 // PyTorch's current stream on the current device.
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
@@ -76,7 +58,7 @@ void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out
   check_out(x, out, output_shape(g));
   if (out.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  dispatch(x, [&](auto* type) {
+  dispatch<Half, BFloat16>(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* const target = static_cast<T*>(out.mutable_data_ptr());
     const cuda::Cut cut = cuda::cut_forward<T>(g);
@@ -105,7 +87,7 @@ void backward_out(
   check_out(grad, out, input_shape(g));
   if (out.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  dispatch(grad, [&](auto* type) {
+  dispatch<Half, BFloat16>(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* const target = static_cast<T*>(out.mutable_data_ptr());
     const cuda::Cut cut = cuda::cut_backward<T>(g);
@@ -135,7 +117,7 @@ Tensor forward_at(const Tensor& x, const Tensor& windows, int64_t lambda_val, do
   const Tensor rows = check_windows(x, windows);
   Tensor out = torch::stable::new_empty(x, masks_shape(g, rows));
   if (out.numel() == 0) return out;
-  dispatch(x, [&](auto* type) {
+  dispatch<Half, BFloat16>(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     cuda::windows_forward<T>
         <<<grid(rows.size(0) * g.out_side), cuda::WINDOW_THREADS, 0, stream_of(x)>>>(
@@ -168,7 +150,7 @@ Tensor backward_at(
         g, rows.const_data_ptr<int64_t>(), count, heads, nexts);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  dispatch(grad, [&](auto* type) {
+  dispatch<Half, BFloat16>(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
                               grad.stride(1), grad.stride(2)};

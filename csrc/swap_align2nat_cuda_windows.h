@@ -132,44 +132,10 @@ TENSORMASK_HOST_DEVICE Readers<A> readers_of(
   return readers;
 }
 
-// A block for each row (n, v, u, h) of the input.
-template <typename T>
-TENSORMASK_KERNEL void windows_backward(
-    Geometry g, View<const T> grad, const int64_t* head, const int64_t* next, T* out) {
-  using A = typename Accumulate<T>::type;
-  const int side = static_cast<int>(g.side), width = static_cast<int>(g.width);
-  int64_t block = blockIdx.x;
-  const int h = static_cast<int>(block % g.height);
-  block /= g.height;
-  const int u = static_cast<int>(block % side);
-  block /= side;
-  const int v = static_cast<int>(block % side);
-  const int64_t n = block / side;
-  const Readers<A> rows = readers_of<A>(g, v, h, g.out_height);
-  T* const target = out + int64_t(blockIdx.x) * width;
-  for (int w = threadIdx.x; w < width; w += blockDim.x) {
-    A sum = A(0);
-    const Readers<A> columns = readers_of<A>(g, u, w, g.out_width);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (rows.weight[i] == A(0)) continue;
-      const int64_t* const heads = head + (n * g.out_height + rows.window[i]) * g.out_width;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (columns.weight[j] == A(0)) continue;
-        for (int64_t k = heads[columns.window[j]]; k >= 0; k = next[k])
-          sum += rows.weight[i] * columns.weight[j] *
-              static_cast<A>(
-                  grad.data[k * grad.n + rows.mask_row[i] * grad.y + columns.mask_row[j] * grad.x]);
-      }
-    }
-    target[w] = static_cast<T>(sum);
-  }
-}
-
-// The dense operation backward where masks are too large for shared memory, a block for each row.
-template <typename T>
-TENSORMASK_KERNEL void dense_backward_directly(Geometry g, View<const T> grad, T* out) {
+// Writes the row (n, v, u, h) of the input that belongs to a block: sums what `read` returns for an
+// image, a window's row and column, and a mask's row and column.
+template <typename T, typename F>
+TENSORMASK_DEVICE void gather_row(const Geometry& g, T* out, const F& read) {
   using A = typename Accumulate<T>::type;
   const int side = static_cast<int>(g.side), width = static_cast<int>(g.width);
   int64_t block = blockIdx.x;
@@ -190,14 +156,33 @@ TENSORMASK_KERNEL void dense_backward_directly(Geometry g, View<const T> grad, T
       for (int j = 0; j < 4; ++j) {
         const A weight = rows.weight[i] * columns.weight[j];
         if (weight == A(0)) continue;
-        sum += weight *
-            static_cast<A>(grad.data[n * grad.n +
-                                     (rows.mask_row[i] * g.out_side + columns.mask_row[j]) * grad.c +
-                                     rows.window[i] * grad.y + columns.window[j] * grad.x]);
+        sum += weight * read(n, rows.window[i], columns.window[j], rows.mask_row[i], columns.mask_row[j]);
       }
     }
     target[w] = static_cast<T>(sum);
   }
+}
+
+template <typename T>
+TENSORMASK_KERNEL void windows_backward(
+    Geometry g, View<const T> grad, const int64_t* head, const int64_t* next, T* out) {
+  using A = typename Accumulate<T>::type;
+  gather_row(g, out, [&](int64_t n, int y, int x, int64_t v, int64_t u) {
+    A sum = A(0);
+    for (int64_t k = head[(n * g.out_height + y) * g.out_width + x]; k >= 0; k = next[k])
+      sum += static_cast<A>(grad.data[k * grad.n + v * grad.y + u * grad.x]);
+    return sum;
+  });
+}
+
+// The dense operation backward where masks are too large for shared memory.
+template <typename T>
+TENSORMASK_KERNEL void dense_backward_directly(Geometry g, View<const T> grad, T* out) {
+  using A = typename Accumulate<T>::type;
+  gather_row(g, out, [&](int64_t n, int y, int x, int64_t v, int64_t u) {
+    return static_cast<A>(
+        grad.data[n * grad.n + (v * g.out_side + u) * grad.c + y * grad.y + x * grad.x]);
+  });
 }
 
 }  // namespace cuda
