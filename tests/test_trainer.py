@@ -1,7 +1,6 @@
 """The loop, with a small model and loader of known behaviour."""
 
 import json
-import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,24 +13,10 @@ from torch import nn
 from tensormask.config import get_cfg
 from tensormask.data.faults import FaultLog
 from tensormask.engine import evaluator, trainer
-from tensormask.engine.checkpoint import load_checkpoint, preserved_random_states
+from tensormask.engine.checkpoint import load_checkpoint
 from tensormask.evaluation import UnexpectedResultsError
 
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind():
-    package = logging.getLogger("tensormask")
-    level = package.level
-    threads = torch.get_num_threads()
-    # Tensors this small are slower on several threads, by far so on a busy machine.
-    torch.set_num_threads(1)
-    with preserved_random_states():
-        yield
-    torch.set_num_threads(threads)
-    package.setLevel(level)
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 # ---- fakes: what they learn depends on the order of pictures, dropout and running statistics ----
@@ -363,3 +348,10 @@ def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog,
     else:
         trainer.train(make_cfg(tmp_path))
         assert "name their classes differently" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_evaluation_needs_no_training_data(fakes, tmp_path, monkeypatch):
+    trainer.train(make_cfg(tmp_path))
+    test_set = evaluator.get_dataset("b")
+    monkeypatch.setattr(evaluator, "get_dataset", {"b": test_set}.__getitem__)
+    assert evaluator.evaluate_only(make_cfg(tmp_path), resume=True) == fakes.results

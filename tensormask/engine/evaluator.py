@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from tensormask.config import CfgNode
-from tensormask.data import FaultReporter, build_test_loader, check_dataset, get_dataset
+from tensormask.data import (
+    CocoDataset,
+    FaultReporter,
+    build_test_loader,
+    check_dataset,
+    get_dataset,
+)
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine.checkpoint import (
@@ -58,8 +64,12 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     return results
 
 
-def check_evaluation(cfg: CfgNode) -> None:
+def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> None:
     """Find mistakes that would else come up only in the evaluation, after hours of training.
+
+    Args:
+        trained_on: the set whose classes the test sets must have; an evaluation by itself needs
+            no training data.
 
     Raises:
         ValueError: a test set or an option of the evaluation does not fit.
@@ -67,20 +77,19 @@ def check_evaluation(cfg: CfgNode) -> None:
     build_test_transform(cfg)
     if cfg.TEST.MAX_DETS < 1:
         raise ValueError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
-    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]).class_names if cfg.DATASETS.TRAIN else None
     for name in cfg.DATASETS.TEST:
         dataset = get_dataset(name)
         check_dataset(cfg, dataset)
-        if trained_on is None or dataset.class_names == trained_on:
+        if trained_on is None or dataset.class_names == trained_on.class_names:
             continue
-        if sorted(dataset.class_names) == sorted(trained_on):
+        if sorted(dataset.class_names) == sorted(trained_on.class_names):
             raise ValueError(
-                f"{name} and {cfg.DATASETS.TRAIN[0]} have their classes in another order, "
-                f"{dataset.class_names} and {trained_on}: give them equal category ids"
+                f"{name} and {trained_on.name} have their classes in another order, "
+                f"{dataset.class_names} and {trained_on.class_names}: give them equal category ids"
             )
         logger.warning(
             "%s and %s name their classes differently, %s and %s; they are matched by their order",
-            *(name, cfg.DATASETS.TRAIN[0], dataset.class_names, trained_on),
+            *(name, trained_on.name, dataset.class_names, trained_on.class_names),
         )
 
 

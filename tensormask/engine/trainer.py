@@ -72,7 +72,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     setup_logging(output_dir)
     checkpoint = checkpoint_to_resume(output_dir) if resume else None
     cfg = _with_seed(cfg, checkpoint)
-    check_evaluation(cfg)
+    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    check_evaluation(cfg, trained_on)
     reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     seed_everything(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
