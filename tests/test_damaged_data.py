@@ -2,17 +2,14 @@
 
 import importlib.util
 import json
-import logging
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from damage import ANNOTATION_DAMAGES, STILL_TRAINABLE, damage
 
 from tensormask.data import CocoDataset, catalog, faults, shapes
 from tensormask.data.statistics import check_files
-from tensormask.engine.checkpoint import preserved_random_states
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -37,19 +34,8 @@ train_net, check_dataset = load_command("train_net"), load_command("check_datase
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind():
-    package = logging.getLogger("tensormask")
-    level = package.level
+def _sets_are_read_anew(nothing_left_behind):
     catalog._load.cache_clear()  # what a check finds is added to the set that is kept
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with preserved_random_states():
-        yield
-    torch.set_num_threads(threads)
-    package.setLevel(level)
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from tensormask.engine.checkpoint import preserved_random_states
 from tensormask.engine.trainer import NonFiniteLossError
 from tensormask.evaluation import UnexpectedResultsError
 
@@ -27,20 +24,7 @@ def load_command():
 train_net = load_command()
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_behind():
-    package = logging.getLogger("tensormask")
-    level = package.level
-    threads = torch.get_num_threads()
-    # Tensors this small are slower on several threads, by far so on a busy machine.
-    torch.set_num_threads(1)
-    with preserved_random_states():
-        yield
-    torch.set_num_threads(threads)
-    package.setLevel(level)
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 def test_command_says_mistakes_in_one_line(tmp_path, capsys):

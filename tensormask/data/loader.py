@@ -161,8 +161,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, picture = key
         faults: list[tuple[str, str, Identity]] = []
-        draws = _rng(self.seed, _REPLACEMENT, position).integers(len(self), size=_MAX_REPLACEMENTS)
-        for index in (picture, *draws):
+        for index in self._candidates(picture, position):
             dataset = self.datasets[self._set_of[index]]
             image, annotations = dataset.record(self._place_of[index])
             try:
@@ -172,6 +171,13 @@ class TrainingSet(Dataset):
                 continue
             return self._sample(dataset, image, annotations, rgb, position, faults)
         return {"image": None, "faults": faults}
+
+    def _candidates(self, picture: int, position: int) -> Iterator[int]:
+        """The picture, and then those that are drawn in its place."""
+        yield picture
+        yield from _rng(self.seed, _REPLACEMENT, position).integers(
+            len(self), size=_MAX_REPLACEMENTS
+        )
 
     def aspect_groups(self) -> list[int]:
         """The group of each picture: 0 if it is wider than high, else 1."""
