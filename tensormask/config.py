@@ -84,9 +84,23 @@ _DEFAULTS: dict[str, Any] = {
             # Factor on the mask loss, and on the pixels of it that are foreground.
             "MASK_LOSS_WEIGHT": 2.0,
             "POSITIVE_WEIGHT": 1.5,
-            # Masks predicted in the aligned representation, and on the tensor bipyramid.
+            # The mask head: "simple_natural", "simple_aligned", "upscale_natural",
+            # "upscale_aligned", "bipyramid", or "auto": what detectron2's two switches below say.
+            # A file or command line that names a head also sets the switches, and one that names a
+            # switch sets this to "auto": what is said last counts.
+            "HEAD": "auto",
+            # detectron2's: masks in the aligned representation, and on the tensor bipyramid.
             "ALIGNED_ON": False,
             "BIPYRAMID_ON": False,
+            # How many times coarser an upscale head predicts its masks, such as 1.5, 3 or 5, and
+            # how it makes them finer, "bilinear" or "nearest". Other heads leave both as they are.
+            "UPSCALE_LAMBDA": 1.0,
+            "UPSCALE_MODE": "bilinear",
+            # Whether boxes are regressed; off, a detection has the box of its mask.
+            "BOX_ON": True,
+            # The boxes that NMS compares: the regressed "boxes", or those of the "masks", for which
+            # the masks of all candidates are made.
+            "NMS_ON": "boxes",
             # Start of the towers: "normal" (std 0.01, detectron2's) or "he" (for narrow towers).
             "INIT": "normal",
         },

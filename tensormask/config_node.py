@@ -29,6 +29,17 @@ logger = logging.getLogger(__name__)
 # Keys whose None means something, with the type of their other values.
 _OPTIONAL = {"SOLVER.WEIGHT_DECAY_BIAS": float}
 
+# The mask heads by name (paper, sec. 5), and what detectron2's two switches say of each.
+HEAD_SWITCHES = {
+    "simple_natural": (False, False),
+    "simple_aligned": (True, False),
+    "upscale_natural": (False, False),
+    "upscale_aligned": (True, False),
+    "bipyramid": (True, True),
+}
+_HEAD = "MODEL.TENSOR_MASK.HEAD"
+_SWITCHES = ("MODEL.TENSOR_MASK.ALIGNED_ON", "MODEL.TENSOR_MASK.BIPYRAMID_ON")
+
 # detectron2's keys that say nothing about a TensorMask, at any value: other models' groups, and the
 # details of features that are refused below unless they are off.
 _DROPPED = (
@@ -135,6 +146,11 @@ class CfgNode(_BaseCfgNode):
             ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename}: expected groups of keys, got {_describe(loaded)}")
+        # Here, file by file: what a file says comes after what its base says.
+        if implied := _implied_by_head(dict(_leaves(loaded))):
+            for key, value in implied.items():
+                _put(loaded, key, value)
+            text = yaml.safe_dump(loaded)
         bases = loaded.get(BASE_KEY, [])
         if not all(isinstance(b, str) for b in (bases if isinstance(bases, list) else [bases])):
             raise ValueError(
@@ -143,6 +159,7 @@ class CfgNode(_BaseCfgNode):
         return io.StringIO(text)
 
     def _merge(self, changes: dict[str, Any]) -> None:
+        changes = {**changes, **_implied_by_head(dict(_leaves(changes)))}
         known = dict(_leaves(self))
         accepted: dict[str, Any] = {}
         dropped: dict[str, None] = {}  # a set that keeps the order
@@ -176,6 +193,30 @@ def _leaves(tree: dict[str, Any], prefix: str = "", depth: int = 1) -> Iterator[
             yield from _leaves(value, f"{full_key}.", depth + 1)
         else:
             yield full_key, value
+
+
+def _implied_by_head(given: dict[str, Any]) -> dict[str, Any]:
+    """What keys of one source say of the mask head beyond themselves, by full key.
+
+    A head sets the switches, a switch sets the head to "auto". A source that has both is taken at
+    its word: `build_model` finds where they contradict each other.
+    """
+    head, says_switch = given.get(_HEAD), any(key in given for key in _SWITCHES)
+    if isinstance(head, str) and head in HEAD_SWITCHES and not says_switch:
+        return dict(zip(_SWITCHES, HEAD_SWITCHES[head], strict=True))
+    if says_switch and _HEAD not in given:
+        return {_HEAD: "auto"}
+    return {}
+
+
+def _put(tree: dict[str, Any], full_key: str, value: Any) -> None:
+    """Set a leaf of a nested dict, unless a group above it is none: the merge then says so."""
+    *groups, leaf = full_key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            return
+    tree[leaf] = value
 
 
 def _dropped_name(full_key: str) -> str | None:

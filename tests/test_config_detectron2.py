@@ -18,7 +18,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def load(name: str) -> CfgNode:
+def load(name: str | Path) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_file(CONFIGS / name)
     return cfg
@@ -70,7 +70,12 @@ VIS_PERIOD: 0
 """
 
 OURS_ALONE = {
+    "MODEL.TENSOR_MASK.BOX_ON",
+    "MODEL.TENSOR_MASK.HEAD",
     "MODEL.TENSOR_MASK.INIT",
+    "MODEL.TENSOR_MASK.NMS_ON",
+    "MODEL.TENSOR_MASK.UPSCALE_LAMBDA",
+    "MODEL.TENSOR_MASK.UPSCALE_MODE",
     "SOLVER.OPTIMIZER",
     "TEST.MAX_DETS",
     "TEST.NUM_VISUALIZED",
@@ -105,6 +110,7 @@ def test_a_dump_of_detectron2_loads_with_one_line(tmp_path, caplog):
     cfg = get_cfg()
     with caplog.at_level(logging.INFO):
         cfg.merge_from_file(path)
+    settings.MODEL.TENSOR_MASK.HEAD = "auto"  # detectron2 has the two switches only
     assert cfg == settings
     (record,) = caplog.records
     named = set(record.getMessage().partition(": ")[2].split(", "))
@@ -132,9 +138,122 @@ INPUT:
     assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
 
 
+# The settings of detectron2's three files, tuples as texts, as it writes them.
+DETECTRON2_BASE = {
+    **{
+        "VERSION": 2,
+        "DATASETS.TRAIN": "('coco_2017_train',)",
+        "DATASETS.TEST": "('coco_2017_val',)",
+    },
+    **{"MODEL.META_ARCHITECTURE": "TensorMask", "MODEL.MASK_ON": True},
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.FUSE_TYPE": "avg",
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[44 * 2**k, 60 * 2**k] for k in range(6)],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]],
+    "MODEL.TENSOR_MASK.ALIGNED_ON": True,
+    "MODEL.TENSOR_MASK.BIPYRAMID_ON": True,
+    **{"SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": 0.02, "SOLVER.MAX_ITER": 90000},
+    "SOLVER.STEPS": "(60000, 80000)",
+}
+DETECTRON2_1X = {
+    "_BASE_": "Base-TensorMask.yaml",
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    "MODEL.RESNETS.DEPTH": 50,
+}
+DETECTRON2_6X = {
+    **DETECTRON2_1X,
+    **{"SOLVER.STEPS": "(480000, 520000)", "SOLVER.MAX_ITER": 540000},
+    **{"INPUT.MIN_SIZE_TRAIN": "(640, 800)", "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"},
+}
+
+
+def nested(settings: dict) -> dict:
+    tree: dict = {}
+    for key, value in settings.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("tensormask_R_50_FPN_1x.yaml", DETECTRON2_1X),
+        ("tensormask_R_50_FPN_6x.yaml", DETECTRON2_6X),
+    ],
+)
+def test_detectron2s_files_say_what_ours_of_the_same_name_say(tmp_path, name, settings):
+    for file, content in (("Base-TensorMask.yaml", DETECTRON2_BASE), (name, settings)):
+        (tmp_path / file).write_text(yaml.safe_dump(nested(content)))
+    theirs, ours = get_cfg(), load(name)
+    theirs.merge_from_file(tmp_path / name)
+    ours.MODEL.TENSOR_MASK.HEAD = "auto"
+    assert theirs == ours
+
+
+# ------------------------------------------------------------ the mask head: by name or by switches
+
+
+def head_of(cfg: CfgNode) -> tuple:
+    options = cfg.MODEL.TENSOR_MASK
+    return options.HEAD, options.ALIGNED_ON, options.BIPYRAMID_ON
+
+
+def test_a_head_sets_the_switches_and_a_switch_the_head():
+    cfg = load("Base-TensorMask.yaml")
+    assert head_of(cfg) == ("bipyramid", True, True)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.HEAD", "upscale_natural"])
+    assert head_of(cfg) == ("upscale_natural", False, False)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.ALIGNED_ON", "True"])
+    assert head_of(cfg) == ("auto", True, False)
+    cfg.merge_from_other_cfg({"MODEL": {"TENSOR_MASK": {"HEAD": "bipyramid"}}})
+    assert head_of(cfg) == ("bipyramid", True, True)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.HEAD", "auto"])
+    assert head_of(cfg) == ("auto", True, True)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("MODEL: {TENSOR_MASK: {HEAD: simple_aligned}}", ("simple_aligned", True, False)),
+        ("MODEL: {TENSOR_MASK: {BIPYRAMID_ON: False}}", ("auto", True, False)),
+        ("MODEL.TENSOR_MASK.HEAD: simple_natural", ("simple_natural", False, False)),
+        ("SEED: 3", ("bipyramid", True, True)),
+    ],
+)
+def test_a_file_over_its_base_is_said_last(tmp_path, text, expected):
+    path = write(tmp_path, f"_BASE_: {CONFIGS / 'Base-TensorMask.yaml'}\n{text}\n")
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    assert head_of(cfg) == expected
+    again = get_cfg()
+    again.merge_from_file(write(tmp_path, cfg.dump()))
+    assert again == cfg
+
+
+def test_both_in_one_source_are_taken_at_their_word():
+    cfg = get_cfg()
+    words = ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.ALIGNED_ON", "False"]
+    cfg.merge_from_list(words)
+    assert head_of(cfg) == ("bipyramid", False, False)  # which no model can be built from
+
+
+@pytest.mark.parametrize(
+    "text", ["MODEL: 3\nMODEL.TENSOR_MASK.HEAD: bipyramid", "MODEL: {TENSOR_MASK: {HEAD: [1]}}"]
+)
+def test_a_head_in_a_malformed_file(tmp_path, text):
+    with pytest.raises(ValueError, match=r"MODEL"):
+        get_cfg().merge_from_file(write(tmp_path, text))
+
+
 def test_our_own_files_drop_nothing(caplog):
-    for path in CONFIGS.glob("*.yaml"):
-        load(path.name)
+    for path in CONFIGS.rglob("*.yaml"):
+        load(path.relative_to(CONFIGS))
     assert not caplog.records
 
 

@@ -8,15 +8,25 @@ from torch.testing import assert_close
 from tensormask.modeling.mask_head import MaskHead
 
 STRIDES = (4, 8, 16, 32)
-KINDS = {"natural": (False, False), "aligned": (True, False), "bipyramid": (True, True)}
+KINDS = {
+    "natural": {"aligned": False, "bipyramid": False},
+    "aligned": {"aligned": True, "bipyramid": False},
+    "bipyramid": {"aligned": True, "bipyramid": True},
+    "upscale_natural": {"aligned": False, "bipyramid": False, "upscale": 1.5},
+    "upscale_aligned": {"aligned": True, "bipyramid": False, "upscale": 3.0},
+    "upscale_nearest": {
+        "aligned": True,
+        "bipyramid": False,
+        "upscale": 3.0,
+        "upscale_mode": "nearest",
+    },
+}
+SIZES = [3, 6]  # pixels
 
 
 def make_head(kind: str) -> MaskHead:
     torch.manual_seed(0)
-    aligned, bipyramid = KINDS[kind]
-    head = MaskHead(
-        6, [3, 4], STRIDES, aligned=aligned, bipyramid=bipyramid, channels=5, num_convs=1, init="he"
-    ).double()
+    head = MaskHead(6, SIZES, STRIDES, **KINDS[kind], channels=5, num_convs=1, init="he").double()
     for pred in head.mask_pred:  # std 0.01 would make every mask nearly the same
         torch.nn.init.normal_(pred.weight)
         torch.nn.init.normal_(pred.bias)
@@ -56,7 +66,7 @@ def test_windows_equal_the_dense_tensor(kind: str, size: tuple[int, int]) -> Non
         n, y, x = windows.unbind(1)
         expected.append(dense[level][size_index][n, :, y, x])
     for fast, slow, (level, size_index, _) in zip(masks, expected, groups, strict=True):
-        side = [3, 4][size_index] * (2**level if kind == "bipyramid" else 1)
+        side = SIZES[size_index] * (2**level if kind == "bipyramid" else 1)
         assert fast.shape[1:] == (side, side)
         assert_close(fast.flatten(1), slow)
 
@@ -68,6 +78,13 @@ def test_windows_equal_the_dense_tensor(kind: str, size: tuple[int, int]) -> Non
     slow_grads = torch.autograd.grad(slow_sum, inputs)
     for fast, slow in zip(fast_grads, slow_grads, strict=True):
         assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("upscale")])
+def test_gradients_of_the_upscale_heads(kind: str) -> None:
+    head, features = make_head(kind), [x.detach().requires_grad_() for x in make_features(4, 5)[:2]]
+    groups = [(0, 0, torch.tensor([[0, 1, 1], [1, 3, 4]])), (1, 1, torch.tensor([[1, 0, 2]]))]
+    assert torch.autograd.gradcheck(lambda *x: tuple(head(list(x), groups)), features)
 
 
 def test_levels_without_windows_are_not_computed() -> None:
@@ -85,3 +102,70 @@ def test_levels_without_windows_are_not_computed() -> None:
 def test_bipyramid_needs_aligned_masks() -> None:
     with pytest.raises(ValueError, match="ALIGNED_ON"):
         MaskHead(6, [3], STRIDES, aligned=False, bipyramid=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_by_one_equals_all_at_once(kind: str) -> None:
+    head, features = make_head(kind), make_features(8, 8)
+    groups = some_windows(features)
+    masks = head(features, groups)
+    assert isinstance(masks, list)
+    for one, among_all in zip(head.one_by_one(features, groups), masks, strict=True):
+        assert torch.equal(one, among_all)
+
+
+def test_upscale_natural_by_hand() -> None:
+    """The window's mask of 2 x 2 is that of the 1x1 convolution, upscaled."""
+    head = MaskHead(
+        2, [4], (4,), aligned=False, bipyramid=False, upscale=2, channels=2, num_convs=0
+    )
+    with torch.no_grad():
+        head.mask_pred[0].weight.zero_()
+        head.mask_pred[0].bias.copy_(torch.tensor([0.0, 4.0, 0.0, 4.0]))
+    (mask,) = head([torch.zeros(1, 2, 3, 3)], [(0, 0, torch.tensor([[0, 1, 1]]))])
+    assert mask.tolist() == [[[0, 1, 3, 4]] * 4]
+
+
+def test_upscale_aligned_by_hand() -> None:
+    """Pixel (v, u) of a window comes from the place that it lies at, (v - 1, u - 1) away."""
+    head = MaskHead(1, [3], (4,), aligned=True, bipyramid=False, upscale=3, channels=1, num_convs=0)
+    with torch.no_grad():
+        head.mask_pred[0].weight.fill_(1.0)
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    (masks,) = head([x], [(0, 0, torch.tensor([[0, 1, 1], [0, 3, 0]]))])
+    assert masks[0].tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+    assert masks[1].tolist() == [[-6, 8, 9], [-6, 12, 13], [-6, -6, -6]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"upscale": 1.5}, r"masks of \[3, 4\].*UPSCALE_LAMBDA.*divide"),
+        ({"upscale": 0.5}, "UPSCALE_LAMBDA must be >= 1"),
+        ({"upscale_mode": "cubic"}, "bilinear, nearest"),
+        ({"aligned": True, "bipyramid": True, "upscale": 3.0}, "bipyramid are not upscaled"),
+    ],
+)
+def test_upscaling_that_does_not_fit(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskHead(6, [3, 4], STRIDES, **{"aligned": False, "bipyramid": False, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast(kind: str) -> None:
+    """Masks and gradients at windows, near those of float32."""
+    head, features = make_head(kind).float(), [x.detach().float() for x in make_features(8, 8)]
+    groups = some_windows(features)
+    full = head(features, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = head(features, groups)
+    grads = []
+    for masks in (full, half):
+        head.zero_grad()
+        sum(mask.float().square().mean() for mask in masks).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in head.parameters()]))
+    for one, other in zip(full, half, strict=True):
+        assert other.dtype == torch.bfloat16
+        assert (one - other.float()).norm() < 0.02 * one.norm()
+    # ReLUs near 0 open and close.
+    assert (grads[0] - grads[1]).norm() < 0.1 * grads[0].norm()

@@ -1,9 +1,9 @@
 """Cropping to windows and pasting back: by hand, by torchvision, by the formula."""
 
 import torch
-from torchvision.ops import roi_align
+from torchvision.ops import masks_to_boxes, roi_align
 
-from tensormask.layers import crop_masks, paste_masks
+from tensormask.layers import crop_masks, mask_boxes, paste_masks
 from tensormask.layers.masks import paste_regions
 
 
@@ -112,3 +112,23 @@ def test_regions_lie_in_the_frame_where_their_boxes_are() -> None:
         assert frame.sum() == region.sum()
     assert frames[2].all()
     assert not frames[3].any()
+
+
+def test_mask_boxes_by_hand() -> None:
+    logits = torch.full((3, 2, 4), -1.0)
+    logits[0, 1, 2] = 0.0  # one pixel, at the threshold
+    logits[1] = 3.0
+    windows = torch.tensor([[10.0, 20, 18, 28], [-4, 0, 4, 8], [0, 0, 8, 8]])
+    expected = [[14, 24, 16, 28], [-4, 0, 4, 8], [0, 0, 0, 0]]
+    assert mask_boxes(logits, windows).tolist() == expected
+    assert mask_boxes(logits[:0], windows[:0]).shape == (0, 4)
+
+
+def test_mask_boxes_equal_torchvisions() -> None:
+    """In windows of a pixel a mask pixel; torchvision's far side is the last pixel itself."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 9, 7, generator=generator) - 2
+    logits = logits[(logits >= 0).flatten(1).any(1)]
+    windows = torch.tensor([0.0, 0, 7, 9]).expand(len(logits), 4)
+    expected = masks_to_boxes(logits >= 0) + torch.tensor([0.0, 0, 1, 1])
+    torch.testing.assert_close(mask_boxes(logits, windows), expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import HEADS, build, get_cfg, picture, target
 from torch.testing import assert_close
+from torchvision.ops import box_iou
 
 import tensormask
 from tensormask.layers import paste_masks
@@ -131,6 +132,96 @@ def test_detect_has_the_masks_of_forward_in_their_windows(head: str) -> None:
         assert all(0 <= mask.min() <= mask.max() <= 1 for mask in windows["window_masks"])
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_bfloat16_autocast(head: str) -> None:
+    """A training step under autocast: losses in float32, near those without, and a gradient."""
+    model = build(head).train()
+    inputs = [picture(96, 112)], [target(96, 112, BOXES)]
+    full = model(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*inputs)
+    for name, loss in full.items():
+        assert half[name].dtype == torch.float32
+        assert_close(half[name], loss, rtol=0.02, atol=0.02)
+    sum(half.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def brute_force_nms(boxes, scores, labels, threshold: float) -> list[int]:
+    """Best first; one that overlaps a kept one of its class falls."""
+    kept: list[int] = []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        same = [k for k in kept if labels[k] == labels[i]]
+        if not same or box_iou(boxes[i : i + 1], boxes[same]).max() <= threshold:
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("box_on", [True, False])
+def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
+    """What is kept, found again from the dense masks of every candidate."""
+    opts = [
+        *("MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p3"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60], [88, 120]]),
+        *("MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.BOX_ON", box_on),
+        *("TEST.DETECTIONS_PER_IMAGE", 6000, "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.2),
+    ]
+    model = with_many_detections(build("bipyramid", opts))
+    for pred in model.mask_head.mask_pred:
+        torch.nn.init.normal_(pred.weight, std=0.5)
+        torch.nn.init.constant_(pred.bias, -1.0)
+    with torch.inference_mode():
+        (found,) = model([picture(64, 96)])
+        features, logits, deltas = model._dense([picture(64, 96)])
+        assert (deltas is None) == (not box_on)
+        dense = model.mask_head.dense(features)
+    boxes, scores, labels = [], [], []
+    for level, x in enumerate(logits):
+        for channel, y, column in (x[0].sigmoid() > 0.2).nonzero().tolist():
+            size, label = divmod(channel, 3)
+            mask = dense[level][size][0, :, y, column]
+            side = round(len(mask) ** 0.5)
+            inside = (mask.view(side, side) >= 0).nonzero()
+            if len(inside) == 0:
+                continue
+            stride = 4 * 2**level
+            corner = torch.tensor([column, y]) * stride - stride * [11, 15][size] / 2
+            low, high = inside.amin(0).flip(0), inside.amax(0).flip(0) + 1
+            pixel = stride * [11, 15][size] / side
+            boxes.append(torch.cat([corner + low * pixel, corner + high * pixel]))
+            scores.append(x[0, channel, y, column].sigmoid())
+            labels.append(label)
+    boxes, scores, labels = torch.stack(boxes), torch.stack(scores), torch.tensor(labels)
+    kept = brute_force_nms(boxes, scores, labels, 0.5)
+    assert 10 < len(kept) < len(boxes)
+    clipped = boxes[kept].clamp(min=0).minimum(torch.tensor([96.0, 64.0] * 2))
+    visible = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    if not box_on:
+        assert_close(found["boxes"], clipped[visible], atol=1e-3, rtol=0)
+        assert_close(found["scores"], scores[kept][visible])
+        assert torch.equal(found["labels"], labels[kept][visible])
+    else:  # boxes are the regressed ones, some of which lie outside
+        apart = (found["scores"][:, None] - scores[kept]).abs().amin(1)
+        assert apart.max() < 1e-6
+        assert len(found["scores"]) > 0.8 * len(kept)
+
+
+def test_without_a_box_head() -> None:
+    opts = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
+    model = build(opts=opts).train()
+    assert not any(name.startswith("head.bbox") for name, _ in model.named_parameters())
+    losses = model([picture(96, 96)], [target(96, 96, BOXES)])
+    assert set(losses) == {"loss_cls", "loss_mask"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_candidate_for_nms_on_masks() -> None:
+    opts = ["MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]
+    (found,) = build(opts=opts).eval()([picture(40, 50)])
+    assert found["masks"].shape == (0, 40, 50)
+
+
 def test_nothing_found() -> None:
     model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
     (found,) = model([picture(40, 50)], output_sizes=[(80, 100)])
@@ -227,6 +318,21 @@ def test_targets_are_needed_in_train_mode() -> None:
     [
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "tensormask_R_50_FPN_1x"),
         (["MODEL.TENSOR_MASK.ALIGNED_ON", False], "BIPYRAMID_ON"),
+        (["MODEL.TENSOR_MASK.HEAD", "tripyramid"], "auto, simple_natural, .*bipyramid"),
+        (
+            ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.BIPYRAMID_ON", False],
+            "HEAD is 'bipyramid'.* they are True and False: leave the two out, or set HEAD to",
+        ),
+        (["MODEL.TENSOR_MASK.HEAD", "upscale_natural"], "UPSCALE_LAMBDA is 1.0.*1.5, 3 or 5"),
+        (
+            ["MODEL.TENSOR_MASK.HEAD", "upscale_natural", "MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 3.0],
+            "masks of .11, 15. pixels",
+        ),
+        (["MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 3.0], "leave UPSCALE_LAMBDA at 1"),
+        (["MODEL.TENSOR_MASK.UPSCALE_MODE", "nearest"], "leave UPSCALE_LAMBDA at 1"),
+        (["MODEL.TENSOR_MASK.BOX_ON", False], "NMS_ON to masks, or MODEL.TENSOR_MASK.BOX_ON"),
+        (["MODEL.TENSOR_MASK.NMS_ON", "mask"], "'boxes' or 'masks'"),
+        (["MODEL.MASK_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"], "no mask head"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60]]], "6 levels"),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]]], "square"),
         (["MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p4"]], "neighbouring"),

@@ -10,26 +10,40 @@ import tensormask
 from tensormask.config import CfgNode
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# The paper's heads, detectron2's three by its own switches.
 HEADS = {
-    "natural": ["ALIGNED_ON", False, "BIPYRAMID_ON", False],
-    "aligned": ["ALIGNED_ON", True, "BIPYRAMID_ON", False],
-    "bipyramid": ["ALIGNED_ON", True, "BIPYRAMID_ON", True],
+    "natural": {"ALIGNED_ON": False, "BIPYRAMID_ON": False},
+    "aligned": {"ALIGNED_ON": True, "BIPYRAMID_ON": False},
+    "bipyramid": {"ALIGNED_ON": True, "BIPYRAMID_ON": True},
+    "upscale_natural": {"HEAD": "upscale_natural", "UPSCALE_LAMBDA": 3.0},
+    "upscale_aligned": {"HEAD": "upscale_aligned", "UPSCALE_LAMBDA": 1.5},
+    "upscale_nearest": {
+        "HEAD": "upscale_aligned",
+        "UPSCALE_LAMBDA": 5.0,
+        "UPSCALE_MODE": "nearest",
+    },
 }
 
 
 def get_cfg(head: str = "bipyramid", opts: Sequence[object] = ()) -> CfgNode:
-    """A config of an R-18 with 16 channels, 3 classes and the published windows."""
+    """A config of an R-18 with 16 channels, 3 classes and the published windows.
+
+    Upscale heads have one of the two window sizes: 15 pixels come from whole masks, 11 do not.
+    """
     cfg = tensormask.get_cfg()
     cfg.merge_from_file(str(CONFIGS / "Base-TensorMask.yaml"))
     prefix = "MODEL.TENSOR_MASK."
-    pairs = HEADS[head]
+    switches = [word for key, value in HEADS[head].items() for word in (prefix + key, value)]
+    if head.startswith("upscale"):
+        switches += ["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]]
     cfg.merge_from_list([
         "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "GN",
         "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.PIXEL_STD", [57.0, 57.0, 57.0],
         "MODEL.FPN.OUT_CHANNELS", 16, prefix + "CLS_CHANNELS", 16, prefix + "BBOX_CHANNELS", 16,
         prefix + "MASK_CHANNELS", 16, prefix + "NUM_CONVS", 1, prefix + "NUM_CLASSES", 3,
-        prefix + "INIT", "he", prefix + pairs[0], pairs[1], prefix + pairs[2], pairs[3], *opts,
+        prefix + "INIT", "he", *switches,
     ])  # fmt: skip
+    cfg.merge_from_list(opts)
     return cfg
 
 

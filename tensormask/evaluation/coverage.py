@@ -18,7 +18,7 @@ from tensormask.data import CocoDataset
 from tensormask.data.statistics import AREA_LIMITS, area_size, mask_area
 from tensormask.data.transforms import Augmentation, transform_boxes
 from tensormask.modeling.assignment import Assignment, assign
-from tensormask.modeling.tensormask import padded_size
+from tensormask.modeling.inputs import padded_size
 from tensormask.modeling.windows import Windows
 
 Grids = tuple[tuple[int, int], ...]

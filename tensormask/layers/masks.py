@@ -76,3 +76,25 @@ def paste_regions(
         grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=2)
         pasted = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
         yield x0, y0, pasted[0, 0] >= 0.5
+
+
+def mask_boxes(logits: Tensor, windows: Tensor) -> Tensor:
+    """The boxes of masks: around the pixels of each that belong to the object (sec. 6.1, mask-bb).
+
+    Args:
+        logits (Tensor[K, V, U]): floating; the object is where they are >= 0.
+        windows (Tensor[K, 4]): where each mask is, ``(x0, y0, x1, y1)``.
+
+    Returns:
+        Tensor[K, 4]: ``(x0, y0, x1, y1)`` in the windows' unit; of an empty mask four zeros.
+    """
+    inside = logits >= 0
+    bounds = []
+    for axis in (1, 2):  # rows are summed up for x, columns for y
+        line = inside.any(axis).byte()
+        side = line.shape[1]
+        bounds.append((line.argmax(1) / side, 1 - line.flip(1).argmax(1) / side))
+    (left, right), (top, bottom) = bounds
+    corner, size = windows[:, :2].tile(2), (windows[:, 2:] - windows[:, :2]).tile(2)
+    boxes = corner + size * torch.stack([left, top, right, bottom], dim=1)
+    return torch.where(inside.any(2).any(1)[:, None], boxes, 0.0)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..config_node import HEAD_SWITCHES
 from .backbone import ResNet
 from .fpn import FPN
 from .head import ClassBoxHead
@@ -47,28 +48,17 @@ def build_model(cfg) -> TensorMask:
         model.FPN.OUT_CHANNELS,
         windows.num_sizes,
         head.NUM_CLASSES,
+        with_boxes=head.BOX_ON,
         cls_channels=head.CLS_CHANNELS,
         bbox_channels=head.BBOX_CHANNELS,
         num_convs=head.NUM_CONVS,
         init=head.INIT,
     )
-    mask_head = None
-    if model.MASK_ON:
-        mask_head = MaskHead(
-            model.FPN.OUT_CHANNELS,
-            windows.mask_sizes,
-            windows.strides,
-            aligned=head.ALIGNED_ON,
-            bipyramid=head.BIPYRAMID_ON,
-            channels=head.MASK_CHANNELS,
-            num_convs=head.NUM_CONVS,
-            init=head.INIT,
-        )
     return TensorMask(
         backbone,
         fpn,
         class_box_head,
-        mask_head,
+        build_mask_head(cfg, windows) if model.MASK_ON else None,
         windows,
         num_classes=head.NUM_CLASSES,
         pixel_mean=model.PIXEL_MEAN,
@@ -81,9 +71,60 @@ def build_model(cfg) -> TensorMask:
         mask_positive_weight=head.POSITIVE_WEIGHT,
         score_threshold=head.SCORE_THRESH_TEST,
         num_candidates=head.TOPK_CANDIDATES_TEST,
+        nms_on=head.NMS_ON,
         nms_threshold=head.NMS_THRESH_TEST,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     ).to(resolve_device(model.DEVICE))
+
+
+def build_mask_head(cfg, windows: Windows) -> MaskHead:
+    """The mask head of a config's model.
+
+    Raises:
+        ValueError: there is no such head, or what is said of it does not go together.
+    """
+    options = cfg.MODEL.TENSOR_MASK
+    _check_head(options)
+    return MaskHead(
+        cfg.MODEL.FPN.OUT_CHANNELS,
+        windows.mask_sizes,
+        windows.strides,
+        aligned=options.ALIGNED_ON,
+        bipyramid=options.BIPYRAMID_ON,
+        upscale=options.UPSCALE_LAMBDA,
+        upscale_mode=options.UPSCALE_MODE,
+        channels=options.MASK_CHANNELS,
+        num_convs=options.NUM_CONVS,
+        init=options.INIT,
+    )
+
+
+def _check_head(options) -> None:
+    """Raise ValueError unless HEAD, detectron2's switches and the upscaling go together."""
+    head, switches = options.HEAD, (options.ALIGNED_ON, options.BIPYRAMID_ON)
+    if head != "auto" and head not in HEAD_SWITCHES:
+        raise ValueError(
+            f"MODEL.TENSOR_MASK.HEAD must be one of auto, {', '.join(HEAD_SWITCHES)}, got {head!r}"
+        )
+    if head != "auto" and switches != HEAD_SWITCHES[head]:
+        raise ValueError(
+            "MODEL.TENSOR_MASK.HEAD is {!r}, which has ALIGNED_ON {} and BIPYRAMID_ON {}, but they "
+            "are {} and {}: leave the two out, or set HEAD to 'auto' to let them decide".format(
+                head, *HEAD_SWITCHES[head], *switches
+            )
+        )
+    upscales = head.startswith("upscale_")
+    if upscales and options.UPSCALE_LAMBDA <= 1:
+        raise ValueError(
+            f"MODEL.TENSOR_MASK.HEAD is {head!r}, and MODEL.TENSOR_MASK.UPSCALE_LAMBDA is "
+            f"{options.UPSCALE_LAMBDA}, which upscales nothing: set it to 1.5, 3 or 5"
+        )
+    if not upscales and (options.UPSCALE_LAMBDA, options.UPSCALE_MODE) != (1, "bilinear"):
+        raise ValueError(
+            "MODEL.TENSOR_MASK.UPSCALE_LAMBDA and UPSCALE_MODE are of the heads upscale_natural "
+            f"and upscale_aligned, but MODEL.TENSOR_MASK.HEAD is {head!r}: set it to one of them, "
+            "or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE at 'bilinear'"
+        )
 
 
 def build_windows(cfg) -> Windows:

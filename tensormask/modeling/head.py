@@ -28,12 +28,13 @@ def init_convs(module: nn.Module, init: str) -> None:
 
 
 class ClassBoxHead(nn.Module):
-    """Scores each window for each class, and regresses a box from it.
+    """Scores each window for each class and, unless told otherwise, regresses a box from it.
 
     Args:
         in_channels: channels of the pyramid.
         num_sizes: windows at each place.
         num_classes: classes, background not counted.
+        with_boxes: whether there is a box head; without one, boxes are those of the masks.
         cls_channels, bbox_channels: channels of the towers.
         num_convs: convolutions in each tower.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
@@ -46,6 +47,7 @@ class ClassBoxHead(nn.Module):
         num_sizes: int,
         num_classes: int,
         *,
+        with_boxes: bool = True,
         cls_channels: int = 256,
         bbox_channels: int = 128,
         num_convs: int = 4,
@@ -54,22 +56,28 @@ class ClassBoxHead(nn.Module):
     ) -> None:
         super().__init__()
         self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
-        self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
+        self.bbox_subnet = self.bbox_pred = None
+        if with_boxes:
+            self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
         self.cls_score = nn.Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
-        for tower in (self.cls_subnet, self.bbox_subnet):
+        if with_boxes:
+            self.bbox_pred = nn.Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
+        for tower in filter(None, (self.cls_subnet, self.bbox_subnet)):
             init_convs(tower, init)
-        for predictor in (self.cls_score, self.bbox_pred):
+        for predictor in filter(None, (self.cls_score, self.bbox_pred)):
             init_convs(predictor, "normal")
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """Pyramid features, per level (N, C, H, W), to
 
         - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
         class``;
-        - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``.
+        - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``; None
+        without a box head.
         """
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        if self.bbox_pred is None:
+            return logits, None
         deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
         return logits, deltas

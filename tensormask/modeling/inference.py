@@ -13,7 +13,7 @@ from .windows import Windows
 
 
 class Kept(NamedTuple):
-    """K detections of a picture before their masks are made, best first; int64 (K,) unless said."""
+    """K (window, class) pairs of a picture, best first; int64 (K,) unless said."""
 
     boxes: Tensor  # (K, 4) float, pixels of the network's input
     scores: Tensor  # (K,) float
@@ -28,48 +28,60 @@ class Kept(NamedTuple):
         return Kept(*(t[index] for t in self._asdict().values()))
 
 
-def select(
+def find_candidates(
     logits_per_level: list[Tensor],
-    deltas_per_level: list[Tensor],
+    deltas_per_level: list[Tensor] | None,
     windows: Windows,
     *,
     box_weights: tuple[float, ...],
     score_threshold: float,
     num_candidates: int,
-    nms_threshold: float,
-    num_detections: int,
 ) -> Kept:
-    """The best windows of one picture.
+    """The best (window, class) pairs of one picture, which are then to pass NMS.
 
     Args:
         logits_per_level: per level (num_sizes * num_classes, H, W).
-        deltas_per_level: per level (num_sizes * 4, H, W).
+        deltas_per_level: per level (num_sizes * 4, H, W); None without a box head: boxes are then
+            those of the windows.
         windows: their geometry.
         box_weights: of `box_coder`.
         score_threshold: scores must be above it.
-        num_candidates: (window, class) pairs that enter NMS, best first, over all levels.
-        nms_threshold: IoU above which the worse of two boxes of one class falls.
-        num_detections: how many are kept at most.
+        num_candidates: how many are kept at most, over all levels.
     """
     found = []
     threshold = (
         math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
     )
-    for level, (logits, deltas) in enumerate(zip(logits_per_level, deltas_per_level, strict=True)):
+    for level, logits in enumerate(logits_per_level):
         logits = logits.float().unflatten(0, (windows.num_sizes, -1))
         size, label, y, x = torch.where(logits > threshold)
         score = logits[size, label, y, x].sigmoid()
-        delta = deltas.unflatten(0, (windows.num_sizes, 4))[size, :, y, x].float()
-        found.append((score, delta, label, torch.full_like(size, level), size, y, x))
-    scores, deltas, labels, level, size, y, x = (torch.cat(t) for t in zip(*found, strict=True))
+        found.append([score, label, torch.full_like(size, level), size, y, x])
+        if deltas_per_level is not None:
+            deltas = deltas_per_level[level].unflatten(0, (windows.num_sizes, 4))
+            found[-1].append(deltas[size, :, y, x].float())
+    scores, labels, level, size, y, x, *deltas = (torch.cat(t) for t in zip(*found, strict=True))
 
     scores, best = scores.sort(descending=True, stable=True)
     scores, best = scores[:num_candidates], best[:num_candidates]
-    deltas, labels, level, size, y, x = (t[best] for t in (deltas, labels, level, size, y, x))
-    boxes_of_windows = windows.boxes(level, size, y, x)
-    boxes = decode_boxes(deltas, boxes_of_windows, box_weights)
-    keep = batched_nms(boxes, scores, labels, nms_threshold)[:num_detections]
-    return Kept(boxes, scores, labels, level, size, y, x, boxes_of_windows)[keep]
+    labels, level, size, y, x = (t[best] for t in (labels, level, size, y, x))
+    boxes_of_windows = boxes = windows.boxes(level, size, y, x)
+    if deltas:
+        boxes = decode_boxes(deltas[0][best], boxes_of_windows, box_weights)
+    return Kept(boxes, scores, labels, level, size, y, x, boxes_of_windows)
+
+
+def suppress(candidates: Kept, boxes: Tensor, nms_threshold: float, num_detections: int) -> Kept:
+    """Of boxes of one class whose IoU is above the threshold only the best stays (NMS).
+
+    Args:
+        candidates: K pairs of one picture, best first.
+        boxes (Tensor[K, 4]): the boxes that are compared, in any unit.
+        nms_threshold: the IoU.
+        num_detections: how many are kept at most.
+    """
+    keep = batched_nms(boxes, candidates.scores, candidates.labels, nms_threshold)
+    return candidates[keep[:num_detections]]
 
 
 def to_frame(kept: Kept, input_size: tuple[int, int], output_size: tuple[int, int]) -> Kept:

@@ -1,15 +1,24 @@
 """Mask heads: what is in the windows, at those that are asked for (paper, sec. 5.2, fig. 6).
 
 Natural: a 1x1 convolution at the window's place gives its mask. Aligned: at each place it gives the
-values of that pixel in the masks of the windows around it, and swap_align2nat turns them into
-masks. Bipyramid: the same at the finest resolution for every level, so that the masks of level k
-are ``2^k`` times finer.
+values of that pixel in the masks of the windows around it, and align2nat turns them into masks.
+Upscale: either of them with masks ``upscale`` times coarser, which are upscaled. Bipyramid: aligned
+masks at the finest resolution for every level, so that those of level k are ``2^k`` times finer.
 """
+
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import swap_align2nat, swap_align2nat_at
+from ..layers import (
+    UPSCALE_MODES,
+    swap_align2nat,
+    swap_align2nat_at,
+    up_align2nat_at,
+    up_bilinear,
+    up_nearest,
+)
 from .head import conv_tower, init_convs
 
 
@@ -21,7 +30,10 @@ class MaskHead(nn.Module):
         mask_sizes: side of the masks on the finest level, per window size.
         strides: pixels per step, per level, fine to coarse.
         aligned: predict in the aligned representation.
-        bipyramid: large masks on coarse levels; needs ``aligned``.
+        bipyramid: large masks on coarse levels; needs ``aligned``, and no upscaling.
+        upscale: how many times coarser the predicted masks are than the final ones, >= 1; 1.5, 3 or
+            5 in the paper, for masks of 15 x 15.
+        upscale_mode: "bilinear" or "nearest".
         channels, num_convs: of the tower.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
     """
@@ -34,6 +46,8 @@ class MaskHead(nn.Module):
         *,
         aligned: bool = True,
         bipyramid: bool = True,
+        upscale: float = 1.0,
+        upscale_mode: str = "bilinear",
         channels: int = 128,
         num_convs: int = 4,
         init: str = "normal",
@@ -44,11 +58,28 @@ class MaskHead(nn.Module):
                 "the tensor bipyramid is made of aligned masks: set "
                 "MODEL.TENSOR_MASK.ALIGNED_ON to True, or BIPYRAMID_ON to False"
             )
+        if bipyramid and upscale != 1:
+            raise ValueError("masks of the tensor bipyramid are not upscaled: upscale must be 1")
+        if upscale_mode not in UPSCALE_MODES:
+            raise ValueError(
+                f"upscale_mode must be one of {', '.join(UPSCALE_MODES)}, got {upscale_mode!r}"
+            )
+        coarse_sizes = [round(side / upscale) for side in mask_sizes]
+        if upscale < 1 or any(
+            abs(coarse * upscale - side) > 1e-6
+            for coarse, side in zip(coarse_sizes, mask_sizes, strict=True)
+        ):
+            raise ValueError(
+                f"masks of {mask_sizes} pixels cannot be upscaled {upscale} times from whole ones: "
+                "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
+                "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
+            )
         self.aligned, self.bipyramid = aligned, bipyramid
+        self.upscale, self.upscale_mode = upscale, upscale_mode
         # Ratio of a level's unit to the unit of its masks.
         self.lambdas = [stride // strides[0] if bipyramid else 1 for stride in strides]
         self.mask_subnet = conv_tower(in_channels, channels, num_convs)
-        self.mask_pred = nn.ModuleList(nn.Conv2d(channels, side**2, 1) for side in mask_sizes)
+        self.mask_pred = nn.ModuleList(nn.Conv2d(channels, side**2, 1) for side in coarse_sizes)
         init_convs(self.mask_subnet, init)
         init_convs(self.mask_pred, "normal")
         if bipyramid:
@@ -68,15 +99,19 @@ class MaskHead(nn.Module):
         Returns:
             per group Tensor[K, side, side], ``side = mask_sizes[size] * lambda`` of the level.
         """
-        masks = []
+        return list(self.one_by_one(features, windows_per_group))
+
+    def one_by_one(
+        self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
+    ) -> Iterator[Tensor]:
+        """What `forward` returns, each group's masks made when they are asked for."""
         finest, current, level_features = None, None, None
         for level, size, windows in windows_per_group:
             if self.bipyramid and finest is None:
                 finest = self.mask_subnet(features[0])
             if level != current:
                 level_features, current = self._level_features(features, level, finest), level
-            masks.append(self._masks_at(level_features, level, size, windows))
-        return masks
+            yield self._masks_at(level_features, level, size, windows)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Mask logits at all windows: the definition that `forward` is tested against.
@@ -89,7 +124,7 @@ class MaskHead(nn.Module):
         masks_per_level = []
         for level, lambda_val in enumerate(self.lambdas):
             x = self._level_features(features, level, finest)
-            masks = [pred(x) for pred in self.mask_pred]
+            masks = [self._upscale(_to_4d(pred(x))).flatten(1, 2) for pred in self.mask_pred]
             if self.aligned:
                 masks = [swap_align2nat(m, lambda_val) for m in masks]
             masks_per_level.append(masks)
@@ -111,9 +146,23 @@ class MaskHead(nn.Module):
 
     def _masks_at(self, x: Tensor, level: int, size: int, windows: Tensor) -> Tensor:
         pred = self.mask_pred[size]
+        if self.aligned and self.upscale > 1:
+            return up_align2nat_at(pred(x), windows, self.upscale, mode=self.upscale_mode)
         if self.aligned:
             return swap_align2nat_at(pred(x), windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
         masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
-        side = round(masks.shape[1] ** 0.5)
-        return masks.unflatten(1, (side, side))
+        return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)
+
+    def _upscale(self, masks: Tensor) -> Tensor:
+        """Masks (N, v, u, H, W) as they are predicted to their final size (N, V, U, H, W)."""
+        if self.upscale == 1:
+            return masks
+        up = up_nearest if self.upscale_mode == "nearest" else up_bilinear
+        return up(masks, self.upscale)
+
+
+def _to_4d(masks: Tensor) -> Tensor:
+    """Square masks (N, V*U, H, W) to (N, V, U, H, W)."""
+    side = round(masks.shape[1] ** 0.5)
+    return masks.unflatten(1, (side, side))

@@ -7,27 +7,32 @@ rows and columns of windows.
 import torch
 from torch import Tensor, nn
 
-from ..layers import crop_masks, paste_masks
+from ..layers import crop_masks, mask_boxes, paste_masks
 from .assignment import Assignment, assign
 from .backbone import ResNet
 from .box_coder import encode_boxes
 from .fpn import FPN
 from .head import ClassBoxHead
-from .inference import group_windows, select, to_frame, ungroup_masks
+from .inference import (
+    Kept,
+    find_candidates,
+    group_windows,
+    suppress,
+    to_frame,
+    ungroup_masks,
+)
+from .inputs import check_image, checked_target, padded_size
 from .losses import box_loss, focal_loss_star, mask_loss
 from .mask_head import MaskHead
 from .windows import Windows
-
-# res5 has this stride: inputs are padded to a multiple of it, so that the pyramid's levels fit each
-# other.
-_SIZE_DIVISOR = 32
 
 
 class TensorMask(nn.Module):
     """The whole model.
 
     Args:
-        backbone, fpn, head, mask_head: the parts. ``mask_head`` None: boxes only.
+        backbone, fpn, head, mask_head: the parts. ``mask_head`` None: boxes only. A ``head``
+            without boxes: detections have the boxes of their masks.
         windows: geometry of the sliding windows, a level of it per level of the pyramid.
         num_classes: classes, background not counted.
         pixel_mean, pixel_std: per channel, on the scale 0..255, in the order of ``channel_order``.
@@ -37,7 +42,13 @@ class TensorMask(nn.Module):
         focal_alpha, focal_gamma: of FL*.
         mask_loss_weight, mask_positive_weight: weight of the mask loss, and of the pixels of the
             object in it.
-        score_threshold, num_candidates, nms_threshold, num_detections: see `inference.select`.
+        score_threshold, num_candidates: see `inference.find_candidates`.
+        nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks", for which the
+            masks of all candidates are made.
+        nms_threshold, num_detections: see `inference.suppress`.
+
+    Raises:
+        ValueError: an option that does not exist, or that needs a part which is not there.
     """
 
     def __init__(
@@ -59,10 +70,23 @@ class TensorMask(nn.Module):
         mask_positive_weight: float = 1.5,
         score_threshold: float = 0.05,
         num_candidates: int = 6000,
+        nms_on: str = "boxes",
         nms_threshold: float = 0.5,
         num_detections: int = 100,
     ) -> None:
         super().__init__()
+        if nms_on not in ("boxes", "masks"):
+            raise ValueError(f"nms_on must be 'boxes' or 'masks', got {nms_on!r}")
+        if nms_on == "boxes" and head.bbox_pred is None:
+            raise ValueError(
+                "there is no box head: NMS needs the boxes of the masks; set "
+                "MODEL.TENSOR_MASK.NMS_ON to masks, or MODEL.TENSOR_MASK.BOX_ON to True"
+            )
+        if nms_on == "masks" and mask_head is None:
+            raise ValueError(
+                "there is no mask head whose boxes NMS could compare: set "
+                "MODEL.TENSOR_MASK.NMS_ON to boxes, or MODEL.MASK_ON to True"
+            )
         if channel_order not in ("RGB", "BGR"):
             raise ValueError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
         if not 0 <= score_threshold < 1:
@@ -76,6 +100,7 @@ class TensorMask(nn.Module):
         self.mask_loss_weight, self.mask_positive_weight = mask_loss_weight, mask_positive_weight
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.num_candidates, self.num_detections = num_candidates, num_detections
+        self.nms_on = nms_on
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
 
@@ -103,7 +128,7 @@ class TensorMask(nn.Module):
             in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
             window of the batch; in eval mode per picture ``boxes`` (K, 4), ``scores`` (K,),
             ``labels`` (K,) and ``masks`` (K, height, width) bool, best first. Without a mask head,
-            ``loss_mask`` and ``masks`` are left out.
+            ``loss_mask`` and ``masks`` are left out, without a box head ``loss_box_reg`` is.
 
         Raises:
             ValueError: a picture or target of another shape, dtype or range, or targets missing in
@@ -119,13 +144,15 @@ class TensorMask(nn.Module):
         if targets is None:
             raise ValueError("targets are needed in train mode; call model.eval() for detections")
         targets = [
-            _checked_target(target, image, self.num_classes, self.device)
+            checked_target(target, image, self.num_classes, self.device)
             for image, target in zip(images, targets, strict=True)
         ]
         return self._losses(features, logits, deltas, targets)
 
-    def _dense(self, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per level features, logits of classes, and deltas of boxes."""
+    def _dense(
+        self, images: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """Per level features, logits of classes, and deltas of boxes, if there is a box head."""
         features = self.fpn(self.backbone(self.preprocess(images)))
         return features, *self.head(features)
 
@@ -133,7 +160,7 @@ class TensorMask(nn.Module):
         """Normalise, and pad right and bottom with zeros to multiples of 32: (N, 3, H, W)."""
         normalized = []
         for image in images:
-            _check_image(image)
+            check_image(image)
             image = image.to(self.device, non_blocking=True)
             image = image.float() if image.dtype == torch.uint8 else image.float() * 255
             if self.channel_order == "BGR":
@@ -151,7 +178,7 @@ class TensorMask(nn.Module):
         self,
         features: list[Tensor],
         logits: list[Tensor],
-        deltas: list[Tensor],
+        deltas: list[Tensor] | None,
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         grids = [tuple(x.shape[-2:]) for x in logits]
@@ -161,23 +188,23 @@ class TensorMask(nn.Module):
         first = owned.image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
         objects = first[owned.image] + owned.object
         labels = torch.cat([t["labels"] for t in targets])[objects]
-        boxes = torch.cat([t["boxes"] for t in targets])[objects]
 
         n, size, y, x = owned.image, owned.size, owned.y, owned.x
         channel = size * self.num_classes + labels
         positives = [(n[at], channel[at], y[at], x[at]) for at in owned.levels()]
-        deltas_at_windows = [
-            level.unflatten(1, (-1, 4))[n[at], size[at], :, y[at], x[at]]
-            for level, at in zip(deltas, owned.levels(), strict=True)
-        ]
         loss_cls = focal_loss_star(
             logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
         )
-        target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
-        losses = {
-            "loss_cls": loss_cls / normalizer,
-            "loss_box_reg": box_loss(torch.cat(deltas_at_windows), target_deltas) / normalizer,
-        }
+        losses = {"loss_cls": loss_cls / normalizer}
+        if deltas is not None:
+            deltas_at_windows = [
+                level.unflatten(1, (-1, 4))[n[at], size[at], :, y[at], x[at]]
+                for level, at in zip(deltas, owned.levels(), strict=True)
+            ]
+            boxes = torch.cat([t["boxes"] for t in targets])[objects]
+            target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
+            loss_box_reg = box_loss(torch.cat(deltas_at_windows), target_deltas)
+            losses["loss_box_reg"] = loss_box_reg / normalizer
         if self.mask_head is not None:
             masks = [t["masks"] for t in targets]
             losses["loss_mask"] = self._mask_loss(features, owned, masks) / normalizer
@@ -227,21 +254,26 @@ class TensorMask(nn.Module):
             where they are, ``(x0, y0, x1, y1)`` in pixels of the output.
         """
         features, logits, deltas = self._dense(images)
-        input_sizes = [tuple(image.shape[-2:]) for image in images]
-        kept_per_image = []
-        sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
-        for n, (input_size, output_size) in enumerate(sizes):
-            kept = select(
-                [x[n] for x in logits],
-                [x[n] for x in deltas],
+        candidates = [
+            find_candidates(
+                [level[n] for level in logits],
+                None if deltas is None else [level[n] for level in deltas],
                 self.windows,
                 box_weights=self.box_weights,
                 score_threshold=self.score_threshold,
                 num_candidates=self.num_candidates,
-                nms_threshold=self.nms_threshold,
-                num_detections=self.num_detections,
             )
-            kept_per_image.append(to_frame(kept, input_size, output_size))
+            for n in range(len(images))
+        ]
+        compared = [kept.boxes for kept in candidates]
+        if self.nms_on == "masks":
+            candidates, compared = self._with_boxes_of_masks(features, candidates)
+        input_sizes = [tuple(image.shape[-2:]) for image in images]
+        frames = zip(input_sizes, output_sizes or input_sizes, strict=True)
+        kept_per_image = [
+            to_frame(suppress(kept, boxes, self.nms_threshold, self.num_detections), *sizes)
+            for kept, boxes, sizes in zip(candidates, compared, frames, strict=True)
+        ]
         detections = [
             {"boxes": kept.boxes, "scores": kept.scores, "labels": kept.labels}
             for kept in kept_per_image
@@ -255,6 +287,32 @@ class TensorMask(nn.Module):
                 detection.update(windows=kept.windows, window_masks=masks_of_image)
         return detections
 
+    def _with_boxes_of_masks(
+        self, features: list[Tensor], candidates: list[Kept]
+    ) -> tuple[list[Kept], list[Tensor]]:
+        """Per picture the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
+
+        Without a box head these are also the boxes of the candidates.
+        """
+        groups, positions = group_windows(candidates)
+        windows = torch.cat([kept.windows for kept in candidates])
+        boxes = torch.empty_like(windows)
+        # A level's masks of all candidates are as large as its dense tensor may be: one at a time.
+        masks = self.mask_head.one_by_one(features, groups)
+        for logits, position in zip(masks, positions, strict=True):
+            boxes[position] = mask_boxes(logits, windows[position])
+        found, boxes_per_image = [], []
+        for kept, boxes_of_image in zip(
+            candidates, boxes.split([len(kept.scores) for kept in candidates]), strict=True
+        ):
+            whole = boxes_of_image[:, 2] > boxes_of_image[:, 0]
+            kept, boxes_of_image = kept[whole], boxes_of_image[whole]
+            if self.head.bbox_pred is None:
+                kept = kept._replace(boxes=boxes_of_image)
+            found.append(kept)
+            boxes_per_image.append(boxes_of_image)
+        return found, boxes_per_image
+
 
 def _with_frames(
     detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
@@ -264,54 +322,3 @@ def _with_frames(
     if "window_masks" in detection:
         in_frame["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
     return in_frame
-
-
-def padded_size(height: int, width: int) -> tuple[int, int]:
-    """The size in pixels that a batch of pictures of at most this size has in the network."""
-    return -(-height // _SIZE_DIVISOR) * _SIZE_DIVISOR, -(-width // _SIZE_DIVISOR) * _SIZE_DIVISOR
-
-
-def _check_image(image: Tensor) -> None:
-    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"a picture must be (3, H, W), RGB, got shape {tuple(image.shape)}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"a picture must be uint8 or floating, got {image.dtype}")
-    # Elsewhere the look would wait for the device.
-    if image.is_floating_point() and image.device.type == "cpu" and image.max() > 2:
-        raise ValueError(
-            f"a floating picture must be in 0..1, got a value of {image.max():.4g}: "
-            "divide it by 255, or give it as uint8"
-        )
-
-
-def _checked_target(
-    target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
-) -> dict[str, Tensor]:
-    """The target on the model's device, once its parts fit each other and the picture."""
-    boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
-    num_objects, size = len(boxes), tuple(image.shape[-2:])
-    if boxes.shape != (num_objects, 4) or labels.shape != (num_objects,):
-        raise ValueError(
-            "boxes must be (K, 4) and labels (K,), "
-            f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
-        )
-    if masks.shape != (num_objects, *size):
-        raise ValueError(
-            f"masks must be (K, H, W) = {(num_objects, *size)} like the boxes and the picture, "
-            f"got {tuple(masks.shape)}"
-        )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if num_objects and labels.device.type == "cpu":
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}: "
-                "set MODEL.TENSOR_MASK.NUM_CLASSES to the number of classes of the data"
-            )
-    if boxes.device.type == "cpu" and not (boxes[:, 2:] > boxes[:, :2]).all():
-        raise ValueError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
-    return {
-        "boxes": boxes.to(device, non_blocking=True).float(),
-        "labels": labels.to(device, non_blocking=True),
-        "masks": masks.to(device, non_blocking=True).bool(),
-    }
