@@ -161,5 +161,9 @@ setup(
         "pillow>=10,<14",
         "tensorboard>=2.16,<3",
         "tqdm>=4.66,<5",
+        "safetensors>=0.5,<1",
+        "pooch>=1.8.2,<2",
+        # pooch's own: from 2 on, a download that ends early is an error.
+        "urllib3>=2,<3",
     ],
 )

@@ -1,0 +1,65 @@
+"""A web server on this machine whose answers a test lays down."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+
+class Answer(NamedTuple):
+    """What the server says to one request."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()  # a Content-Length here stands for the true one
+    before: Callable[[], object] = lambda: None
+
+
+class Server(ThreadingHTTPServer):
+    """Gives each path its answers in turn, the last one for good; `otherwise` for other paths."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answers: dict[str, list[Answer]] = {}
+        self.otherwise = Answer(status=404)
+        self.requests: list[str] = []
+
+    def add(self, path: str, *answers: Answer) -> str:
+        """Lay down the answers of a path; gives its address."""
+        self.answers[path] = list(answers)
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        left = self.server.answers.get(self.path, [self.server.otherwise])
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        answer.before()
+        self.send_response(answer.status)
+        for name, value in {
+            "Content-Length": str(len(answer.body)),
+            **dict(answer.headers),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serve() -> Iterator[Server]:
+    """A server for as long as the block runs."""
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
