@@ -1,4 +1,4 @@
-"""Draws objects into pictures, and arranges pictures.
+"""Draws objects and windows into pictures.
 
 Pictures are uint8 RGB arrays `(H, W, 3)`, in and out; what is given is never changed.
 """
@@ -12,15 +12,23 @@ from typing import Any
 import cv2
 import numpy as np
 
+from tensormask.sheets import (
+    DARK,
+    FONT,
+    FONT_MARGIN,
+    FONT_SCALE,
+    WHITE,
+    check_picture,
+    enlarge,
+    write,
+)
+
 DRAWN_SIDE = 512  # pixels: pictures much smaller than this are magnified to be drawn on
 MASK_OPACITY = 0.45
 DIMMED = 0.45  # of the brightness of a picture that windows are drawn on
 OUTLINE_WIDTH = 2
 MAX_LABELS = 40
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-WHITE, DARK = (255, 255, 255), (32, 32, 32)
-FONT, FONT_SCALE, FONT_MARGIN = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 3
-GAP = 8  # pixels between pictures that are arranged beside each other
 
 Rectangle = tuple[int, int, int, int]
 
@@ -58,7 +66,7 @@ def draw_instances(
     Raises:
         ValueError: an image that is not uint8 `(H, W, 3)`, or shapes that do not fit each other.
     """
-    _check_picture(image)
+    check_picture(image)
     height, width = image.shape[:2]
     labels = _to_numpy(labels).astype(int).reshape(-1)
     boxes = _to_numpy(boxes).astype(float).reshape(-1, 4)
@@ -77,7 +85,7 @@ def draw_instances(
         )
 
     factor = magnification(height, width) if magnify is None else magnify
-    picture = _enlarge(image, factor)
+    picture = enlarge(image, factor)
     if masks is not None:
         # Large ones first, or they would hide the small ones that they overlap.
         for index in np.argsort(-masks.sum((1, 2)), kind="stable"):
@@ -123,7 +131,7 @@ def draw_windows(
     Raises:
         ValueError: an image that is not uint8 `(H, W, 3)`, or a window without its object.
     """
-    _check_picture(image)
+    check_picture(image)
     factor = magnification(*image.shape[:2]) if magnify is None else magnify
     boxes = _to_pixels(boxes, factor)
     windows = _to_pixels(windows, factor)
@@ -133,7 +141,7 @@ def draw_windows(
             f"{len(windows)} windows own the objects {owners.tolist()} of {len(boxes)} boxes; "
             "expected a row of the boxes for each window"
         )
-    picture = (_enlarge(image, factor) * DIMMED).astype(np.uint8)
+    picture = (enlarge(image, factor) * DIMMED).astype(np.uint8)
     # Large objects first, or they would hide the small ones.
     sides = boxes[:, 2:] - boxes[:, :2]
     for index in np.argsort(-sides.prod(1), kind="stable"):
@@ -173,80 +181,13 @@ def magnification(height: int, width: int) -> int:
     return max(1, round(DRAWN_SIDE / max(height, width)))
 
 
-def side_by_side(
-    left: np.ndarray, right: np.ndarray, titles: tuple[str, str] | None = None
-) -> np.ndarray:
-    """Two pictures on white, tops aligned, each under its title."""
-    pictures = [left, right]
-    if titles is not None:
-        pictures = [
-            _titled(picture, title) for picture, title in zip(pictures, titles, strict=True)
-        ]
-    return contact_sheet(pictures, columns=2)
-
-
-def captioned(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """`picture` above a white strip with texts, as many in a line as there is room for."""
-    _check_picture(picture)
-    lines: list[str] = []
-    for text in texts:
-        longer = f"{lines[-1]}   {text}" if lines else text
-        if lines and _text_size(longer)[0] + 2 * FONT_MARGIN <= picture.shape[1]:
-            lines[-1] = longer
-        else:
-            lines.append(text)
-    step = _text_size("p")[1] + FONT_MARGIN
-    width = max([picture.shape[1], *(_text_size(line)[0] + 2 * FONT_MARGIN for line in lines)])
-    height = picture.shape[0] + len(lines) * step + FONT_MARGIN * bool(lines)
-    result = np.full((height, width, 3), 255, np.uint8)
-    result[: picture.shape[0], : picture.shape[1]] = picture
-    for number, line in enumerate(lines, start=1):
-        _write(result, line, FONT_MARGIN, picture.shape[0] + number * step - FONT_MARGIN, DARK)
-    return result
-
-
-def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of any sizes in rows of `columns` on white.
-
-    Columns are as wide as their widest picture and rows as high as their highest.
-
-    Raises:
-        ValueError: no pictures, or fewer than one column.
-    """
-    if not pictures or columns < 1:
-        raise ValueError(f"{len(pictures)} pictures in {columns} columns make no contact sheet")
-    for picture in pictures:
-        _check_picture(picture)
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    heights = [max(picture.shape[0] for picture in row) for row in rows]
-    widths = [
-        max(picture.shape[1] for picture in pictures[c::columns]) for c in range(len(rows[0]))
-    ]
-    tops = np.cumsum([0, *(height + GAP for height in heights)])
-    lefts = np.cumsum([0, *(width + GAP for width in widths)])
-    sheet = np.full((tops[-1] - GAP, lefts[-1] - GAP, 3), 255, np.uint8)
-    for top, row in zip(tops, rows, strict=False):
-        for x, picture in zip(lefts, row, strict=False):
-            sheet[top : top + picture.shape[0], x : x + picture.shape[1]] = picture
-    return sheet
-
-
-def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
-    """A copy that is at most `max_width` pixels wide, of the same proportions."""
-    height, width = image.shape[:2]
-    if width <= max_width:
-        return image.copy()
-    size = (max_width, max(1, round(height * max_width / width)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
 def save_picture(path: str | Path, rgb: np.ndarray) -> None:
     """Writes `rgb (H, W, 3)` uint8 to `path` in the format of its suffix; makes the folder.
 
     Raises:
         ValueError: a picture of another form, or a suffix that OpenCV has no encoder for.
     """
-    _check_picture(rgb)
+    check_picture(rgb)
     path = Path(path)
     try:
         encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
@@ -272,14 +213,6 @@ def unique_stem(stem: str, taken: set[str]) -> str:
     return unique
 
 
-def _check_picture(image: np.ndarray) -> None:
-    form = (getattr(image, "dtype", type(image)), getattr(image, "shape", None))
-    if form[0] != np.uint8 or len(form[1]) != 3 or form[1][2] != 3 or 0 in form[1]:
-        raise ValueError(
-            f"expected a picture as a uint8 array (H, W, 3); given {form[0]} of shape {form[1]}"
-        )
-
-
 def _to_numpy(values: Any) -> np.ndarray:
     """Array of a tensor on any device, or of anything that numpy takes."""
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
@@ -291,11 +224,6 @@ def _to_pixels(boxes: Any, factor: int) -> np.ndarray:
     return np.clip(np.nan_to_num(scaled, posinf=0, neginf=0), -1e6, 1e6).round().astype(int)
 
 
-def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    """A copy with each pixel as `factor` x `factor` of them."""
-    return np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
-
-
 def _draw_mask(
     picture: np.ndarray, mask: np.ndarray, factor: int, colour: tuple[int, int, int]
 ) -> None:
@@ -304,7 +232,7 @@ def _draw_mask(
     if not len(rows):
         return
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    inside = _enlarge(mask[y0:y1, x0:x1].astype(np.uint8), factor)
+    inside = enlarge(mask[y0:y1, x0:x1].astype(np.uint8), factor)
     region = picture[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
     # The rim is inside the mask, so those of touching objects lie beside each other.
     core = cv2.erode(
@@ -343,30 +271,8 @@ def _draw_label(
     taken.append(place)
     cv2.rectangle(picture, place[:2], (place[2] - 1, place[3] - 1), DARK, cv2.FILLED)
     cv2.rectangle(picture, place[:2], (x + FONT_MARGIN - 2, place[3] - 1), colour, cv2.FILLED)
-    _write(picture, text, x + FONT_MARGIN, y + text_height + FONT_MARGIN - 1, WHITE)
+    write(picture, text, x + FONT_MARGIN, y + text_height + FONT_MARGIN - 1, WHITE)
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _titled(picture: np.ndarray, title: str) -> np.ndarray:
-    """`picture` under a white strip with `title`; widened to hold it."""
-    _check_picture(picture)
-    (text_width, text_height), baseline = cv2.getTextSize(title, FONT, FONT_SCALE, 1)
-    strip = text_height + baseline + 2 * FONT_MARGIN
-    height, width = picture.shape[:2]
-    titled = np.full((strip + height, max(width, text_width + 2 * FONT_MARGIN), 3), 255, np.uint8)
-    titled[strip:, :width] = picture
-    _write(titled, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
-    return titled
-
-
-def _text_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of a line, tails of letters included."""
-    (width, height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
-    return width, height + baseline
-
-
-def _write(picture: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
-    cv2.putText(picture, text, (x, y), FONT, FONT_SCALE, colour, 1, cv2.LINE_AA)

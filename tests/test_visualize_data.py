@@ -11,7 +11,7 @@ import torch
 from tensormask.data import shapes
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.windows import Windows
-from tensormask.visualizer import DIMMED, WHITE, captioned, draw_windows, instance_colour
+from tensormask.visualizer import DIMMED, WHITE, draw_windows, instance_colour
 
 ROOT = Path(__file__).parent.parent
 WINDOWS = Windows(strides=(4, 8), sizes=((44, 60), (88, 120)))
@@ -63,18 +63,6 @@ def test_a_window_needs_its_object():
         draw_windows(grey(), [[0, 0, 5, 5]], [[0, 0, 9, 9]], [1])
     with pytest.raises(ValueError, match="row of the boxes"):
         draw_windows(grey(), [[0, 0, 5, 5]], [[0, 0, 9, 9]], [])
-
-
-def test_captions_are_broken_into_lines():
-    picture = grey(50, 200)
-    assert captioned(picture, []).shape == picture.shape
-    one = captioned(picture, ["p2", "p3"])
-    assert one.shape[1] == 200
-    assert np.array_equal(one[:50], picture)
-    assert (one[50:] < 128).any()
-    three = captioned(picture, ["p2 44 px: 113 objects in 1200 windows"] * 3)
-    assert three.shape[1] > 200
-    assert three.shape[0] - 50 > 2 * (one.shape[0] - 50)
 
 
 def test_which_windows_are_drawn():

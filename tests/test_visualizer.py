@@ -9,13 +9,10 @@ import torch
 
 from tensormask.visualizer import (
     class_name,
-    contact_sheet,
     draw_instances,
     instance_colour,
     magnification,
     save_picture,
-    shrink,
-    side_by_side,
     unique_stem,
 )
 
@@ -178,41 +175,6 @@ def test_colours_are_fixed_and_far_apart():
     hues = sorted(colorsys.rgb_to_hsv(*(part / 255 for part in colour))[0] for colour in colours)
     gaps = np.diff([*hues, hues[0] + 1])
     assert gaps.min() > 0.03  # evenly spread they would be 1/12 = 0.083 apart
-
-
-def test_side_by_side():
-    left, right = grey(50, 80, 10), grey(30, 60, 20)
-    plain = side_by_side(left, right)
-    assert plain.shape == (50, 80 + 8 + 60, 3)
-    assert (plain[:50, :80] == 10).all()
-    assert (plain[:30, 88:] == 20).all()
-    assert (plain[30:, 80:] == 255).all()
-    titled = side_by_side(left, right, ("one", "two"))
-    strip = titled.shape[0] - 50
-    assert 10 < strip < 40
-    assert (titled[strip:, :80] == 10).all()
-    assert (titled[:strip] != 255).any()
-    assert side_by_side(left, right, ("a" * 100, "two")).shape[1] > 500
-
-
-def test_contact_sheet():
-    pictures = [grey(10, 20, 1), grey(30, 40, 2), grey(50, 60, 3)]
-    sheet = contact_sheet(pictures, columns=2)
-    assert sheet.shape == (30 + 8 + 50, 60 + 8 + 40, 3)
-    assert (sheet[:10, :20] == 1).all()
-    assert (sheet[:30, 68:] == 2).all()
-    assert (sheet[38:, :60] == 3).all()
-    painted = 10 * 20 + 30 * 40 + 50 * 60
-    assert (sheet != 255).all(2).sum() == painted
-    assert contact_sheet(pictures[:1], columns=4).shape == (10, 20, 3)
-    with pytest.raises(ValueError, match="0 pictures"):
-        contact_sheet([], columns=2)
-
-
-def test_shrink():
-    assert shrink(grey(100, 400), 200).shape == (50, 200, 3)
-    assert shrink(grey(100, 400), 400).shape == (100, 400, 3)
-    assert shrink(grey(1, 4000), 100).shape == (1, 100, 3)
 
 
 def test_saved_pictures_are_rgb(tmp_path):

@@ -20,16 +20,13 @@ from tensormask.evaluation.coverage import level_names, window_grids
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
+from tensormask.sheets import captioned, contact_sheet, shrink, side_by_side
 from tensormask.visualizer import (
     MAX_LABELS,
-    captioned,
-    contact_sheet,
     draw_instances,
     draw_windows,
     magnification,
     save_picture,
-    shrink,
-    side_by_side,
     unique_stem,
 )
 

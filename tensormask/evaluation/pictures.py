@@ -12,14 +12,8 @@ from tensormask.data.faults import Identity
 from tensormask.data.segmentation import segmentation_to_rle
 from tensormask.evaluation.results import Detections
 from tensormask.layers import paste_masks
-from tensormask.visualizer import (
-    contact_sheet,
-    draw_instances,
-    save_picture,
-    shrink,
-    side_by_side,
-    unique_stem,
-)
+from tensormask.sheets import contact_sheet, shrink, side_by_side
+from tensormask.visualizer import draw_instances, save_picture, unique_stem
 
 DRAWN_SCORE = 0.3
 SHEET_COLUMNS = 2
