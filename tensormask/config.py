@@ -23,6 +23,14 @@ _DEFAULTS: dict[str, Any] = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         # Path of the weights to start from or to evaluate; "" for none.
         "WEIGHTS": "",
+        # Pictures are padded to multiples of this, in pixels: 32 (detectron2's), or a multiple of
+        # it, which makes fewer input sizes to compile for.
+        "SIZE_DIVISOR": 32,
+        # Convolve in channels_last, which tensor cores prefer.
+        "CHANNELS_LAST": False,
+        # Compile backbone, pyramid, class and box head, anew for each input size: "" (no), or
+        # torch.compile's mode, "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
+        "COMPILE": "",
         # Whether to predict masks; off leaves classes and boxes.
         "MASK_ON": False,
         # Each channel loses its mean, then is divided by its std. On the 0..255 scale, in the
@@ -184,6 +192,11 @@ _DEFAULTS: dict[str, Any] = {
         "EXPECTED_RESULTS": [],
         # Iterations between evaluations; 0 evaluates at the end only.
         "EVAL_PERIOD": 0,
+        "AMP": {
+            # Detect in half precision, and in which: "bfloat16" or "float16".
+            "ENABLED": False,
+            "DTYPE": "bfloat16",
+        },
         # Most detections that a picture gets.
         "DETECTIONS_PER_IMAGE": 100,
         # Most detections of a picture that the AP counts; above 100, AP at 100 is printed too.

@@ -49,6 +49,29 @@ def test_focal_loss_star_stays_finite() -> None:
     assert_close(logits.grad, torch.tensor([0.7, -0.3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_focal_loss_star_in_parts_and_in_any_memory_format(monkeypatch, dtype) -> None:
+    """Cut into parts of 7 values, contiguous and channels_last, it is what it is at once."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 8, 6, 5, generator=generator).to(dtype)
+    index = tuple(torch.tensor(i) for i in ([0, 1], [7, 3], [5, 0], [4, 2]))
+    losses, grads = [], []
+    for part, memory_format in (
+        (1 << 18, torch.contiguous_format),
+        (7, torch.contiguous_format),
+        (7, torch.channels_last),
+    ):
+        monkeypatch.setattr("tensormask.modeling.losses._PART", part)
+        x = logits.contiguous(memory_format=memory_format).requires_grad_()
+        losses.append(focal_loss_star([x], [index]))
+        grads.append(torch.autograd.grad(losses[-1], x)[0])
+        assert losses[-1].dtype == torch.float32
+        assert grads[-1].is_contiguous(memory_format=memory_format)
+    for loss, grad in zip(losses[1:], grads[1:], strict=True):
+        assert_close(loss, losses[0])
+        assert_close(grad, grads[0])
+
+
 def test_box_loss_is_the_sum_of_distances() -> None:
     assert box_loss(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 4, 3, 1]])).item() == 6
     assert box_loss(torch.zeros(0, 4), torch.zeros(0, 4)).item() == 0

@@ -4,6 +4,7 @@ import torch
 from torchvision.ops import masks_to_boxes, roi_align
 
 from tensormask.layers import crop_masks, mask_boxes, paste_masks
+from tensormask.layers import masks as masks_module
 from tensormask.layers.masks import paste_regions
 
 
@@ -132,3 +133,31 @@ def test_mask_boxes_equal_torchvisions() -> None:
     windows = torch.tensor([0.0, 0, 7, 9]).expand(len(logits), 4)
     expected = masks_to_boxes(logits >= 0) + torch.tensor([0.0, 0, 1, 1])
     torch.testing.assert_close(mask_boxes(logits, windows), expected)
+
+
+def test_crop_in_parts_equals_crop_at_once(monkeypatch) -> None:
+    """Masks become floating a bounded number of pixels at a time."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(7, 30, 40, generator=generator) > 0.5
+    objects = torch.tensor([6, 0, 1, 2, 6, 4, 1])
+    boxes = torch.rand(7, 4, generator=generator) * 20
+    boxes[:, 2:] += boxes[:, :2] + 8
+    expected = crop_masks(masks, objects, boxes, 9)
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 30 * 40)
+    assert torch.equal(crop_masks(masks, objects, boxes, 9), expected)
+    assert crop_masks(masks[:0], objects[:0], boxes[:0], 9).shape == (0, 9, 9)
+
+
+def test_whole_frames_equal_regions(monkeypatch) -> None:
+    """How a GPU pastes: many masks at once, those of a size together, in bounded parts."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [11, 15, 11, 30, 15, 11]
+    masks = [torch.rand(side, side, generator=generator) for side in sides]
+    boxes = torch.rand(6, 4, generator=generator) * 40 - 10
+    boxes[:, 2:] += boxes[:, :2].abs() + 20
+    expected = paste_masks(masks, boxes, (50, 60))
+    assert expected.flatten(1).any(1).all()
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 50 * 60)
+    frames = torch.zeros(6, 50, 60, dtype=torch.bool)
+    masks_module._paste_frames(masks, boxes, frames)
+    assert torch.equal(frames, expected)

@@ -7,25 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+# Pixels of masks that are worked on at once: bounds what is floating to 128 MB.
+_MAX_PIXELS_AT_ONCE = 1 << 25
+
 
 def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tensor:
     """Crop each object's mask to a window and resize it (detectron2's `BitMasks.crop_and_resize`).
 
     Args:
         masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in a picture.
-        objects (Tensor[K]): int64, the object of each window.
-        boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels; they may leave the
-            picture.
+        objects (Tensor[K]): int64, the object of each window; on the CPU, or on the device of
+            ``masks``, which is then waited for.
+        boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels, floating, beside
+            ``objects``; they may leave the picture.
         side: mask side, in mask pixels.
 
     Returns:
         Tensor[K, side, side]: bool, True where at least half of the mask pixel belongs to the
         object.
     """
-    used, row = objects.unique(return_inverse=True)  # only these become floating
-    rois = torch.cat([row.to(boxes.dtype)[:, None], boxes], dim=1)
-    soft = roi_align(masks[used][:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
-    return soft[:, 0] >= 0.5
+    used, row = objects.unique(return_inverse=True)
+    cropped = masks.new_empty(len(objects), side, side, dtype=torch.bool)
+    # Only masks that are used become floating, a bounded number of pixels at a time.
+    num_masks = max(1, _MAX_PIXELS_AT_ONCE // max(1, masks[:1].numel()))
+    for number, part in enumerate(used.split(num_masks)):
+        start = number * num_masks
+        at = torch.where((row >= start) & (row < start + num_masks))[0]
+        rois = torch.cat([(row[at] - start).to(boxes.dtype)[:, None], boxes[at]], dim=1)
+        part, at, rois = (to_device(t, masks.device) for t in (part, at, rois))
+        soft = roi_align(masks[part][:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
+        cropped[at] = soft[:, 0] >= 0.5
+    return cropped
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on a device; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -42,9 +61,40 @@ def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int
         Tensor[K, height, width]: bool.
     """
     frames = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    for frame, (x0, y0, region) in zip(frames, paste_regions(masks, boxes, size), strict=True):
-        frame[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+    if boxes.device.type == "cpu":
+        for frame, (x0, y0, region) in zip(frames, paste_regions(masks, boxes, size), strict=True):
+            frame[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+    else:
+        _paste_frames(masks, boxes, frames)
     return frames
+
+
+def _paste_frames(masks: Tensor | Sequence[Tensor], boxes: Tensor, frames: Tensor) -> None:
+    """`paste_masks` into whole frames, many at once: for a GPU, which waits for small work."""
+    height, width = frames.shape[1:]
+    num_frames = max(1, _MAX_PIXELS_AT_ONCE // (height * width))
+    rows_per_shape: dict[torch.Size, list[int]] = {}
+    for row, mask in enumerate(masks):
+        rows_per_shape.setdefault(mask.shape, []).append(row)
+    for rows in rows_per_shape.values():
+        for part in torch.tensor(rows).split(num_frames):
+            of_shape = torch.stack([masks[row] for row in part.tolist()])
+            part = to_device(part, frames.device)
+            frames[part] = _sample(of_shape, boxes[part], (0, 0, width, height))
+
+
+def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> Tensor:
+    """Masks (K, V, U) in their boxes (K, 4), at the pixels of a region of the frame: (K, h, w)."""
+    x0, y0, x1, y1 = region
+    xs = torch.arange(x0, x1, device=boxes.device, dtype=boxes.dtype) + 0.5
+    ys = torch.arange(y0, y1, device=boxes.device, dtype=boxes.dtype) + 0.5
+    left, top, right, bottom = boxes[:, :, None].unbind(1)  # (K, 1) each
+    xs = (xs - left) / (right - left) * 2 - 1
+    ys = (ys - top) / (bottom - top) * 2 - 1
+    shape = (len(boxes), ys.shape[1], xs.shape[1])
+    grid = torch.stack([xs[:, None].expand(shape), ys[:, :, None].expand(shape)], dim=3)
+    pasted = F.grid_sample(masks[:, None], grid.to(masks.dtype), align_corners=False)
+    return pasted[:, 0] >= 0.5
 
 
 def paste_regions(
@@ -69,13 +119,7 @@ def paste_regions(
         if x0 >= x1 or y0 >= y1:
             yield 0, 0, mask.new_zeros(0, 0, dtype=torch.bool)
             continue
-        xs = torch.arange(x0, x1, device=box.device, dtype=box.dtype) + 0.5
-        ys = torch.arange(y0, y1, device=box.device, dtype=box.dtype) + 0.5
-        xs = (xs - box[0]) / (box[2] - box[0]) * 2 - 1
-        ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
-        grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=2)
-        pasted = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
-        yield x0, y0, pasted[0, 0] >= 0.5
+        yield x0, y0, _sample(mask[None], box[None], (x0, y0, x1, y1))[0]
 
 
 def mask_boxes(logits: Tensor, windows: Tensor) -> Tensor:

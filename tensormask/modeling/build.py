@@ -10,6 +10,8 @@ from .mask_head import MaskHead
 from .tensormask import TensorMask
 from .windows import Windows
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
 
 def build_model(cfg) -> TensorMask:
     """A `TensorMask` from a config (see config.py), on ``cfg.MODEL.DEVICE``, with fresh weights.
@@ -54,7 +56,7 @@ def build_model(cfg) -> TensorMask:
         num_convs=head.NUM_CONVS,
         init=head.INIT,
     )
-    return TensorMask(
+    tensormask = TensorMask(
         backbone,
         fpn,
         class_box_head,
@@ -64,6 +66,9 @@ def build_model(cfg) -> TensorMask:
         pixel_mean=model.PIXEL_MEAN,
         pixel_std=model.PIXEL_STD,
         channel_order=cfg.INPUT.FORMAT,
+        size_divisor=model.SIZE_DIVISOR,
+        channels_last=model.CHANNELS_LAST,
+        autocast_dtype=autocast_dtype("TEST.AMP", cfg.TEST.AMP),
         box_weights=head.BBOX_REG_WEIGHTS,
         focal_alpha=head.FOCAL_LOSS_ALPHA,
         focal_gamma=head.FOCAL_LOSS_GAMMA,
@@ -75,6 +80,37 @@ def build_model(cfg) -> TensorMask:
         nms_threshold=head.NMS_THRESH_TEST,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     ).to(resolve_device(model.DEVICE))
+    if model.COMPILE:
+        compile_dense_parts(tensormask, model.COMPILE)
+    return tensormask
+
+
+def compile_dense_parts(model: TensorMask, mode: str) -> None:
+    """Compile what is the same for every picture of a size: backbone, pyramid, class and box head.
+
+    Args:
+        mode: of `torch.compile`. "reduce-overhead" replays CUDA graphs.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in COMPILE_MODES:
+        raise ValueError(
+            f"MODEL.COMPILE must be empty or one of {', '.join(COMPILE_MODES)}, got {mode!r}"
+        )
+    for part in (model.backbone, model.fpn, model.head):
+        part.compile(mode=mode, dynamic=False)
+
+
+def autocast_dtype(key: str, options) -> torch.dtype | None:
+    """The dtype of an ``AMP`` group of the config; None where it is off.
+
+    Raises:
+        ValueError: its DTYPE is another than bfloat16 or float16.
+    """
+    if options.DTYPE not in ("bfloat16", "float16"):
+        raise ValueError(f"{key}.DTYPE must be 'bfloat16' or 'float16', got {options.DTYPE!r}")
+    return getattr(torch, options.DTYPE) if options.ENABLED else None
 
 
 def build_mask_head(cfg, windows: Windows) -> MaskHead:

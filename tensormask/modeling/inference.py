@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,17 @@ def find_candidates(
         math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
     )
     for level, logits in enumerate(logits_per_level):
-        logits = logits.float().unflatten(0, (windows.num_sizes, -1))
-        size, label, y, x = torch.where(logits > threshold)
-        score = logits[size, label, y, x].sigmoid()
-        found.append([score, label, torch.full_like(size, level), size, y, x])
+        flat = logits.flatten()
+        index = torch.nonzero(flat > threshold)[:, 0]
+        score = flat[index]
+        if len(index) > num_candidates:
+            score, best = score.topk(num_candidates, sorted=False)
+            index, order = index[best].sort()  # equal scores keep the order of their windows
+            score = score[order]
+        channel, y, x = torch.unravel_index(index, logits.shape)
+        num_classes = len(logits) // windows.num_sizes
+        size, label = channel // num_classes, channel % num_classes
+        found.append([score.float().sigmoid(), label, torch.full_like(size, level), size, y, x])
         if deltas_per_level is not None:
             deltas = deltas_per_level[level].unflatten(0, (windows.num_sizes, 4))
             found[-1].append(deltas[size, :, y, x].float())
@@ -104,7 +112,7 @@ def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tens
         - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
         `MaskHead.forward` wants;
         - per group the positions of its windows among all detections of the batch, picture after
-        picture.
+        picture; int64 (K,) on the CPU.
     """
     level, size, y, x = (
         torch.cat([getattr(kept, name) for kept in kept_per_image])
@@ -112,14 +120,18 @@ def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tens
     )
     image = torch.cat([torch.full_like(kept.level, n) for n, kept in enumerate(kept_per_image)])
     rows = torch.stack([image, y, x], dim=1)
-    kinds, kind = torch.unique(torch.stack([level, size]), dim=1, return_inverse=True)
+    # Sorted out on the CPU: a GPU would be waited for at every group.
+    kinds, kind = torch.stack([level, size]).cpu().unique(dim=1, return_inverse=True)
     positions = [torch.where(kind == i)[0] for i in range(kinds.shape[1])]
-    groups = [(k, s, rows[p]) for (k, s), p in zip(kinds.T.tolist(), positions, strict=True)]
+    groups = [
+        (k, s, rows[position.to(rows.device)])
+        for (k, s), position in zip(kinds.T.tolist(), positions, strict=True)
+    ]
     return groups, positions
 
 
 def ungroup_masks(
-    logits_per_group: list[Tensor], positions: list[Tensor], kept_per_image: list[Kept]
+    logits_per_group: Iterable[Tensor], positions: list[Tensor], kept_per_image: list[Kept]
 ) -> list[list[Tensor]]:
     """Mask logits of groups to probabilities, per picture K Tensor[V, U], best first."""
     masks: dict[int, Tensor] = {}

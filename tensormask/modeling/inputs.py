@@ -5,12 +5,12 @@ from torch import Tensor
 
 # res5 has this stride: inputs are padded to a multiple of it, so that the pyramid's levels fit each
 # other.
-_SIZE_DIVISOR = 32
+SIZE_DIVISOR = 32
 
 
-def padded_size(height: int, width: int) -> tuple[int, int]:
+def padded_size(height: int, width: int, divisor: int = SIZE_DIVISOR) -> tuple[int, int]:
     """The size in pixels that a batch of pictures of at most this size has in the network."""
-    return -(-height // _SIZE_DIVISOR) * _SIZE_DIVISOR, -(-width // _SIZE_DIVISOR) * _SIZE_DIVISOR
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
 def check_image(image: Tensor) -> None:
@@ -29,8 +29,12 @@ def check_image(image: Tensor) -> None:
 def checked_target(
     target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The target on the model's device, once its parts fit each other and the picture."""
-    boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+    """The target once its parts fit each other and the picture.
+
+    The masks are then on the model's device. Boxes and labels are on the CPU, where windows are
+    assigned while a GPU is busy with the picture; given on a GPU, it is waited for.
+    """
+    boxes, labels, masks = target["boxes"].cpu(), target["labels"].cpu(), target["masks"]
     num_objects, size = len(boxes), tuple(image.shape[-2:])
     if boxes.shape != (num_objects, 4) or labels.shape != (num_objects,):
         raise ValueError(
@@ -44,16 +48,15 @@ def checked_target(
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if num_objects and labels.device.type == "cpu":
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}: "
-                "set MODEL.TENSOR_MASK.NUM_CLASSES to the number of classes of the data"
-            )
-    if boxes.device.type == "cpu" and not (boxes[:, 2:] > boxes[:, :2]).all():
+    if num_objects and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(
+            f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}: "
+            "set MODEL.TENSOR_MASK.NUM_CLASSES to the number of classes of the data"
+        )
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
     return {
-        "boxes": boxes.to(device, non_blocking=True).float(),
-        "labels": labels.to(device, non_blocking=True),
+        "boxes": boxes.float(),
+        "labels": labels,
         "masks": masks.to(device, non_blocking=True).bool(),
     }

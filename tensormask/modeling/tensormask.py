@@ -4,10 +4,13 @@ Letters: N pictures, K objects or windows, C channels, (V, U) rows and columns o
 rows and columns of windows.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from ..layers import crop_masks, mask_boxes, paste_masks
+from ..layers.masks import to_device
 from .assignment import Assignment, assign
 from .backbone import ResNet
 from .box_coder import encode_boxes
@@ -21,7 +24,7 @@ from .inference import (
     to_frame,
     ungroup_masks,
 )
-from .inputs import check_image, checked_target, padded_size
+from .inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
 from .losses import box_loss, focal_loss_star, mask_loss
 from .mask_head import MaskHead
 from .windows import Windows
@@ -38,6 +41,11 @@ class TensorMask(nn.Module):
         pixel_mean, pixel_std: per channel, on the scale 0..255, in the order of ``channel_order``.
         channel_order: "RGB" or "BGR", what the backbone's weights were trained with. Pictures are
             always given as RGB.
+        size_divisor: pictures are padded to multiples of this many pixels, itself one of 32. Larger
+            ones give fewer input sizes, for which a compiled model is compiled.
+        channels_last: convolve in that memory format.
+        autocast_dtype: inference in this dtype where `torch.autocast` takes it, bfloat16 or
+            float16; None for the weights' own.
         box_weights: weights of the box offsets ``(dx, dy, dw, dh)``.
         focal_alpha, focal_gamma: of FL*.
         mask_loss_weight, mask_positive_weight: weight of the mask loss, and of the pixels of the
@@ -63,6 +71,9 @@ class TensorMask(nn.Module):
         pixel_mean: tuple[float, ...] = (103.53, 116.28, 123.675),
         pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0),
         channel_order: str = "BGR",
+        size_divisor: int = SIZE_DIVISOR,
+        channels_last: bool = False,
+        autocast_dtype: torch.dtype | None = None,
         box_weights: tuple[float, ...] = (1.5, 1.5, 0.75, 0.75),
         focal_alpha: float = 0.3,
         focal_gamma: float = 3.0,
@@ -89,12 +100,20 @@ class TensorMask(nn.Module):
             )
         if channel_order not in ("RGB", "BGR"):
             raise ValueError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
+        if size_divisor < 1 or size_divisor % SIZE_DIVISOR:
+            raise ValueError(
+                f"size_divisor (MODEL.SIZE_DIVISOR) must be a multiple of {SIZE_DIVISOR}, "
+                f"got {size_divisor}"
+            )
         if not 0 <= score_threshold < 1:
             raise ValueError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
         self.windows = windows
         self.num_classes = num_classes
         self.channel_order = channel_order
+        self.size_divisor = size_divisor
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.autocast_dtype = autocast_dtype
         self.box_weights = tuple(box_weights)
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.mask_loss_weight, self.mask_positive_weight = mask_loss_weight, mask_positive_weight
@@ -103,6 +122,8 @@ class TensorMask(nn.Module):
         self.nms_on = nms_on
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +178,7 @@ class TensorMask(nn.Module):
         return features, *self.head(features)
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
-        """Normalise, and pad right and bottom with zeros to multiples of 32: (N, 3, H, W)."""
+        """Normalise, and pad right and bottom with zeros to ``size_divisor``: (N, 3, H, W)."""
         normalized = []
         for image in images:
             check_image(image)
@@ -166,8 +187,10 @@ class TensorMask(nn.Module):
             if self.channel_order == "BGR":
                 image = image.flip(0)
             normalized.append((image - self.pixel_mean) / self.pixel_std)
-        height, width = padded_size(*(max(x.shape[axis] for x in images) for axis in (1, 2)))
+        largest = (max(x.shape[axis] for x in images) for axis in (1, 2))
+        height, width = padded_size(*largest, self.size_divisor)
         batch = normalized[0].new_zeros(len(images), 3, height, width)
+        batch = batch.contiguous(memory_format=self.memory_format)
         for image, place in zip(normalized, batch, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
         return batch
@@ -189,8 +212,9 @@ class TensorMask(nn.Module):
         objects = first[owned.image] + owned.object
         labels = torch.cat([t["labels"] for t in targets])[objects]
 
-        n, size, y, x = owned.image, owned.size, owned.y, owned.x
-        channel = size * self.num_classes + labels
+        channel = owned.size * self.num_classes + labels
+        index = torch.stack([owned.image, owned.size, channel, owned.y, owned.x])
+        n, size, channel, y, x = to_device(index, self.device)
         positives = [(n[at], channel[at], y[at], x[at]) for at in owned.levels()]
         loss_cls = focal_loss_star(
             logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
@@ -203,6 +227,7 @@ class TensorMask(nn.Module):
             ]
             boxes = torch.cat([t["boxes"] for t in targets])[objects]
             target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
+            target_deltas = to_device(target_deltas, self.device)
             loss_box_reg = box_loss(torch.cat(deltas_at_windows), target_deltas)
             losses["loss_box_reg"] = loss_box_reg / normalizer
         if self.mask_head is not None:
@@ -211,7 +236,7 @@ class TensorMask(nn.Module):
         return losses
 
     def _mask_loss(self, features: list[Tensor], owned: Assignment, masks: list[Tensor]) -> Tensor:
-        rows = torch.stack([owned.image, owned.y, owned.x], dim=1)
+        rows = to_device(torch.stack([owned.image, owned.y, owned.x], dim=1), self.device)
         groups = owned.groups()
         # A size that owns nothing gets no window of the coarsest level in use: its loss is 0 and
         # reaches its parameters, so that momentum and weight decay act on them in every step.
@@ -253,7 +278,9 @@ class TensorMask(nn.Module):
             mask head, ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4),
             where they are, ``(x0, y0, x1, y1)`` in pixels of the output.
         """
-        features, logits, deltas = self._dense(images)
+        torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned is used up
+        with self._autocast():
+            features, logits, deltas = self._dense(images)
         candidates = [
             find_candidates(
                 [level[n] for level in logits],
@@ -280,12 +307,19 @@ class TensorMask(nn.Module):
         ]
         if self.mask_head is not None:
             groups, positions = group_windows(kept_per_image)
-            masks = ungroup_masks(self.mask_head(features, groups), positions, kept_per_image)
+            with self._autocast():
+                logits_per_group = self.mask_head.one_by_one(features, groups)
+                masks = ungroup_masks(logits_per_group, positions, kept_per_image)
             for detection, kept, masks_of_image in zip(
                 detections, kept_per_image, masks, strict=True
             ):
                 detection.update(windows=kept.windows, window_masks=masks_of_image)
         return detections
+
+    def _autocast(self) -> AbstractContextManager:
+        """The precision of inference; autocast of whoever calls goes on where none is set."""
+        device, dtype = self.device.type, self.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
     def _with_boxes_of_masks(
         self, features: list[Tensor], candidates: list[Kept]
@@ -298,9 +332,11 @@ class TensorMask(nn.Module):
         windows = torch.cat([kept.windows for kept in candidates])
         boxes = torch.empty_like(windows)
         # A level's masks of all candidates are as large as its dense tensor may be: one at a time.
-        masks = self.mask_head.one_by_one(features, groups)
-        for logits, position in zip(masks, positions, strict=True):
-            boxes[position] = mask_boxes(logits, windows[position])
+        with self._autocast():
+            masks = self.mask_head.one_by_one(features, groups)
+            for logits, position in zip(masks, positions, strict=True):
+                position = to_device(position, boxes.device)
+                boxes[position] = mask_boxes(logits, windows[position])
         found, boxes_per_image = [], []
         for kept, boxes_of_image in zip(
             candidates, boxes.split([len(kept.scores) for kept in candidates]), strict=True
