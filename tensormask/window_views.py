@@ -51,7 +51,7 @@ def look(model: TensorMask, image: Tensor, threshold: float) -> Seen:
     )
     boxes = candidates.boxes
     if model.nms_on == "masks":
-        (candidates,), (boxes,) = model._with_boxes_of_masks(features, [candidates])
+        (candidates,), (boxes,) = model.with_boxes_of_masks(features, [candidates])
     kept = suppress(candidates, boxes, model.nms_threshold, model.num_detections)
     size = tuple(image.shape[-2:])
     scores = [
@@ -91,7 +91,7 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
     """
     if mask_head.aligned:
         finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
-        (masks,) = mask_head.mask_pred[size](mask_head._level_features(features, level, finest))
+        (masks,) = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
         side = round(len(masks) ** 0.5)
         return masks.unflatten(0, (side, side)).float()
     grid = features[level].shape[-2:]

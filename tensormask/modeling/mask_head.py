@@ -110,7 +110,7 @@ class MaskHead(nn.Module):
             if self.bipyramid and finest is None:
                 finest = self.mask_subnet(features[0])
             if level != current:
-                level_features, current = self._level_features(features, level, finest), level
+                level_features, current = self.level_features(features, level, finest), level
             yield self._masks_at(level_features, level, size, windows)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
@@ -123,14 +123,14 @@ class MaskHead(nn.Module):
         finest = self.mask_subnet(features[0]) if self.bipyramid else None
         masks_per_level = []
         for level, lambda_val in enumerate(self.lambdas):
-            x = self._level_features(features, level, finest)
+            x = self.level_features(features, level, finest)
             masks = [self._upscale(_to_4d(pred(x))).flatten(1, 2) for pred in self.mask_pred]
             if self.aligned:
                 masks = [swap_align2nat(m, lambda_val) for m in masks]
             masks_per_level.append(masks)
         return masks_per_level
 
-    def _level_features(self, features: list[Tensor], level: int, finest: Tensor | None) -> Tensor:
+    def level_features(self, features: list[Tensor], level: int, finest: Tensor | None) -> Tensor:
         """What a level's 1x1 convolutions read: (N, C, H, W), on the bipyramid of p2's size."""
         if finest is None:
             return self.mask_subnet(features[level])

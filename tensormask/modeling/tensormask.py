@@ -294,7 +294,7 @@ class TensorMask(nn.Module):
         ]
         compared = [kept.boxes for kept in candidates]
         if self.nms_on == "masks":
-            candidates, compared = self._with_boxes_of_masks(features, candidates)
+            candidates, compared = self.with_boxes_of_masks(features, candidates)
         input_sizes = [tuple(image.shape[-2:]) for image in images]
         frames = zip(input_sizes, output_sizes or input_sizes, strict=True)
         kept_per_image = [
@@ -321,7 +321,7 @@ class TensorMask(nn.Module):
         device, dtype = self.device.type, self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
-    def _with_boxes_of_masks(
+    def with_boxes_of_masks(
         self, features: list[Tensor], candidates: list[Kept]
     ) -> tuple[list[Kept], list[Tensor]]:
         """Per picture the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
