@@ -111,6 +111,9 @@ _DEFAULTS: dict[str, Any] = {
             "NMS_ON": "boxes",
             # Start of the towers: "normal" (std 0.01, detectron2's) or "he" (for narrow towers).
             "INIT": "normal",
+            # Keep no activations of the heads for the backward pass: less memory, and their forward
+            # pass once more.
+            "CHECKPOINT_ACTIVATIONS": False,
         },
     },
     "INPUT": {

@@ -147,6 +147,33 @@ def test_bfloat16_autocast(head: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_checkpointed_heads_compute_the_same_with_less(head: str) -> None:
+    """Equal losses and gradients; fewer bytes kept between forward and backward pass."""
+    grads, kept, losses = [], [], []
+    for on in (False, True):
+        options = ["CHECKPOINT_ACTIVATIONS", on, "NUM_CONVS", 4]
+        options[::2] = [f"MODEL.TENSOR_MASK.{name}" for name in options[::2]]
+        model = build(head, options).train()
+        weights = {p.data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(x, weights=weights, sizes=sizes):
+            if x.data_ptr() not in weights:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = sum(model([picture(96, 112)], [target(96, 112, BOXES)]).values())
+        kept.append(sum(sizes.values()))
+        losses.append(loss)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert_close(losses[0], losses[1])
+    for one, other in zip(*grads, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert kept[1] < 0.9 * kept[0]  # the rest is the backbone's
+
+
 def brute_force_nms(boxes, scores, labels, threshold: float) -> list[int]:
     """Best first; one that overlaps a kept one of its class falls."""
     kept: list[int] = []

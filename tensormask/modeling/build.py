@@ -55,6 +55,7 @@ def build_model(cfg) -> TensorMask:
         bbox_channels=head.BBOX_CHANNELS,
         num_convs=head.NUM_CONVS,
         init=head.INIT,
+        checkpointed=head.CHECKPOINT_ACTIVATIONS,
     )
     tensormask = TensorMask(
         backbone,
@@ -132,6 +133,7 @@ def build_mask_head(cfg, windows: Windows) -> MaskHead:
         channels=options.MASK_CHANNELS,
         num_convs=options.NUM_CONVS,
         init=options.INIT,
+        checkpointed=options.CHECKPOINT_ACTIVATIONS,
     )
 
 

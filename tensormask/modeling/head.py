@@ -1,8 +1,11 @@
 """Class and box heads: two towers of convolutions, shared over the levels (paper, sec. 5.2)."""
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
@@ -27,6 +30,13 @@ def init_convs(module: nn.Module, init: str) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def call(function: Callable[..., Tensor], *inputs: Tensor, checkpointed: bool) -> Tensor:
+    """``function(*inputs)``; if ``checkpointed``, the backward pass computes it once more."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
 class ClassBoxHead(nn.Module):
     """Scores each window for each class and, unless told otherwise, regresses a box from it.
 
@@ -38,6 +48,7 @@ class ClassBoxHead(nn.Module):
         cls_channels, bbox_channels: channels of the towers.
         num_convs: convolutions in each tower.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
+        checkpointed: keep no activations of the towers for the backward pass: see `call`.
         prior: the score that every window starts at.
     """
 
@@ -52,9 +63,11 @@ class ClassBoxHead(nn.Module):
         bbox_channels: int = 128,
         num_convs: int = 4,
         init: str = "normal",
+        checkpointed: bool = False,
         prior: float = 0.01,
     ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
         self.bbox_subnet = self.bbox_pred = None
         if with_boxes:
@@ -76,8 +89,13 @@ class ClassBoxHead(nn.Module):
         - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``; None
         without a box head.
         """
-        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        logits = [call(self._logits, x, checkpointed=self.checkpointed) for x in features]
         if self.bbox_pred is None:
             return logits, None
-        deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
-        return logits, deltas
+        return logits, [call(self._deltas, x, checkpointed=self.checkpointed) for x in features]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.cls_score(self.cls_subnet(x))
+
+    def _deltas(self, x: Tensor) -> Tensor:
+        return self.bbox_pred(self.bbox_subnet(x))

@@ -19,7 +19,7 @@ from ..layers import (
     up_bilinear,
     up_nearest,
 )
-from .head import conv_tower, init_convs
+from .head import call, conv_tower, init_convs
 
 
 class MaskHead(nn.Module):
@@ -36,6 +36,7 @@ class MaskHead(nn.Module):
         upscale_mode: "bilinear" or "nearest".
         channels, num_convs: of the tower.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
+        checkpointed: keep no activations up to the last convolutions for the backward pass.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class MaskHead(nn.Module):
         channels: int = 128,
         num_convs: int = 4,
         init: str = "normal",
+        checkpointed: bool = False,
     ) -> None:
         super().__init__()
         if bipyramid and not aligned:
@@ -74,6 +76,7 @@ class MaskHead(nn.Module):
                 "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
             )
+        self.checkpointed = checkpointed
         self.aligned, self.bipyramid = aligned, bipyramid
         self.upscale, self.upscale_mode = upscale, upscale_mode
         # Ratio of a level's unit to the unit of its masks.
@@ -105,13 +108,14 @@ class MaskHead(nn.Module):
         self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
     ) -> Iterator[Tensor]:
         """What `forward` returns, each group's masks made when they are asked for."""
-        finest, current, level_features = None, None, None
+        finest, current, x = None, None, None
         for level, size, windows in windows_per_group:
             if self.bipyramid and finest is None:
-                finest = self.mask_subnet(features[0])
+                finest = call(self.mask_subnet, features[0], checkpointed=self.checkpointed)
             if level != current:
-                level_features, current = self.level_features(features, level, finest), level
-            yield self._masks_at(level_features, level, size, windows)
+                inputs = (self.level_features, features, level, finest)
+                x, current = call(*inputs, checkpointed=self.checkpointed), level
+            yield self._masks_at(x, level, size, windows)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Mask logits at all windows: the definition that `forward` is tested against.
