@@ -71,7 +71,7 @@ def draw_instances(
     labels = _to_numpy(labels).astype(int).reshape(-1)
     boxes = _to_numpy(boxes).astype(float).reshape(-1, 4)
     scores = None if scores is None else _to_numpy(scores).reshape(-1)
-    masks = None if masks is None else _to_numpy(masks).astype(bool)
+    masks = None if masks is None else _to_numpy(masks).astype(bool, copy=False)
     num_objects = len(labels)
     if masks is not None and masks.shape != (num_objects, height, width):
         raise ValueError(

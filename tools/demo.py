@@ -124,11 +124,12 @@ def process(
             num_unread += 1
             continue
         detections = predictor(rgb)
-        keep = detections["scores"] >= min_score
-        names = [name for name, kept in zip(detections["class_names"], keep, strict=True) if kept]
-        fields = {key: detections[key][keep] for key in detections if key != "class_names"}
+        names = detections.pop("class_names")
+        # Best first: a slice of masks, and not a copy, which for a large picture is gigabytes.
+        num_shown = int((detections["scores"] >= min_score).sum())
+        fields = {key: value[:num_shown] for key, value in detections.items()}
         found = coco_results(fields, image_id, predictor.category_ids)
-        for result, name in zip(found, names, strict=True):
+        for result, name in zip(found, names[:num_shown], strict=True):
             results.append(result | {"category_name": name, "file_name": str(picture)})
         drawn = draw_instances(
             rgb,
