@@ -11,6 +11,7 @@ import difflib
 import io
 import logging
 import math
+import os
 import reprlib
 from ast import literal_eval
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,11 +80,24 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 
 _MAX_GROUP_DEPTH = 4  # MODEL.PANOPTIC_FPN.COMBINE.ENABLED
+_MAX_GROUP_SIZE = 1000  # keys, those that are merged into it included
 _MAX_LIST_DEPTH = 2  # [[44, 60], [88, 120]]
 
 _short = reprlib.Repr()
 _short.maxlevel = 3
 _short.maxstring = _short.maxother = 80
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but for merge keys (<<) that double a group line by line."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_GROUP_SIZE:
+            raise yaml.constructor.ConstructorError(
+                problem=f"a group has more than {_MAX_GROUP_SIZE} keys",
+                problem_mark=node.start_mark,
+            )
 
 
 class CfgNode(_BaseCfgNode):
@@ -112,8 +126,10 @@ class CfgNode(_BaseCfgNode):
         if len(cfg_list) % 2:
             raise ValueError(
                 f"overrides are pairs KEY VALUE (not KEY=VALUE), got {len(cfg_list)} words: "
-                f"{' '.join(map(str, cfg_list))}"
+                f"{' '.join(map(str, cfg_list))[:500]}"
             )
+        if not all(isinstance(key, str) for key in cfg_list[0::2]):
+            raise ValueError("the keys of overrides are texts, such as SOLVER.MAX_ITER")
         self._merge(dict(zip(cfg_list[0::2], cfg_list[1::2], strict=True)))
 
     def merge_from_other_cfg(self, cfg_other: dict[str, Any]) -> None:
@@ -132,17 +148,21 @@ class CfgNode(_BaseCfgNode):
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
         # fvcore's hook for opening a file: what it hands on is known to be a mapping of plain data.
+        if os.path.exists(filename) and not os.path.isfile(filename):
+            raise ValueError(f"{filename} is no file")  # a device or pipe may never end
         try:
             with open(filename, encoding="utf-8") as file:
                 text = file.read()
-            loaded = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(
-                f"{filename} is not plain YAML (no tags, no objects): {error}"
-            ) from error
+            loaded = yaml.load(text, _Loader)
+        except OSError:
+            raise
         except RecursionError as error:
             raise ValueError(
                 f"{filename} is nested too deeply, or its {BASE_KEY} leads back to it"
+            ) from error
+        except Exception as error:  # also AttributeError and more: PyYAML on `!!timestamp x`
+            raise ValueError(
+                f"{filename} is not plain YAML (no tags, no objects): {error}"
             ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename}: expected groups of keys, got {_describe(loaded)}")
@@ -265,7 +285,9 @@ def _coerce(key: str, given: Any, value: Any, current: Any) -> Any:
         return int(value)
     if wanted in (list, tuple) and kind in (list, tuple):
         return wanted(_plain_items(key, value))
-    hint = f"; write {wanted((value,))!r}" if wanted in (list, tuple) and kind in (str, int) else ""
+    hint = ""
+    if wanted in (list, tuple) and kind in (str, int):
+        hint = f"; write {_short.repr(wanted((value,)))}"
     raise ValueError(f"{key} takes {wanted.__name__}, got {_describe(value)}{hint}")
 
 

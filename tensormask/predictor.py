@@ -1,6 +1,5 @@
 """A picture in, detections out."""
 
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
 from tensormask.data.images import read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
-from tensormask.engine.weights import check_complete, load_weights, read_torch
+from tensormask.engine.weight_files import read_description
+from tensormask.engine.weights import check_complete, load_weights
+from tensormask.model_zoo import resolve
 from tensormask.modeling import build_model
 from tensormask.visualizer import class_name
 
@@ -30,7 +31,8 @@ class Predictor:
 
     Args:
         cfg: a config, or the path of a YAML file on top of the defaults. It is not changed.
-        weights: path of a checkpoint; None takes MODEL.WEIGHTS.
+        weights: path of a checkpoint, or a name or address for `model_zoo.resolve`; None takes
+            MODEL.WEIGHTS.
         device: "cpu", "cuda:0", ...; None takes MODEL.DEVICE.
 
     Attributes:
@@ -43,6 +45,7 @@ class Predictor:
     Raises:
         ValueError: no weights are named, or they leave a part of the model at random.
         FileNotFoundError: there is no such config or checkpoint.
+        OSError: the checkpoint could not be downloaded.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Predictor:
                 "or set MODEL.WEIGHTS in the config"
             )
         self.model = build_model(cfg).eval()
+        weights = resolve(weights)
         check_complete(load_weights(self.model, weights), weights)
         self.transform = build_test_transform(cfg)
         self.class_names, self.category_ids = _find_classes(cfg, weights)
@@ -102,11 +106,11 @@ def _read_config(cfg: CfgNode | str | PathLike[str]) -> CfgNode:
     return cfg
 
 
-def _find_classes(cfg: CfgNode, weights: str | PathLike[str]) -> tuple[list[str], list[int]]:
+def _find_classes(cfg: CfgNode, weights: Path) -> tuple[list[str], list[int]]:
     """`class_names` and `category_ids` of a `Predictor`."""
     num_classes = cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     numbered = list(range(1, num_classes + 1))
-    stored = _stored_metadata(weights)
+    stored = read_description(weights)
     names, category_ids = stored.get("class_names", []), stored.get("category_ids", numbered)
     if len(names) == num_classes:
         return list(names), list(category_ids)
@@ -118,14 +122,6 @@ def _find_classes(cfg: CfgNode, weights: str | PathLike[str]) -> tuple[list[str]
         if len(dataset.class_names) == num_classes:
             return list(dataset.class_names), list(dataset.category_ids)
     return [class_name(label, None) for label in range(num_classes)], numbered
-
-
-def _stored_metadata(weights: str | PathLike[str]) -> Mapping[str, Any]:
-    """What a checkpoint of this library holds beside its weights; empty for other files."""
-    if Path(weights).suffix == ".pkl":
-        return {}
-    checkpoint = read_torch(weights)
-    return {key: checkpoint[key] for key in ("class_names", "category_ids") if key in checkpoint}
 
 
 def _to_rgb(picture: Picture) -> np.ndarray:

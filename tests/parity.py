@@ -1,12 +1,15 @@
 """detectron2's numbers for seeded weights (tests/data), and their models and pictures."""
 
+import importlib.util
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from pycocotools import mask as mask_utils
+from safetensors.torch import save_file
 from seeded import image, state_dict
 
 import tensormask
@@ -31,6 +34,44 @@ def build_model(case: dict, kind: str, folder: Path) -> tensormask.TensorMask:
     model = tensormask.build_model(get_cfg(case))
     assert not any(tensormask.load_weights(model, path))
     return model
+
+
+def checkpoints(folder: Path, model: tensormask.TensorMask) -> Iterator[Path]:
+    """The weights of `model`, which are in `folder` as `build_model` left them, in other files.
+
+    Each is there until the next one is asked for.
+    """
+    released = pickle.loads((folder / "model_final.pkl").read_bytes())
+    theirs = {name: torch.from_numpy(array) for name, array in released["model"].items()}
+    ours = {name: value.clone() for name, value in model.state_dict().items()}
+    writers = {
+        "detectron2_2.pkl": lambda path: path.write_bytes(pickle.dumps(released, protocol=2)),
+        "detectron2.pth": lambda path: torch.save({"model": theirs, "iteration": 5}, path),
+        "detectron2.safetensors": lambda path: save_file(theirs, path),
+        "ours.pth": lambda path: torch.save({"model": ours}, path),
+        "ours_legacy.pth": lambda path: torch.save(
+            ours, path, _use_new_zipfile_serialization=False
+        ),
+        "ours.safetensors": lambda path: save_file(ours, path),
+        "converted_to_ours.pth": lambda path: _convert(folder / "model_final.pkl", path),
+    }
+    for name, write in writers.items():
+        path = folder / name
+        write(path)
+        yield path
+        path.unlink()
+    # And back, from ours as it was converted.
+    _convert(folder / "model_final.pkl", folder / "ours.pth")
+    _convert(folder / "ours.pth", folder / "converted_back.pkl")
+    yield folder / "converted_back.pkl"
+
+
+def _convert(source: Path, path: Path) -> None:
+    file = Path(__file__).parent.parent / "tools" / "convert_weights.py"
+    spec = importlib.util.spec_from_file_location("convert_weights", file)
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    assert command.main([str(source), str(path)]) == 0
 
 
 def get_cfg(case: dict):

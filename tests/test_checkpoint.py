@@ -161,7 +161,7 @@ def test_broken_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"lacks optimizer, scheduler.*MODEL\.WEIGHTS"):
         ckpt.load_checkpoint(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="lacks model"):
+    with pytest.raises(ValueError, match="no dict of weights"):
         ckpt.load_checkpoint(path)
 
 

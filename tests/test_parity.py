@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from parity import DATA, build_model, get_cfg, load_case, picture, target
+from parity import DATA, build_model, checkpoints, get_cfg, load_case, picture, target
 from pycocotools import mask as mask_utils
 from torch.testing import assert_close
 
 from tensormask.engine.solver import build_lr_scheduler, build_optimizer
+from tensormask.engine.weight_names import to_our_names
+from tensormask.engine.weights import load_weights
 from tensormask.layers import swap_align2nat, swap_align2nat_at
 
 
@@ -140,10 +142,20 @@ def test_sgd_steps(tmp_path) -> None:
 
 
 def _our_names(kind: str, model) -> dict[str, str]:
-    """detectron2's parameter name to ours, found by renaming numbered weights."""
+    """detectron2's parameter name to ours."""
     shapes = json.loads((DATA / f"shapes_r50_{kind}.json").read_text())
-    numbered = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
-    from tensormask.engine.weights import _to_our_names
+    return to_our_names(shapes, "detectron2", model.windows.mask_sizes)[0]
 
-    ours = {float(v.flatten()[0]): k for k, v in _to_our_names(numbered, model).items()}
-    return {name: ours[float(i)] for i, name in enumerate(shapes)}
+
+@pytest.mark.parametrize("kind", ["bipyramid", "natural"])
+def test_every_format_gives_the_same_model(kind: str, tmp_path) -> None:
+    """So the numbers of one are those of all."""
+    case, _ = load_case(f"inference_r50_{kind}")
+    model = build_model(case, kind, tmp_path)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for path in checkpoints(tmp_path, model):
+        for value in model.state_dict().values():
+            value.zero_()
+        assert load_weights(model, path) == ([], [], [])
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), (path.name, name)

@@ -14,7 +14,9 @@ from benchmarks.timing import describe_machine
 
 BENCHMARKS = {
     "data": "reading training pictures, against torchvision; memory of worker processes",
+    "inference": "detection against torchvision's Mask R-CNN and against our dense path",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",
+    "train": "a training step against torchvision's Mask R-CNN's; memory of the assignment",
 }
 
 EXIT_MISTAKE = 2

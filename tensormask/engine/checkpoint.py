@@ -1,6 +1,6 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-A checkpoint is a plain dict in `torch.save`'s format, read with `weights_only=True`. Files appear
+A checkpoint is a plain dict in `torch.save`'s format, read as data (weight_files.py). Files appear
 under their name only when they are complete.
 """
 
@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 import tensormask
-from tensormask.engine.weights import read_torch
+from tensormask.engine.weight_files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is broken, or lacks a part that resuming needs.
     """
-    checkpoint = read_torch(path)
-    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    checkpoint = read_checkpoint(path)
+    missing = [key for key in KEYS if key not in checkpoint]
     if missing:
         raise ValueError(
             f"{path} is no checkpoint to resume from, it lacks {', '.join(missing)}: "

@@ -1,35 +1,39 @@
-"""Weights from files, read as data: this project's checkpoints and detectron2's."""
+"""Weights from files into a model, and what is said of those that do not fit."""
 
-import io
 import logging
-import pickle
 import re
-from pathlib import Path
+from os import PathLike
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from tensormask.engine.pickles import shorten
+from tensormask.engine.weight_files import check_all_arrays, read_checkpoint, split_weights
+from tensormask.engine.weight_names import find_kind, to_our_names
+from tensormask.model_zoo import resolve
 
 logger = logging.getLogger(__name__)
 
-# detectron2's parameter names -> ours, by the first pattern that matches.
-_FROM_DETECTRON2 = [
-    (r"backbone\.bottom_up\.stem\.conv1\.norm\.(.+)", r"backbone.stem.bn1.\1"),
-    (r"backbone\.bottom_up\.stem\.conv1\.(.+)", r"backbone.stem.conv1.\1"),
-    (r"backbone\.bottom_up\.(res\d\.\d+)\.shortcut\.norm\.(.+)", r"backbone.\1.downsample.1.\2"),
-    (r"backbone\.bottom_up\.(res\d\.\d+)\.shortcut\.(.+)", r"backbone.\1.downsample.0.\2"),
-    (r"backbone\.bottom_up\.(res\d\.\d+)\.conv(\d)\.norm\.(.+)", r"backbone.\1.bn\2.\3"),
-    (r"backbone\.bottom_up\.(res\d\.\d+)\.conv(\d)\.(.+)", r"backbone.\1.conv\2.\3"),
-    (r"backbone\.fpn_(lateral|output)(\d)\.norm\.(.+)", r"fpn.\1.p\2.1.\3"),
-    (r"backbone\.fpn_(lateral|output)(\d)\.(.+)", r"fpn.\1.p\2.\3"),
-    (r"backbone\.top_block\.(p[67])\.(.+)", r"fpn.\1.\2"),
-    (r"head\.(mask_subnet|mask_fuse)\.(.+)", r"mask_head.\1.\2"),
-    (r"head\.mask_pred_(\d+)\.(.+)", r"mask_head.mask_pred.[\1].\2"),
-    (r"head\.(cls_subnet|cls_score|bbox_subnet|bbox_pred)\.(.+)", r"head.\1.\2"),
-]
-# Entries of old detectron2 checkpoints that are configuration here.
-_IGNORED = re.compile(r"pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+")
+_ABOVE_BACKBONE = ("fpn", "head", "mask_head")
+_CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
+
+# What ImageNet weights were trained with, by the config's keys.
+_TRAINED_WITH: dict[str, dict[str, Any]] = {
+    "MSRA": {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    },
+    "torchvision": {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    },
+}
 
 
 class LoadResult(NamedTuple):
@@ -40,177 +44,193 @@ class LoadResult(NamedTuple):
     misshapen: list[str]  # "name: (file's shape) in the file, (model's shape) in the model"
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadResult:
-    """Load the weights of a checkpoint into a model.
+def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadResult:
+    """Load weights into a model.
+
+    A batch norm without running statistics in the file gets mean 0 and variance 1.
 
     Args:
         model: a `TensorMask`.
-        path: a ``.pth`` of this project or of detectron2, or a ``.pkl`` of detectron2.
+        path: of a file, or what `model_zoo.resolve` takes in its place. A checkpoint of this
+            library or of detectron2's TensorMask; or a backbone alone, an ImageNet ResNet of
+            detectron2 (with Caffe2's names or its own) or of torchvision. A ``.pth``, ``.pkl`` or
+            ``.safetensors``, whatever its suffix.
 
     Returns:
-        what was missing, unexpected or misshapen; all three are empty when everything fitted, and
-        are logged if not.
+        what was missing, unexpected or misshapen, which is logged as well. After a backbone alone,
+        all the rest of the model is missing.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no checkpoint, holds objects other than arrays and plain containers,
-            or has no parameter in common with the model.
+        OSError: it could not be downloaded.
+        ValueError: the file is no checkpoint, or holds objects other than arrays and plain
+            containers; no parameter of the model fits it; it is a backbone, and another one than
+            the model's; it has ImageNet weights that go with other pictures than the model feeds
+            them. The model is as before.
     """
+    file = resolve(path)
+    content = read_checkpoint(file)
+    arrays, others = split_weights(content, file)
+    kind = find_kind(arrays)
+    _check_pictures(model, kind, content.get("__author__"), path)
+    ours, left_out = to_our_names(arrays, kind, _mask_sizes(model))
+    if kind == "Caffe2":  # a solver's options stand among the weights
+        left_out += map(str, others)
+    else:
+        check_all_arrays(others, path)
+    if kind == "detectron2":
+        left_out += [name for name in ours if _is_unused_level(ours[name], model)]
+    if left_out:
+        logger.info("%s: left out, of no use here: %s", path, _list(left_out))
+
     own = model.state_dict()
-    weights = _to_our_names(read_weights(path), model)
+    used = ours.keys() - left_out
+    weights = {ours[name]: array for name, array in arrays.items() if name in used}
+    weights |= _missing_statistics(own, weights)
     fitting, misshapen = {}, []
     for name, value in weights.items():
-        if name in own and value.shape != own[name].shape:
-            misshapen.append(
-                f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
-            )
-        elif name in own:
+        if name in own and value.shape == own[name].shape:
             fitting[name] = value
+        elif name in own:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
+            misshapen.append(f"{name}: {shapes}")
     if not fitting:
-        raise ValueError(
-            f"{path}: none of its {len(weights)} entries fits a parameter of the model"
-        )
-    model.load_state_dict(fitting, strict=False)
+        raise ValueError(f"{path}: none of its {len(arrays)} entries fits a parameter of the model")
     # Batch norms count their batches; a file of frozen ones does not.
     counted = ".num_batches_tracked"
     missing = [n for n in own if n not in weights and not n.endswith(counted)]
     unexpected = [n for n in weights if n not in own and not n.endswith(counted)]
     result = LoadResult(missing, unexpected, misshapen)
-    for what, names in result._asdict().items():
-        if names:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            logger.warning("%s: %d %s: %s", path, len(names), what, shown)
+    is_backbone = {name.partition(".")[0] for name in weights}.isdisjoint(_ABOVE_BACKBONE)
+    if is_backbone:
+        _check_whole_backbone(result, path)
+    model.load_state_dict(fitting, strict=False)
+    _log_misfits(result, _changed_classes(model, own, weights), is_backbone, path)
     return result
 
 
-def check_complete(loaded: LoadResult, path: str | Path) -> None:
+def check_complete(loaded: LoadResult, path: str | PathLike[str]) -> None:
     """Raise ValueError where `load_weights` left a part of the model at random."""
-    # Checkpoints of frozen batch norm may have scale and shift only: mean 0 and variance 1.
-    missing = [name for name in loaded.missing if ".running_" not in name]
-    if missing or loaded.misshapen:
-        first = (missing + loaded.misshapen)[0]
+    if loaded.missing or loaded.misshapen:
+        first = (loaded.missing + loaded.misshapen)[0]
         raise ValueError(
-            f"{path} is not of the model that the config describes: {len(missing)} parameters "
-            f"are missing in it and {len(loaded.misshapen)} have another shape, such as {first}; "
-            "give the config that the weights were trained with"
+            f"{path} is not of the model that the config describes: {len(loaded.missing)} "
+            f"parameters are missing in it and {len(loaded.misshapen)} have another shape, such as "
+            f"{first}; give the config that the weights were trained with"
         )
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file under the names they have there."""
-    if "://" in str(path):
+def _mask_sizes(model: nn.Module) -> list[int]:
+    windows = getattr(model, "windows", None)
+    return windows.mask_sizes if windows else []
+
+
+def _is_unused_level(name: str, model: nn.Module) -> bool:
+    """detectron2 makes p2..p7 whichever of them carry windows, we make those only."""
+    level = re.match(r"fpn\.(?:\w+\.)?p(\d)\.", name)
+    return level is not None and not model.fpn.first <= int(level[1]) <= model.fpn.last
+
+
+def _missing_statistics(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean 0 and variance 1 where a batch norm has scale and shift only."""
+    statistics = {}
+    for mean in (name for name in own if name.endswith(".running_mean")):
+        scale, var = (mean.replace("running_mean", leaf) for leaf in ("weight", "running_var"))
+        if scale in weights and mean not in weights and var not in weights:
+            statistics[mean] = torch.zeros_like(weights[scale])
+            statistics[var] = torch.ones_like(weights[scale])
+    return statistics
+
+
+def _check_pictures(
+    model: nn.Module, kind: str, written_by: Any, path: str | PathLike[str]
+) -> None:
+    """Raise ValueError if the model feeds ImageNet weights other pictures than they know."""
+    if kind == "Caffe2":
+        author = "MSRA"
+    elif kind == "torchvision" or (kind.startswith("detectron2's") and written_by == "torchvision"):
+        author = "torchvision"
+    else:  # a whole model, or a backbone that does not say whose it is
+        return
+    block = model.backbone.res3[0]
+    in_1x1 = block.conv1.stride != (1, 1)
+    given = {
+        "INPUT.FORMAT": model.channel_order,
+        "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
+        "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
+    }
+    if isinstance(block, Bottleneck):  # R-18 and R-34 have the stride in one place
+        given["MODEL.RESNETS.STRIDE_IN_1X1"] = in_1x1
+    wanted = _TRAINED_WITH[author]
+    wrong = [key for key, value in given.items() if not _agree(value, wanted[key])]
+    if wrong:
+        overrides = " ".join(f"{key} {_as_word(wanted[key])}" for key in wrong)
         raise ValueError(
-            f"weights are read from files: download {path} and give the path (MODEL.WEIGHTS)"
+            f"{path} has {author}'s ImageNet weights, which were trained with other pictures or "
+            f"strides than the config says: add {overrides}"
         )
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    content = _read_pickle(path) if path.suffix == ".pkl" else read_torch(path)
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: no dict of weights in it, but {type(content).__name__}")
-    weights = {}
-    for name, value in content.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(np.array(value))  # a copy: the file's arrays may be read-only
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: entry {name!r} is {type(value).__name__}, not an array of numbers"
-            )
-        weights[name] = value
-    return weights
 
 
-def _to_our_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename detectron2's entries; ours pass as they are."""
-    if not any(
-        name.startswith(("backbone.bottom_up.", "backbone.fpn_", "head.mask_")) for name in weights
-    ):
-        return weights
-    mask_head = getattr(model, "mask_head", None)
-    sides = [round(pred.out_channels**0.5) for pred in mask_head.mask_pred] if mask_head else []
-    renamed = {}
-    for name, value in weights.items():
-        if _IGNORED.fullmatch(name):
-            continue
-        for pattern, replacement in _FROM_DETECTRON2:
-            if re.fullmatch(pattern, name):
-                name = re.sub(pattern, replacement, name)
-                break
-        # detectron2 names the mask predictors by their mask size, we number them.
-        for i, side in enumerate(sides):
-            name = name.replace(f".[{side}].", f".{i}.")
-        renamed[name] = value
-    return renamed
+def _agree(value: Any, wanted: Any) -> bool:
+    if not isinstance(wanted, list):
+        return value == wanted
+    return all(abs(a - b) < 0.5 for a, b in zip(value, wanted, strict=True))  # of 255
 
 
-# ---- reading files as data ----
+def _as_word(value: Any) -> str:
+    """A value as one word of a command line."""
+    return f'"{value}"'.replace(" ", "") if isinstance(value, list) else str(value)
 
 
-def read_torch(path: str | Path) -> Any:
-    """The content of a `torch.save` file, on the CPU, without running anything that it holds.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is broken, or holds more than tensors and plain containers.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways, and all of them mean the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_whole_backbone(result: LoadResult, path: str | PathLike[str]) -> None:
+    wrong = [
+        text
+        for text in (*result.missing, *result.misshapen, *result.unexpected)
+        if text.startswith("backbone.")
+    ]
+    if wrong:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain data ({reason})"
-        ) from None
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
-    except _Refused as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error})"
-        ) from None
-
-
-class _Refused(pickle.UnpicklingError):
-    pass
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the protocols before 3."""
-    if encoding != "latin1":
-        raise _Refused(f"it holds bytes encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-# What an array is made of in a pickle. Resolved here once: nothing is imported on a file's behalf.
-_PLAIN_GLOBALS = {
-    ("_codecs", "encode"): _encode_latin1,
-    ("collections", "OrderedDict"): dict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-    ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,
-    ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain containers; anything else is refused by name, not imported."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="latin1")  # arrays of Python 2 pickles
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")  # before numpy 2
-        if (module, name) in _PLAIN_GLOBALS:
-            return _PLAIN_GLOBALS[module, name]
-        raise _Refused(
-            f"it asks for {module}.{name}, which is neither an array nor a plain container, "
-            "and is not loaded"
+            f"{path} is a backbone, but not the one of the model: {len(wrong)} parameters are on "
+            f"one side only or have another shape: {_list(wrong)}. Do MODEL.RESNETS.DEPTH and "
+            "MODEL.RESNETS.NORM fit?"
         )
+
+
+def _changed_classes(
+    model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor]
+) -> tuple[int, int] | None:
+    """How many classes file and model have, where nothing else separates their classifiers."""
+    if not all(name in own and name in weights for name in _CLASSIFIER):
+        return None
+    (theirs, *inner), (theirs_of_bias,) = (weights[name].shape for name in _CLASSIFIER)
+    (ours, *own_inner), _ = (own[name].shape for name in _CLASSIFIER)
+    num_sizes = model.windows.num_sizes
+    if theirs == ours or theirs != theirs_of_bias or inner != own_inner or theirs % num_sizes:
+        return None
+    return theirs // num_sizes, ours // num_sizes
+
+
+def _log_misfits(
+    result: LoadResult,
+    classes: tuple[int, int] | None,
+    is_backbone: bool,
+    path: str | PathLike[str],
+) -> None:
+    if is_backbone:
+        logger.warning("%s: backbone only: fpn and heads start fresh", path)
+        result = result._replace(missing=[])
+    if classes:
+        logger.warning(
+            "%s: trained with %d classes, the model has %d: the classifier starts fresh; if that "
+            "is not intended, set MODEL.TENSOR_MASK.NUM_CLASSES %d",
+            *(path, *classes, classes[0]),
+        )
+        others = [text for text in result.misshapen if not text.startswith("head.cls_score.")]
+        result = result._replace(misshapen=others)
+    for what, names in result._asdict().items():
+        if names:
+            logger.warning("%s: %d %s: %s", path, len(names), what, _list(names))
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(shorten, names[:8])) + (", ..." if len(names) > 8 else "")

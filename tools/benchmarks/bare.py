@@ -1,4 +1,4 @@
-"""The op on a machine that has PyTorch and nothing else: for `make gpu-check`."""
+"""Parts of the library on a machine that has not all it needs: for `make gpu-check`."""
 
 import importlib
 import sys
@@ -9,18 +9,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare() -> None:
-    """Makes `tensormask.layers.swap_align2nat` importable, by the packages' paths alone if need be.
+    """Makes the library importable, its packages by their paths alone if need be.
 
-    The packages themselves import the rest of the library, which needs torchvision, yacs, ...
+    `tensormask` itself imports all the rest, which needs OpenCV, TensorBoard, ...: without these,
+    the model and the solver are there. Without torchvision the op is.
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    try:
-        importlib.import_module("tensormask.layers")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("tensormask") or error.name == "torch":
-            raise
-        for name in ("tensormask", "tensormask.layers"):
+    for name in ("tensormask", "tensormask.layers"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("tensormask") or error.name == "torch":
+                raise
             package = types.ModuleType(name)
             package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
             sys.modules[name] = package

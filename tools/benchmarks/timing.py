@@ -38,10 +38,10 @@ def time_in_turn(
     for number in range(-warmup, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             candidates[name]()
-            _synchronize(device)
+            synchronize(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -63,6 +63,19 @@ def summarise(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, di
         }
         for name, times in seconds.items()
     }
+
+
+def median_ratio(times: Sequence[float], base_times: Sequence[float]) -> float:
+    """The median over the rounds of `time_in_turn` of one candidate's time over another's."""
+    return statistics.median(
+        time / base_time for time, base_time in zip(times, base_times, strict=True)
+    )
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait until a GPU is idle."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -93,11 +106,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
     }
-
-
-def _synchronize(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _format_cell(value: Any) -> str:
