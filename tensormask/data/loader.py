@@ -8,6 +8,7 @@ continues with the batches that it would have had.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,17 +40,27 @@ _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
 _MAX_REPLACEMENTS = 100
 
 
-def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Sample]]:
+def build_train_loader(
+    cfg: Any, start_iteration: int = 0, *, rank: int = 0, world_size: int = 1
+) -> Iterator[list[Sample]]:
     """Training batches from `DATASETS.TRAIN` without end, from number `start_iteration` on.
 
     Each batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`) and depends on
-    `SEED`, its number and the files alone.
+    `SEED`, its number and the files alone. Of several processes, `world_size`, each takes an equal
+    part of it: their parts, in the order of `rank`, are the batch that one would have.
 
     Raises:
-        ValueError: the seed is negative (draw one first), there is nothing to train on, the
-            classes of the sets differ from each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`, or
-            a set has faults and `DATASETS.STRICT` is on.
+        ValueError: the batch does not divide by the number of processes, the seed is negative
+            (draw one first), there is nothing to train on, the classes of the sets differ from
+            each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and
+            `DATASETS.STRICT` is on.
     """
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, over all processes, and does not "
+            f"divide by their number, {world_size}: set it to "
+            f"{math.ceil(cfg.SOLVER.IMS_PER_BATCH / world_size) * world_size}"
+        )
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
     datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
@@ -78,17 +89,26 @@ def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Samp
         seed=cfg.SEED,
         start=start_iteration,
     )
-    return iter(_data_loader(cfg, training_set, batch_sampler=sampler))
+    size = cfg.SOLVER.IMS_PER_BATCH // world_size
+    own_parts = (batch[rank * size : (rank + 1) * size] for batch in sampler)
+    return iter(_data_loader(cfg, training_set, batch_sampler=own_parts))
 
 
-def build_test_loader(cfg: Any, dataset: CocoDataset) -> DataLoader:
+def build_test_loader(
+    cfg: Any, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
+) -> DataLoader:
     """All pictures of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
+
+    Of several processes, `world_size`, each takes the pictures from its `rank` on in steps of their
+    number: each picture comes once.
 
     Raises:
         ValueError: as of `check_dataset`.
     """
     check_dataset(cfg, dataset)
-    return _data_loader(cfg, TestSet(dataset, build_test_transform(cfg)), batch_size=1)
+    test_set = TestSet(dataset, build_test_transform(cfg))
+    places = range(rank, len(test_set), world_size)
+    return _data_loader(cfg, test_set, batch_size=1, sampler=places)
 
 
 def check_dataset(cfg: Any, dataset: CocoDataset) -> None:

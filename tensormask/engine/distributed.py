@@ -1,12 +1,15 @@
-"""Several processes that train or evaluate one model: joining them, and what they say to each other.
+"""Several processes with one model: how they join, and what they say to each other.
 
 A process that was started alone is rank 0 of 1, and every function here then does nothing or gives
-back what it was given, so that callers need not ask. `launch` starts the processes.
+back what it was given, so that callers need not ask. `launch.py` starts the processes.
 """
 
+import ctypes
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 # A process that dies is noticed at once, by its closed connections and by its launcher. This is for
 # one that hangs, and has to be longer than rank 0's scoring of a large data set.
 TIMEOUT = timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1  # of Linux: a signal that comes when the parent dies
 
 
 def start(device: str) -> None:
@@ -48,8 +52,12 @@ def start(device: str) -> None:
         torch.cuda.set_device(_own_gpu(device, local_rank))
     # Gloo besides NCCL: objects and flags stay on the CPU, and wait for no kernel.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    sys.excepthook = _print_traceback
     if rank > 0:
-        _say_errors_only(rank)
+        _say_errors_only()
+    if sys.platform == "linux":
+        # Without its launcher, which would stop it with the others, a process must not stay behind.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_launched() -> bool:
@@ -241,10 +249,21 @@ def _own_gpu(device: str, local_rank: int) -> int:
     return local_rank
 
 
-def _say_errors_only(rank: int) -> None:
+def rank_prefix() -> str:
+    """What a line of this process begins with where those of several come together."""
+    return f"rank {get_rank()}: " if get_world_size() > 1 else ""
+
+
+def _say_errors_only() -> None:
     """What goes well is said by rank 0; an error is said by who has it."""
     package = logging.getLogger("tensormask")
     package.setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"rank {rank}: %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(f"{rank_prefix()}%(levelname)s %(message)s"))
     package.addHandler(handler)
+
+
+def _print_traceback(*error: Any) -> None:
+    """A `sys.excepthook` whose lines say which process they are of."""
+    lines = "".join(traceback.format_exception(*error)).splitlines()
+    sys.stderr.write("".join(f"{rank_prefix()}{line}\n" for line in lines))
