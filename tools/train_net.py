@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train or evaluate a config: `python tools/train_net.py --config-file configs/quickstart.yaml`.
 
-The options are detectron2's; `KEY VALUE` pairs at the end override the config. Several processes are
-started by `--num-gpus`, or by `torchrun`.
+The options are detectron2's; `KEY VALUE` pairs at the end override the config. `--num-gpus` or
+`torchrun` start several processes.
 """
 
 import argparse

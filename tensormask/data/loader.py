@@ -46,20 +46,21 @@ def build_train_loader(
     """Training batches from `DATASETS.TRAIN` without end, from number `start_iteration` on.
 
     Each batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`) and depends on
-    `SEED`, its number and the files alone. Of several processes, `world_size`, each takes an equal
-    part of it: their parts, in the order of `rank`, are the batch that one would have.
+    `SEED`, its number and the files alone. Process `rank` of `world_size` gets an equal share of
+    it, from each of `SOLVER.ACCUMULATE_STEPS` parts: together they have what one would have.
 
     Raises:
-        ValueError: the batch does not divide by the number of processes, the seed is negative
-            (draw one first), there is nothing to train on, the classes of the sets differ from
-            each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and
-            `DATASETS.STRICT` is on.
+        ValueError: the batch does not divide into these shares, the seed is negative (draw one
+            first), there is nothing to train on, the classes of the sets differ from each other or
+            from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and `DATASETS.STRICT` is on.
     """
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+    batch_size, num_shares = cfg.SOLVER.IMS_PER_BATCH, world_size * cfg.SOLVER.ACCUMULATE_STEPS
+    if batch_size % num_shares:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, over all processes, and does not "
-            f"divide by their number, {world_size}: set it to "
-            f"{math.ceil(cfg.SOLVER.IMS_PER_BATCH / world_size) * world_size}"
+            f"SOLVER.IMS_PER_BATCH, {batch_size} pictures over all processes, does not divide by "
+            f"the {world_size} processes times SOLVER.ACCUMULATE_STEPS, "
+            f"{cfg.SOLVER.ACCUMULATE_STEPS}: set it to "
+            f"{math.ceil(batch_size / num_shares) * num_shares}"
         )
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
@@ -85,13 +86,15 @@ def build_train_loader(
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     sampler = BatchSampler(
         training_set.aspect_groups() if grouped else [0] * len(training_set),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        batch_size=batch_size,
         seed=cfg.SEED,
         start=start_iteration,
     )
-    size = cfg.SOLVER.IMS_PER_BATCH // world_size
-    own_parts = (batch[rank * size : (rank + 1) * size] for batch in sampler)
-    return iter(_data_loader(cfg, training_set, batch_sampler=own_parts))
+    # Of each part in which a batch is accumulated a share: a part's loss is over what is in it.
+    size = batch_size // num_shares
+    firsts = range(rank * size, batch_size, world_size * size)
+    own = ([key for i in firsts for key in batch[i : i + size]] for batch in sampler)
+    return iter(_data_loader(cfg, training_set, batch_sampler=own))
 
 
 def build_test_loader(
