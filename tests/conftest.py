@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from tensormask.engine.checkpoint import preserved_random_states
+from tensormask.engine.seeding import preserved_random_states
 
 
 @pytest.fixture

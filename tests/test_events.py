@@ -28,6 +28,7 @@ PROGRESS = {
     "grad_norm": 7.0,
     "time": 0.5,
     "data_time": 0.125,
+    "max_mem": 1234.4,
     "eta_seconds": 3661.4,
 }
 
@@ -55,7 +56,7 @@ def test_progress_line():
     line = events.format_progress(19, 40, PROGRESS)
     assert line == (
         "iter: 20/40  eta: 1:01:01  total_loss: 3.5  loss_cls: 1.25  lr: 0.02  grad_norm: 7  "
-        "time: 0.5000 s  data_time: 0.1250 s"
+        "time: 0.5000  data_time: 0.1250 s  max_mem: 1234 MiB"
     )
 
 

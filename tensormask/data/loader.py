@@ -29,6 +29,7 @@ from .transforms import (
     transform_annotations,
     transform_image,
 )
+from .workers import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +346,7 @@ def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
         **batching,
         num_workers=num_workers,
         collate_fn=list,
+        worker_init_fn=outlive_signals,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         # Its own generator: the default takes a number from torch's global one, and later draws
