@@ -103,7 +103,9 @@ def wrap(model: nn.Module) -> nn.Module:
             "SyncBN works on GPUs only, and the processes are on the CPU: set MODEL.RESNETS.NORM "
             "to GN, BN or FrozenBN"
         )
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # in each forward; its argument has another name since 2.13
+    return wrapped
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -143,7 +145,11 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process: the same answer in all of them."""
-    return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)
+    if not dist.is_initialized():
+        return flag
+    # Over the network of the GPUs where there is one: this is asked in every iteration.
+    on_gpu = "nccl" in dist.get_backend_config()
+    return bool(all_reduce_sum(torch.tensor(float(flag), device="cuda" if on_gpu else "cpu")) > 0)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -153,6 +159,23 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The items of all processes, by rank, in all of them; quick where there are none."""
+    if not any_rank(bool(items)):
+        return []
+    return [item for of_rank in gather_objects(items) for item in of_rank]
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raise ValueError in all processes unless all have given the same, a small plain object."""
+    for rank, other in enumerate(gather_objects(value)):
+        if other != value:
+            raise ValueError(
+                f"rank {rank} has another {what} than rank {get_rank()}: start all machines with "
+                "the same command, and with an OUTPUT_DIR that is the same folder for all"
+            )
 
 
 def broadcast_object(value: Any) -> Any:
