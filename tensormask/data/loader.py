@@ -55,13 +55,15 @@ def build_train_loader(
             first), there is nothing to train on, the classes of the sets differ from each other or
             from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and `DATASETS.STRICT` is on.
     """
-    batch_size, num_shares = cfg.SOLVER.IMS_PER_BATCH, world_size * cfg.SOLVER.ACCUMULATE_STEPS
+    batch_size, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
+    if num_parts < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {num_parts}; it must be 1 or more.")
+    num_shares = world_size * num_parts
     if batch_size % num_shares:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH, {batch_size} pictures over all processes, does not divide by "
-            f"the {world_size} processes times SOLVER.ACCUMULATE_STEPS, "
-            f"{cfg.SOLVER.ACCUMULATE_STEPS}: set it to "
-            f"{math.ceil(batch_size / num_shares) * num_shares}"
+            f"SOLVER.IMS_PER_BATCH is {batch_size} pictures over all processes, which does not "
+            f"divide by {world_size} processes x {num_parts} (SOLVER.ACCUMULATE_STEPS): set it to "
+            f"{math.ceil(batch_size / num_shares) * num_shares}."
         )
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
