@@ -4,7 +4,7 @@
     python tools/kill_test.py --kills 50
 
 A small model trains on drawn shapes, with worker processes, accumulation, averaged weights and
-evaluations on the way, by the real command. Each attempt is `train_net.py --resume`, and ends in one
+evaluations on the way, by the real command. Each attempt is `train_net.py --resume` and ends in one
 of the ways of `KINDS`. After each, the checkpoint that `last_checkpoint` names must be whole; a run
 that came to its end must have the same bits as the one in peace: weights, averages, optimiser,
 results of all evaluations. The exit code is 1 if anything differs.
