@@ -15,8 +15,11 @@ import tensormask
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.evaluator import evaluate_only
+from tensormask.engine.files import DiskFullError
+from tensormask.engine.finite import NonFiniteError
 from tensormask.engine.launch import AUTO, check_launch, launch
-from tensormask.engine.trainer import NonFiniteLossError, train
+from tensormask.engine.signals import TrainingStopped
+from tensormask.engine.trainer import train
 from tensormask.evaluation import UnexpectedResultsError
 
 logger = logging.getLogger("tensormask.tools.train_net")
@@ -129,9 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
         run = evaluate_only if args.eval_only else train
         run(cfg, resume=args.resume)
         distributed.stop()
-    except (NonFiniteLossError, UnexpectedResultsError) as error:
+    except (NonFiniteError, UnexpectedResultsError, DiskFullError) as error:
         logger.error(error)
         return EXIT_FAILED
+    except TrainingStopped as stopped:
+        return stopped.exit_code
     except (ValueError, OSError) as error:
         if not is_for_the_user(error):
             raise
