@@ -2,7 +2,7 @@
 
 import os
 import signal
-from types import FrameType
+import threading
 
 
 def outlive_signals(worker_id: int) -> None:
@@ -10,16 +10,16 @@ def outlive_signals(worker_id: int) -> None:
 
     Ctrl-C goes to every process of a terminal and a scheduler's SIGTERM to every one of a job, and
     a worker that dies of it takes the iteration with it that training wants to finish. So SIGINT
-    is ignored, and so is the first SIGTERM; the second one, as Python sends it to workers that are
-    left at its end, is obeyed. PyTorch's own watch ends workers whose training process is gone.
+    is ignored, and SIGTERM is obeyed from the training process only, where the system says who has
+    sent it (not on macOS). PyTorch's own watch ends workers whose training process is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _wait_for_another)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 
-def _wait_for_another(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
+def _obey(training: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
+        pass
     os._exit(0)

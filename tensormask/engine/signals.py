@@ -21,16 +21,16 @@ class TrainingStopped(BaseException):
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or SIGINT raises TrainingStopped in the main thread.
+    """While it is entered, the first SIGTERM or SIGINT asks the run to stop.
 
-    In `deferred` blocks, which change what is to be saved, it waits for their end. Where several
-    processes work in step, it comes at the end of such blocks only, in all of them. The second
-    signal finds the system's own handler, which ends the process wherever it is.
+    It is followed where the run calls `check`, or in the middle of an `interruptible` block, which
+    must not change what is to be saved. The second signal finds the system's own handler, which
+    ends the process wherever it is.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._interrupt = get_world_size() == 1
+        self._interruptible = False
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
@@ -49,19 +49,30 @@ class StopSignals:
         # Not by print or the log, which may be in the middle of a line of their own.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
-        if self._interrupt:
+        if self._interruptible:
             raise TrainingStopped(number)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let a block come to its end before a signal is followed.
+    def check(self) -> None:
+        """Raise TrainingStopped if a signal has come.
 
-        Several processes must do this together: a signal to any of them stops all.
+        Several processes must call this together: a signal to any of them stops all.
         """
-        interrupt, self._interrupt = self._interrupt, False
-        try:
-            yield
-        finally:
-            self._interrupt = interrupt
         if any_rank(self.received is not None):
             raise TrainingStopped(self.received or signal.SIGTERM)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise TrainingStopped as soon as a signal comes, unless other processes wait for us."""
+        if get_world_size() > 1:
+            yield
+            return
+        try:
+            self._interruptible = True
+            self.check()
+            yield
+        except Exception as error:
+            if self.received is None:
+                raise
+            raise TrainingStopped(self.received) from error  # a library made its own error of it
+        finally:
+            self._interruptible = False

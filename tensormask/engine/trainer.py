@@ -122,7 +122,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
             run = Run(cfg, state, writer, reporter, faults)
             if not finished:
                 _run_iterations(run, batches, stop, start)
-            results = evaluate(run, cfg.SOLVER.MAX_ITER)
+            with stop.interruptible():
+                results = evaluate(run, cfg.SOLVER.MAX_ITER)
             reporter.log_found()
             log_summary(run, results, start, time.perf_counter() - started)
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
@@ -164,34 +165,35 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
     with progress_bar(start, max_iter) as bar:
         try:
             if start > 0 and _is_due(start, cfg.TEST.EVAL_PERIOD) and not is_evaluated(run, start):
-                evaluate(run, start)  # the run was stopped before or in it
+                with stop.interruptible():  # the run was stopped before or in it
+                    evaluate(run, start)
             while done < max_iter:
                 started = time.perf_counter()
-                batch = next(batches)
-                found = [fault for sample in batch for fault in sample["faults"]]
-                found = distributed.gather_lists(found)
-                run.reporter.take([{"faults": found}])
+                with stop.interruptible():
+                    batch = next(batches)
+                run.reporter.take(batch)
                 _check_pictures(batch)
-                run.faults |= dict.fromkeys(found)
+                run.faults |= dict.fromkeys(fault for sample in batch for fault in sample["faults"])
                 data_time = time.perf_counter() - started
-                with stop.deferred():
-                    metrics = step(batch, iteration=done)
-                    done += 1
-                    seconds = time.perf_counter() - started
-                    recent.add({**metrics, "data_time": data_time, "time": seconds})
-                    bar.update()
-                    if done % LOG_PERIOD == 0 or done == max_iter:
-                        medians = recent.pop_medians() | {"max_mem": peak_memory(device)}
-                        medians["eta_seconds"] = recent.seconds_left(max_iter - done)
-                        log_progress(format_progress(done - 1, max_iter, medians))
-                        bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
-                        run.writer.write(done - 1, medians)
-                        run.writer.write_faults(done - 1, run.reporter.pop_record())
+                metrics = step(batch, iteration=done)
+                done += 1
+                seconds = time.perf_counter() - started
+                recent.add({**metrics, "data_time": data_time, "time": seconds})
+                bar.update()
+                if done % LOG_PERIOD == 0 or done == max_iter:
+                    medians = recent.pop_medians() | {"max_mem": peak_memory(device)}
+                    medians["eta_seconds"] = recent.seconds_left(max_iter - done)
+                    log_progress(format_progress(done - 1, max_iter, medians))
+                    bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
+                    run.writer.write(done - 1, medians)
+                    run.writer.write_faults(done - 1, run.reporter.pop_record())
                 if done == max_iter or _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
                     save(run, done)
                     saved = done
+                stop.check()
                 if done < max_iter and _is_due(done, cfg.TEST.EVAL_PERIOD):
-                    evaluate(run, done)
+                    with stop.interruptible():
+                        evaluate(run, done)
         except TrainingStopped as stopped:
             if done > saved:
                 save(run, done)
