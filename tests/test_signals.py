@@ -52,7 +52,7 @@ def test_an_error_that_a_library_makes_of_it_is_a_stop_and_others_are_errors():
                 time.sleep(5)
             finally:
                 raise RuntimeError("of the cleaning up")
-    with pytest.raises(RuntimeError), StopSignals() as stop:  # noqa: PT012
+    with pytest.raises(RuntimeError), StopSignals() as stop:
         with stop.interruptible():
             raise RuntimeError("a bug")
 

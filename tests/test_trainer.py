@@ -1,135 +1,26 @@
 """The loop, with a small model and loader of known behaviour."""
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from torch import nn
+from fakes import (
+    FakeModel,
+    assert_same_bits,
+    fake_loader,
+    interrupted_run,
+    lines,
+    make_cfg,
+    weights,
+)
 
-from tensormask.config import get_cfg
-from tensormask.data.faults import FaultLog
 from tensormask.engine import evaluator, run, trainer
 from tensormask.engine.checkpoint import load_checkpoint
 from tensormask.engine.finite import NonFiniteError
 from tensormask.evaluation import UnexpectedResultsError
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-
-
-# ---- fakes: what they learn depends on the order of pictures, dropout and running statistics ----
-
-
-class FakeModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
-        self.out = nn.Linear(8, 1)
-
-    def forward(self, images, targets):
-        x = self.out(self.layers(torch.stack(images)))[:, 0]
-        y = torch.stack([target["value"] for target in targets])
-        return {"loss_cls": (x - y).square().mean(), "loss_mask": x.abs().mean()}
-
-
-def fake_loader(cfg, start_iteration=0, *, rank=0, world_size=1):
-    iteration = start_iteration
-    while True:
-        generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
-        images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
-        yield [
-            {
-                "image": x,
-                "target": {"value": x.sum()},
-                "file_name": f"{iteration}_{k}.png",
-                "faults": [],
-            }
-            for k, x in enumerate(images)
-        ]
-        iteration += 1
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def fakes(monkeypatch):
-    """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
-    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
-
-    def fake_evaluate(model, loader, dataset, folder, **options):
-        torch.rand(3)  # draws from the global generator, as an evaluation may
-        state.evaluations.append(Path(folder))
-        return state.results
-
-    content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
-    content |= {"has_annotations": True, "num_annotations": 7}
-    content["faults"] = state.faults = FaultLog()
-    dataset = type("FakeDataset", (list,), content)(range(7))
-    for module in (trainer, evaluator):
-        monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())
-    for module in (trainer, evaluator, run):
-        monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
-    monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
-    monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset, **processes: [])
-    monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
-    monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])
-    return state
-
-
-def make_cfg(folder, *overrides):
-    cfg = get_cfg()
-    cfg.merge_from_list(
-        [
-            *("OUTPUT_DIR", str(folder), "SEED", 5),
-            *("DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
-            *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
-            *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
-            *("MODEL.TENSOR_MASK.NUM_CLASSES", 2),
-            *overrides,
-        ]
-    )
-    return cfg
-
-
-def weights(folder, name="model_final.pth"):
-    return load_checkpoint(folder / name)["model"]
-
-
-def assert_same_bits(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def interrupt_at(monkeypatch, iteration):
-    real = trainer.train_step
-
-    def step(state, batch, **options):
-        if options["iteration"] == iteration:
-            raise Interrupted
-        return real(state, batch, **options)
-
-    monkeypatch.setattr(trainer, "train_step", step)
-    return lambda: monkeypatch.setattr(trainer, "train_step", real)
-
-
-def interrupted_run(cfg, monkeypatch, iteration):
-    go_on = interrupt_at(monkeypatch, iteration)
-    with pytest.raises(Interrupted):
-        trainer.train(cfg)
-    go_on()
-
-
-# ---- the loop ----
 
 
 def test_output_of_a_run(tmp_path, fakes):
