@@ -55,9 +55,10 @@ def start(device: str) -> None:
     sys.excepthook = _print_traceback
     if rank > 0:
         _say_errors_only()
-    if sys.platform == "linux":
-        # Without its launcher, which would stop it with the others, a process must not stay behind.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Without the agent, which would have stopped it, no process shall stay behind. Not SIGTERM,
+        # which would come for each thread of the agent.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def is_launched() -> bool:

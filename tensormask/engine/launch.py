@@ -7,7 +7,6 @@ and hands signals on.
 import re
 import signal
 import sys
-import uuid
 from collections.abc import Sequence
 
 import torch
@@ -72,15 +71,17 @@ def launch(
         0 if all processes gave it, the exit code of the first that did not (1 if a signal ended
         it), or 128 and the number of the signal that ended the wait.
     """
+    if dist_url == AUTO:
+        rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    else:
+        rendezvous = {"rdzv_backend": "static", "rdzv_endpoint": _endpoint(dist_url)}
+        rendezvous["rdzv_configs"] = {"rank": machine_rank}
     config = LaunchConfig(
         min_nodes=num_machines,
         max_nodes=num_machines,
         nproc_per_node=num_processes,
-        # All machines must name the run alike.
-        run_id=str(uuid.uuid4()) if dist_url == AUTO else dist_url,
-        rdzv_backend="c10d" if dist_url == AUTO else "static",
-        rdzv_endpoint="localhost:0" if dist_url == AUTO else _endpoint(dist_url),
-        rdzv_configs={} if dist_url == AUTO else {"rank": machine_rank},
+        run_id="tensormask",  # the same on all machines; each run has a store of its own
+        **rendezvous,
         local_addr="localhost" if num_machines == 1 else None,
         max_restarts=0,
     )
