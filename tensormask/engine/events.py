@@ -6,12 +6,13 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -185,14 +186,44 @@ class MetricsWriter:
         if faults is not None and self._file is not None:
             self._write_line({"iteration": iteration, "faults": faults})
 
-    def write_pictures(self, iteration: int, inference_dir: str | Path) -> None:
-        """Show TensorBoard the sheets of predictions beside ground truth of an evaluation."""
+    def write_evaluation(
+        self, iteration: int, inference_dir: str | Path, *, drawn: bool, prefix: str = ""
+    ) -> None:
+        """Show TensorBoard what an evaluation has left in its folder, or in those of its sets.
+
+        That are the sheet of predictions beside ground truth, and the curves of precision over
+        recall, without the counts that TensorBoard would show with them.
+
+        Args:
+            drawn: whether this evaluation has drawn pictures; those that are there may be of an
+                earlier one.
+        """
         if self._board is None:
             return
-        for path in sorted(Path(inference_dir).glob("**/contact_sheet.png")):
-            tag = str(path.parent.relative_to(inference_dir) / "predictions")
+        sheets = sorted(Path(inference_dir).glob("**/contact_sheet.png")) if drawn else []
+        for path in sheets:
+            tag = prefix + str(path.parent.relative_to(inference_dir) / "predictions")
             picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
             self._board.add_image(tag, picture, iteration, dataformats="HWC")
+        for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
+            for task, curves in json.loads(path.read_text()).items():
+                for name, precision in curves.items():
+                    tag = prefix + str(path.parent.relative_to(inference_dir) / task / name)
+                    self._write_curve(iteration, tag, precision)
+
+    def _write_curve(self, iteration: int, tag: str, precision: Sequence[float]) -> None:
+        if not precision:
+            return
+        # TensorBoard's order is that of thresholds on the score: recall falls.
+        falling, nothing = np.array(precision[::-1]), np.zeros(len(precision))
+        self._board.add_pr_curve_raw(
+            tag,
+            *(nothing, nothing, nothing, nothing),
+            precision=falling,
+            recall=np.linspace(1, 0, len(precision)),
+            global_step=iteration,
+            num_thresholds=len(precision),
+        )
 
     def _write_line(self, record: Mapping[str, object]) -> None:
         with disk_full_explained(self._path):

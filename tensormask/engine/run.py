@@ -87,8 +87,10 @@ def evaluate(run: Run, done: int) -> Results:
             logger.info("The same with averaged weights (SOLVER.EMA):")
             averaged = evaluate_all(cfg, ema.module, output_dir / "ema", run.reporter)
             results = {**results, "ema": averaged}
-    if cfg.TEST.NUM_VISUALIZED > 0:
-        run.writer.write_pictures(done - 1, output_dir / "inference")
+    for prefix in ("", "ema/") if ema is not None else ("",):
+        folder = output_dir / prefix / "inference"
+        drawn = cfg.TEST.NUM_VISUALIZED > 0
+        run.writer.write_evaluation(done - 1, folder, drawn=drawn, prefix=prefix)
     metrics = flatten_results(results)
     _keep_best(run, done, metrics)
     run.writer.write(done - 1, metrics)

@@ -4,6 +4,7 @@ Letters: K detections or objects.
 """
 
 import contextlib
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +25,12 @@ from tensormask.evaluation.results import (
     merge_results,
     read_results,
 )
-from tensormask.evaluation.scoring import Metrics, metrics_of
+from tensormask.evaluation.scoring import Metrics, metrics_and_curves_of
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
 
 RESULTS_FILE = "coco_instances_results.json"
+CURVES_FILE = "precision_recall.json"
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +65,10 @@ def evaluate(
         loader: yields lists of samples with `image`, `image_id`, `height` and `width`. Those whose
             `image` is None, since it cannot be read, are left out: their objects count as missed.
         dataset: a `CocoDataset`; all of its `image_ids` count, seen or not.
-        output_dir: where `coco_instances_results.json`, `pictures/` and `contact_sheet.png` go, and
-            the files for COCO's server (`write_submission`) if the data set has no annotations;
-            None writes nothing but a temporary file.
+        output_dir: where `coco_instances_results.json`, `precision_recall.json` (of
+            `precision_curves`), `pictures/` and `contact_sheet.png` go, and the files for COCO's
+            server (`write_submission`) if the data set has no annotations; None writes nothing but
+            a temporary file.
         max_dets: detections per picture and class for `AP@<max_dets>` and `AR@<max_dets>`, which
             are added when it is not 100.
         num_visualized: how many pictures are drawn, spread evenly over the data set.
@@ -105,8 +108,9 @@ def evaluate(
                 write_submission(path, dataset.name, submission_name)
             return {}
         coco_gt = dataset.to_coco()
-        return {
-            iou_type: metrics_of(
+        metrics, curves = {}, {}
+        for iou_type in ("bbox", "segm") if all(f.has_masks for f in found) else ("bbox",):
+            metrics[iou_type], curves[iou_type] = metrics_and_curves_of(
                 coco_gt,
                 read_results(path),
                 iou_type,
@@ -115,8 +119,9 @@ def evaluate(
                 image_ids=dataset.image_ids,
                 max_dets=max_dets,
             )
-            for iou_type in (("bbox", "segm") if all(f.has_masks for f in found) else ("bbox",))
-        }
+        if output_dir is not None:
+            (folder / CURVES_FILE).write_text(json.dumps(curves))
+        return metrics
 
 
 class _Found(NamedTuple):
