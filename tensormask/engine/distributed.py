@@ -1,7 +1,8 @@
 """Several processes with one model: how they join, and what they say to each other.
 
 A process that was started alone is rank 0 of 1, and every function here then does nothing or gives
-back what it was given, so that callers need not ask. `launch.py` starts the processes.
+back what it was given, so that callers need not ask. All processes must come to the same calls in
+the same order. `launch.py` starts the processes.
 """
 
 import ctypes
@@ -50,7 +51,7 @@ def start(device: str) -> None:
     on_gpu = resolve_device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(_own_gpu(device, local_rank))
-    # Gloo besides NCCL: objects and flags stay on the CPU, and wait for no kernel.
+    # Gloo besides NCCL: objects stay on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     sys.excepthook = _print_traceback
     if rank > 0:
@@ -255,7 +256,7 @@ def scale_to_world_size(cfg: CfgNode) -> CfgNode:
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() or is_launched() else 0
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def _own_gpu(device: str, local_rank: int) -> int:

@@ -126,9 +126,10 @@ class TensorMask(nn.Module):
 
         Returns:
             in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
-            window of the batch (see `losses.foreground_normalizer`); in eval mode per picture ``boxes`` (K, 4), ``scores`` (K,),
-            ``labels`` (K,) and ``masks`` (K, height, width) bool, best first. Without a mask head,
-            ``loss_mask`` and ``masks`` are left out, without a box head ``loss_box_reg`` is.
+            window of the batch (`losses.foreground_normalizer`); in eval mode per picture ``boxes``
+            (K, 4), ``scores`` (K,), ``labels`` (K,) and ``masks`` (K, height, width) bool, best
+            first. Without a mask head, ``loss_mask`` and ``masks`` are left out, without a box head
+            ``loss_box_reg`` is.
 
         Raises:
             ValueError: a picture or target of another shape, dtype or range, or targets missing in
