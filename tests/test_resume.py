@@ -17,8 +17,10 @@ from fakes import (
 )
 
 from tensormask.engine import checkpoint as ckpt
-from tensormask.engine import run, trainer
+from tensormask.engine import evaluator, run, trainer
 from tensormask.engine.files import DiskFullError
+from tensormask.engine.precision import set_float32_precision
+from tensormask.engine.seeding import set_determinism
 from tensormask.engine.signals import TrainingStopped
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -89,6 +91,25 @@ def test_averages_are_evaluated_beside_the_weights(tmp_path, fakes):
     assert lines(tmp_path)[-1] == {"iteration": 29, "segm/AP": 30.0, "ema/segm/AP": 30.0}
     folders = [tmp_path / "inference", tmp_path / "ema" / "inference"]
     assert fakes.evaluations == folders * 6
+
+
+def test_an_evaluation_by_itself_has_the_averages_too(tmp_path, fakes, monkeypatch):
+    cfg = make_cfg(tmp_path, *EVERYTHING)
+    trainer.train(cfg)
+    evaluated = []
+
+    def evaluate(model, loader, dataset, folder, **options):
+        evaluated.append((folder, model.out.bias.item()))
+        return {"segm": {"AP": 20.0 + len(evaluated)}}
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    results = evaluator.evaluate_only(cfg, resume=True)
+    assert results == {"segm": {"AP": 21.0}, "ema": {"segm": {"AP": 22.0}}}
+    checkpoint = ckpt.load_checkpoint(tmp_path / "model_final.pth")
+    assert evaluated == [
+        (tmp_path / "inference", checkpoint["model"]["out.bias"].item()),
+        (tmp_path / "ema" / "inference", checkpoint["ema"]["model"]["out.bias"].item()),
+    ]
 
 
 def test_averages_that_a_checkpoint_lacks_begin_with_its_weights(
@@ -284,6 +305,20 @@ def test_weights_to_start_from_that_are_not_finite(tmp_path, fakes):
     cfg = make_cfg(tmp_path / "run", "MODEL.WEIGHTS", str(tmp_path / "bad.pth"))
     with pytest.raises(ValueError, match=r"Not finite in .*bad\.pth: out\.bias; take other"):
         trainer.train(cfg)
+
+
+def test_algorithms_and_precision_are_chosen_by_their_keys(tmp_path, fakes):
+    try:
+        trainer.train(make_cfg(tmp_path, "DETERMINISTIC", True, "FLOAT32_PRECISION", "high"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "high"
+        trainer.train(make_cfg(tmp_path, "CUDNN_BENCHMARK", True))
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cudnn.benchmark
+    finally:
+        set_determinism(deterministic=False, benchmark=False)
+        set_float32_precision("")
 
 
 def test_the_end_is_a_table(tmp_path, fakes, caplog):

@@ -34,13 +34,13 @@ from tensormask.engine.events import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 # How an attempt ends, and the exit codes that are right for it.
 KINDS = {
-    "SIGKILL, at any moment": {-signal.SIGKILL},
-    "SIGKILL, between iterations": {-signal.SIGKILL},
     "SIGKILL, while a checkpoint is written": {-signal.SIGKILL},
     "SIGTERM, to the process": {128 + signal.SIGTERM},
+    "full disk": {1},
+    "SIGKILL, at any moment": {-signal.SIGKILL},
+    "SIGKILL, between iterations": {-signal.SIGKILL},
     "SIGINT, to all processes, as by Ctrl-C": {128 + signal.SIGINT},
     "SIGTERM, twice": {-signal.SIGTERM, 128 + signal.SIGTERM},
-    "full disk": {1},
 }
 TIMEOUT = 300  # seconds that nothing here may take
 

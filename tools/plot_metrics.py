@@ -116,9 +116,10 @@ def draw(
                 continue
             iterations, values = of_run[metric]
             few = len(values) <= 20
-            if smooth > 1 and not few:
+            as_it_is = few or smooth == 1 or metric == "lr"
+            if not as_it_is:
                 axis.plot(iterations, values, color="0.8", linewidth=0.8, zorder=0)
-            line = values if few else smoothed(values, smooth)
+            line = values if as_it_is else smoothed(values, smooth)
             marker = "o" if few else None
             axis.plot(iterations, line, color=f"C{number}", marker=marker, markersize=3)
         axis.set_title(metric)

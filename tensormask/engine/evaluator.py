@@ -29,6 +29,7 @@ from tensormask.engine.distributed import (
     sync_buffers,
 )
 from tensormask.engine.events import append_faults, setup_logging
+from tensormask.engine.run_folder import lock_folder
 from tensormask.engine.seeding import preserved_random_states
 from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
@@ -42,38 +43,45 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     """Evaluate the weights in `MODEL.WEIGHTS`, or with `resume` the last checkpoint's.
 
     Returns:
-        The results, as `evaluate_all` gives them.
+        The results, as `evaluate_all` gives them; with `resume` and `SOLVER.EMA` also those of the
+        checkpoint's averaged weights, under "ema".
 
     Raises:
-        ValueError: something in the config, the data or the weights does not fit.
+        ValueError: something in the config, the data or the weights does not fit, or a run uses the
+            folder.
         UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
-        setup_logging(output_dir)
-    checkpoint = checkpoint_to_resume(output_dir) if resume else None
-    with first_on_machine():  # a set may be drawn now
-        check_evaluation(cfg)
-    reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
-    model = build_model(cfg)
-    if checkpoint is not None:
-        restore_model(checkpoint, model)
-    elif cfg.MODEL.WEIGHTS:
-        with first_on_machine():  # a file may be downloaded now
-            loaded = load_weights(model, cfg.MODEL.WEIGHTS)
-        check_complete(loaded, cfg.MODEL.WEIGHTS)
-    else:
-        raise ValueError(
-            "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
-            "or --resume to take the last checkpoint in OUTPUT_DIR"
-        )
-    results = evaluate_all(cfg, model, output_dir, reporter)
-    if is_main_process():
-        append_faults(output_dir, reporter.pop_record())
-    reporter.log_found()
-    verify_results(cfg.TEST.EXPECTED_RESULTS, results)
-    return results
+    with lock_folder(output_dir):
+        if is_main_process():
+            setup_logging(output_dir)
+        checkpoint = checkpoint_to_resume(output_dir) if resume else None
+        with first_on_machine():  # a set may be drawn now
+            check_evaluation(cfg)
+        reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
+        model = build_model(cfg)
+        if checkpoint is not None:
+            restore_model(checkpoint, model)
+        elif cfg.MODEL.WEIGHTS:
+            with first_on_machine():  # a file may be downloaded now
+                loaded = load_weights(model, cfg.MODEL.WEIGHTS)
+            check_complete(loaded, cfg.MODEL.WEIGHTS)
+        else:
+            raise ValueError(
+                "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
+                "or --resume to take the last checkpoint in OUTPUT_DIR"
+            )
+        results = evaluate_all(cfg, model, output_dir, reporter)
+        if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
+            logger.info("The same with averaged weights (SOLVER.EMA):")
+            restore_model(checkpoint["ema"], model)
+            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
+            results = {**results, "ema": averaged}
+        if is_main_process():
+            append_faults(output_dir, reporter.pop_record())
+        reporter.log_found()
+        verify_results(cfg.TEST.EXPECTED_RESULTS, results)
+        return results
 
 
 def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> None:

@@ -1,6 +1,5 @@
 """Training of a config: read from `train` downwards."""
 
-import contextlib
 import logging
 import secrets
 import time
@@ -79,8 +78,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
     """
     output_dir, started = Path(cfg.OUTPUT_DIR), time.perf_counter()
-    lock = lock_folder if distributed.is_main_process() else contextlib.nullcontext
-    with lock(output_dir), StopSignals() as stop:
+    with lock_folder(output_dir), StopSignals() as stop:
         if distributed.is_main_process():
             setup_logging(output_dir)
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
