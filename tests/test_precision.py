@@ -139,6 +139,8 @@ def test_each_key_reaches_the_state():
     assert state_of("SOLVER.DETECT_ANOMALY", True).model._forward_pre_hooks
     with pytest.raises(ValueError, match="SIZE_DIVISOR is 33"):
         state_of("SOLVER.COMPILE.ENABLED", True, "SOLVER.COMPILE.SIZE_DIVISOR", 33)
+    with pytest.raises(ValueError, match=r"set SOLVER\.COMPILE\.ENABLED to False"):
+        state_of("SOLVER.COMPILE.ENABLED", True, "SOLVER.DETECT_ANOMALY", True)
     plain = state_of()
     assert plain.ema is None
     assert not plain.scaler.is_enabled()

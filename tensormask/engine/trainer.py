@@ -130,16 +130,22 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
 
 def build_state(cfg: CfgNode) -> TrainState:
     """Make the model, fresh, and all that belongs to its training."""
+    solver = cfg.SOLVER
+    if solver.DETECT_ANOMALY and solver.COMPILE.ENABLED:
+        raise ValueError(
+            "SOLVER.DETECT_ANOMALY looks at every module, and compiled ones cannot be looked into: "
+            "set SOLVER.COMPILE.ENABLED to False"
+        )
     model = build_model(cfg)
-    if cfg.SOLVER.CHANNELS_LAST:
+    if solver.CHANNELS_LAST:
         use_channels_last(model)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     ema = build_ema(cfg, model)  # a copy of the model without what follows
-    if cfg.SOLVER.DETECT_ANOMALY:
+    if solver.DETECT_ANOMALY:
         watch_modules(model)
-    if cfg.SOLVER.COMPILE.ENABLED:
-        compile_model(model, cfg.SOLVER.COMPILE.SIZE_DIVISOR)
+    if solver.COMPILE.ENABLED:
+        compile_model(model, solver.COMPILE.SIZE_DIVISOR)
     _, scaler = build_autocast(cfg, _device(model))
     return TrainState(distributed.wrap(model), optimizer, scheduler, scaler, ema)
 
