@@ -235,6 +235,8 @@ def in_shares(model, dataset, folder, world_size, **options):
 @pytest.mark.parametrize("world_size", [2, 3, 20])
 def test_evaluation_in_shares_equals_one(tmp_path, world_size, caplog):
     dataset, found = noisy_case(tmp_path)
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "..coco_instances_results.json.part30.tmp").write_text("of a killed one")
     expected = evaluate(
         FakeModel(found), dataset.loader(), dataset, tmp_path / "one", num_visualized=3
     )

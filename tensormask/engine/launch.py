@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
@@ -70,6 +71,9 @@ def launch(
     Returns:
         0 if all processes gave it, the exit code of the first that did not (1 if a signal ended
         it), or 128 and the number of the signal that ended the wait.
+
+    Raises:
+        ValueError: the machines, or the processes, do not find each other by `dist_url`.
     """
     if dist_url == AUTO:
         rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
@@ -87,6 +91,11 @@ def launch(
     )
     try:
         launch_agent(config, command[0], list(command[1:]))
+    except dist.DistError as error:
+        raise ValueError(
+            f"the processes cannot meet by --dist-url {dist_url}: {error}. Give the address of "
+            "machine 0, and a port that is free there and open to all machines"
+        ) from error
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:

@@ -175,8 +175,8 @@ def _join(found: Sequence[_Found], dataset: Any, path: Path) -> None:
         parts[0].replace(path)
     else:
         merge_results(parts, path, dataset.image_ids)
-        for part in parts:
-            part.unlink()
+    for leftover in path.parent.glob(f".*{RESULTS_FILE}.part*"):  # also of killed evaluations
+        leftover.unlink()
     unreadable = [image_id for each in found for image_id in each.unreadable]
     missing = set(dataset.image_ids).difference(unreadable, *(each.seen for each in found))
     for ids, reason in ((unreadable, "cannot be read"), (missing, "did not come from the loader")):
