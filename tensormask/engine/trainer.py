@@ -175,9 +175,11 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
                 started = time.perf_counter()
                 with stop.interruptible():
                     batch = next(batches)
-                run.reporter.take(batch)
+                found = [fault for sample in batch for fault in sample["faults"]]
+                found = distributed.gather_lists(found)
+                run.reporter.take([{"faults": found}])
                 _check_pictures(batch)
-                run.faults |= dict.fromkeys(fault for sample in batch for fault in sample["faults"])
+                run.faults |= dict.fromkeys(found)
                 data_time = time.perf_counter() - started
                 metrics = step(batch, iteration=done)
                 done += 1
