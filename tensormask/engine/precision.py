@@ -74,7 +74,7 @@ def use_channels_last(model: nn.Module) -> None:
 def compile_model(model: nn.Module, size_divisor: int, backend: str = "inductor") -> None:
     """Compile the backbone's stages, the pyramid and the towers of a `TensorMask`, in place.
 
-    Each new size of the input is compiled anew, for a minute or so, so batches are padded in
+    Each new size of the input is compiled anew, which takes minutes, so batches are padded in
     training to multiples of `size_divisor` pixels: larger ones mean fewer sizes and more padding.
     Names of weights stay as they are. Evaluation runs uncompiled and unpadded, see
     `torch.compiler.set_stance`.
