@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
         # Pictures are padded to multiples of this, in pixels: 32 (detectron2's), or a multiple of
         # it, which makes fewer input sizes to compile for.
         "SIZE_DIVISOR": 32,
-        # Convolve in channels_last, which tensor cores prefer.
+        # Lay tensors out as (N, H, W, C), which tensor cores work in.
         "CHANNELS_LAST": False,
         # Compile backbone, pyramid, class and box head, anew for each input size: "" (no), or
         # torch.compile's mode, "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
@@ -157,6 +157,29 @@ _DEFAULTS: dict[str, Any] = {
         # Optimiser steps in all, and pictures in each, over all processes.
         "MAX_ITER": 40000,
         "IMS_PER_BATCH": 16,
+        # Processes that this config is meant for: with another number of them, IMS_PER_BATCH and
+        # BASE_LR are multiplied, MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
+        # TEST.EVAL_PERIOD divided, by how many times more there are. 0: everything as written.
+        "REFERENCE_WORLD_SIZE": 0,
+        # Parts that each batch goes through the model in, one after the other: less memory. The
+        # gradient is the average of theirs.
+        "ACCUMULATE_STEPS": 1,
+        "AMP": {
+            # Half precision in forward pass and losses; weights and their updates stay float32.
+            "ENABLED": False,
+            # "float16" (with a loss scale that adapts itself), or "bfloat16" (needs none; GPUs from
+            # Ampere on, and CPUs).
+            "DTYPE": "float16",
+        },
+        "EMA": {
+            # Keep moving averages of the weights, evaluated and saved beside them.
+            "ENABLED": False,
+            # The share of the averages that a step leaves, in place of the new weights.
+            "DECAY": 0.9998,
+        },
+        # Find the module where NaN or infinity arises, by a look at every tensor: for a repeat of
+        # a run that stopped, as it is slow.
+        "DETECT_ANOMALY": False,
         # Learning rate after the warm-up, and at the end of a cosine.
         "BASE_LR": 0.001,
         "BASE_LR_END": 0.0,
@@ -178,6 +201,11 @@ _DEFAULTS: dict[str, Any] = {
         "WARMUP_METHOD": "linear",
         # Iterations between checkpoints.
         "CHECKPOINT_PERIOD": 5000,
+        # How many of them stay, the last ones; 0 for all.
+        "CHECKPOINT_MAX_TO_KEEP": 0,
+        # Metric of metrics.json, such as "segm/AP" (of averaged weights "ema/segm/AP"): the weights
+        # that are best by it in the evaluations of a run stay as model_best.pth; "" for none.
+        "CHECKPOINT_BEST": "",
         "CLIP_GRADIENTS": {
             # Bound the gradients before each step.
             "ENABLED": False,
@@ -215,6 +243,12 @@ _DEFAULTS: dict[str, Any] = {
     "SEED": -1,
     # Let cuDNN try its algorithms on each new input size.
     "CUDNN_BENCHMARK": False,
+    # Same bits in each run on a GPU too, at the cost of slower algorithms; what has none that is
+    # deterministic is an error. On the CPU that is so anyway.
+    "DETERMINISTIC": False,
+    # Products of float32: "highest" (float32), "high" (TF32 on a GPU), "medium" (bfloat16's too),
+    # or "" for PyTorch's default, TF32 in convolutions only.
+    "FLOAT32_PRECISION": "",
 }
 
 

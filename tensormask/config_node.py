@@ -70,13 +70,10 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "DATASETS.PROPOSAL_FILES_TRAIN": ([],),
     "DATASETS.PROPOSAL_FILES_TEST": ([],),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
-    "SOLVER.AMP.ENABLED": (False,),
-    "SOLVER.REFERENCE_WORLD_SIZE": (0,),
     "SOLVER.RESCALE_INTERVAL": (False,),
     "TEST.AUG.ENABLED": (False,),
     "TEST.PRECISE_BN.ENABLED": (False,),
     "VIS_PERIOD": (0,),
-    "FLOAT32_PRECISION": ("",),
 }
 
 _MAX_GROUP_DEPTH = 4  # MODEL.PANOPTIC_FPN.COMBINE.ENABLED

@@ -1,11 +1,16 @@
 """Fixtures that several files use."""
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import FakeModel, fake_loader
 
-from tensormask.engine.checkpoint import preserved_random_states
+from tensormask.data.faults import FaultLog
+from tensormask.engine import evaluator, run, trainer
+from tensormask.engine.seeding import preserved_random_states
 
 
 @pytest.fixture
@@ -23,3 +28,28 @@ def nothing_left_behind():
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
+    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
+
+    def fake_evaluate(model, loader, dataset, folder, **options):
+        torch.rand(3)  # draws from the global generator, as an evaluation may
+        state.evaluations.append(Path(folder))
+        return state.results
+
+    content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
+    content |= {"has_annotations": True, "num_annotations": 7}
+    content["faults"] = state.faults = FaultLog()
+    dataset = type("FakeDataset", (list,), content)(range(7))
+    for module in (trainer, evaluator):
+        monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())
+    for module in (trainer, evaluator, run):
+        monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
+    monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
+    monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset, **processes: [])
+    monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
+    monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])
+    return state

@@ -246,7 +246,7 @@ def run_command(words, tmp_path):
 
 
 def test_inference(config, tmp_path, capsys):
-    words = ["inference", "--config-file", config, "--size", "96", "128", "--detections", "20"]
+    words = ["inference", "--config-file", config, "--size", "96", "128", "--detections", "10"]
     words += ["--rounds", "1", "--batch", "2", "--without", "memory"]
     code, results = run_command(words, tmp_path)
     assert code == 0
@@ -259,7 +259,7 @@ def test_inference(config, tmp_path, capsys):
     assert ours["/ torchvision"] == pytest.approx(ours["median s"] / theirs["median s"])
     own_floor = rows["convolutions of tensormask"]["median s"]
     assert ours["/ convolutions"] == pytest.approx(ours["median s"] / own_floor)
-    assert sum(results["found"]["tensormask"]) == sum(results["found"]["torchvision"]) == 20
+    assert sum(results["found"]["tensormask"]) == sum(results["found"]["torchvision"]) == 10
     check_parts(results["parts"])
     assert "op at windows, sigmoid, paste: 0." in capsys.readouterr().out
 

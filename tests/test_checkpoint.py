@@ -9,11 +9,17 @@ import torch
 from torch import nn
 
 from tensormask.engine import checkpoint as ckpt
+from tensormask.engine.seeding import (
+    get_random_states,
+    preserved_random_states,
+    set_random_states,
+)
+from tensormask.engine.state import TrainState
 
 
 @pytest.fixture(autouse=True)
 def _keep_random_states():
-    with ckpt.preserved_random_states():
+    with preserved_random_states():
         yield
 
 
@@ -21,29 +27,26 @@ def make_parts(optimizer_class=torch.optim.SGD, width=2, lr=0.1):
     model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
     optimizer = optimizer_class(model.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
-    return model, optimizer, scheduler
+    return TrainState(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def step(model, optimizer, scheduler, x):
-    optimizer.zero_grad()
-    model(x).square().sum().backward()
-    optimizer.step()
-    scheduler.step()
+def step(state, x):
+    state.optimizer.zero_grad()
+    state.model(x).square().sum().backward()
+    state.optimizer.step()
+    state.scheduler.step()
 
 
-def save(folder, parts, name="model_0000004.pth", iteration=4):
-    model, optimizer, scheduler = parts
-    return ckpt.save_checkpoint(
-        folder,
-        name,
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
+def save(folder, state, name="model_0000004.pth", iteration=4):
+    checkpoint = ckpt.pack_checkpoint(
+        state,
         iteration=iteration,
         config="SEED: 3\n",
         class_names=["star", "ring"],
         category_ids=[7, 9],
+        faults=[("a", "box_empty", 3)],
     )
+    return ckpt.save_checkpoint(folder, name, checkpoint)
 
 
 def draw():
@@ -53,23 +56,24 @@ def draw():
 def test_everything_comes_back(tmp_path):
     parts = make_parts(torch.optim.AdamW)
     x = torch.randn(4, 3)
-    step(*parts, x)
+    step(parts, x)
     path = save(tmp_path, parts)
     drawn = draw()
     other = make_parts(torch.optim.AdamW)
     loaded = ckpt.load_checkpoint(path)
-    assert ckpt.restore_checkpoint(loaded, *other) == 5
+    assert ckpt.restore_checkpoint(loaded, other) == 5
     assert draw() == drawn
-    assert other[1].param_groups[0]["lr"] == 0.05
+    assert other.optimizer.param_groups[0]["lr"] == 0.05
     for both in (parts, other):
-        step(*both, x)
-    for key, value in parts[0].state_dict().items():
-        assert torch.equal(value, other[0].state_dict()[key]), key
+        step(both, x)
+    for key, value in parts.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key]), key
     assert loaded["class_names"] == ["star", "ring"]
     assert loaded["category_ids"] == [7, 9]
+    assert loaded["faults"] == [["a", "box_empty", 3]]
     assert set(loaded) == {
-        *("model", "optimizer", "scheduler", "iteration", "random_states"),
-        *("config", "class_names", "category_ids", "versions"),
+        *("model", "optimizer", "scheduler", "scaler", "ema", "iteration", "random_states"),
+        *("faults", "config", "class_names", "category_ids", "versions"),
     }
 
 
@@ -89,36 +93,6 @@ def test_last_checkpoint_that_points_nowhere(tmp_path, name):
     (tmp_path / "run" / "last_checkpoint").write_text(name)
     with pytest.raises(ValueError, match="last_checkpoint"):
         ckpt.find_last_checkpoint(tmp_path / "run")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    ckpt.write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half of the n")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        ckpt.write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_the_name_appears_only_when_the_content_is_whole(tmp_path):
-    path = tmp_path / "file"
-
-    def look(file):
-        file.write(b"all")
-        file.flush()
-        assert not path.exists()
-        assert len(os.listdir(tmp_path)) == 1  # in the same folder, so that the rename is atomic
-
-    ckpt.write_atomically(path, look)
-    with open(path, "rb") as of_a_reader:
-        ckpt.write_atomically(path, lambda file: file.write(b"new"))
-        assert of_a_reader.read() == b"all"
-    assert path.read_bytes() == b"new"
 
 
 def test_failed_checkpoint_is_not_pointed_to(tmp_path, monkeypatch):
@@ -168,15 +142,15 @@ def test_broken_and_foreign_files(tmp_path):
 def test_another_model_or_optimizer_is_refused(tmp_path):
     loaded = ckpt.load_checkpoint(save(tmp_path, make_parts()))
     with pytest.raises(ValueError, match="another model"):
-        ckpt.restore_checkpoint(loaded, *make_parts(width=5))
+        ckpt.restore_checkpoint(loaded, make_parts(width=5))
     with pytest.raises(ValueError, match="optimiser"):
-        ckpt.restore_checkpoint(loaded, *make_parts(torch.optim.AdamW))
+        ckpt.restore_checkpoint(loaded, make_parts(torch.optim.AdamW))
 
 
 def test_preserved_random_states():
-    before = ckpt.get_random_states()
+    before = get_random_states()
     first = draw()
-    ckpt.set_random_states(before)
-    with ckpt.preserved_random_states():
+    set_random_states(before)
+    with preserved_random_states():
         draw()
     assert draw() == first

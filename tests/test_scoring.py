@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from tensormask.evaluation import (
     evaluate_results,
     results_table,
 )
+from tensormask.evaluation.scoring import precision_curves
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_cc"
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -69,6 +71,26 @@ def test_numbers_are_pycocotools_own(tmp_path, max_dets):
         assert math.isnan(results[task]["AP-never"])
         assert 5 < results[task]["AP"] < 95
         assert ("AP@400" in results[task]) == (max_dets == 400)
+
+
+def test_the_area_under_a_curve_is_its_ap(tmp_path):
+    dataset, found = noisy_case(tmp_path)
+    results = evaluate(FakeModel(found), dataset.loader(), dataset, tmp_path / "out")
+    for task, curves in json.loads(
+        (tmp_path / "out" / "precision_recall.json").read_text()
+    ).items():
+        for name, precision in curves.items():
+            assert len(precision) == 101
+            assert 100 * np.mean(precision) == pytest.approx(results[task][name])
+
+
+def test_classes_without_objects_have_no_part_in_a_curve():
+    precision = np.full((10, 101, 2, 4, 3), -1.0)
+    params = SimpleNamespace(iouThrs=np.linspace(0.5, 0.95, 10), maxDets=[1, 10, 100])
+    coco_eval = SimpleNamespace(params=params, eval={"precision": precision})
+    assert precision_curves(coco_eval) == {"AP": [], "AP50": [], "AP75": []}
+    precision[:, :, 1] = 0.5
+    assert precision_curves(coco_eval)["AP"] == [0.5] * 101
 
 
 def jittered(dataset, image_id, rng):
@@ -169,7 +191,9 @@ def test_more_than_100_detections(tmp_path):
     truth = [annotation(i + 1, 1, 4, mask) for i, mask in enumerate(masks)]
     dataset = GreyDataset(coco_json(truth, 1), tmp_path)
     found = {1: detections(masks, [0] * 150, np.linspace(1, 0.1, 150))}
-    results = evaluate(FakeModel(found), dataset.loader(), dataset, max_dets=400)
+    results = evaluate(FakeModel(found), dataset.loader(), dataset, tmp_path, max_dets=400)
+    curves = json.loads((tmp_path / "precision_recall.json").read_text())
+    assert curves["segm"] == dict.fromkeys(("AP", "AP50", "AP75"), [1.0] * 67 + [0.0] * 34)
     for metrics in results.values():
         # Precision is 1 at the recalls 0, 0.01, ..., 0.66: 67 of 101.
         assert metrics["AP"] == pytest.approx(100 * 67 / 101)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tensormask.engine.trainer import NonFiniteLossError
+from tensormask.engine.finite import NonFiniteError
 from tensormask.evaluation import UnexpectedResultsError
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_command_exit_codes(monkeypatch):
 
         return run
 
-    for error in (UnexpectedResultsError("AP"), NonFiniteLossError("NaN")):
+    for error in (UnexpectedResultsError("AP"), NonFiniteError("NaN")):
         monkeypatch.setattr(train_net, "train", raising(error))
         assert train_net.main([]) == 1
 

@@ -1,133 +1,26 @@
 """The loop, with a small model and loader of known behaviour."""
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from torch import nn
+from fakes import (
+    FakeModel,
+    assert_same_bits,
+    fake_loader,
+    interrupted_run,
+    lines,
+    make_cfg,
+    weights,
+)
 
-from tensormask.config import get_cfg
-from tensormask.data.faults import FaultLog
-from tensormask.engine import evaluator, trainer
+from tensormask.engine import evaluator, run, trainer
 from tensormask.engine.checkpoint import load_checkpoint
+from tensormask.engine.finite import NonFiniteError
 from tensormask.evaluation import UnexpectedResultsError
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-
-
-# ---- fakes: what they learn depends on the order of pictures, dropout and running statistics ----
-
-
-class FakeModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
-        self.out = nn.Linear(8, 1)
-
-    def forward(self, images, targets):
-        x = self.out(self.layers(torch.stack(images)))[:, 0]
-        y = torch.stack([target["value"] for target in targets])
-        return {"loss_cls": (x - y).square().mean(), "loss_mask": x.abs().mean()}
-
-
-def fake_loader(cfg, start_iteration=0):
-    iteration = start_iteration
-    while True:
-        generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
-        images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
-        yield [
-            {
-                "image": x,
-                "target": {"value": x.sum()},
-                "file_name": f"{iteration}_{k}.png",
-                "faults": [],
-            }
-            for k, x in enumerate(images)
-        ]
-        iteration += 1
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def fakes(monkeypatch):
-    """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
-    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
-
-    def fake_evaluate(model, loader, dataset, folder, **options):
-        torch.rand(3)  # draws from the global generator, as an evaluation may
-        state.evaluations.append(Path(folder))
-        return state.results
-
-    content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
-    content |= {"has_annotations": True, "num_annotations": 7}
-    content["faults"] = state.faults = FaultLog()
-    dataset = type("FakeDataset", (list,), content)(range(7))
-    for module in (trainer, evaluator):
-        monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())
-        monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
-    monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
-    monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset: [])
-    monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
-    monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])
-    return state
-
-
-def make_cfg(folder, *overrides):
-    cfg = get_cfg()
-    cfg.merge_from_list(
-        [
-            *("OUTPUT_DIR", str(folder), "SEED", 5),
-            *("DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
-            *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
-            *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
-            *("MODEL.TENSOR_MASK.NUM_CLASSES", 2),
-            *overrides,
-        ]
-    )
-    return cfg
-
-
-def weights(folder, name="model_final.pth"):
-    return load_checkpoint(folder / name)["model"]
-
-
-def assert_same_bits(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def interrupt_at(monkeypatch, iteration):
-    real = trainer.train_step
-
-    def step(model, batch, optimizer, scheduler, clip, i):
-        if i == iteration:
-            raise Interrupted
-        return real(model, batch, optimizer, scheduler, clip, i)
-
-    monkeypatch.setattr(trainer, "train_step", step)
-    return lambda: monkeypatch.setattr(trainer, "train_step", real)
-
-
-def interrupted_run(cfg, monkeypatch, iteration):
-    go_on = interrupt_at(monkeypatch, iteration)
-    with pytest.raises(Interrupted):
-        trainer.train(cfg)
-    go_on()
-
-
-# ---- the loop ----
 
 
 def test_output_of_a_run(tmp_path, fakes):
@@ -135,7 +28,7 @@ def test_output_of_a_run(tmp_path, fakes):
     assert results == {"segm": {"AP": 30.0}}
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
-        *("config.yaml", "log.txt", "metrics.json", "last_checkpoint"),
+        *("config.yaml", "environment.txt", "log.txt", "metrics.json", "last_checkpoint", ".lock"),
         *("model_0000009.pth", "model_0000019.pth", "model_final.pth"),
     }
     assert any("tfevents" in path.name for path in tmp_path.iterdir())
@@ -150,22 +43,6 @@ def test_output_of_a_run(tmp_path, fakes):
     log = (tmp_path / "log.txt").read_text()
     assert "iterations 0 to 30, 4 pictures each, on cpu; 7 pictures in a" in log
     assert "iter: 20/30" in log
-
-
-def test_one_step_by_hand():
-    # y = w x with w = 2, x = 3: loss 6, gradient 3, clipped to nothing; lr 0.5.
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 2.0)
-    model.forward = lambda images, targets: {"loss": (model.weight * images[0]).sum()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.1**i)
-    model.weight.grad = torch.full((1, 1), 100.0)  # of an earlier step
-    batch = [{"image": torch.tensor(3.0), "target": {}, "file_name": "a.png"}]
-    clip = trainer.build_gradient_clipper(get_cfg())
-    metrics = trainer.train_step(model, batch, optimizer, scheduler, clip, 0)
-    assert metrics == {"total_loss": 6.0, "loss": 6.0, "lr": 0.5, "grad_norm": 3.0}
-    assert model.weight.item() == 0.5
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_same_seed_same_bits_and_another_seed_others(tmp_path, fakes):
@@ -255,7 +132,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypa
 
     monkeypatch.setattr(trainer, "build_model", lambda cfg: Breaking())
     pattern = rf"iteration 12: loss_cls \d\S*, loss_mask {value:g}\. .*12_0\.png, 12_1\.png"
-    with pytest.raises(trainer.NonFiniteLossError, match=pattern):
+    with pytest.raises(NonFiniteError, match=pattern):
         trainer.train(make_cfg(tmp_path))
     assert_same_bits(dict(seen["model"].named_parameters()), seen["weights"])
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
@@ -280,7 +157,7 @@ def test_evaluating_nothing_is_refused(tmp_path, fakes):
 def test_faults_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypatch):
     fakes.faults.add("box_empty", 3)
 
-    def loader(cfg, start_iteration=0):
+    def loader(cfg, start_iteration=0, **processes):
         for iteration, batch in enumerate(fake_loader(cfg, start_iteration), start_iteration):
             if iteration in (4, 25):
                 batch[0]["faults"] = [("a", "image_broken", iteration)]
@@ -302,7 +179,7 @@ def test_faults_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypa
 
 
 def test_strict_stops_at_the_first_fault(fakes, tmp_path, monkeypatch):
-    def loader(cfg, start_iteration=0):
+    def loader(cfg, start_iteration=0, **processes):
         for batch in fake_loader(cfg, start_iteration):
             batch[0]["faults"] = [("a", "image_broken", 7)]
             yield batch
@@ -316,7 +193,7 @@ def test_strict_stops_at_the_first_fault(fakes, tmp_path, monkeypatch):
 
 
 def test_no_picture_to_train_on(fakes, tmp_path, monkeypatch):
-    def loader(cfg, start_iteration=0):
+    def loader(cfg, start_iteration=0, **processes):
         yield [{"image": None, "faults": [("a", "image_missing", i) for i in range(100)]}]
 
     monkeypatch.setattr(trainer, "build_train_loader", loader)
@@ -340,7 +217,7 @@ def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog,
     trained_on = trainer.get_dataset("a")
     other = type("Other", (list,), {**vars(type(trained_on)), "class_names": names})(range(7))
     sets = {"a": trained_on, "b": other}
-    for module in (trainer, evaluator):
+    for module in (trainer, evaluator, run):
         monkeypatch.setattr(module, "get_dataset", sets.__getitem__)
     if refused:
         with pytest.raises(ValueError, match="another order"):

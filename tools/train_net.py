@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Train or evaluate a config: `python tools/train_net.py --config-file configs/quickstart.yaml`.
 
-The options are detectron2's; `KEY VALUE` pairs at the end override the config.
+The options are detectron2's; `KEY VALUE` pairs at the end override the config. `--num-gpus` or
+`torchrun` start several processes.
 """
 
 import argparse
@@ -12,8 +13,13 @@ from pathlib import Path
 
 import tensormask
 from tensormask.config import CfgNode, get_cfg
+from tensormask.engine import distributed
 from tensormask.engine.evaluator import evaluate_only
-from tensormask.engine.trainer import NonFiniteLossError, train
+from tensormask.engine.files import DiskFullError
+from tensormask.engine.finite import NonFiniteError
+from tensormask.engine.launch import AUTO, check_launch, launch
+from tensormask.engine.signals import TrainingStopped
+from tensormask.engine.trainer import train
 from tensormask.evaluation import UnexpectedResultsError
 
 logger = logging.getLogger("tensormask.tools.train_net")
@@ -43,7 +49,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help='1: what MODEL.DEVICE says; 0: the CPU where MODEL.DEVICE is "auto" (default: 1)',
+        help="processes on this machine, each on its own GPU, or with MODEL.DEVICE cpu on the CPU; "
+        '1: what MODEL.DEVICE says; 0: the CPU where MODEL.DEVICE is "auto" (default: 1)',
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="M", help="machines that take part"
+    )
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="R", help="which of them this is, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default=AUTO,
+        metavar="URL",
+        help='tcp://host:port of machine 0; "auto" for one machine (default: auto)',
     )
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
@@ -57,10 +76,8 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError: an option, a key or a value that is none.
     """
-    if args.num_gpus not in (0, 1):
-        raise ValueError(
-            f"--num-gpus is {args.num_gpus}; one process runs on one device: give 0 or 1"
-        )
+    if args.num_gpus < 0:
+        raise ValueError(f"--num-gpus is {args.num_gpus}; give 0 or more")
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -69,6 +86,30 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg
+
+
+def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
+    """Run this command again in each process that the options ask for; the exit code of all.
+
+    Raises:
+        ValueError: an option that makes no sense, or that contradicts `torchrun`.
+    """
+    if distributed.is_launched():
+        raise ValueError(
+            "this process is one of several already (RANK and WORLD_SIZE are set), of torchrun or "
+            "the like, which says how many there are: leave out --num-gpus and --num-machines"
+        )
+    options = {
+        "num_processes": max(1, args.num_gpus),
+        "num_machines": args.num_machines,
+        "machine_rank": args.machine_rank,
+        "dist_url": args.dist_url,
+    }
+    check_launch(device=cfg.MODEL.DEVICE, **options)
+    command = [sys.executable, __file__, "--num-gpus", str(min(1, args.num_gpus))]
+    command += ["--config-file", args.config_file]
+    command += ["--resume"] * args.resume + ["--eval-only"] * args.eval_only
+    return launch([*command, *args.opts], **options)
 
 
 def is_for_the_user(error: Exception) -> bool:
@@ -85,15 +126,21 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         cfg = setup_config(args)
+        if args.num_gpus > 1 or args.num_machines != 1 or args.machine_rank:
+            return launch_processes(args, cfg)
+        distributed.start(cfg.MODEL.DEVICE)
         run = evaluate_only if args.eval_only else train
         run(cfg, resume=args.resume)
-    except (NonFiniteLossError, UnexpectedResultsError) as error:
+        distributed.stop()
+    except (NonFiniteError, UnexpectedResultsError, DiskFullError) as error:
         logger.error(error)
         return EXIT_FAILED
+    except TrainingStopped as stopped:
+        return stopped.exit_code
     except (ValueError, OSError) as error:
         if not is_for_the_user(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{distributed.rank_prefix()}error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
 

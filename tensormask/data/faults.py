@@ -155,6 +155,7 @@ class FaultReporter:
         self.logs = dict(logs)
         self.strict = strict
         self._reported = 0
+        self._found: list[tuple[str, str, Identity]] = []
         self._said = {name: len(log) for name, log in self.logs.items()}
         for name, log in self.logs.items():
             if log:
@@ -171,7 +172,10 @@ class FaultReporter:
         for name, kind, identity in (fault for sample in samples for fault in sample["faults"]):
             log = self.logs[name]
             first = kind not in log.counts
-            if log.add_new(kind, identity) and first:
+            if not log.add_new(kind, identity):
+                continue
+            self._found.append((name, kind, identity))
+            if first:
                 logger.warning("%s (further ones are counted):\n%s", name, log.line(kind))
             if self.strict:
                 log.check_strict(name)
@@ -179,6 +183,11 @@ class FaultReporter:
     def watch(self, loader: Iterable[list[Mapping[str, Any]]]) -> _Watched:
         """A loader of the same batches that gives each to `take` on its way."""
         return _Watched(loader, self)
+
+    def pop_found(self) -> list[tuple[str, str, Identity]]:
+        """The faults that samples have brought since the last call, each as they name it."""
+        found, self._found = self._found, []
+        return found
 
     def log_found(self) -> None:
         """Logs the faults of all sets again, if there are any that the start did not say."""

@@ -8,6 +8,7 @@ continues with the batches that it would have had.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from .transforms import (
     transform_annotations,
     transform_image,
 )
+from .workers import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +41,30 @@ _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
 _MAX_REPLACEMENTS = 100
 
 
-def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Sample]]:
+def build_train_loader(
+    cfg: Any, start_iteration: int = 0, *, rank: int = 0, world_size: int = 1
+) -> Iterator[list[Sample]]:
     """Training batches from `DATASETS.TRAIN` without end, from number `start_iteration` on.
 
     Each batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`) and depends on
-    `SEED`, its number and the files alone.
+    `SEED`, its number and the files alone. Process `rank` of `world_size` gets an equal share of
+    it, from each of `SOLVER.ACCUMULATE_STEPS` parts: together they have what one would have.
 
     Raises:
-        ValueError: the seed is negative (draw one first), there is nothing to train on, the
-            classes of the sets differ from each other or from `MODEL.TENSOR_MASK.NUM_CLASSES`, or
-            a set has faults and `DATASETS.STRICT` is on.
+        ValueError: the batch does not divide into these shares, the seed is negative (draw one
+            first), there is nothing to train on, the classes of the sets differ from each other or
+            from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and `DATASETS.STRICT` is on.
     """
+    batch_size, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
+    if num_parts < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {num_parts}; it must be 1 or more.")
+    num_shares = world_size * num_parts
+    if batch_size % num_shares:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size} pictures over all processes, which does not "
+            f"divide by {world_size} processes x {num_parts} (SOLVER.ACCUMULATE_STEPS): set it to "
+            f"{math.ceil(batch_size / num_shares) * num_shares}."
+        )
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
     datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
@@ -74,21 +89,32 @@ def build_train_loader(cfg: Any, start_iteration: int = 0) -> Iterator[list[Samp
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     sampler = BatchSampler(
         training_set.aspect_groups() if grouped else [0] * len(training_set),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        batch_size=batch_size,
         seed=cfg.SEED,
         start=start_iteration,
     )
-    return iter(_data_loader(cfg, training_set, batch_sampler=sampler))
+    # Of each part in which a batch is accumulated a share: a part's loss is over what is in it.
+    size = batch_size // num_shares
+    firsts = range(rank * size, batch_size, world_size * size)
+    own = ([key for i in firsts for key in batch[i : i + size]] for batch in sampler)
+    return iter(_data_loader(cfg, training_set, batch_sampler=own))
 
 
-def build_test_loader(cfg: Any, dataset: CocoDataset) -> DataLoader:
+def build_test_loader(
+    cfg: Any, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
+) -> DataLoader:
     """All pictures of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
+
+    Of several processes, `world_size`, each takes the pictures from its `rank` on in steps of their
+    number: each picture comes once.
 
     Raises:
         ValueError: as of `check_dataset`.
     """
     check_dataset(cfg, dataset)
-    return _data_loader(cfg, TestSet(dataset, build_test_transform(cfg)), batch_size=1)
+    test_set = TestSet(dataset, build_test_transform(cfg))
+    places = range(rank, len(test_set), world_size)
+    return _data_loader(cfg, test_set, batch_size=1, sampler=places)
 
 
 def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
@@ -322,6 +348,7 @@ def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
         **batching,
         num_workers=num_workers,
         collate_fn=list,
+        worker_init_fn=outlive_signals,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         # Its own generator: the default takes a number from torch's global one, and later draws

@@ -5,120 +5,66 @@ under their name only when they are complete.
 """
 
 import logging
-import os
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 import torchvision
+import yaml
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import tensormask
+from tensormask.config import CfgNode
+from tensormask.engine.distributed import unwrap
+from tensormask.engine.files import write_atomically
+from tensormask.engine.seeding import get_random_states, set_random_states
+from tensormask.engine.state import TrainState
 from tensormask.engine.weight_files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last_checkpoint"
+BEST_CHECKPOINT = "model_best.pth"
+FINAL_CHECKPOINT = "model_final.pth"
+FINAL_EMA = "model_final_ema.pth"
 KEYS = ("model", "optimizer", "scheduler", "iteration", "random_states", "config")
+_PERIODIC = re.compile(r"model_(\d{7,})\.pth")
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` holds, at any moment, all of the old content or of the new.
-
-    The content goes to a temporary name in the same folder, reaches the disk, and is renamed.
-    What fails on the way leaves `path` alone and no temporary file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this a power cut can undo the rename. Windows has no such call.
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def get_random_states() -> dict[str, Any]:
-    """Read the states of Python's, NumPy's and PyTorch's global generators as plain data."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the global one)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put the global generators into `states`, as `get_random_states` gave them.
-
-    The states of GPUs are left out where this machine has another number of them.
-    """
-    random.setstate(states["python"])
-    name, keys, position, has_gauss, cached = states["numpy"]
-    numpy_state = (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
-    np.random.set_state(numpy_state)  # noqa: NPY002 (the global one)
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-@contextmanager
-def preserved_random_states() -> Iterator[None]:
-    """Run a block whose use of the global generators leaves no trace after it."""
-    states = get_random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
-
-
-def save_checkpoint(
-    output_dir: str | Path,
-    name: str,
+def pack_checkpoint(
+    state: TrainState,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     iteration: int,
     config: str,
     class_names: list[str],
     category_ids: list[int],
-) -> Path:
-    """Write the checkpoint `output_dir/name`, then point `last_checkpoint` to it.
+    faults: Iterable[tuple] = (),
+) -> dict[str, Any]:
+    """Make the checkpoint of a run: references to what it holds, no copies.
+
+    The place in the data needs no entry of its own: batches are a function of the seed, which is
+    in the config, and of the iteration.
 
     Args:
         iteration: index, from 0, of the last iteration that is in the weights; detectron2's
             meaning, so `model_0000999.pth` holds 999 and training goes on with 1000.
         config: the run's config as YAML text.
         class_names, category_ids: name and COCO id of each label, in their order.
-
-    Returns:
-        The path of the checkpoint.
+        faults: those found in training samples, as the samples have them.
     """
-    checkpoint = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
+    ema = state.ema
+    return {
+        "model": unwrap(state.model).state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "ema": ema and {"model": ema.module.state_dict(), "n_averaged": int(ema.n_averaged)},
         "iteration": iteration,
         "random_states": get_random_states(),
+        "faults": [list(fault) for fault in faults],
         "config": config,
         "class_names": list(class_names),
         "category_ids": list(category_ids),
@@ -128,10 +74,47 @@ def save_checkpoint(
             "torchvision": str(torchvision.__version__),
         },
     }
-    path = Path(output_dir) / name
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def only_weights(checkpoint: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
+    """What `MODEL.WEIGHTS` and the predictor read of a checkpoint, its averages or the weights."""
+    about = ("iteration", "config", "class_names", "category_ids", "versions")
+    weights = checkpoint["ema"]["model"] if averaged else checkpoint["model"]
+    return {"model": weights, **{key: checkpoint[key] for key in about}}
+
+
+def save_checkpoint(output_dir: str | Path, name: str, checkpoint: dict[str, Any]) -> Path:
+    """Write the checkpoint `output_dir/name`, then point `last_checkpoint` to it.
+
+    Raises:
+        DiskFullError: there is no space for it; `last_checkpoint` names the one before, which is
+            whole.
+    """
+    path = write_torch(Path(output_dir) / name, checkpoint)
     write_atomically(path.parent / LAST_CHECKPOINT, lambda file: file.write(name.encode()))
     return path
+
+
+def write_torch(path: str | Path, content: dict[str, Any]) -> Path:
+    """Write a file of plain data in `torch.save`'s format, whole or not at all."""
+    write_atomically(path, lambda file: torch.save(content, file))
+    return Path(path)
+
+
+def remove_old_checkpoints(output_dir: str | Path, num_kept: int, iteration: int) -> None:
+    """Remove all `model_<iteration>.pth` but the last `num_kept` up to `iteration`; 0 keeps all.
+
+    Later ones are of an earlier run and stay. So do the final and the best one, and the one that
+    `last_checkpoint` names.
+    """
+    if num_kept < 1:
+        return
+    matches = (_PERIODIC.fullmatch(path.name) for path in Path(output_dir).iterdir())
+    own = sorted((int(m[1]), m[0]) for m in matches if m and int(m[1]) <= iteration)
+    pointed = find_last_checkpoint(output_dir)
+    for _, name in own[:-num_kept]:
+        if pointed is None or name != pointed.name:
+            (Path(output_dir) / name).unlink(missing_ok=True)
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -169,13 +152,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore_checkpoint(
-    checkpoint: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> int:
-    """Put weights, optimiser, schedule and random states back.
+def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
+    """Put weights, optimiser, schedule, loss scale, averages and random states back.
 
     Returns:
         The index of the iteration to go on with.
@@ -183,20 +161,58 @@ def restore_checkpoint(
     Raises:
         ValueError: the checkpoint is of another model or another optimiser.
     """
-    restore_model(checkpoint, model)
+    restore_model(checkpoint, unwrap(state.model))
     # PyTorch takes the state of another kind of optimiser, and fails in its first step.
     saved, current = (
-        state["param_groups"] for state in (checkpoint["optimizer"], optimizer.state_dict())
+        optimizer["param_groups"]
+        for optimizer in (checkpoint["optimizer"], state.optimizer.state_dict())
     )
     if [_layout(group) for group in saved] != [_layout(group) for group in current]:
         raise ValueError(
             "The checkpoint's optimiser does not fit this config: its kind, its groups or the "
             "frozen stages differ. Resume with the config.yaml beside the checkpoint"
         )
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.scheduler.load_state_dict(checkpoint["scheduler"])
+    if state.scaler.is_enabled() and checkpoint.get("scaler"):
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    if state.ema is not None:
+        restore_ema(checkpoint, state.ema)
     set_random_states(checkpoint["random_states"])
     return checkpoint["iteration"] + 1
+
+
+def restore_ema(checkpoint: dict[str, Any], ema: AveragedModel) -> None:
+    """Put the averages back; without any in the checkpoint, they begin with its weights."""
+    saved = checkpoint.get("ema")
+    if saved is None:
+        logger.warning("The checkpoint has no averages (SOLVER.EMA): they begin with its weights")
+        saved = {"model": checkpoint["model"], "n_averaged": 1}
+    restore_model(saved, ema.module)
+    ema.n_averaged.fill_(saved["n_averaged"])
+
+
+def warn_of_changes(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
+    """Say which keys a run resumes with that differ from the checkpoint's.
+
+    With any of them it is not the continuation to the bit of the run that was stopped.
+    """
+    saved, current = (dict(_leaves(yaml.safe_load(t))) for t in (checkpoint["config"], cfg.dump()))
+    changes = [
+        f"{key} {saved.get(key)} -> {value}"
+        for key, value in current.items()
+        if saved.get(key) != value and key != "OUTPUT_DIR"
+    ]
+    if changes:
+        logger.warning("Resuming with another config than before: %s", "; ".join(changes))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _layout(group: dict[str, Any]) -> tuple[set[str], int]:

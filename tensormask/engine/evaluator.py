@@ -17,12 +17,20 @@ from tensormask.data import (
 )
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
-from tensormask.engine.checkpoint import (
-    checkpoint_to_resume,
-    preserved_random_states,
-    restore_model,
+from tensormask.engine.checkpoint import checkpoint_to_resume, restore_model
+from tensormask.engine.distributed import (
+    broadcast_object,
+    first_on_machine,
+    gather_lists,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    sync_buffers,
 )
 from tensormask.engine.events import append_faults, setup_logging
+from tensormask.engine.run_folder import lock_folder
+from tensormask.engine.seeding import preserved_random_states
 from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.modeling import build_model
@@ -35,33 +43,45 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
     """Evaluate the weights in `MODEL.WEIGHTS`, or with `resume` the last checkpoint's.
 
     Returns:
-        The results, as `evaluate_all` gives them.
+        The results, as `evaluate_all` gives them; with `resume` and `SOLVER.EMA` also those of the
+        checkpoint's averaged weights, under "ema".
 
     Raises:
-        ValueError: something in the config, the data or the weights does not fit.
+        ValueError: something in the config, the data or the weights does not fit, or a run uses the
+            folder.
         UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    setup_logging(output_dir)
-    checkpoint = checkpoint_to_resume(output_dir) if resume else None
-    check_evaluation(cfg)
-    reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
-    model = build_model(cfg)
-    if checkpoint is not None:
-        restore_model(checkpoint, model)
-    elif cfg.MODEL.WEIGHTS:
-        check_complete(load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
-    else:
-        raise ValueError(
-            "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
-            "or --resume to take the last checkpoint in OUTPUT_DIR"
-        )
-    results = evaluate_all(cfg, model, output_dir, reporter)
-    append_faults(output_dir, reporter.pop_record())
-    reporter.log_found()
-    verify_results(cfg.TEST.EXPECTED_RESULTS, results)
-    return results
+    with lock_folder(output_dir):
+        if is_main_process():
+            setup_logging(output_dir)
+        checkpoint = checkpoint_to_resume(output_dir) if resume else None
+        with first_on_machine():  # a set may be drawn now
+            check_evaluation(cfg)
+        reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
+        model = build_model(cfg)
+        if checkpoint is not None:
+            restore_model(checkpoint, model)
+        elif cfg.MODEL.WEIGHTS:
+            with first_on_machine():  # a file may be downloaded now
+                loaded = load_weights(model, cfg.MODEL.WEIGHTS)
+            check_complete(loaded, cfg.MODEL.WEIGHTS)
+        else:
+            raise ValueError(
+                "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
+                "or --resume to take the last checkpoint in OUTPUT_DIR"
+            )
+        results = evaluate_all(cfg, model, output_dir, reporter)
+        if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
+            logger.info("The same with averaged weights (SOLVER.EMA):")
+            restore_model(checkpoint["ema"], model)
+            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
+            results = {**results, "ema": averaged}
+        if is_main_process():
+            append_faults(output_dir, reporter.pop_record())
+        reporter.log_found()
+        verify_results(cfg.TEST.EXPECTED_RESULTS, results)
+        return results
 
 
 def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> None:
@@ -98,6 +118,9 @@ def evaluate_all(
 ) -> dict[str, dict[str, float]]:
     """Evaluate on every set in `DATASETS.TEST`, and log the results.
 
+    Several processes take a part of the pictures each; `output_dir` must be the same folder for
+    all. The results are the same in all of them.
+
     The model's mode and the random generators are afterwards as they were before. Files go to
     `output_dir/inference`, with several sets to a folder for each below it.
 
@@ -106,6 +129,7 @@ def evaluate_all(
         what true masks score that are seen through the windows. With several sets this is nested
         once more: `{set's name: {"bbox": ...}}`.
     """
+    sync_buffers(model)
     names = list(dict.fromkeys(cfg.DATASETS.TEST))
     results, taken = {}, set()
     for name in names:
@@ -123,24 +147,28 @@ def _evaluate_one(
 ) -> dict[str, dict[str, float]]:
     dataset = get_dataset(name)
     logger.info("Evaluating on %s: %d pictures", name, len(dataset))
+    rank, world_size = get_rank(), get_world_size()
     results = evaluate(
         model,
-        reporter.watch(build_test_loader(cfg, dataset)),
+        reporter.watch(build_test_loader(cfg, dataset, rank=rank, world_size=world_size)),
         dataset,
         folder,
         max_dets=cfg.TEST.MAX_DETS,
         num_visualized=cfg.TEST.NUM_VISUALIZED,
         submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
+        rank=rank,
+        gather=gather_objects,
     )
-    if not results:  # test-dev: nothing to compare with
-        return results
-    oracle = None
-    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
-        oracle = evaluate_oracle(
-            model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
-        )["segm"]
-    logger.info("Results on %s\n%s", name, results_table(results, oracle))
-    return results if oracle is None else {**results, "oracle": oracle}
+    reporter.take([{"faults": gather_lists(reporter.pop_found())}])
+    if results:  # none: test-dev, where nothing is there to compare with, and above rank 0
+        oracle = None
+        if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
+            oracle = evaluate_oracle(
+                model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
+            )["segm"]
+        logger.info("Results on %s\n%s", name, results_table(results, oracle))
+        results = results if oracle is None else {**results, "oracle": oracle}
+    return broadcast_object(results)
 
 
 def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:

@@ -6,13 +6,25 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import cv2
+import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tensormask.engine.checkpoint import write_atomically
+from tensormask.engine.distributed import is_main_process
+from tensormask.engine.files import disk_full_explained, write_atomically
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +43,12 @@ def setup_logging(output_dir: str | Path) -> None:
         package.removeHandler(handler)
         handler.close()
     log_file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
+    # A full disk is said once, by the error of what needs the space, not by every line.
+    log_file.handleError = lambda record: None
+    console = logging.StreamHandler(sys.stdout)
+    console.addFilter(lambda record: not (_is_progress(record) and sys.stderr.isatty()))
     form = logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%m/%d %H:%M:%S")
-    for handler in (logging.StreamHandler(sys.stdout), log_file):
+    for handler in (console, log_file):
         handler.setFormatter(form)
         package.addHandler(handler)
 
@@ -60,12 +76,54 @@ def flatten_results(results: Results) -> dict[str, float]:
 def format_progress(iteration: int, max_iter: int, metrics: Mapping[str, float]) -> str:
     """Make the console line of a training iteration from its metrics (`metrics.json`'s names)."""
     eta = timedelta(seconds=round(metrics["eta_seconds"]))
-    losses = "  ".join(f"{k}: {v:.4g}" for k, v in metrics.items() if "loss" in k)
+    losses = "  ".join(f"{k}: {v:.4g}" for k, v in metrics.items() if _is_loss(k))
+    times = "  ".join(f"{k}: {v:.4f}" for k, v in metrics.items() if k.endswith("time"))
     return (
         f"iter: {iteration + 1}/{max_iter}  eta: {eta}  {losses}  "
         f"lr: {metrics['lr']:.5g}  grad_norm: {metrics['grad_norm']:.4g}  "
-        f"time: {metrics['time']:.4f} s  data_time: {metrics['data_time']:.4f} s"
+        f"{times} s  max_mem: {metrics['max_mem']:.0f} MiB"
     )
+
+
+def _is_loss(name: str) -> bool:
+    return "loss" in name and name != "loss_scale"
+
+
+def log_progress(line: str) -> None:
+    """Log a line that a terminal does not get, as it has `progress_bar`."""
+    logger.info(line, extra={"progress": True})
+
+
+def _is_progress(record: logging.LogRecord) -> bool:
+    return getattr(record, "progress", False)
+
+
+@contextmanager
+def progress_bar(start: int, max_iter: int) -> Iterator[tqdm]:
+    """A bar over the iterations on a terminal, which log lines pass above; nothing elsewhere."""
+    shown = sys.stderr.isatty() and is_main_process()
+    loggers = [logging.getLogger("tensormask")] if shown else []
+    with (
+        tqdm(total=max_iter, initial=start, desc="training", disable=not shown) as bar,
+        logging_redirect_tqdm(loggers),
+    ):
+        yield bar
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has had, in MiB: tensors on a GPU, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def format_summary(rows: Mapping[str, object]) -> str:
+    """The table at the end of a run."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 class RecentMetrics:
@@ -97,40 +155,99 @@ class RecentMetrics:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.json` and TensorBoard, each under its iteration (from 0)."""
+    """Appends records to `metrics.json` and TensorBoard, each under its iteration (from 0).
+
+    Of several processes only rank 0 writes.
+
+    Raises:
+        DiskFullError: from any method, if there is no space left.
+    """
 
     def __init__(self, output_dir: str | Path, start_iteration: int) -> None:
-        path = Path(output_dir) / "metrics.json"
-        drop_metrics_from(path, start_iteration)
-        self._file = open(path, "a", encoding="utf-8")
-        # purge_step hides what a stopped run wrote beyond the checkpoint.
-        self._board = SummaryWriter(str(output_dir), purge_step=start_iteration)
+        self._path = Path(output_dir) / "metrics.json"
+        self._file = self._board = None
+        if is_main_process():
+            drop_metrics_from(self._path, start_iteration)
+            self._file = open(self._path, "a", encoding="utf-8")
+            # purge_step hides what a stopped run wrote beyond the checkpoint.
+            self._board = SummaryWriter(str(output_dir), purge_step=start_iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics, if any; `metrics.json` is flushed, so that a kill loses no line."""
-        if not metrics:
+        if not metrics or self._file is None:
             return
-        self._file.write(json_line({"iteration": iteration, **metrics}))
-        self._file.flush()
+        self._write_line({"iteration": iteration, **metrics})
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, iteration)
 
     def write_faults(self, iteration: int, faults: Mapping[str, object] | None) -> None:
         """Append a line `{"iteration": ..., "faults": ...}` to `metrics.json`, if there are any."""
-        if faults is not None:
-            self._file.write(json_line({"iteration": iteration, "faults": faults}))
+        if faults is not None and self._file is not None:
+            self._write_line({"iteration": iteration, "faults": faults})
+
+    def write_evaluation(
+        self, iteration: int, inference_dir: str | Path, *, drawn: bool, prefix: str = ""
+    ) -> None:
+        """Show TensorBoard what an evaluation has left in its folder, or in those of its sets.
+
+        That are the sheet of predictions beside ground truth, and the curves of precision over
+        recall, without the counts that TensorBoard would show with them.
+
+        Args:
+            drawn: whether this evaluation has drawn pictures; those that are there may be of an
+                earlier one.
+        """
+        if self._board is None:
+            return
+        sheets = sorted(Path(inference_dir).glob("**/contact_sheet.png")) if drawn else []
+        for path in sheets:
+            tag = prefix + str(path.parent.relative_to(inference_dir) / "predictions")
+            picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+            self._board.add_image(tag, picture, iteration, dataformats="HWC")
+        for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
+            for task, curves in json.loads(path.read_text()).items():
+                for name, precision in curves.items():
+                    tag = prefix + str(path.parent.relative_to(inference_dir) / task / name)
+                    self._write_curve(iteration, tag, precision)
+
+    def _write_curve(self, iteration: int, tag: str, precision: Sequence[float]) -> None:
+        if not precision:
+            return
+        # TensorBoard's order is that of thresholds on the score: recall falls.
+        falling, nothing = np.array(precision[::-1]), np.zeros(len(precision))
+        self._board.add_pr_curve_raw(
+            tag,
+            *(nothing, nothing, nothing, nothing),
+            precision=falling,
+            recall=np.linspace(1, 0, len(precision)),
+            global_step=iteration,
+            num_thresholds=len(precision),
+        )
+
+    def _write_line(self, record: Mapping[str, object]) -> None:
+        with disk_full_explained(self._path):
+            self._file.write(json_line(record))
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            with disk_full_explained(self._path):
+                self._file.close()
+                self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, object]]:
+    """The records of a `metrics.json`, without a line that a killed run has left half written."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
 
 
 def append_faults(output_dir: str | Path, faults: Mapping[str, object] | None) -> None:

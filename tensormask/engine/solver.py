@@ -1,6 +1,6 @@
-"""Optimiser, learning-rate schedule and gradient clipping, with detectron2's groups and numbers.
+"""Optimiser, schedule, clipping and averages of weights, with detectron2's groups and numbers.
 
-The three `build_*` functions are the only readers of the config's `SOLVER` keys about them.
+The `build_*` functions are the only readers of the config's `SOLVER` keys about them.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensormask.config import CfgNode
 
@@ -224,3 +225,21 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
         return total_norm
 
     return clip_gradients
+
+
+def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
+    """The moving averages of a model's weights that `SOLVER.EMA` asks for; None if it is off.
+
+    After each step an average becomes `DECAY * average + (1 - DECAY) * weight`; the first step's
+    weights are the first averages. The statistics of batch norms are averaged as well.
+
+    Raises:
+        ValueError: a decay outside 0 to 1.
+    """
+    ema = cfg.SOLVER.EMA
+    if not ema.ENABLED:
+        return None
+    if not 0 <= ema.DECAY < 1:
+        raise ValueError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it must be from 0 to below 1")
+    averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema.DECAY), use_buffers=True)
+    return averages.requires_grad_(False)

@@ -1,55 +1,56 @@
 """Training of a config: read from `train` downwards."""
 
 import logging
-import math
-import random
 import secrets
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from tensormask.config import CfgNode
-from tensormask.data import FaultReporter, build_train_loader, get_dataset
+from tensormask.data import build_train_loader, get_dataset
+from tensormask.engine import distributed
 from tensormask.engine.checkpoint import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
     restore_checkpoint,
-    save_checkpoint,
-    write_atomically,
+    warn_of_changes,
 )
-from tensormask.engine.evaluator import build_fault_reporter, check_evaluation, evaluate_all
+from tensormask.engine.evaluator import build_fault_reporter, check_evaluation
 from tensormask.engine.events import (
     MetricsWriter,
     RecentMetrics,
-    flatten_results,
     format_progress,
+    log_progress,
+    peak_memory,
+    progress_bar,
     setup_logging,
 )
+from tensormask.engine.files import write_atomically
+from tensormask.engine.finite import check_weights, watch_modules
+from tensormask.engine.precision import build_autocast, set_float32_precision
+from tensormask.engine.run import Run, evaluate, is_evaluated, log_start, log_summary, save
+from tensormask.engine.run_folder import lock_folder, record_environment
+from tensormask.engine.seeding import seed_everything, set_determinism
+from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.solver import (
-    GradientClipper,
+    build_ema,
     build_gradient_clipper,
     build_lr_scheduler,
     build_optimizer,
 )
+from tensormask.engine.state import TrainState
+from tensormask.engine.step import train_step
 from tensormask.engine.weights import load_weights
 from tensormask.evaluation import verify_results
-from tensormask.layers import _native
 from tensormask.modeling import build_model
 
 logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss is NaN or infinite; the weights are still those before the iteration."""
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
@@ -60,138 +61,140 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
             beginning. A finished run is only evaluated.
 
     Returns:
-        The results of the last evaluation, as `evaluate_all` gives them.
+        The results of the last evaluation, as `evaluate_all` gives them; with `SOLVER.EMA` also
+        those of the averaged weights, under "ema".
 
     Raises:
-        ValueError: something in the config, the data or the checkpoint does not fit.
-        NonFiniteLossError: a loss is NaN or infinite.
+        ValueError: something in the config, the data or the checkpoint does not fit, or another
+            run uses the folder.
+        NonFiniteError: a loss or a gradient is NaN or infinite.
+        TrainingStopped: SIGTERM or SIGINT has come, and the state is saved.
+        DiskFullError: there is no space for what is to be written; the checkpoints are whole.
         UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
     """
-    output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    setup_logging(output_dir)
-    checkpoint = checkpoint_to_resume(output_dir) if resume else None
-    cfg = _with_seed(cfg, checkpoint)
-    trained_on = get_dataset(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-    check_evaluation(cfg, trained_on)
-    reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    seed_everything(cfg.SEED)
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    output_dir, started = Path(cfg.OUTPUT_DIR), time.perf_counter()
+    with lock_folder(output_dir), StopSignals() as stop:
+        if distributed.is_main_process():
+            setup_logging(output_dir)
+        checkpoint = checkpoint_to_resume(output_dir) if resume else None
+        cfg = _with_seed(distributed.scale_to_world_size(cfg), checkpoint)
+        with distributed.first_on_machine():  # a set may be drawn now
+            trained_on = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
+            check_evaluation(cfg, trained_on[0] if trained_on else None)
+        reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        seed_everything(cfg.SEED)
+        set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
+        set_float32_precision(cfg.FLOAT32_PRECISION)
 
-    model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    start = 0
-    if checkpoint is not None:
-        start = restore_checkpoint(checkpoint, model, optimizer, scheduler)
-        del checkpoint  # its memory
-    elif cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS)
-    finished = start >= cfg.SOLVER.MAX_ITER
-    batches = iter(()) if finished else build_train_loader(cfg, start_iteration=start)
-
-    # A config that does not fit has failed by now, and what an earlier run left is still there.
-    if start == 0:
-        (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
-    write_atomically(output_dir / "config.yaml", lambda file: file.write(cfg.dump().encode()))
-    with MetricsWriter(output_dir, start) as writer:
+        state = build_state(cfg)
+        start, faults = 0, {}
+        if checkpoint is not None:
+            warn_of_changes(checkpoint, cfg)
+            start = restore_checkpoint(checkpoint, state)
+            faults = dict.fromkeys(map(tuple, checkpoint.get("faults", ())))
+            reporter.take([{"faults": [fault for fault in faults if fault[0] in reporter.logs]}])
+            del checkpoint  # its memory
+        elif cfg.MODEL.WEIGHTS:
+            with distributed.first_on_machine():  # a file may be downloaded now
+                load_weights(distributed.unwrap(state.model), cfg.MODEL.WEIGHTS)
+            check_weights(state.model, cfg.MODEL.WEIGHTS)
+        finished = start >= cfg.SOLVER.MAX_ITER
+        distributed.check_same("config or checkpoint", (cfg.dump(), start))
+        batches = iter(())
         if not finished:
-            _run_iterations(cfg, model, optimizer, scheduler, batches, writer, reporter, start)
-        results = evaluate_all(cfg, model, output_dir, reporter)
-        writer.write(cfg.SOLVER.MAX_ITER - 1, flatten_results(results))
-        writer.write_faults(cfg.SOLVER.MAX_ITER - 1, reporter.pop_record())
-        reporter.log_found()
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            batches = build_train_loader(cfg, start, rank=rank, world_size=world_size)
+
+        # A config that does not fit has failed by now, and what an earlier run left is still there.
+        if distributed.is_main_process():
+            if start == 0:
+                (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
+            write_atomically(output_dir / "config.yaml", lambda f: f.write(cfg.dump().encode()))
+            record_environment(output_dir)
+        with MetricsWriter(output_dir, start) as writer:
+            run = Run(cfg, state, writer, reporter, faults)
+            if not finished:
+                _run_iterations(run, batches, stop, start)
+            with stop.interruptible():
+                results = evaluate(run, cfg.SOLVER.MAX_ITER)
+            reporter.log_found()
+            log_summary(run, results, start, time.perf_counter() - started)
     verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
 
 
-def _run_iterations(
-    cfg: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    batches: Iterator[list[dict]],
-    writer: MetricsWriter,
-    reporter: FaultReporter,
-    start: int,
-) -> None:
+def build_state(cfg: CfgNode) -> TrainState:
+    """Make the model, fresh, and all that belongs to its training."""
+    if cfg.SOLVER.DETECT_ANOMALY and cfg.MODEL.COMPILE:
+        raise ValueError(
+            "SOLVER.DETECT_ANOMALY looks at every module, and compiled ones cannot be looked into: "
+            "set MODEL.COMPILE to ''"
+        )
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    ema = build_ema(cfg, model)  # a copy, which is not watched
+    if cfg.SOLVER.DETECT_ANOMALY:
+        watch_modules(model)
+    _, scaler = build_autocast(cfg, _device(model))
+    return TrainState(distributed.wrap(model), optimizer, scheduler, scaler, ema)
+
+
+def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, start: int) -> None:
     """Train from iteration `start` to the last, with what is due on the way."""
-    max_iter = cfg.SOLVER.MAX_ITER
-    clip_gradients = build_gradient_clipper(cfg)
-    datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
-    save = partial(
-        save_checkpoint,
-        cfg.OUTPUT_DIR,
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        config=cfg.dump(),
-        class_names=datasets[0].class_names,
-        category_ids=datasets[0].category_ids,
+    cfg, state, max_iter = run.cfg, run.state, run.cfg.SOLVER.MAX_ITER
+    device = _device(state.model)
+    step = partial(
+        train_step,
+        state,
+        clip_gradients=build_gradient_clipper(cfg),
+        autocast=build_autocast(cfg, device)[0],
+        accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
-    _log_start(cfg, model, datasets, start)
-    writer.write_faults(start, reporter.pop_record())
+    log_start(run, start)
+    run.writer.write_faults(start, run.reporter.pop_record())
     recent = RecentMetrics()
-    model.train()
-    for iteration in range(start, max_iter):
-        started = time.perf_counter()
-        batch = next(batches)
-        reporter.take(batch)
-        _check_pictures(batch)
-        data_time = time.perf_counter() - started
-        metrics = train_step(model, batch, optimizer, scheduler, clip_gradients, iteration)
-        recent.add(metrics | {"time": time.perf_counter() - started, "data_time": data_time})
-
-        done = iteration + 1
-        if done % LOG_PERIOD == 0 or done == max_iter:
-            medians = recent.pop_medians()
-            medians["eta_seconds"] = recent.seconds_left(max_iter - done)
-            logger.info(format_progress(iteration, max_iter, medians))
-            writer.write(iteration, medians)
-            writer.write_faults(iteration, reporter.pop_record())
-        if done == max_iter:
-            save("model_final.pth", iteration=iteration)
-        elif _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
-            save(f"model_{iteration:07d}.pth", iteration=iteration)
-        if done < max_iter and _is_due(done, cfg.TEST.EVAL_PERIOD):
-            results = evaluate_all(cfg, model, cfg.OUTPUT_DIR, reporter)
-            writer.write(iteration, flatten_results(results))
-
-
-def train_step(
-    model: nn.Module,
-    batch: list[dict],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    clip_gradients: GradientClipper,
-    iteration: int,
-) -> dict[str, float]:
-    """Do one step on a batch of samples.
-
-    Returns:
-        The losses, their sum `total_loss`, the learning rate `lr` of the step, and `grad_norm`,
-        the 2-norm of all gradients before clipping.
-
-    Raises:
-        NonFiniteLossError: a loss is NaN or infinite; the weights have not changed.
-    """
-    losses = model([s["image"] for s in batch], [s["target"] for s in batch])
-    values = _checked_losses(losses, iteration, batch)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    grad_norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]])
-    lr = optimizer.param_groups[0]["lr"]
-    optimizer.step()
-    scheduler.step()
-    total = sum(values.values())
-    return {"total_loss": total, **values, "lr": lr, "grad_norm": float(grad_norm)}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch, those of all GPUs included."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one)
-    torch.manual_seed(seed)
+    state.model.train()
+    done = saved = start  # iterations, of the run as a whole
+    with progress_bar(start, max_iter) as bar:
+        try:
+            if start > 0 and _is_due(start, cfg.TEST.EVAL_PERIOD) and not is_evaluated(run, start):
+                with stop.interruptible():  # the run was stopped before or in it
+                    evaluate(run, start)
+            while done < max_iter:
+                started = time.perf_counter()
+                with stop.interruptible():
+                    batch = next(batches)
+                found = [fault for sample in batch for fault in sample["faults"]]
+                found = distributed.gather_lists(found)
+                run.reporter.take([{"faults": found}])
+                _check_pictures(batch)
+                run.faults |= dict.fromkeys(found)
+                data_time = time.perf_counter() - started
+                metrics = step(batch, iteration=done)
+                done += 1
+                seconds = time.perf_counter() - started
+                recent.add({**metrics, "data_time": data_time, "time": seconds})
+                bar.update()
+                if done % LOG_PERIOD == 0 or done == max_iter:
+                    medians = recent.pop_medians() | {"max_mem": peak_memory(device)}
+                    medians["eta_seconds"] = recent.seconds_left(max_iter - done)
+                    log_progress(format_progress(done - 1, max_iter, medians))
+                    bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
+                    run.writer.write(done - 1, medians)
+                    run.writer.write_faults(done - 1, run.reporter.pop_record())
+                if done == max_iter or _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
+                    save(run, done)
+                    saved = done
+                stop.check()
+                if done < max_iter and _is_due(done, cfg.TEST.EVAL_PERIOD):
+                    with stop.interruptible():
+                        evaluate(run, done)
+        except TrainingStopped as stopped:
+            if done > saved:
+                save(run, done)
+            logger.warning("%s after %d iterations; go on with --resume", stopped, done)
+            raise
 
 
 def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
@@ -201,27 +204,10 @@ def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
     if cfg.SEED < 0 and checkpoint is not None:
         cfg.SEED = yaml.safe_load(checkpoint["config"])["SEED"]
     elif cfg.SEED < 0:
-        cfg.SEED = secrets.randbelow(2**31)
+        cfg.SEED = distributed.broadcast_object(secrets.randbelow(2**31))
     cfg.freeze()
     logger.info("Seed: %d", cfg.SEED)
     return cfg
-
-
-def _checked_losses(
-    losses: dict[str, Tensor], iteration: int, batch: list[dict]
-) -> dict[str, float]:
-    """Read the losses as numbers; raise NonFiniteLossError where one is NaN or infinite."""
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-    if all(math.isfinite(value) for value in values.values()):
-        return values
-    raise NonFiniteLossError(
-        f"Loss is not finite at iteration {iteration}: "
-        + ", ".join(f"{name} {value:g}" for name, value in values.items())
-        + ". The batch: "
-        + ", ".join(sample["file_name"] for sample in batch)
-        + ". Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip the gradients "
-        "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
-    )
 
 
 def _check_pictures(batch: list[dict]) -> None:
@@ -239,18 +225,5 @@ def _is_due(done: int, period: int) -> bool:
     return period > 0 and done % period == 0
 
 
-def _log_start(cfg: CfgNode, model: nn.Module, datasets: list, start: int) -> None:
-    parameters = list(model.parameters())
-    logger.info(
-        "Training iterations %d to %d, %d pictures each, on %s; %d pictures in %s; "
-        "%.2f M parameters, %.2f M of them trainable",
-        start,
-        cfg.SOLVER.MAX_ITER,
-        cfg.SOLVER.IMS_PER_BATCH,
-        parameters[0].device,
-        sum(len(dataset) for dataset in datasets),
-        ", ".join(cfg.DATASETS.TRAIN),
-        sum(p.numel() for p in parameters) / 1e6,
-        sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
-    )
-    logger.info("swap_align2nat: %s", _native.describe(parameters[0].device.type))
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

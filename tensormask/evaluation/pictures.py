@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensormask.data.faults import Identity
 from tensormask.data.segmentation import segmentation_to_rle
-from tensormask.evaluation.results import Detections
+from tensormask.evaluation.results import Detections, Result, detections_of, read_results
 from tensormask.layers import paste_masks
 from tensormask.sheets import contact_sheet, shrink, side_by_side
 from tensormask.visualizer import draw_instances, save_picture, unique_stem
@@ -20,41 +20,36 @@ SHEET_COLUMNS = 2
 SHEET_CELL_WIDTH = 800
 
 
-class PictureWriter:
-    """Draws some pictures of a data set while its evaluation runs.
+def write_pictures(
+    output_dir: Path, dataset: Any, image_ids: Sequence[Identity], results_file: Path
+) -> None:
+    """Draw the detections of some pictures from a file of `ResultsWriter`.
 
-    `add` takes every picture's detections and draws those of `num_pictures` pictures, spread evenly
-    over the data set, to `<output_dir>/pictures/<stem>.png`; `finish` writes
-    `<output_dir>/contact_sheet.png`. Only the sheet's small copies stay in memory.
+    `<output_dir>/pictures/<stem>.png` has each beside its ground truth, and
+    `<output_dir>/contact_sheet.png` small copies of all.
     """
-
-    def __init__(self, output_dir: Path, dataset: Any, num_pictures: int) -> None:
-        self.output_dir = output_dir
-        self.dataset = dataset
-        self.chosen_ids = set(evenly_spread(dataset.image_ids, num_pictures))
-        self.stems: set[str] = set()
-        self.sheet: list[np.ndarray] = []
-
-    def add(self, image_id: Identity, detections: Detections) -> None:
-        if image_id not in self.chosen_ids:
-            return
-        rgb, _ = self.dataset.load(image_id)
-        predicted = draw_predictions(rgb, detections, self.dataset.class_names)
-        truth, num_crowds = draw_ground_truth(rgb, self.dataset, image_id)
+    drawn: dict[Identity, list[Result]] = {image_id: [] for image_id in image_ids}
+    for result in read_results(results_file) if drawn else ():
+        if result["image_id"] in drawn and result["score"] >= DRAWN_SCORE:
+            drawn[result["image_id"]].append(result)
+    stems: set[str] = set()
+    sheet = []
+    for image_id, results in drawn.items():
+        rgb, _ = dataset.load(image_id)
+        detections = detections_of(results, dataset.category_ids)
+        predicted = draw_predictions(rgb, detections, dataset.class_names)
+        truth, num_crowds = draw_ground_truth(rgb, dataset, image_id)
         truth_title = "ground truth"
         if num_crowds:
             truth_title += f", without {num_crowds} crowd" + "s" * (num_crowds > 1)
         titles = (f"predicted, score >= {DRAWN_SCORE}", truth_title)
         picture = side_by_side(predicted, truth, titles)
-        file_name = Path(self.dataset.image(image_id)["file_name"])
-        stem = unique_stem(file_name.stem, self.stems)
-        save_picture(self.output_dir / "pictures" / f"{stem}.png", picture)
-        self.sheet.append(shrink(picture, SHEET_CELL_WIDTH))
-
-    def finish(self) -> None:
-        if self.sheet:
-            sheet = contact_sheet(self.sheet, columns=SHEET_COLUMNS)
-            save_picture(self.output_dir / "contact_sheet.png", sheet)
+        stem = unique_stem(Path(dataset.image(image_id)["file_name"]).stem, stems)
+        save_picture(output_dir / "pictures" / f"{stem}.png", picture)
+        sheet.append(shrink(picture, SHEET_CELL_WIDTH))
+    if sheet:
+        sheet = contact_sheet(sheet, columns=SHEET_COLUMNS)
+        save_picture(output_dir / "contact_sheet.png", sheet)
 
 
 def evenly_spread(items: Sequence, count: int) -> list:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,6 +78,26 @@ def coco_results(
     return results
 
 
+def detections_of(results: Sequence[Result], category_ids: Sequence[Identity]) -> Detections:
+    """The detections of one picture that `coco_results` has written, as arrays.
+
+    Returns:
+        `boxes (K, 4)` xyxy, `scores (K,)`, `labels (K,)` and, where there are any, bool `masks
+        (K, H, W)`.
+    """
+    boxes = np.array([result["bbox"] for result in results], dtype=float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    detections = {
+        "boxes": boxes,
+        "scores": np.array([result["score"] for result in results]),
+        "labels": np.array([category_ids.index(result["category_id"]) for result in results], int),
+    }
+    codes = [result["segmentation"] for result in results if "segmentation" in result]
+    if codes:
+        detections["masks"] = np.stack([rle_tools.decode(code) for code in codes]).astype(bool)
+    return detections
+
+
 def encode_mask(mask: Tensor) -> dict[str, Any]:
     """COCO's compressed run-length code of a bool `mask (H, W)`, with `counts` a str for JSON."""
     # Runs go down the columns. The transposed copy is of one mask only, made where the mask lies.
@@ -132,9 +153,13 @@ class ResultsWriter:
 
     def add(self, results: Iterable[Result]) -> None:
         for result in results:
-            self._file.write(",\n" if self.num_results else "\n")
-            self._file.write(json.dumps(result))
-            self.num_results += 1
+            self.add_text(json.dumps(result))
+
+    def add_text(self, result: str) -> None:
+        """Write a result that is JSON already."""
+        self._file.write(",\n" if self.num_results else "\n")
+        self._file.write(result)
+        self.num_results += 1
 
     def __exit__(
         self,
@@ -152,10 +177,40 @@ class ResultsWriter:
 
 def read_results(path: Path) -> Iterator[Result]:
     """Results of a file by `ResultsWriter`, one at a time."""
+    return map(json.loads, _read_texts(path))
+
+
+def _read_texts(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         for line in file:
             if line.startswith("{"):
-                yield json.loads(line.rstrip(",\n"))
+                yield line.rstrip(",\n")
+
+
+def merge_results(parts: Sequence[Path], path: Path, image_ids: Sequence[Identity]) -> None:
+    """Make one file of those of several processes, the same to the byte as one would have written.
+
+    One result at a time is in memory.
+
+    Args:
+        parts: files by `ResultsWriter`; the pictures of part r are `image_ids[r :: len(parts)]`,
+            in this order, but for those without results.
+        image_ids: all pictures, in the order in which one process takes them.
+    """
+    with ResultsWriter(path) as writer:
+        # Per part (id, texts) of each picture, as they come.
+        pictures = [groupby(_read_texts(part), _image_id_of) for part in parts]
+        waiting = [next(each, None) for each in pictures]
+        for place, image_id in enumerate(image_ids):
+            part = place % len(parts)
+            if waiting[part] is not None and waiting[part][0] == image_id:
+                for text in waiting[part][1]:
+                    writer.add_text(text)
+                waiting[part] = next(pictures[part], None)
+
+
+def _image_id_of(text: str) -> Identity:
+    return json.loads(text)["image_id"]
 
 
 def checked_results(

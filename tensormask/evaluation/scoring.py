@@ -16,6 +16,7 @@ from tensormask.evaluation.ground_truth import numbered, scorable_copy
 from tensormask.evaluation.results import REGION_KEYS, Result, checked_results
 
 Metrics = dict[str, float]
+Curves = dict[str, list[float]]
 
 STANDARD_MAX_DETS = (1, 10, 100)
 AREA_RANGES = {"APs": 1, "APm": 2, "APl": 3}  # metric -> index on COCOeval's area axis; 0 is all
@@ -64,7 +65,7 @@ def evaluate_results(
         raise ValueError(f"{len(class_names)} class names for {len(category_ids)} categories")
     results = checked_results(results, coco_gt, iou_types)
     return {
-        iou_type: metrics_of(
+        iou_type: metrics_and_curves_of(
             coco_gt,
             results,
             iou_type,
@@ -72,12 +73,12 @@ def evaluate_results(
             category_ids=category_ids,
             image_ids=image_ids,
             max_dets=max_dets,
-        )
+        )[0]
         for iou_type in iou_types
     }
 
 
-def metrics_of(
+def metrics_and_curves_of(
     coco_gt: COCO,
     results: Iterable[Result],
     iou_type: str,
@@ -86,8 +87,11 @@ def metrics_of(
     category_ids: Sequence[Identity],
     image_ids: Sequence[Identity],
     max_dets: int,
-) -> Metrics:
-    """The metrics of `evaluate_results` for one IoU type, of results that pycocotools can take."""
+) -> tuple[Metrics, Curves]:
+    """The metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
+
+    The results are such as pycocotools can take.
+    """
     coco_eval = score(
         coco_gt,
         results,
@@ -97,7 +101,8 @@ def metrics_of(
         max_dets=max_dets,
     )
     names = _distinct_names(class_names, category_ids)
-    return summarize(coco_eval, names, category_ids, max_dets=max_dets)
+    metrics = summarize(coco_eval, names, category_ids, max_dets=max_dets)
+    return metrics, precision_curves(coco_eval)
 
 
 def score(
@@ -180,6 +185,25 @@ def summarize(
     for name, category in zip(class_names, category_ids, strict=True):
         metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, numbers[category], 0])
     return metrics
+
+
+def precision_curves(coco_eval: COCOeval) -> Curves:
+    """Precision over recall, whose means are the APs of the same names, but from 0 to 1.
+
+    Returns:
+        `{"AP", "AP50", "AP75"}`, each a list of 101 precisions at the recalls 0, 0.01, ... 1: means
+        over the classes, and over the thresholds of IoU, at 100 detections. Lists are empty where
+        there is no object to find.
+    """
+    params = coco_eval.params
+    at_100 = coco_eval.eval["precision"][:, :, :, 0, params.maxDets.index(100)]
+    at_100 = at_100[:, :, (at_100 > -1).all(axis=(0, 1))]  # classes with objects
+    chosen = {"AP": params.iouThrs > 0, "AP50": params.iouThrs == 0.5}
+    chosen["AP75"] = params.iouThrs == 0.75
+    return {
+        name: at_100[thresholds].mean(axis=(0, 2)).tolist() if at_100.size else []
+        for name, thresholds in chosen.items()
+    }
 
 
 def _mean_percent(values: np.ndarray) -> float:

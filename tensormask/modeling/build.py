@@ -1,5 +1,7 @@
 """From a config to a model: the only reader of the keys of the model's parts."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..config_node import HEAD_SWITCHES
@@ -86,11 +88,14 @@ def build_model(cfg) -> TensorMask:
     return tensormask
 
 
-def compile_dense_parts(model: TensorMask, mode: str) -> None:
+def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = "inductor") -> None:
     """Compile what is the same for every picture of a size: backbone, pyramid, class and box head.
+
+    Each new size is compiled anew, for a minute or so. Names of weights stay as they are.
 
     Args:
         mode: of `torch.compile`. "reduce-overhead" replays CUDA graphs.
+        backend: of `torch.compile`.
 
     Raises:
         ValueError: there is no such mode.
@@ -99,8 +104,11 @@ def compile_dense_parts(model: TensorMask, mode: str) -> None:
         raise ValueError(
             f"MODEL.COMPILE must be empty or one of {', '.join(COMPILE_MODES)}, got {mode!r}"
         )
+    # Sizes up to 1333 px, upright and lying.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
+    options = {"mode": mode} if backend == "inductor" else {"backend": backend}
     for part in (model.backbone, model.fpn, model.head):
-        part.compile(mode=mode, dynamic=False)
+        part.compile(dynamic=False, **options)
 
 
 def autocast_dtype(key: str, options) -> torch.dtype | None:

@@ -1,6 +1,7 @@
 """The three losses, as sums over the batch (paper, sec. 5.3; detectron2's constants)."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -99,3 +100,21 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
         pos_weight=torch.tensor(positive_weight, device=logits.device),
     )
     return loss / (logits.shape[-1] * logits.shape[-2])
+
+
+def foreground_normalizer(num_foreground: int, device: torch.device) -> Tensor | int:
+    """What the sums above are divided by: the foreground windows of the batch, at least 1.
+
+    Where several processes have a part of the batch each, it is the same number in all of them:
+    that of the whole batch, divided by the number of processes. Then the mean over the processes
+    of a loss or gradient is that of one process with the whole batch.
+
+    Args:
+        num_foreground: of this process's part. With several processes, all must be here.
+        device: where the sum over the processes is made, and comes back as a scalar.
+    """
+    if not dist.is_initialized():
+        return max(1, num_foreground)
+    total = torch.tensor(float(num_foreground), device=device)
+    dist.all_reduce(total)
+    return total.clamp(min=1) / dist.get_world_size()

@@ -25,7 +25,7 @@ from .inference import (
     ungroup_masks,
 )
 from .inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
-from .losses import box_loss, focal_loss_star, mask_loss
+from .losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
 from .mask_head import MaskHead
 from .windows import Windows
 
@@ -147,9 +147,10 @@ class TensorMask(nn.Module):
 
         Returns:
             in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
-            window of the batch; in eval mode per picture ``boxes`` (K, 4), ``scores`` (K,),
-            ``labels`` (K,) and ``masks`` (K, height, width) bool, best first. Without a mask head,
-            ``loss_mask`` and ``masks`` are left out, without a box head ``loss_box_reg`` is.
+            window of the batch (`losses.foreground_normalizer`); in eval mode per picture ``boxes``
+            (K, 4), ``scores`` (K,), ``labels`` (K,) and ``masks`` (K, height, width) bool, best
+            first. Without a mask head, ``loss_mask`` and ``masks`` are left out, without a box head
+            ``loss_box_reg`` is.
 
         Raises:
             ValueError: a picture or target of another shape, dtype or range, or targets missing in
@@ -206,7 +207,7 @@ class TensorMask(nn.Module):
     ) -> dict[str, Tensor]:
         grids = [tuple(x.shape[-2:]) for x in logits]
         owned = assign([t["boxes"] for t in targets], self.windows, grids)
-        normalizer = max(1, len(owned.object))
+        normalizer = foreground_normalizer(len(owned.object), self.device)
         # Objects of the whole batch, one after the other.
         first = owned.image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
         objects = first[owned.image] + owned.object

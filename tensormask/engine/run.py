@@ -1,0 +1,156 @@
+"""What a run does beside its iterations: it saves, evaluates, keeps the best, and says so."""
+
+import logging
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from tensormask.config import CfgNode
+from tensormask.data import FaultReporter, get_dataset
+from tensormask.engine import distributed
+from tensormask.engine.checkpoint import (
+    BEST_CHECKPOINT,
+    FINAL_CHECKPOINT,
+    FINAL_EMA,
+    only_weights,
+    pack_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    write_torch,
+)
+from tensormask.engine.evaluator import evaluate_all
+from tensormask.engine.events import (
+    MetricsWriter,
+    flatten_results,
+    format_summary,
+    peak_memory,
+    read_metrics,
+)
+from tensormask.engine.state import TrainState
+from tensormask.layers import _native
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+
+
+@dataclass
+class Run:
+    """What the loop works with: the config, what it changes, and what it reports to."""
+
+    cfg: CfgNode
+    state: TrainState
+    writer: MetricsWriter
+    reporter: FaultReporter
+    faults: dict[tuple, None]  # those of training samples, in the order in which they were found
+
+
+def save(run: Run, done: int) -> None:
+    """Write the checkpoint after `done` iterations, and remove those that are too many."""
+    if not distributed.is_main_process():
+        return
+    output_dir = run.cfg.OUTPUT_DIR
+    checkpoint = _pack(run, done)
+    if done < run.cfg.SOLVER.MAX_ITER:
+        save_checkpoint(output_dir, f"model_{done - 1:07d}.pth", checkpoint)
+    else:
+        if run.state.ema is not None:
+            write_torch(Path(output_dir) / FINAL_EMA, only_weights(checkpoint, averaged=True))
+        save_checkpoint(output_dir, FINAL_CHECKPOINT, checkpoint)
+    remove_old_checkpoints(output_dir, run.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP, done - 1)
+
+
+def _pack(run: Run, done: int) -> dict:
+    dataset = get_dataset(run.cfg.DATASETS.TRAIN[0])
+    return pack_checkpoint(
+        run.state,
+        iteration=done - 1,
+        config=run.cfg.dump(),
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
+        faults=run.faults,
+    )
+
+
+def evaluate(run: Run, done: int) -> Results:
+    """Evaluate the weights after `done` iterations, and the averaged ones under "ema"."""
+    cfg, output_dir = run.cfg, Path(run.cfg.OUTPUT_DIR)
+    model, ema = distributed.unwrap(run.state.model), run.state.ema
+    results = evaluate_all(cfg, model, output_dir, run.reporter)
+    if ema is not None:
+        logger.info("The same with averaged weights (SOLVER.EMA):")
+        averaged = evaluate_all(cfg, ema.module, output_dir / "ema", run.reporter)
+        results = {**results, "ema": averaged}
+    for prefix in ("", "ema/") if ema is not None else ("",):
+        folder = output_dir / prefix / "inference"
+        drawn = cfg.TEST.NUM_VISUALIZED > 0
+        run.writer.write_evaluation(done - 1, folder, drawn=drawn, prefix=prefix)
+    metrics = flatten_results(results)
+    _keep_best(run, done, metrics)
+    run.writer.write(done - 1, metrics)
+    run.writer.write_faults(done - 1, run.reporter.pop_record())
+    return results
+
+
+def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
+    """Write the weights to `model_best.pth` if they are the best so far by metrics.json."""
+    metric, output_dir = run.cfg.SOLVER.CHECKPOINT_BEST, Path(run.cfg.OUTPUT_DIR)
+    if not metric or not distributed.is_main_process():
+        return
+    if metric not in metrics:
+        logger.warning(
+            "SOLVER.CHECKPOINT_BEST is %r, which is no metric of this evaluation, so no checkpoint "
+            "is the best; there are %s",
+            metric,
+            ", ".join(metrics),
+        )
+        return
+    records = read_metrics(output_dir / "metrics.json")
+    earlier = [record[metric] for record in records if record.get(metric) is not None]
+    if metrics[metric] > max(earlier, default=-math.inf):
+        weights = only_weights(_pack(run, done), averaged=metric.startswith("ema/"))
+        write_torch(output_dir / BEST_CHECKPOINT, weights)
+        logger.info("%s %.4f is the best so far: %s", metric, metrics[metric], BEST_CHECKPOINT)
+
+
+def is_evaluated(run: Run, done: int) -> bool:
+    """Whether metrics.json has the results after `done` iterations: the answer of rank 0."""
+    found = any(
+        record["iteration"] == done - 1 and not {"total_loss", "faults"} & record.keys()
+        for record in read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
+    )
+    return distributed.broadcast_object(found)
+
+
+def log_start(run: Run, start: int) -> None:
+    cfg, parameters = run.cfg, list(run.state.model.parameters())
+    logger.info(
+        "Training iterations %d to %d, %d pictures each, on %s; %d pictures in %s; "
+        "%.2f M parameters, %.2f M of them trainable",
+        start,
+        cfg.SOLVER.MAX_ITER,
+        cfg.SOLVER.IMS_PER_BATCH,
+        parameters[0].device,
+        sum(len(get_dataset(name)) for name in cfg.DATASETS.TRAIN),
+        ", ".join(cfg.DATASETS.TRAIN),
+        sum(p.numel() for p in parameters) / 1e6,
+        sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
+    )
+    logger.info("swap_align2nat: %s", _native.describe(parameters[0].device.type))
+
+
+def log_summary(run: Run, results: Results, start: int, seconds: float) -> None:
+    """The table at the end of a run."""
+    metrics = {k: f"{v:.2f}" for k, v in flatten_results(results).items() if k.endswith("/AP")}
+    best = Path(run.cfg.OUTPUT_DIR) / BEST_CHECKPOINT
+    rows = {
+        "iterations": f"{start} to {run.cfg.SOLVER.MAX_ITER}",
+        "time": timedelta(seconds=round(seconds)),
+        "most memory": f"{peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
+        **metrics,
+        "weights": Path(run.cfg.OUTPUT_DIR) / FINAL_CHECKPOINT,
+    }
+    if run.cfg.SOLVER.CHECKPOINT_BEST and best.is_file():
+        rows["best weights"] = best
+    logger.info("Finished\n%s", format_summary(rows))

@@ -1,0 +1,95 @@
+"""A model and a loader of known behaviour, for tests of the loop; the fixture is in conftest.py.
+
+What they learn depends on the order of pictures, on dropout and on running statistics.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tensormask.config import get_cfg
+from tensormask.engine import trainer
+from tensormask.engine.checkpoint import load_checkpoint
+
+
+class FakeModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, images, targets):
+        x = self.out(self.layers(torch.stack(images)))[:, 0]
+        y = torch.stack([target["value"] for target in targets])
+        return {"loss_cls": (x - y).square().mean(), "loss_mask": x.abs().mean()}
+
+
+def fake_loader(cfg, start_iteration=0, *, rank=0, world_size=1):
+    iteration = start_iteration
+    while True:
+        generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
+        images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
+        yield [
+            {
+                "image": x,
+                "target": {"value": x.sum()},
+                "file_name": f"{iteration}_{k}.png",
+                "faults": [],
+            }
+            for k, x in enumerate(images)
+        ]
+        iteration += 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+def make_cfg(folder, *overrides):
+    cfg = get_cfg()
+    cfg.merge_from_list(
+        [
+            *("OUTPUT_DIR", str(folder), "SEED", 5),
+            *("DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
+            *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
+            *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
+            *("MODEL.TENSOR_MASK.NUM_CLASSES", 2),
+            *overrides,
+        ]
+    )
+    return cfg
+
+
+def weights(folder, name="model_final.pth"):
+    return load_checkpoint(folder / name)["model"]
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch, iteration, error=Interrupted):
+    real = trainer.train_step
+
+    def step(state, batch, **options):
+        if options["iteration"] == iteration:
+            raise error
+        return real(state, batch, **options)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    return lambda: monkeypatch.setattr(trainer, "train_step", real)
+
+
+def interrupted_run(cfg, monkeypatch, iteration):
+    go_on = interrupt_at(monkeypatch, iteration)
+    with pytest.raises(Interrupted):
+        trainer.train(cfg)
+    go_on()

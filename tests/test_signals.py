@@ -1,0 +1,126 @@
+"""SIGTERM and SIGINT: at once, at the end of a step, and twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tensormask.data.workers import outlive_signals
+from tensormask.engine.signals import StopSignals, TrainingStopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_raises_and_handlers_come_back(number, capfd):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(TrainingStopped, match=number.name) as caught, StopSignals() as stop:  # noqa: PT012
+        with stop.interruptible():
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+    assert caught.value.exit_code == 128 + number
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert f"{number.name}: saving and leaving" in capfd.readouterr().err
+
+
+def test_a_step_is_finished_first():
+    finished = []
+    with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        finished.append(1)
+        stop.check()
+        finished.append(2)
+    assert finished == [1]
+
+
+def test_a_signal_from_before_is_followed_too():
+    with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        with stop.interruptible():
+            pytest.fail("entered")
+
+
+def test_an_error_that_a_library_makes_of_it_is_a_stop_and_others_are_errors():
+    with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
+        with stop.interruptible():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                raise RuntimeError("of the cleaning up")
+    with pytest.raises(RuntimeError), StopSignals() as stop:
+        with stop.interruptible():
+            raise RuntimeError("a bug")
+
+
+def test_without_a_signal_nothing_happens():
+    with StopSignals() as stop:
+        with stop.interruptible():
+            pass
+        stop.check()
+
+
+def test_it_is_no_exception_that_code_on_the_way_could_take():
+    with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
+        with stop.interruptible():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except Exception:
+                pytest.fail("taken")
+
+
+def test_another_thread_has_no_signals():
+    entered = []
+
+    def enter():
+        with StopSignals():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [True]
+
+
+def run_script(text):
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+
+
+def test_the_second_signal_ends_the_process_in_the_middle_of_a_step():
+    process = run_script(
+        "import time\n"
+        "from tensormask.engine.signals import StopSignals\n"
+        "with StopSignals():\n"
+        "    print('in', flush=True)\n"
+        "    for _ in range(600): time.sleep(0.1)\n"
+    )
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sends a signal")
+def test_a_worker_obeys_its_training_process_only():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outlive_signals(0)
+        os.write(writing, b".")
+        while True:
+            time.sleep(0.01)
+    os.read(reading, 1)
+    os.kill(child, signal.SIGINT)
+    stranger = f"import os; os.kill({child}, {int(signal.SIGTERM)})"
+    subprocess.run([sys.executable, "-c", stranger], check=True)
+    time.sleep(0.05)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == 0
