@@ -1,6 +1,5 @@
 """`tools/benchmark.py inference` and `train`: the models are what is said, and all is counted."""
 
-import argparse
 import importlib
 import json
 from pathlib import Path
@@ -9,13 +8,10 @@ import pytest
 import torch
 import torchvision
 from test_benchmark import benchmark, timing
-from tiny import build, get_cfg, picture, target
+from tiny import build, get_cfg, picture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
-
-from tensormask.engine import trainer
-from tensormask.engine.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 
 floor, inference, large_picture, memory, models, options, parts, train = (
     importlib.import_module(f"benchmarks.{name}")
@@ -215,27 +211,6 @@ def test_objects_to_train_on():
     torch.testing.assert_close(masks_to_boxes(made["masks"]), made["boxes"] - 0.5, atol=3, rtol=0)
 
 
-def test_step_is_the_trainer_s():
-    """The same weights, bit by bit, after two steps."""
-    cfg = get_cfg(opts=["SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 0])
-    images = [picture(64, 96)]
-    targets = [target(64, 96, [[10.0, 10.0, 50.0, 60.0]])]
-    batch = [{"image": images[0], "target": targets[0], "file_name": "a"}]
-    ours, theirs = (build(seed=0).train() for _ in range(2))
-    clip_gradients = build_gradient_clipper(cfg)
-    optimizer = build_optimizer(cfg, theirs)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    own_optimizer = build_optimizer(cfg, ours)
-    args = argparse.Namespace(dtype="float32")
-    for i in range(2):
-        expected = trainer.train_step(theirs, batch, optimizer, scheduler, clip_gradients, i)
-        total = train.training_step(args, ours, images, targets, own_optimizer, clip_gradients)
-        assert total == expected["total_loss"]
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, other)
-    assert not torch.equal(next(ours.parameters()), next(build(seed=0).parameters()))
-
-
 # ---- the commands ----
 
 
@@ -360,7 +335,7 @@ def test_assignment(config, tmp_path):
     [
         (["inference", "--batch", "0"], "--batch must be at least 1"),
         (["inference", "--dtype", "tf32"], "is for a GPU"),
-        (["train", "--dtype", "float16"], "give bfloat16"),
+        (["train", "--threads", "0"], "--threads must be at least 1"),
     ],
 )
 def test_mistakes_are_said(words, message, tmp_path, capsys):

@@ -183,6 +183,8 @@ def spread_detections(model: TensorMask, image: Tensor) -> list[int]:
         _after_nms(logits, level, model, max(meant))
         for level, logits in enumerate(logits_per_level)
     ]
+    # A level of a few windows may be no more than its mean, which is taken away.
+    found = [best[best > 0.01 * found[0][0]] for best in found]
     for level in reversed(range(1, len(meant))):  # what a level cannot hold goes to a finer one
         excess = max(0, meant[level] - len(found[level]))
         meant[level], meant[level - 1] = meant[level] - excess, meant[level - 1] + excess
@@ -190,7 +192,7 @@ def spread_detections(model: TensorMask, image: Tensor) -> list[int]:
         raise ValueError(_TOO_FEW)
     # The last that is wanted has the value 1 on each level, and what comes after it less.
     factors = [
-        1 / best[count - 1].item() if count else 0.9 / best[0].item()
+        1 / best[count - 1].item() if count else 0.9 / max([1.0, *best[:1].tolist()])
         for best, count in zip(found, meant, strict=True)
     ]
     _scale_levels(model, factors)

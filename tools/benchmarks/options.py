@@ -14,6 +14,7 @@ from . import bare
 bare.prepare()
 
 from tensormask.config import CfgNode, get_cfg  # noqa: E402
+from tensormask.engine.precision import set_float32_precision  # noqa: E402
 from tensormask.modeling import TensorMask  # noqa: E402
 from tensormask.modeling.build import COMPILE_MODES, compile_dense_parts  # noqa: E402
 
@@ -88,8 +89,7 @@ def configure(args: argparse.Namespace) -> None:
     if args.dtype == "tf32" and args.device == "cpu":
         raise ValueError("--dtype tf32 is for a GPU: give --device cuda, or another dtype")
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
-    torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
+    set_float32_precision("high" if args.dtype == "tf32" else "highest")
 
 
 def read_config(args: argparse.Namespace, detections: int = 100) -> CfgNode:
@@ -101,6 +101,7 @@ def read_config(args: argparse.Namespace, detections: int = 100) -> CfgNode:
         [
             *("MODEL.DEVICE", args.device, "MODEL.CHANNELS_LAST", args.channels_last),
             *("TEST.AMP.ENABLED", args.dtype in _HALF, "TEST.AMP.DTYPE", half),
+            *("SOLVER.AMP.ENABLED", args.dtype in _HALF, "SOLVER.AMP.DTYPE", half),
             *("TEST.DETECTIONS_PER_IMAGE", detections),
             *args.opts,
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,11 +25,14 @@ from .timing import format_table, median_ratio, time_in_turn
 
 bare.prepare()
 
+from tensormask.engine.precision import build_autocast  # noqa: E402
 from tensormask.engine.solver import (  # noqa: E402
-    GradientClipper,
     build_gradient_clipper,
+    build_lr_scheduler,
     build_optimizer,
 )
+from tensormask.engine.state import TrainState  # noqa: E402
+from tensormask.engine.step import train_step  # noqa: E402
 from tensormask.modeling import tensormask  # noqa: E402
 from tensormask.modeling.assignment import Assignment, assign  # noqa: E402
 from tensormask.modeling.build import build_windows  # noqa: E402
@@ -43,9 +45,9 @@ _OBJECTS_TO_ASSIGN = 200
 
 
 class Step(NamedTuple):
-    """A training step, and what is needed to look into it."""
+    """A training step, and the optimiser in it."""
 
-    run: Callable[[], float]
+    run: Callable[[], dict[str, float]]
     optimizer: torch.optim.Optimizer
 
 
@@ -87,8 +89,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options.configure(args)
     if args.assignment:
         return _measure_assignment(args)
-    if args.dtype == "float16":
-        raise ValueError("--dtype float16 would need scaled gradients: give bfloat16")
     models = {name: _build(args, name) for name in args.models}
     steps = {name: make_step(args, name, model) for name, model in models.items()}
     regions: list[int] = []
@@ -128,33 +128,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # ---- the step ----
-
-
-def training_step(
-    args: argparse.Namespace,
-    model: nn.Module,
-    images: list[Tensor],
-    targets: list[dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    clip_gradients: GradientClipper,
-) -> float:
-    """One step as `engine.trainer.train_step` does it, without a schedule; the sum of the losses.
-
-    It stands here since the trainer needs more of the environment than the model does.
-    """
-    with options.autocast(args):
-        losses = model(images, targets)
-    total = sum(torch.stack(list(losses.values())).tolist())
-    optimizer.zero_grad()
-    _backward(sum(losses.values()))
-    grad_norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]])
-    optimizer.step()
-    float(grad_norm)  # the trainer waits for it, to write it down
-    return total
-
-
-def _backward(loss: Tensor) -> None:
-    loss.backward()
 
 
 def make_target(
@@ -207,13 +180,18 @@ def make_step(
         target["boxes"] = target["boxes"].to(args.device)
         target["labels"] = target["labels"].to(args.device) + 1
     cfg.SOLVER.BASE_LR = 0.0  # the same work, and weights that stay as they are
-    optimizer, clip_gradients = build_optimizer(cfg, model), build_gradient_clipper(cfg)
+    optimizer = build_optimizer(cfg, model)
+    context, scaler = build_autocast(cfg, torch.device(args.device))
+    state = TrainState(model, optimizer, build_lr_scheduler(cfg, optimizer), scaler)
+    batch = [{"image": image, "target": target, "file_name": "seeded"}] * args.batch
+    clip_gradients = build_gradient_clipper(cfg)
 
-    def run() -> float:
+    def run() -> dict[str, float]:
         if name == THEIRS:
             set_picture_size(model, size)
-        images, targets = [image] * args.batch, [target] * args.batch
-        return training_step(args, model, images, targets, optimizer, clip_gradients)
+        return train_step(
+            state, batch, iteration=0, clip_gradients=clip_gradients, autocast=context
+        )
 
     return Step(run, optimizer)
 
@@ -226,7 +204,7 @@ def _measure_parts(
 ) -> list[dict[str, Any]]:
     parts = parts_of_mask_rcnn(model) if name == THEIRS else parts_of_tensormask(model)
     parts += [
-        ("backward", sys.modules[__name__], "_backward"),
+        ("backward", Tensor, "backward"),
         ("optimizer", step.optimizer, "step"),
     ]
     rows = measure_parts(step.run, parts, rounds=args.rounds, device=args.device)
