@@ -58,8 +58,16 @@ gpu-test:
 	else echo "compute-sanitizer is not there: no memcheck"; fi
 
 gpu-bench:
-	timeout 540 $(PYTHON) tools/benchmark.py op --device cuda \
+	timeout 180 $(PYTHON) tools/benchmark.py op --device cuda \
 		--dtypes float32 float16 bfloat16 --json op_cuda.json
+	@$(PYTHON) -c "import torchvision, fvcore, yacs, pycocotools" || \
+		{ echo "without these packages the models are not measured"; exit 0; }; \
+	set -e; for dtype in tf32 bfloat16; do \
+		timeout 90 $(PYTHON) tools/benchmark.py inference --device cuda --size 800 1344 \
+			--dtype $$dtype --channels-last --json inference_$$dtype.json; \
+	done; \
+	timeout 120 $(PYTHON) tools/benchmark.py train --device cuda --batch 2 --dtype bfloat16 \
+		--channels-last --json train_cuda.json
 
 # One after the other, also under make -j.
 gpu-check:
@@ -68,5 +76,5 @@ gpu-check:
 	$(MAKE) gpu-bench
 
 clean:
-	rm -rf build dist *.egg-info op_cuda.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info op_cuda.json inference_*.json train_cuda.json .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
