@@ -165,6 +165,8 @@ def test_floor_keeps_dtype_and_memory_format():
     assert product.dtype == torch.bfloat16
     assert product.stride == (144, 1, 24, 4)
     assert product.flops == 2 * 9 * 4 * 8 * 16
+    (again,) = floor.record_products(floor.replay([product], "cpu"))
+    assert (again.dtype, again.stride) == (product.dtype, product.stride)
 
 
 # ---- memory ----
@@ -209,6 +211,22 @@ def test_objects_to_train_on():
     areas, whole = made["masks"].sum((1, 2)), sides.prod(1)
     torch.testing.assert_close(areas / whole, torch.full((100,), torch.pi / 4), atol=0.03, rtol=0)
     torch.testing.assert_close(masks_to_boxes(made["masks"]), made["boxes"] - 0.5, atol=3, rtol=0)
+
+
+def test_both_are_trained_on_the_same(config, mask_rcnn, monkeypatch):
+    """But for torchvision's scale of pictures, and its labels from 1."""
+    batches = []
+    monkeypatch.setattr(train, "train_step", lambda state, batch, **_: batches.append(batch))
+    words = ["train", "--config-file", config, "--size", "64", "96", "--batch", "2"]
+    args = benchmark.parse_arguments(words)
+    for name in ("tensormask", "torchvision"):
+        train.make_step(args, name, mask_rcnn).run()
+    assert [len(batch) for batch in batches] == [2, 2]
+    ours, theirs = (batch[0] for batch in batches)
+    assert torch.equal(theirs["image"], ours["image"] / 255)
+    assert torch.equal(theirs["target"]["labels"], ours["target"]["labels"] + 1)
+    for key in ("boxes", "masks"):
+        assert torch.equal(theirs["target"][key], ours["target"][key])
 
 
 # ---- the commands ----
@@ -300,7 +318,8 @@ def test_memory_of_large_pictures(config, tmp_path, monkeypatch):
     assert frames["above MiB"] > run_lengths["above MiB"] > 4
 
 
-def test_training(config, tmp_path):
+def test_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_POSITIVE_IOU", 0.5)  # fewer regions: it takes less time
     words = ["train", "--config-file", config, "--size", "64", "96", "--objects", "3"]
     code, results = run_command([*words, "--rounds", "1", "--without", "memory"], tmp_path)
     assert code == 0
