@@ -164,7 +164,7 @@ class CfgNode(_BaseCfgNode):
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename}: expected groups of keys, got {_describe(loaded)}")
         # Here, file by file: what a file says comes after what its base says.
-        if implied := _implied_by_head(dict(_leaves(loaded))):
+        if implied := _implied_by_head(dict(leaves(loaded))):
             for key, value in implied.items():
                 _put(loaded, key, value)
             text = yaml.safe_dump(loaded)
@@ -176,11 +176,11 @@ class CfgNode(_BaseCfgNode):
         return io.StringIO(text)
 
     def _merge(self, changes: dict[str, Any]) -> None:
-        changes = {**changes, **_implied_by_head(dict(_leaves(changes)))}
-        known = dict(_leaves(self))
+        changes = {**changes, **_implied_by_head(dict(leaves(changes)))}
+        known = dict(leaves(self))
         accepted: dict[str, Any] = {}
         dropped: dict[str, None] = {}  # a set that keeps the order
-        for key, given in _leaves(changes):
+        for key, given in leaves(changes):
             value = _decode(given)
             if name := _dropped_name(key):
                 dropped[name] = None
@@ -202,12 +202,12 @@ class CfgNode(_BaseCfgNode):
             logger.warning("config keys that TensorMask has no use for: %s", ", ".join(dropped))
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
     """Full key and value of every leaf; what is dropped as a group is not looked into."""
     for key, value in tree.items():
         full_key = f"{prefix}{key}"
         if isinstance(value, dict) and depth < _MAX_GROUP_DEPTH and not _dropped_name(full_key):
-            yield from _leaves(value, f"{full_key}.", depth + 1)
+            yield from leaves(value, f"{full_key}.", depth + 1)
         else:
             yield full_key, value
 

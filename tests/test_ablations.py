@@ -12,6 +12,7 @@ from tiny import CONFIGS, get_cfg
 
 import tensormask
 from tensormask.config import CfgNode
+from tensormask.config_node import leaves
 from tensormask.data.shapes import draw_picture
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,7 @@ def test_a_row_runs_and_each_of_its_options_changes_something(path: Path) -> Non
     cfg = small(path.stem)
     numbers = run(cfg)
     assert all(np.isfinite(value) for value in numbers.values())
-    base = dict(run_ablations.leaves(run_ablations.load(run_ablations.BASE)))
+    base = dict(leaves(run_ablations.load(run_ablations.BASE)))
     for key in options_of(path):
         without = cfg.clone()
         without.merge_from_list([key, base[key]])
@@ -100,7 +101,7 @@ def options_of(path: Path) -> list[str]:
     """Full names of the options that a file says itself."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     del content["_BASE_"]
-    return [key for key, _ in run_ablations.leaves(CfgNode(content))]
+    return [key for key, _ in leaves(content)]
 
 
 def test_runs_are_compared_by_what_they_do() -> None:

@@ -318,9 +318,9 @@ def test_memory_of_large_pictures(config, tmp_path, monkeypatch):
     assert frames["above MiB"] > run_lengths["above MiB"] > 4
 
 
-def test_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_POSITIVE_IOU", 0.5)  # fewer regions: it takes less time
+def test_training(config, tmp_path):
     words = ["train", "--config-file", config, "--size", "64", "96", "--objects", "3"]
+    words += ["--positive-iou", "0.5"]  # fewer regions: it takes less time
     code, results = run_command([*words, "--rounds", "1", "--without", "memory"], tmp_path)
     assert code == 0
     ours, theirs = results["times"]

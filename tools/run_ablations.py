@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from tensormask.config import CfgNode, get_cfg
+from tensormask.config_node import leaves
 
 logger = logging.getLogger("tensormask.tools.run_ablations")
 
@@ -65,10 +66,9 @@ def find_rows(patterns: list[str]) -> list[str]:
 
 def row_options(name: str, num_levels: int) -> list[str]:
     """What a row says beyond its base, as `KEY VALUE` words, for a model of `num_levels` levels."""
-    base, row = load(BASE), load(ROWS / f"{name}.yaml")
-    words = []
-    for key, value in leaves(row):
-        if value != dict(leaves(base))[key]:
+    base, words = dict(leaves(load(BASE))), []
+    for key, value in leaves(load(ROWS / f"{name}.yaml")):
+        if value != base[key]:
             words += [key, str(value[:num_levels] if key == SIZES else value)]
     return words
 
@@ -77,14 +77,6 @@ def load(path: str | Path) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_file(path)
     return cfg
-
-
-def leaves(node: CfgNode, prefix: str = "") -> list[tuple[str, object]]:
-    found = []
-    for key, value in node.items():
-        inner = isinstance(value, CfgNode)
-        found += leaves(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
-    return found
 
 
 def train_row(args: argparse.Namespace, name: str, num_levels: int) -> dict[str, float]:

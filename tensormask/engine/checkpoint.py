@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import tensormask
 from tensormask.config import CfgNode
+from tensormask.config_node import leaves
 from tensormask.engine.distributed import unwrap
 from tensormask.engine.files import write_atomically
 from tensormask.engine.seeding import get_random_states, set_random_states
@@ -197,7 +198,7 @@ def warn_of_changes(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
 
     With any of them it is not the continuation to the bit of the run that was stopped.
     """
-    saved, current = (dict(_leaves(yaml.safe_load(t))) for t in (checkpoint["config"], cfg.dump()))
+    saved, current = (dict(leaves(yaml.safe_load(t))) for t in (checkpoint["config"], cfg.dump()))
     changes = [
         f"{key} {saved.get(key)} -> {value}"
         for key, value in current.items()
@@ -205,14 +206,6 @@ def warn_of_changes(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
     ]
     if changes:
         logger.warning("Resuming with another config than before: %s", "; ".join(changes))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _layout(group: dict[str, Any]) -> tuple[set[str], int]:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from tensormask.config import CfgNode
+from tensormask.modeling.build import autocast_dtype
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 # Below this scale float16 does not underflow any more: gradients that are not finite are a fault.
 _MIN_SCALE = 1.0
@@ -25,16 +25,14 @@ def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.
     Raises:
         ValueError: an unknown `SOLVER.AMP.DTYPE`, or a GPU that does not have it.
     """
-    amp = cfg.SOLVER.AMP
-    if amp.DTYPE not in _DTYPES:
-        raise ValueError(f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; it must be 'bfloat16' or 'float16'")
-    if amp.ENABLED and amp.DTYPE == "bfloat16" and device.type == "cuda":
+    dtype = autocast_dtype("SOLVER.AMP", cfg.SOLVER.AMP)
+    if dtype == torch.bfloat16 and device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(
                 "SOLVER.AMP.DTYPE is 'bfloat16', which this GPU does not have: set it to 'float16'"
             )
-    autocast = partial(torch.autocast, device.type, _DTYPES[amp.DTYPE], enabled=amp.ENABLED)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp.ENABLED and amp.DTYPE == "float16")
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return autocast, scaler
 
 

@@ -118,7 +118,7 @@ def autocast_dtype(key: str, options) -> torch.dtype | None:
         ValueError: its DTYPE is another than bfloat16 or float16.
     """
     if options.DTYPE not in ("bfloat16", "float16"):
-        raise ValueError(f"{key}.DTYPE must be 'bfloat16' or 'float16', got {options.DTYPE!r}")
+        raise ValueError(f"{key}.DTYPE is {options.DTYPE!r}; it must be 'bfloat16' or 'float16'")
     return getattr(torch, options.DTYPE) if options.ENABLED else None
 
 

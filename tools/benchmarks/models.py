@@ -45,7 +45,7 @@ _CANDIDATES_OF_MASK_RCNN = 500
 _GROUPS_OF_SIZES = 8
 # The score of the last detection.
 _LAST_SCORE = 0.5
-_POSITIVE_IOU = 0.1
+POSITIVE_IOU = 0.1
 _TOO_FEW = "NMS leaves too few windows of this picture: give a larger --size or fewer --detections"
 # Boxes stay near the windows and anchors that they come from.
 _BOX_GAIN = 0.02
@@ -70,6 +70,7 @@ def build_mask_rcnn(
     device: str,
     *,
     channels_last: bool = False,
+    positive_iou: float = POSITIVE_IOU,
     seed: int = 0,
 ) -> MaskRCNN:
     """torchvision's Mask R-CNN for pictures of one size (height, width), in eval mode.
@@ -81,8 +82,8 @@ def build_mask_rcnn(
         weights=None,
         weights_backbone=None,
         box_detections_per_img=detections,
-        box_fg_iou_thresh=_POSITIVE_IOU,
-        box_bg_iou_thresh=_POSITIVE_IOU,
+        box_fg_iou_thresh=positive_iou,
+        box_bg_iou_thresh=positive_iou,
     )
     set_picture_size(model, size)
     freeze_batch_norms(model)

@@ -14,6 +14,7 @@ from . import bare, options
 from .memory import Calls, peak_memory
 from .models import (
     OURS,
+    POSITIVE_IOU,
     THEIRS,
     build_mask_rcnn,
     build_tensormask,
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_options(parser, size=(800, 1344), rounds=5)
     parser.add_argument(
         "--objects", type=int, default=20, metavar="N", help="per picture (default: 20)"
+    )
+    parser.add_argument(
+        "--positive-iou",
+        type=float,
+        default=POSITIVE_IOU,
+        metavar="IOU",
+        help="from which a region of Mask R-CNN counts as positive; torchvision's is 0.5, which "
+        f"few of its random proposals reach (default: {POSITIVE_IOU}: as many as it may have)",
     )
     parser.add_argument(
         "--models",
@@ -157,7 +166,11 @@ def make_target(
 def _build(args: argparse.Namespace, name: str) -> nn.Module:
     if name == THEIRS:
         model = build_mask_rcnn(
-            tuple(args.size), 100, args.device, channels_last=args.channels_last
+            tuple(args.size),
+            100,
+            args.device,
+            channels_last=args.channels_last,
+            positive_iou=args.positive_iou,
         )
     else:
         model = build_tensormask(options.read_config(args))
