@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensormask.layers import nat2align
 from tensormask.modeling import TensorMask
-from tensormask.modeling.inference import Kept, find_candidates, suppress, to_frame
+from tensormask.modeling.inference import Kept, suppress, to_frame
 from tensormask.modeling.mask_head import MaskHead
 
 
@@ -39,16 +39,8 @@ def look(model: TensorMask, image: Tensor, threshold: float) -> Seen:
         image (Tensor[3, H, W]): as of `TensorMask.forward`.
         threshold: score in 0..1, below 1.
     """
-    features = model.fpn(model.backbone(model.preprocess([image])))
-    logits, deltas = model.head(features)
-    candidates = find_candidates(
-        [level[0] for level in logits],
-        None if deltas is None else [level[0] for level in deltas],
-        model.windows,
-        box_weights=model.box_weights,
-        score_threshold=threshold,
-        num_candidates=model.num_candidates,
-    )
+    dense = features, logits, _ = model.dense([image])
+    candidates = model.find_candidates(*dense, 0, threshold)
     boxes = candidates.boxes
     if model.nms_on == "masks":
         (candidates,), (boxes,) = model.with_boxes_of_masks(features, [candidates])

@@ -39,13 +39,22 @@ def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[
     return sorted(found, key=lambda pair: -pair[0])[:num_candidates]
 
 
+def picked_from(deltas_per_level):
+    """The deltas at windows, taken from those of all windows."""
+
+    def deltas_at(level, size, y, x):
+        return deltas_per_level[level].unflatten(0, (-1, 4))[size, :, y, x]
+
+    return deltas_at
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.6])
 @pytest.mark.parametrize("num_candidates", [1, 20, 6000])
 def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) -> None:
     logits, deltas = dense_outputs()
     found = find_candidates(
         logits,
-        deltas,
+        picked_from(deltas),
         WINDOWS,
         box_weights=BOX_WEIGHTS,
         score_threshold=threshold,
@@ -70,9 +79,11 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
 def test_candidates_of_channels_last_logits() -> None:
     logits, deltas = dense_outputs()
     options = {"box_weights": BOX_WEIGHTS, "score_threshold": 0.3, "num_candidates": 50}
-    expected = find_candidates(logits, deltas, WINDOWS, **options)
+    deltas_at = picked_from(deltas)
+    expected = find_candidates(logits, deltas_at, WINDOWS, **options)
     last = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in logits]
-    for one, other in zip(find_candidates(last, deltas, WINDOWS, **options), expected, strict=True):
+    found = find_candidates(last, deltas_at, WINDOWS, **options)
+    for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 

@@ -183,7 +183,7 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     image = tiny.picture(HEIGHT, WIDTH)
     with torch.no_grad():
         seen = look(model, image, THRESHOLD)
-        _, logits, _ = model._dense([image])
+        _, logits, _ = model.dense([image])
         (found,) = model.detect([image])
         dense = model.mask_head.dense(seen.features)
     sides = (found["windows"][:, 2] - found["windows"][:, 0]).tolist()

@@ -109,6 +109,7 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
     options = {"mode": mode} if backend == "inductor" else {"backend": backend}
     for part in (model.backbone, model.fpn, model.head):
         part.compile(dynamic=False, **options)
+    model.dense_boxes = True  # the same work for every picture
 
 
 def autocast_dtype(key: str, options) -> torch.dtype | None:

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..layers.masks import to_device
+from .tiles import convolve_at
 
 
 def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
@@ -30,7 +34,7 @@ def init_convs(module: nn.Module, init: str) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def call(function: Callable[..., Tensor], *inputs: Tensor, checkpointed: bool) -> Tensor:
+def call(function: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """``function(*inputs)``; if ``checkpointed``, the backward pass computes it once more."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
@@ -81,18 +85,27 @@ class ClassBoxHead(nn.Module):
             init_convs(predictor, "normal")
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+    def forward(
+        self, features: list[Tensor], *, dense_boxes: bool = True
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Pyramid features, per level (N, C, H, W), to
 
         - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
         class``;
         - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``; None
-        without a box head.
+        without a box head, or unless ``dense_boxes``.
         """
         logits = [call(self._logits, x, checkpointed=self.checkpointed) for x in features]
-        if self.bbox_pred is None:
+        if self.bbox_pred is None or not dense_boxes:
             return logits, None
         return logits, [call(self._deltas, x, checkpointed=self.checkpointed) for x in features]
+
+    def deltas_at(self, x: Tensor, n: Tensor, size: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """What `forward` makes of a level (N, C, H, W) at K of its windows, int64 (K,): (K, 4)."""
+        convs = [*self.bbox_subnet[::2], self.bbox_pred]
+        deltas = call(convolve_at, convs, x, n, row, column, checkpointed=self.checkpointed)
+        deltas = deltas.unflatten(1, (-1, 4))
+        return deltas[torch.arange(len(size), device=x.device), to_device(size, x.device)]
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.cls_score(self.cls_subnet(x))

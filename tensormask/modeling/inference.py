@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
 def find_candidates(
     logits_per_level: list[Tensor],
-    deltas_per_level: list[Tensor] | None,
+    deltas_at: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None,
     windows: Windows,
     *,
     box_weights: tuple[float, ...],
@@ -42,8 +42,8 @@ def find_candidates(
 
     Args:
         logits_per_level: per level (num_sizes * num_classes, H, W).
-        deltas_per_level: per level (num_sizes * 4, H, W); None without a box head: boxes are then
-            those of the windows.
+        deltas_at: from ``(level, size, y, x)`` of K windows of a level, int64 (K,), to the deltas
+            (K, 4) of their boxes; None without a box head: boxes are then those of the windows.
         windows: their geometry.
         box_weights: of `box_coder`.
         score_threshold: scores must be above it.
@@ -65,9 +65,8 @@ def find_candidates(
         num_classes = len(logits) // windows.num_sizes
         size, label = channel // num_classes, channel % num_classes
         found.append([score.float().sigmoid(), label, torch.full_like(size, level), size, y, x])
-        if deltas_per_level is not None:
-            deltas = deltas_per_level[level].unflatten(0, (windows.num_sizes, 4))
-            found[-1].append(deltas[size, :, y, x].float())
+        if deltas_at is not None:
+            found[-1].append(deltas_at(level, size, y, x).float())
     scores, labels, level, size, y, x, *deltas = (torch.cat(t) for t in zip(*found, strict=True))
 
     scores, best = scores.sort(descending=True, stable=True)

@@ -112,6 +112,8 @@ class TensorMask(nn.Module):
         self.num_classes = num_classes
         self.channel_order = channel_order
         self.size_divisor = size_divisor
+        # Deltas of all boxes at once, as a compiled head makes them, or where they are asked for.
+        self.dense_boxes = False
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.autocast_dtype = autocast_dtype
         self.box_weights = tuple(box_weights)
@@ -162,21 +164,32 @@ class TensorMask(nn.Module):
                 _with_frames(detection, size)
                 for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
             ]
-        features, logits, deltas = self._dense(images)
         if targets is None:
             raise ValueError("targets are needed in train mode; call model.eval() for detections")
+        features, logits, deltas = self.dense(images)
         targets = [
             checked_target(target, image, self.num_classes, self.device)
             for image, target in zip(images, targets, strict=True)
         ]
         return self._losses(features, logits, deltas, targets)
 
-    def _dense(
-        self, images: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """Per level features, logits of classes, and deltas of boxes, if there is a box head."""
+    def dense(self, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """Per level features, logits of classes, and deltas of boxes, if those are dense."""
         features = self.fpn(self.backbone(self.preprocess(images)))
-        return features, *self.head(features)
+        return features, *self.head(features, dense_boxes=self.dense_boxes)
+
+    def _deltas_at(
+        self,
+        features: list[Tensor],
+        deltas: list[Tensor] | None,
+        level: int,
+        place: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Deltas (K, 4) of windows of a level: n, size, y, x. The first two are of `dense`."""
+        if deltas is None:
+            return self.head.deltas_at(features[level], *place)
+        n, size, y, x = to_device(torch.stack(place), self.device)
+        return deltas[level].unflatten(1, (-1, 4))[n, size, :, y, x]
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
         """Normalise, and pad right and bottom with zeros to ``size_divisor``: (N, 3, H, W)."""
@@ -214,17 +227,18 @@ class TensorMask(nn.Module):
         labels = torch.cat([t["labels"] for t in targets])[objects]
 
         channel = owned.size * self.num_classes + labels
-        index = torch.stack([owned.image, owned.size, channel, owned.y, owned.x])
-        n, size, channel, y, x = to_device(index, self.device)
+        index = torch.stack([owned.image, channel, owned.y, owned.x])
+        n, channel, y, x = to_device(index, self.device)
         positives = [(n[at], channel[at], y[at], x[at]) for at in owned.levels()]
         loss_cls = focal_loss_star(
             logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
         )
         losses = {"loss_cls": loss_cls / normalizer}
-        if deltas is not None:
+        if self.head.bbox_pred is not None:
+            places = (owned.image, owned.size, owned.y, owned.x)
             deltas_at_windows = [
-                level.unflatten(1, (-1, 4))[n[at], size[at], :, y[at], x[at]]
-                for level, at in zip(deltas, owned.levels(), strict=True)
+                self._deltas_at(features, deltas, level, tuple(t[at] for t in places))
+                for level, at in enumerate(owned.levels())
             ]
             boxes = torch.cat([t["boxes"] for t in targets])[objects]
             target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
@@ -281,18 +295,11 @@ class TensorMask(nn.Module):
         """
         torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned is used up
         with self._autocast():
-            features, logits, deltas = self._dense(images)
-        candidates = [
-            find_candidates(
-                [level[n] for level in logits],
-                None if deltas is None else [level[n] for level in deltas],
-                self.windows,
-                box_weights=self.box_weights,
-                score_threshold=self.score_threshold,
-                num_candidates=self.num_candidates,
-            )
-            for n in range(len(images))
-        ]
+            dense = self.dense(images)
+            candidates = [
+                self.find_candidates(*dense, n, self.score_threshold) for n in range(len(images))
+            ]
+        features = dense[0]
         compared = [kept.boxes for kept in candidates]
         if self.nms_on == "masks":
             candidates, compared = self.with_boxes_of_masks(features, candidates)
@@ -316,6 +323,28 @@ class TensorMask(nn.Module):
             ):
                 detection.update(windows=kept.windows, window_masks=masks_of_image)
         return detections
+
+    def find_candidates(
+        self,
+        features: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor] | None,
+        n: int,
+        score_threshold: float,
+    ) -> Kept:
+        """`inference.find_candidates` of the n-th picture of `dense`."""
+
+        def deltas_at(level: int, *place: Tensor) -> Tensor:
+            return self._deltas_at(features, deltas, level, (torch.full_like(place[0], n), *place))
+
+        return find_candidates(
+            [level[n] for level in logits],
+            None if self.head.bbox_pred is None else deltas_at,
+            self.windows,
+            box_weights=self.box_weights,
+            score_threshold=score_threshold,
+            num_candidates=self.num_candidates,
+        )
 
     def _autocast(self) -> AbstractContextManager:
         """The precision of inference; autocast of whoever calls goes on where none is set."""

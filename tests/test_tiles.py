@@ -1,0 +1,96 @@
+"""Convolutions at places against the same convolutions of the whole map."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tensormask.modeling import tiles
+from tensormask.modeling.head import ClassBoxHead
+
+
+def make_convs(num_convs: int) -> list[nn.Conv2d]:
+    torch.manual_seed(0)
+    channels = [3, *range(4, 4 + num_convs)]
+    convs = [
+        nn.Conv2d(*channels[i : i + 2], 3, padding=1, dtype=torch.float64) for i in range(num_convs)
+    ]
+    for conv in convs:
+        nn.init.normal_(conv.bias)  # what is beyond the border would not stay zero by itself
+    return convs
+
+
+def whole_map(convs, x, n, row, column):
+    for conv in convs[:-1]:
+        x = conv(x).relu()
+    return convs[-1](x)[n, :, row, column]
+
+
+@pytest.mark.parametrize("num_convs", [1, 2, 5])
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param([(0, 20, 20)], id="one"),
+        pytest.param([(1, 0, 0), (0, 0, 40), (1, 44, 0), (0, 44, 40)], id="corners"),
+        pytest.param(
+            [(1, 7, 7), (1, 8, 8), (0, 7, 8), (1, 7, 7)], id="borders of tiles, one twice"
+        ),
+        pytest.param([], id="none"),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_map(num_convs, places, monkeypatch) -> None:
+    convs = make_convs(num_convs)
+    x = torch.randn(2, 3, 45, 41, dtype=torch.float64, requires_grad=True)
+    n, row, column = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
+    wanted = [x, *(weight for conv in convs for weight in (conv.weight, conv.bias))]
+    results = []
+    monkeypatch.setattr(tiles, "_WORTH_IT", 1e9)
+    for function in (whole_map, tiles.convolve_at):
+        values = function(convs, x, n, row, column)
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        results.append([values, *torch.autograd.grad(values, wanted, grad)])
+    assert results[0][0].shape == (len(places), 3 + num_convs)
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("side", [1, 5, 16])
+def test_maps_smaller_than_a_tile_and_its_surroundings(side, monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "_WORTH_IT", 1e9)
+    convs = make_convs(3)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    places = torch.ones(1, side, side).nonzero().T
+    assert_close(tiles.convolve_at(convs, x, *places), whole_map(convs, x, *places))
+
+
+def test_work_follows_the_places() -> None:
+    """Few places: convolutions of tiles. Places everywhere: the map, once."""
+    convs = make_convs(2)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    sizes: list[tuple[int, ...]] = []
+
+    def convolve(x, weight, bias=None, *args):
+        sizes.append(tuple(x.shape))
+        return original(x, weight, bias, *args)
+
+    original = nn.functional.conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "conv2d", convolve)
+        tiles.convolve_at(convs, x, *torch.tensor([[0, 0], [9, 9], [9, 10]]))
+        assert sizes == [(1, 3, 12, 12), (1, 4, 10, 10)]
+        sizes.clear()
+        tiles.convolve_at(convs, x, *torch.ones(1, 64, 64).nonzero().T)
+        assert sizes == [(1, 3, 64, 64), (1, 4, 64, 64)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_deltas_at_windows_are_the_dense_ones(checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    head = ClassBoxHead(6, 2, 3, bbox_channels=5, init="he", checkpointed=checkpointed)
+    x = torch.randn(2, 6, 40, 56)
+    _, (dense,) = head([x])
+    n, size, row, column = torch.tensor([[1, 1, 3, 9], [0, 0, 39, 55], [1, 0, 3, 9]]).T
+    expected = dense.unflatten(1, (2, 4))[n, size, :, row, column]
+    assert_close(head.deltas_at(x, n, size, row, column), expected)
+    assert head([x], dense_boxes=False)[1] is None
