@@ -6,8 +6,10 @@ Upscale: either of them with masks ``upscale`` times coarser, which are upscaled
 masks at the finest resolution for every level, so that those of level k are ``2^k`` times finer.
 """
 
+import itertools
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from ..layers import (
     up_nearest,
 )
 from .head import call, conv_tower, init_convs
+from .tiles import Tiles
 
 
 class MaskHead(nn.Module):
@@ -77,6 +80,7 @@ class MaskHead(nn.Module):
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
             )
         self.checkpointed = checkpointed
+        self.mask_sizes = list(mask_sizes)
         self.aligned, self.bipyramid = aligned, bipyramid
         self.upscale, self.upscale_mode = upscale, upscale_mode
         # Ratio of a level's unit to the unit of its masks.
@@ -108,14 +112,23 @@ class MaskHead(nn.Module):
         self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
     ) -> Iterator[Tensor]:
         """What `forward` returns, each group's masks made when they are asked for."""
-        finest, current, x = None, None, None
-        for level, size, windows in windows_per_group:
-            if self.bipyramid and finest is None:
-                finest = call(self.mask_subnet, features[0], checkpointed=self.checkpointed)
-            if level != current:
-                inputs = (self.level_features, features, level, finest)
-                x, current = call(*inputs, checkpointed=self.checkpointed), level
-            yield self._masks_at(x, level, size, windows)
+        finest = tiles = None
+        for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
+            groups = list(of_level)
+            if self.bipyramid:
+                if finest is None:
+                    finest = call(self.mask_subnet, features[0], checkpointed=self.checkpointed)
+                tiles = self._tiles(finest, groups)
+            inputs = (self.level_features, features, level, finest, tiles)
+            x = call(*inputs, checkpointed=self.checkpointed)
+            for _, size, windows in groups:
+                if not self.aligned:
+                    yield self._natural_masks_at(x, size, windows)
+                    continue
+                masks = self.mask_pred[size](x)
+                if tiles is not None:
+                    masks = tiles.put(masks, finest)
+                yield self._aligned_masks_at(masks, level, windows)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Mask logits at all windows: the definition that `forward` is tested against.
@@ -134,8 +147,17 @@ class MaskHead(nn.Module):
             masks_per_level.append(masks)
         return masks_per_level
 
-    def level_features(self, features: list[Tensor], level: int, finest: Tensor | None) -> Tensor:
-        """What a level's 1x1 convolutions read: (N, C, H, W), on the bipyramid of p2's size."""
+    def level_features(
+        self,
+        features: list[Tensor],
+        level: int,
+        finest: Tensor | None,
+        tiles: Tiles | None = None,
+    ) -> Tensor:
+        """What a level's 1x1 convolutions read: (N, C, H, W), on the bipyramid of p2's size.
+
+        Of that, ``tiles`` only are made if there are any: (P, C, side, side).
+        """
         if finest is None:
             return self.mask_subnet(features[level])
         height, width = finest.shape[-2:]
@@ -146,14 +168,32 @@ class MaskHead(nn.Module):
             x = self.mask_subnet(features[level])
             scale = float(self.lambdas[level])
             x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        return self.mask_fuse(x[:, :, :height, :width] + finest)
+        x = x[:, :, :height, :width] + finest
+        if tiles is None:
+            return self.mask_fuse(x)
+        return F.relu(tiles.convolve([self.mask_fuse[0]], x), inplace=True)
 
-    def _masks_at(self, x: Tensor, level: int, size: int, windows: Tensor) -> Tensor:
+    def _tiles(self, finest: Tensor, groups: list[tuple[int, int, Tensor]]) -> Tiles | None:
+        """The tiles of the finest level that a level's windows read; None where all is as good."""
+        if finest.is_cuda:
+            return None  # which would be waited for, longer than the work takes
+        boxes = []
+        for level, size, windows in groups:
+            middle = windows[:, 1:] * self.lambdas[level]
+            # Half a mask, and a cell for the interpolation between two of them.
+            reach = -(-self.mask_sizes[size] * self.lambdas[level] // 2) + 1
+            boxes.append(torch.cat([middle - reach, middle + reach], dim=1))
+        n = torch.cat([windows[:, 0] for _, _, windows in groups])
+        tiles = Tiles.touching(finest, n, torch.cat(boxes))
+        return tiles if tiles.spare_work([self.mask_fuse[0]], finest) else None
+
+    def _aligned_masks_at(self, masks: Tensor, level: int, windows: Tensor) -> Tensor:
+        if self.upscale > 1:
+            return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
+        return swap_align2nat_at(masks, windows, self.lambdas[level])
+
+    def _natural_masks_at(self, x: Tensor, size: int, windows: Tensor) -> Tensor:
         pred = self.mask_pred[size]
-        if self.aligned and self.upscale > 1:
-            return up_align2nat_at(pred(x), windows, self.upscale, mode=self.upscale_mode)
-        if self.aligned:
-            return swap_align2nat_at(pred(x), windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
         masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)

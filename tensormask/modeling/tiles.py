@@ -5,7 +5,10 @@ surroundings as the convolutions reach, and are convolved as a batch. The result
 whole map, but for the order in which sums are added up.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,83 @@ from ..layers.masks import to_device
 _SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
 # Many small convolutions take longer than few large ones of as many operations.
 _WORTH_IT = 0.7
+
+
+class Tiles(NamedTuple):
+    """P tiles of a map; int64 (P,) each."""
+
+    n: Tensor
+    row: Tensor  # of tiles
+    column: Tensor
+
+    @staticmethod
+    def grid(x: Tensor) -> tuple[int, int, int]:
+        """Pictures, and rows and columns of tiles, of a map (N, C, H, W)."""
+        return len(x), -(-x.shape[2] // _SIDE), -(-x.shape[3] // _SIDE)
+
+    @classmethod
+    def touching(cls, x: Tensor, n: Tensor, boxes: Tensor) -> Tiles:
+        """The tiles of a map that K boxes have cells of.
+
+        Args:
+            x: the map (N, C, H, W).
+            n (Tensor[K]): the picture of each box.
+            boxes (Tensor[K, 4]): first and last row and column, ``(y0, x0, y1, x1)``, int64; may
+                reach beyond the map.
+        """
+        num, rows, columns = cls.grid(x)
+        limit = n.new_tensor([rows, columns] * 2) * _SIDE - 1
+        y0, x0, y1, x1 = (boxes.clamp(min=0).minimum(limit) // _SIDE).unbind(1)
+        # Ones at the corners add up, row by row and column by column, to the boxes over each tile.
+        corners = n.new_zeros(num, rows + 1, columns + 1)
+        one = torch.ones_like(n)
+        for row, column, value in ((y0, x0, one), (y1 + 1, x1 + 1, one)):
+            corners.index_put_((n, row, column), value, accumulate=True)
+        for row, column, value in ((y0, x1 + 1, -one), (y1 + 1, x0, -one)):
+            corners.index_put_((n, row, column), value, accumulate=True)
+        boxes_over = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
+        return cls(*boxes_over.nonzero().unbind(1))
+
+    def convolve(self, convs: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
+        """A chain of convolutions of a map, with a ReLU between each two: (P, C', side, side)."""
+        x, inside = self._gather(x, halo=len(convs))
+        for i, conv in enumerate(convs):
+            if i > 0:
+                # Beyond its border a map is zero for each convolution anew.
+                x = F.relu(x, inplace=True) * inside
+            x = F.conv2d(x, conv.weight, conv.bias)
+            inside = inside[:, :, 1:-1, 1:-1]
+        return x
+
+    def spare_work(self, convs: Sequence[nn.Conv2d], x: Tensor) -> bool:
+        """Whether `convolve` takes less time than convolutions of the whole map."""
+        sides = range(_SIDE + 2 * len(convs) - 2, 0, -2)  # after each convolution
+        work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
+        work_of_map = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
+        return len(self.n) * work <= _WORTH_IT * work_of_map
+
+    def put(self, tiles: Tensor, x: Tensor) -> Tensor:
+        """A map (N, C', H, W) of the size of ``x`` of tiles (P, C', side, side), 0 elsewhere."""
+        num, rows, columns = self.grid(x)
+        cells = tiles.new_zeros(num, tiles.shape[1], rows, _SIDE, columns, _SIDE)
+        cells[self.n, :, self.row, :, self.column] = tiles
+        whole = cells.flatten(4, 5).flatten(2, 3)
+        return whole[:, :, : x.shape[2], : x.shape[3]]
+
+    def _gather(self, x: Tensor, halo: int) -> tuple[Tensor, Tensor]:
+        """The tiles and the places around them: (P, C, side, side), 0 beyond the border.
+
+        Returns:
+            them, and (P, 1, side, side) with 1 for what is on the map and 0 for what is not.
+        """
+        reach = torch.arange(-halo, _SIDE + halo, device=x.device)
+        row, column = self.row[:, None] * _SIDE + reach, self.column[:, None] * _SIDE + reach
+        height, width = x.shape[-2:]
+        row_inside, column_inside = (row >= 0) & (row < height), (column >= 0) & (column < width)
+        inside = (row_inside[:, :, None] & column_inside[:, None, :])[:, None].to(x.dtype)
+        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        tiles = x[self.n[:, None, None], :, row[:, :, None], column[:, None, :]]
+        return tiles.permute(0, 3, 1, 2) * inside, inside
 
 
 def convolve_at(
@@ -32,41 +112,13 @@ def convolve_at(
     Returns:
         Tensor[K, C'] of what the chain gives there.
     """
-    height, width = x.shape[-2:]
-    rows_of_tiles, columns_of_tiles = (-(-length // _SIDE) for length in (height, width))
-    number = (n * rows_of_tiles + row // _SIDE) * columns_of_tiles + column // _SIDE
+    grid = Tiles.grid(x)
+    number = (n * grid[1] + row // _SIDE) * grid[2] + column // _SIDE
     number, tile = number.unique(return_inverse=True)
-    number = to_device(number, x.device)
+    tiles = Tiles(*torch.unravel_index(to_device(number, x.device), grid))
     tile, n, row, column = to_device(torch.stack([tile, n, row, column]), x.device)
-    sides = range(_SIDE + 2 * len(convs) - 2, 0, -2)  # after each convolution
-    work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
-    work_of_map = sum(conv.weight.numel() for conv in convs) * len(x) * height * width
-    if len(number) * work > _WORTH_IT * work_of_map:
-        for conv in convs[:-1]:
-            x = F.relu(conv(x), inplace=True)
-        return convs[-1](x)[n, :, row, column]
-    at = torch.unravel_index(number, (len(x), rows_of_tiles, columns_of_tiles))
-    x, inside = _gather(x, *at, halo=len(convs))
-    for i, conv in enumerate(convs):
-        if i > 0:
-            # Beyond its border a map is zero for each convolution anew.
-            x = F.relu(x, inplace=True) * inside
-        x = F.conv2d(x, conv.weight, conv.bias)
-        inside = inside[:, :, 1:-1, 1:-1]
-    return x[tile, :, row % _SIDE, column % _SIDE]
-
-
-def _gather(x: Tensor, n: Tensor, row: Tensor, column: Tensor, halo: int) -> tuple[Tensor, Tensor]:
-    """P tiles of a map and the places around them: (P, C, side, side), 0 beyond the border.
-
-    Returns:
-        the tiles, and (P, 1, side, side) with 1 for what is on the map and 0 for what is not.
-    """
-    reach = torch.arange(-halo, _SIDE + halo, device=x.device)
-    row, column = row[:, None] * _SIDE + reach, column[:, None] * _SIDE + reach
-    height, width = x.shape[-2:]
-    row_inside, column_inside = (row >= 0) & (row < height), (column >= 0) & (column < width)
-    inside = (row_inside[:, :, None] & column_inside[:, None, :])[:, None].to(x.dtype)
-    row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-    tiles = x[n[:, None, None], :, row[:, :, None], column[:, None, :]]
-    return tiles.permute(0, 3, 1, 2) * inside, inside
+    if tiles.spare_work(convs, x):
+        return tiles.convolve(convs, x)[tile, :, row % _SIDE, column % _SIDE]
+    for conv in convs[:-1]:
+        x = F.relu(conv(x), inplace=True)
+    return convs[-1](x)[n, :, row, column]
