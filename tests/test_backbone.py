@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+from tensormask.modeling import backbone
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.fpn import FPN
 
@@ -107,3 +108,28 @@ def test_pyramid_with_norm_has_no_biases(norm: str) -> None:
 def test_levels_that_do_not_exist(levels: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="levels"):
         FPN([2, 3, 4, 5], levels=levels)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_frozen_norms_in_the_weights_change_nothing(depth: int) -> None:
+    """Values and gradients of torchvision's own layers, which normalise after each convolution."""
+    torch.manual_seed(0)
+    trunk = ResNet(depth, freeze_at=0).double()
+    for module in trunk.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    parameters = list(trunk.parameters())
+    results = []
+    for plain in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(backbone, "conv_norm", lambda conv, norm, x: norm(conv(x)))
+            features = trunk(x)
+        grads = torch.autograd.grad(
+            sum((f / f.std()).square().mean() for f in features), parameters
+        )
+        results.append([*features, *grads])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

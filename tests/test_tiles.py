@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from tensormask.modeling import tiles
 from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.mask_head import MaskHead
 
 
 def make_convs(num_convs: int) -> list[nn.Conv2d]:
@@ -94,3 +95,58 @@ def test_deltas_at_windows_are_the_dense_ones(checkpointed: bool) -> None:
     expected = dense.unflatten(1, (2, 4))[n, size, :, row, column]
     assert_close(head.deltas_at(x, n, size, row, column), expected)
     assert head([x], dense_boxes=False)[1] is None
+
+
+@pytest.mark.parametrize("side", [8, 100])
+def test_tiles_that_boxes_touch(side: int) -> None:
+    """Against every box and tile compared; boxes reach beyond the map."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(-20, 90, (12, 2), generator=generator)
+    boxes = torch.cat([corner, corner + torch.randint(0, side, (12, 2), generator=generator)], 1)
+    boxes = boxes[(boxes[:, 2:] >= 0).all(1) & (boxes[:, :2] < torch.tensor([50, 70])).all(1)]
+    n = torch.arange(len(boxes)) % 2
+    expected = {
+        (image, row, column)
+        for image, (y0, x0, y1, x1) in zip(n.tolist(), boxes.tolist(), strict=True)
+        for row in range(7)
+        for column in range(9)
+        if y0 < 8 * row + 8 and y1 >= 8 * row and x0 < 8 * column + 8 and x1 >= 8 * column
+    }
+    found = tiles.Tiles.touching(torch.zeros(2, 1, 50, 70), n, boxes)
+    assert 0 < len(expected) < 2 * 7 * 9
+    assert set(zip(*(t.tolist() for t in found), strict=True)) == expected
+
+
+def test_masks_at_windows_from_tiles_are_those_of_the_map(monkeypatch) -> None:
+    """Values and gradients, with windows in the middle, at the borders and in the corners."""
+    torch.manual_seed(0)
+    head = MaskHead(6, [11, 15], (4, 8, 16), channels=5, init="he").double()
+    for pred in head.mask_pred:
+        nn.init.normal_(pred.weight, std=0.5)
+        nn.init.normal_(pred.bias)
+    shapes = [(104, 136), (52, 68), (26, 34)]
+    features = [torch.randn(2, 6, *s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    groups = [
+        (level, size, torch.tensor([[0, 0, 0], [1, h - 1, w - 1], [1, h // 2, w // 3]]))
+        for level, (h, w) in enumerate(shapes)
+        for size in range(2)
+    ]
+    wanted = [*features, *head.parameters()]
+    results, num_tiles = [], []
+    original = tiles.Tiles.put
+
+    def put(self, values, x):
+        num_tiles.append(len(values))
+        return original(self, values, x)
+
+    monkeypatch.setattr(tiles.Tiles, "put", put)
+    for worth_it in (-1, 1e9):
+        monkeypatch.setattr(tiles, "_WORTH_IT", worth_it)
+        masks = head(features, groups)
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(m.shape, generator=generator, dtype=m.dtype) for m in masks]
+        results.append([*masks, *torch.autograd.grad(masks, wanted, grads)])
+    assert len(num_tiles) == len(groups)
+    assert max(num_tiles[:2]) < 2 * 13 * 17  # of the finest level only a part
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)

@@ -2,15 +2,48 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``; a frozen batch norm is multiplied into the weights, and costs no pass."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        out = conv_norm(self.conv2, self.bn2, out)
+        return F.relu(out + identity, inplace=True)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, with `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        out = F.relu(conv_norm(self.conv2, self.bn2, out), inplace=True)
+        out = conv_norm(self.conv3, self.bn3, out)
+        return F.relu(out + identity, inplace=True)
+
+
 _BLOCKS = {
-    18: (resnet.BasicBlock, [2, 2, 2, 2]),
-    34: (resnet.BasicBlock, [3, 4, 6, 3]),
-    50: (resnet.Bottleneck, [3, 4, 6, 3]),
-    101: (resnet.Bottleneck, [3, 4, 23, 3]),
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
 }
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d,
@@ -65,7 +98,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised pictures (N, 3, H, W) to the features of res2..res5, of strides 4 to 32."""
-        x = self.stem(x)
+        stem = self.stem
+        x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
         features = []
         for stage in (self.res2, self.res3, self.res4, self.res5):
             x = stage(x)

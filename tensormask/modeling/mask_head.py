@@ -175,8 +175,8 @@ class MaskHead(nn.Module):
 
     def _tiles(self, finest: Tensor, groups: list[tuple[int, int, Tensor]]) -> Tiles | None:
         """The tiles of the finest level that a level's windows read; None where all is as good."""
-        if finest.is_cuda:
-            return None  # which would be waited for, longer than the work takes
+        if finest.device.type != "cpu":
+            return None  # a GPU would be waited for, longer than the work takes
         boxes = []
         for level, size, windows in groups:
             middle = windows[:, 1:] * self.lambdas[level]

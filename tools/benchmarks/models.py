@@ -11,9 +11,9 @@ are left for its later steps. Those are set here, each model with its own thresh
   6000, pass its score threshold: the dearest case for it.
 - Mask R-CNN's proposals and detections come from all levels of its pyramid, which is scaled as
   well, and 500 candidates are above its score threshold.
-- In training, Mask R-CNN's sampled regions count as positive from an IoU of 0.1 on, and not 0.5:
-  random proposals seldom meet an object, while those of a trained model fill the quarter that
-  positive ones may take, 128 of 512, from which the mask head's cost follows.
+- In training, Mask R-CNN's sampled regions count as positive from its own IoU of 0.5 on. Random
+  proposals seldom meet an object, so that its mask head has less work than in a trained model, which
+  may fill a quarter of its regions with positive ones, 128 of 512: at 0.1 random ones fill it too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CANDIDATES_OF_MASK_RCNN = 500
 _GROUPS_OF_SIZES = 8
 # The score of the last detection.
 _LAST_SCORE = 0.5
-POSITIVE_IOU = 0.1
+POSITIVE_IOU = 0.5
 _TOO_FEW = "NMS leaves too few windows of this picture: give a larger --size or fewer --detections"
 # Boxes stay near the windows and anchors that they come from.
 _BOX_GAIN = 0.02

@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=POSITIVE_IOU,
         metavar="IOU",
-        help="from which a region of Mask R-CNN counts as positive; torchvision's is 0.5, which "
-        f"few of its random proposals reach (default: {POSITIVE_IOU}: as many as it may have)",
+        help="from which a region of Mask R-CNN counts as positive; few of its random proposals "
+        f"reach torchvision's, at 0.1 as many as it may have (default: {POSITIVE_IOU}, its own)",
     )
     parser.add_argument(
         "--models",
