@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,11 +61,13 @@ def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int
     Returns:
         Tensor[K, height, width]: bool.
     """
-    frames = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
     if boxes.device.type == "cpu":
+        # NumPy's zeros take up memory where something is written only: frames are mostly empty.
+        frames = torch.from_numpy(np.zeros((len(masks), *size), dtype=bool))
         for frame, (x0, y0, region) in zip(frames, paste_regions(masks, boxes, size), strict=True):
             frame[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
     else:
+        frames = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
         _paste_frames(masks, boxes, frames)
     return frames
 

@@ -12,8 +12,8 @@ are left for its later steps. Those are set here, each model with its own thresh
 - Mask R-CNN's proposals and detections come from all levels of its pyramid, which is scaled as
   well, and 500 candidates are above its score threshold.
 - In training, Mask R-CNN's sampled regions count as positive from its own IoU of 0.5 on. Random
-  proposals seldom meet an object, so that its mask head has less work than in a trained model, which
-  may fill a quarter of its regions with positive ones, 128 of 512: at 0.1 random ones fill it too.
+  proposals seldom meet an object: its mask head has less work than in a trained model, of whose 512
+  regions up to 128 may be positive. At an IoU of 0.1 random ones are as many.
 """
 
 from __future__ import annotations
