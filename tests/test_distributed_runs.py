@@ -109,9 +109,9 @@ def test_training_equals_one_process(config, tmp_path, how):
     assert metrics(two, "faults") == metrics(one, "faults") != []
     (expected,), (found,) = (metrics(folder, "total_loss") for folder in (one, two))
     assert found.keys() == expected.keys()
-    # Small batches choose between tiles and maps (modeling/tiles.py) otherwise than larger ones: they
-    # add up in another order. With maps alone the second start agrees to 1e-5, too.
-    tolerance = 1e-3 if how == "torchrun" else 1e-5
+    # Smaller batches may choose tiles where larger ones choose maps (modeling/tiles.py), which add
+    # up in another order. With maps alone this agrees to 1e-5, too.
+    tolerance = 1e-2 if how == "torchrun" else 1e-5
     for name in ("loss_cls", "loss_box_reg", "loss_mask", "total_loss", "grad_norm", "lr"):
         assert found[name] == pytest.approx(expected[name], rel=tolerance), name
     expected, found = (load_checkpoint(f / "model_final.pth")["model"] for f in (one, two))
