@@ -19,6 +19,7 @@ from ..layers.masks import to_device
 _SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
 # Many small convolutions take longer than few large ones of as many operations.
 _WORTH_IT = 0.7
+_LEAST_CELLS = 1500  # of a map: smaller ones take little time as they are
 
 
 class Tiles(NamedTuple):
@@ -72,7 +73,8 @@ class Tiles(NamedTuple):
         sides = range(_SIDE + 2 * len(convs) - 2, 0, -2)  # after each convolution
         work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
         work_of_map = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
-        return len(self.n) * work <= _WORTH_IT * work_of_map
+        large = x.shape[2] * x.shape[3] >= _LEAST_CELLS
+        return large and len(self.n) * work <= _WORTH_IT * work_of_map
 
     def put(self, tiles: Tensor, x: Tensor) -> Tensor:
         """A map (N, C', H, W) of the size of ``x`` of tiles (P, C', side, side), 0 elsewhere."""
