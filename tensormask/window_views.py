@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensormask.layers import nat2align
 from tensormask.modeling import TensorMask
-from tensormask.modeling.inference import Kept, suppress, to_frame
+from tensormask.modeling.inference import Kept, suppress, to_frame, with_boxes_of_masks
 from tensormask.modeling.mask_head import MaskHead
 
 
@@ -40,10 +40,12 @@ def look(model: TensorMask, image: Tensor, threshold: float) -> Seen:
         threshold: score in 0..1, below 1.
     """
     dense = features, logits, _ = model.dense([image])
-    candidates = model.find_candidates(*dense, 0, threshold)
+    candidates = model.candidates(dense, 0, threshold)
     boxes = candidates.boxes
     if model.nms_on == "masks":
-        (candidates,), (boxes,) = model.with_boxes_of_masks(features, [candidates])
+        (candidates,), (boxes,) = with_boxes_of_masks(
+            model.mask_head, features, [candidates], replace=model.head.bbox_pred is None
+        )
     kept = suppress(candidates, boxes, model.nms_threshold, model.num_detections)
     size = tuple(image.shape[-2:])
     scores = [

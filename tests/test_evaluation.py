@@ -217,7 +217,7 @@ def test_a_tensormask_makes_no_frames(tmp_path, monkeypatch, head):
     dataset = GreyDataset(coco_json(truth, 3), tmp_path)
     samples = [[s | {"image": picture(64, 80, seed=s["image_id"])} for (s,) in dataset.loader()]]
     expected = evaluate(in_frames, samples, dataset, tmp_path / "frames", num_visualized=1)
-    monkeypatch.setattr("tensormask.modeling.tensormask.paste_masks", None)
+    monkeypatch.setattr("tensormask.modeling.tensormask.with_frames", None)
     results = evaluate(model, samples, dataset, tmp_path / "windows", num_visualized=1)
     assert results_table(results) == results_table(expected)
     for name in ("coco_instances_results.json", "pictures/1.png"):

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from ..layers import mask_boxes, paste_masks
+from ..layers.masks import to_device
 from .box_coder import decode_boxes
+from .mask_head import MaskHead
 from .windows import Windows
 
 
@@ -138,3 +141,42 @@ def ungroup_masks(
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
     in_order = (masks[i] for i in range(len(masks)))
     return [list(itertools.islice(in_order, len(kept.scores))) for kept in kept_per_image]
+
+
+def with_boxes_of_masks(
+    mask_head: MaskHead, features: list[Tensor], candidates: list[Kept], *, replace: bool
+) -> tuple[list[Kept], list[Tensor]]:
+    """Per picture the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
+
+    Args:
+        features: of the pyramid, per level (N, C, H, W).
+        candidates: per picture.
+        replace: whether these are also the boxes of the candidates, as where no box is regressed.
+    """
+    groups, positions = group_windows(candidates)
+    windows = torch.cat([kept.windows for kept in candidates])
+    boxes = torch.empty_like(windows)
+    # A level's masks of all candidates are as large as its dense tensor may be: one at a time.
+    masks = mask_head.one_by_one(features, groups)
+    for logits, position in zip(masks, positions, strict=True):
+        position = to_device(position, boxes.device)
+        boxes[position] = mask_boxes(logits, windows[position])
+    found, boxes_per_image = [], []
+    for kept, boxes_of_image in zip(
+        candidates, boxes.split([len(kept.scores) for kept in candidates]), strict=True
+    ):
+        whole = boxes_of_image[:, 2] > boxes_of_image[:, 0]
+        kept, boxes_of_image = kept[whole], boxes_of_image[whole]
+        found.append(kept._replace(boxes=boxes_of_image) if replace else kept)
+        boxes_per_image.append(boxes_of_image)
+    return found, boxes_per_image
+
+
+def with_frames(
+    detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """A detection of `TensorMask.detect` as `TensorMask.forward` gives it."""
+    in_frame = {name: detection[name] for name in ("boxes", "scores", "labels")}
+    if "window_masks" in detection:
+        in_frame["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
+    return in_frame

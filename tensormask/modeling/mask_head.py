@@ -6,8 +6,9 @@ Upscale: either of them with masks ``upscale`` times coarser, which are upscaled
 masks at the finest resolution for every level, so that those of level k are ``2^k`` times finer.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -121,14 +122,9 @@ class MaskHead(nn.Module):
                 tiles = self._tiles(finest, groups)
             inputs = (self.level_features, features, level, finest, tiles)
             x = call(*inputs, checkpointed=self.checkpointed)
+            place = None if tiles is None else functools.partial(tiles.put, x=finest)
             for _, size, windows in groups:
-                if not self.aligned:
-                    yield self._natural_masks_at(x, size, windows)
-                    continue
-                masks = self.mask_pred[size](x)
-                if tiles is not None:
-                    masks = tiles.put(masks, finest)
-                yield self._aligned_masks_at(masks, level, windows)
+                yield self._masks_at(x, level, size, windows, place)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Mask logits at all windows: the definition that `forward` is tested against.
@@ -187,13 +183,21 @@ class MaskHead(nn.Module):
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
         return tiles if tiles.spare_work([self.mask_fuse[0]], finest) else None
 
-    def _aligned_masks_at(self, masks: Tensor, level: int, windows: Tensor) -> Tensor:
-        if self.upscale > 1:
-            return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
-        return swap_align2nat_at(masks, windows, self.lambdas[level])
-
-    def _natural_masks_at(self, x: Tensor, size: int, windows: Tensor) -> Tensor:
+    def _masks_at(
+        self,
+        x: Tensor,
+        level: int,
+        size: int,
+        windows: Tensor,
+        place: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Masks of windows from `level_features`, whose tiles ``place`` puts on their map."""
         pred = self.mask_pred[size]
+        if self.aligned:
+            masks = pred(x) if place is None else place(pred(x))
+            if self.upscale > 1:
+                return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
+            return swap_align2nat_at(masks, windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
         masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)

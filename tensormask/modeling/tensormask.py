@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..layers import crop_masks, mask_boxes, paste_masks
+from ..layers import crop_masks
 from ..layers.masks import to_device
 from .assignment import Assignment, assign
 from .backbone import ResNet
@@ -23,6 +23,8 @@ from .inference import (
     suppress,
     to_frame,
     ungroup_masks,
+    with_boxes_of_masks,
+    with_frames,
 )
 from .inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
 from .losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
@@ -161,7 +163,7 @@ class TensorMask(nn.Module):
         if not self.training:
             sizes = output_sizes or [tuple(image.shape[-2:]) for image in images]
             return [
-                _with_frames(detection, size)
+                with_frames(detection, size)
                 for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
             ]
         if targets is None:
@@ -297,12 +299,15 @@ class TensorMask(nn.Module):
         with self._autocast():
             dense = self.dense(images)
             candidates = [
-                self.find_candidates(*dense, n, self.score_threshold) for n in range(len(images))
+                self.candidates(dense, n, self.score_threshold) for n in range(len(images))
             ]
         features = dense[0]
         compared = [kept.boxes for kept in candidates]
         if self.nms_on == "masks":
-            candidates, compared = self.with_boxes_of_masks(features, candidates)
+            with self._autocast():
+                candidates, compared = with_boxes_of_masks(
+                    self.mask_head, features, candidates, replace=self.head.bbox_pred is None
+                )
         input_sizes = [tuple(image.shape[-2:]) for image in images]
         frames = zip(input_sizes, output_sizes or input_sizes, strict=True)
         kept_per_image = [
@@ -324,21 +329,20 @@ class TensorMask(nn.Module):
                 detection.update(windows=kept.windows, window_masks=masks_of_image)
         return detections
 
-    def find_candidates(
+    def candidates(
         self,
-        features: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor] | None,
+        dense: tuple[list[Tensor], list[Tensor], list[Tensor] | None],
         n: int,
         score_threshold: float,
     ) -> Kept:
-        """`inference.find_candidates` of the n-th picture of `dense`."""
+        """The candidates for NMS in the n-th picture of what `dense` returns."""
+        features, logits, deltas = (levels and [x[n : n + 1] for x in levels] for levels in dense)
 
         def deltas_at(level: int, *place: Tensor) -> Tensor:
-            return self._deltas_at(features, deltas, level, (torch.full_like(place[0], n), *place))
+            return self._deltas_at(features, deltas, level, (torch.zeros_like(place[0]), *place))
 
         return find_candidates(
-            [level[n] for level in logits],
+            [x[0] for x in logits],
             None if self.head.bbox_pred is None else deltas_at,
             self.windows,
             box_weights=self.box_weights,
@@ -350,41 +354,3 @@ class TensorMask(nn.Module):
         """The precision of inference; autocast of whoever calls goes on where none is set."""
         device, dtype = self.device.type, self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(device, dtype)
-
-    def with_boxes_of_masks(
-        self, features: list[Tensor], candidates: list[Kept]
-    ) -> tuple[list[Kept], list[Tensor]]:
-        """Per picture the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
-
-        Without a box head these are also the boxes of the candidates.
-        """
-        groups, positions = group_windows(candidates)
-        windows = torch.cat([kept.windows for kept in candidates])
-        boxes = torch.empty_like(windows)
-        # A level's masks of all candidates are as large as its dense tensor may be: one at a time.
-        with self._autocast():
-            masks = self.mask_head.one_by_one(features, groups)
-            for logits, position in zip(masks, positions, strict=True):
-                position = to_device(position, boxes.device)
-                boxes[position] = mask_boxes(logits, windows[position])
-        found, boxes_per_image = [], []
-        for kept, boxes_of_image in zip(
-            candidates, boxes.split([len(kept.scores) for kept in candidates]), strict=True
-        ):
-            whole = boxes_of_image[:, 2] > boxes_of_image[:, 0]
-            kept, boxes_of_image = kept[whole], boxes_of_image[whole]
-            if self.head.bbox_pred is None:
-                kept = kept._replace(boxes=boxes_of_image)
-            found.append(kept)
-            boxes_per_image.append(boxes_of_image)
-        return found, boxes_per_image
-
-
-def _with_frames(
-    detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
-) -> dict[str, Tensor]:
-    """A detection of `TensorMask.detect` as `TensorMask.forward` gives it."""
-    in_frame = {name: detection[name] for name in ("boxes", "scores", "labels")}
-    if "window_masks" in detection:
-        in_frame["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
-    return in_frame

@@ -19,7 +19,7 @@ from ..layers.masks import to_device
 _SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
 # Many small convolutions take longer than few large ones of as many operations.
 _WORTH_IT = 0.7
-_LEAST_CELLS = 1500  # of a map: smaller ones take little time as they are
+_LEAST_CELLS = 1500  # of a map: on smaller ones nothing is won
 
 
 class Tiles(NamedTuple):
@@ -42,18 +42,18 @@ class Tiles(NamedTuple):
             x: the map (N, C, H, W).
             n (Tensor[K]): the picture of each box.
             boxes (Tensor[K, 4]): first and last row and column, ``(y0, x0, y1, x1)``, int64; may
-                reach beyond the map.
+                reach beyond the map, but not lie there.
         """
         num, rows, columns = cls.grid(x)
         limit = n.new_tensor([rows, columns] * 2) * _SIDE - 1
         y0, x0, y1, x1 = (boxes.clamp(min=0).minimum(limit) // _SIDE).unbind(1)
         # Ones at the corners add up, row by row and column by column, to the boxes over each tile.
         corners = n.new_zeros(num, rows + 1, columns + 1)
-        one = torch.ones_like(n)
-        for row, column, value in ((y0, x0, one), (y1 + 1, x1 + 1, one)):
-            corners.index_put_((n, row, column), value, accumulate=True)
-        for row, column, value in ((y0, x1 + 1, -one), (y1 + 1, x0, -one)):
-            corners.index_put_((n, row, column), value, accumulate=True)
+        for row, column, sign in (
+            *((y0, x0, 1), (y0, x1 + 1, -1)),
+            *((y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)),
+        ):
+            corners.index_put_((n, row, column), n.new_tensor(sign), accumulate=True)
         boxes_over = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
         return cls(*boxes_over.nonzero().unbind(1))
 

@@ -276,7 +276,7 @@ def parts_of_tensormask(model: tensormask.TensorMask) -> list[Part]:
         ("mask head, rest", head, "one_by_one"),
         ("op at windows", mask_head, "swap_align2nat_at"),
         ("sigmoid", tensormask, "ungroup_masks"),
-        ("paste", tensormask, "paste_masks"),
+        ("paste", tensormask, "with_frames"),
     ]
 
 
