@@ -320,7 +320,6 @@ def test_memory_of_large_pictures(config, tmp_path, monkeypatch):
 
 def test_training(config, tmp_path):
     words = ["train", "--config-file", config, "--size", "64", "96", "--objects", "3"]
-    words += ["--positive-iou", "0.5"]  # fewer regions: it takes less time
     code, results = run_command([*words, "--rounds", "1", "--without", "memory"], tmp_path)
     assert code == 0
     ours, theirs = results["times"]
