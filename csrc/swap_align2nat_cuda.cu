@@ -42,8 +42,8 @@ using torch::headeronly::Half;
 // PyTorch's current stream on the current device.
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  require(error == AOTI_TORCH_SUCCESS, "PyTorch has no stream for ", device_name(tensor));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -84,7 +84,7 @@ TENSORMASK_KERNEL void dense_forward_directly(Geometry g, View<const T> in, T* o
 
 // Which windows stand at each place of the grid: `head` has the number of the first, and `next`
 // of the one after each, in their order; -1 ends. Both hold int64, as windows do.
-TENSORMASK_KERNEL inline void link_windows(
+TENSORMASK_KERNEL void link_windows(
     Geometry g, const int64_t* windows, int64_t count, int64_t* head, int64_t* next) {
   const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (k >= count) return;
