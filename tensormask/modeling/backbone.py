@@ -25,7 +25,8 @@ class BasicBlock(resnet.BasicBlock):
         identity = x if self.downsample is None else conv_norm(*self.downsample, x)
         out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
         out = conv_norm(self.conv2, self.bn2, out)
-        return F.relu(out + identity, inplace=True)
+        out += identity
+        return F.relu(out, inplace=True)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -36,7 +37,8 @@ class Bottleneck(resnet.Bottleneck):
         out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
         out = F.relu(conv_norm(self.conv2, self.bn2, out), inplace=True)
         out = conv_norm(self.conv3, self.bn3, out)
-        return F.relu(out + identity, inplace=True)
+        out += identity
+        return F.relu(out, inplace=True)
 
 
 _BLOCKS = {

@@ -62,9 +62,9 @@ class FPN(nn.Module):
         for k in range(_LAST_BOTTOM_UP, self.first - 1, -1):
             x = self.lateral[f"p{k}"](features[k - _FIRST_BOTTOM_UP])
             if above is not None:
-                x = x + F.interpolate(above, scale_factor=2.0, mode="nearest")
+                x += F.interpolate(above, scale_factor=2.0, mode="nearest")
                 if self.fuse == "avg":
-                    x = x / 2
+                    x /= 2
             above = x
             if k <= self.last:
                 pyramid.insert(0, self.output[f"p{k}"](x))
