@@ -14,11 +14,12 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 SOURCES = [
+    "csrc/cpu_avx2.cpp",
+    "csrc/cpu_avx512.cpp",
+    "csrc/cpu_baseline.cpp",
     "csrc/swap_align2nat.cpp",
     "csrc/swap_align2nat_cpu.cpp",
-    "csrc/swap_align2nat_cpu_avx2.cpp",
-    "csrc/swap_align2nat_cpu_avx512.cpp",
-    "csrc/swap_align2nat_cpu_baseline.cpp",
+    "csrc/winograd_cpu.cpp",
 ]
 CUDA_SOURCES = ["csrc/swap_align2nat_cuda.cu"]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]

@@ -4,11 +4,8 @@
 
 #pragma once
 
+#include "cpu_isa.h"
 #include "swap_align2nat.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define TENSORMASK_X86_VARIANTS
-#endif
 
 namespace tensormask {
 

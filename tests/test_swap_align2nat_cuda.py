@@ -168,7 +168,8 @@ def test_compile() -> None:
         x = torch.randn(2, 9, height, 8, device="cuda", requires_grad=True)
         windows = random_windows(x, 2, 3).cuda()
         expected = both(x, windows)
-        torch.testing.assert_close(compiled(x, windows), expected)
+        # Sums whose terms cancel, and which a compiled kernel adds up in another order.
+        torch.testing.assert_close(compiled(x, windows), expected, rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(
             torch.autograd.grad(compiled(x, windows), x)[0], torch.autograd.grad(expected, x)[0]
         )
@@ -217,7 +218,7 @@ def test_autocast_leaves_the_dtype() -> None:
 def main() -> int:
     """Runs every test of this file; for machines without pytest."""
     if "cuda" not in _native.DEVICES or not torch.cuda.is_available():
-        print(f"no CUDA kernels or no GPU: {_native.why_not('cuda')}", file=sys.stderr)
+        print(_native.why_not("cuda") or "PyTorch sees no GPU", file=sys.stderr)
         return 1
     long = ("full_size", "compile", "gradients", "opcheck", "graphs")
     failed = 0

@@ -56,13 +56,13 @@ _check_backend(_backend)
 
 @contextlib.contextmanager
 def op_backend(backend: str) -> Iterator[None]:
-    """Chooses what computes swap_align2nat, within a ``with`` block.
+    """Chooses what computes swap_align2nat, and `winograd.conv2d`, within a ``with`` block.
 
     The environment variable ``TENSORMASK_OP`` chooses for the whole process.
 
     Args:
         backend: "native" for the compiled op, an error where it is missing; "reference" for plain
-            PyTorch; "auto" for the compiled op where it is there.
+            PyTorch, with its own convolutions; "auto" for the compiled op where it is there.
 
     Raises:
         ValueError: the name is none of these.

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+from ..layers.winograd import conv2d
+
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``; a frozen batch norm is multiplied into the weights, and costs no pass."""
@@ -15,7 +17,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 class BasicBlock(resnet.BasicBlock):

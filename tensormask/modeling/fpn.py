@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.winograd import Conv2d
 from .backbone import get_norm
 
 _FIRST_BOTTOM_UP, _LAST_BOTTOM_UP = 2, 5
@@ -37,7 +38,7 @@ class FPN(nn.Module):
         self.first, self.last, self.fuse = first, last, fuse
 
         def conv(channels: int, kernel: int) -> nn.Sequential | nn.Conv2d:
-            layer = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=not norm)
+            layer = Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=not norm)
             return nn.Sequential(layer, get_norm(norm)(out_channels)) if norm else layer
 
         used = range(first, _LAST_BOTTOM_UP + 1)

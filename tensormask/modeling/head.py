@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.masks import to_device
+from ..layers.winograd import Conv2d
 from .tiles import convolve_at
 
 
@@ -16,7 +17,7 @@ def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential
     """``num_convs`` 3x3 convolutions, a ReLU after each."""
     layers: list[nn.Module] = []
     for _ in range(num_convs):
-        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
         in_channels = channels
     return nn.Sequential(*layers)
 
@@ -76,9 +77,9 @@ class ClassBoxHead(nn.Module):
         self.bbox_subnet = self.bbox_pred = None
         if with_boxes:
             self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
-        self.cls_score = nn.Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
+        self.cls_score = Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
         if with_boxes:
-            self.bbox_pred = nn.Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
+            self.bbox_pred = Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
         for tower in filter(None, (self.cls_subnet, self.bbox_subnet)):
             init_convs(tower, init)
         for predictor in filter(None, (self.cls_score, self.bbox_pred)):

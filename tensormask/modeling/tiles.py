@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.masks import to_device
+from ..layers.winograd import conv2d
 
 _SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
 # Many small convolutions take longer than few large ones of as many operations.
@@ -64,7 +65,7 @@ class Tiles(NamedTuple):
             if i > 0:
                 # Beyond its border a map is zero for each convolution anew.
                 x = F.relu(x, inplace=True) * inside
-            x = F.conv2d(x, conv.weight, conv.bias)
+            x = conv2d(x, conv.weight, conv.bias)
             inside = inside[:, :, 1:-1, 1:-1]
         return x
 

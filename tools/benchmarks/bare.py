@@ -19,7 +19,7 @@ def prepare() -> None:
     for name in ("tensormask", "tensormask.layers"):
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except ImportError as error:  # also of OpenCV without its system libraries
             if (error.name or "").startswith("tensormask") or error.name == "torch":
                 raise
             package = types.ModuleType(name)

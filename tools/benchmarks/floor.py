@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tensormask.layers import op_backend
+
 _aten = torch.ops.aten
 # The position of the argument that is an activation; what else they take are weights.
 _PRODUCTS = {_aten.convolution: 0, _aten.addmm: 1, _aten.mm: 0}
@@ -31,9 +33,10 @@ class Product(NamedTuple):
 def record_products(call: Callable[[], object]) -> list[Product]:
     """The convolutions and products of matrices that a call makes, in order.
 
-    `call` is run without gradients. Weights are kept as they are, of activations the shapes.
+    `call` is run without gradients and with PyTorch's own convolutions. Weights are kept as they
+    are, of activations the shapes.
     """
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), op_backend("reference"), _Recorder() as recorder:
         call()
     return recorder.products
 

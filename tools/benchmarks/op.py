@@ -219,4 +219,8 @@ def _kernel_time(call: Callable) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         call()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in record.key_averages())
+    return sum(
+        event.self_device_time_total
+        for event in record.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )

@@ -1,6 +1,7 @@
 // The CPU kernels for x86 with AVX2 and FMA.
 
 #include "swap_align2nat_cpu.h"
+#include "winograd.h"
 
 #include <atomic>
 #include <vector>
@@ -19,10 +20,14 @@ namespace avx2 {
 
 #include "swap_align2nat_cpu_kernels.h"
 
+#include "winograd_kernels.h"
+
 TENSORMASK_INSTANTIATE(float)
 TENSORMASK_INSTANTIATE(double)
 TENSORMASK_INSTANTIATE(Half)
 TENSORMASK_INSTANTIATE(BFloat16)
+TENSORMASK_INSTANTIATE_WINOGRAD(float)
+TENSORMASK_INSTANTIATE_WINOGRAD(double)
 
 }  // namespace avx2
 }  // namespace tensormask

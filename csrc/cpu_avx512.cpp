@@ -1,6 +1,7 @@
 // The CPU kernels for x86 with AVX-512: float32 alone, see swap_align2nat_cpu.cpp.
 
 #include "swap_align2nat_cpu.h"
+#include "winograd.h"
 
 #include <atomic>
 #include <vector>
@@ -21,7 +22,10 @@ namespace avx512 {
 
 #include "swap_align2nat_cpu_kernels.h"
 
+#include "winograd_kernels.h"
+
 TENSORMASK_INSTANTIATE(float)
+TENSORMASK_INSTANTIATE_WINOGRAD(float)
 
 }  // namespace avx512
 }  // namespace tensormask

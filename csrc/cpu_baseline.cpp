@@ -1,6 +1,7 @@
 // The CPU kernels for any machine.
 
 #include "swap_align2nat_cpu.h"
+#include "winograd.h"
 
 #include <atomic>
 #include <vector>
@@ -10,10 +11,14 @@ namespace baseline {
 
 #include "swap_align2nat_cpu_kernels.h"
 
+#include "winograd_kernels.h"
+
 TENSORMASK_INSTANTIATE(float)
 TENSORMASK_INSTANTIATE(double)
 TENSORMASK_INSTANTIATE(Half)
 TENSORMASK_INSTANTIATE(BFloat16)
+TENSORMASK_INSTANTIATE_WINOGRAD(float)
+TENSORMASK_INSTANTIATE_WINOGRAD(double)
 
 }  // namespace baseline
 }  // namespace tensormask

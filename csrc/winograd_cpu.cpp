@@ -1,0 +1,101 @@
+// Winograd's F(4x4, 3x3) on the CPU: checks and threads. What the 36 matrices are for is said in
+// tensormask/layers/winograd.py, whose own they are: their products are PyTorch's.
+
+#include "cpu_isa.h"
+#include "swap_align2nat_checks.h"
+#include "winograd.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace tensormask {
+namespace {
+
+using winograd::Chunk;
+using winograd::Map;
+
+constexpr int64_t TILES_AT_ONCE = 8;  // that a thread takes at least
+
+// Whether `map` is in channels_last, and `matrices` is (36, images, rows, columns, channels) of it.
+Chunk check(const Tensor& map, const Tensor& matrices, int64_t image, int64_t row) {
+  require(map.dim() == 4 && (map.stride(1) == 1 || map.size(1) == 1),
+          "maps must be (N, C, H, W) in channels_last");
+  require(matrices.dim() == 5 && matrices.is_contiguous() && matrices.size(0) == 36 &&
+              matrices.size(4) == map.size(1),
+          "matrices must be (36, images, rows, columns, ", map.size(1), "), contiguous, got ",
+          text(matrices.sizes()));
+  const ScalarType type = map.scalar_type();
+  require((type == ScalarType::Float || type == ScalarType::Double) &&
+              type == matrices.scalar_type(),
+          "maps and matrices must be of one dtype, float32 or float64, got ", dtype_name(map),
+          " and ", dtype_name(matrices));
+  require(image >= 0 && row >= 0, "image and row must not be negative");
+  return {matrices.size(2), matrices.size(3), map.size(1), image, row, matrices.stride(0)};
+}
+
+template <typename T>
+Map<T> map_of(const Tensor& x) {
+  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())),
+          x.stride(0), x.stride(2), x.stride(3), x.size(0), x.size(2), x.size(3)};
+}
+
+// Calls `work(null pointer of the element type, begin, end)` for the tiles of `matrices`.
+template <typename Work>
+void for_tiles(const Tensor& matrices, const Work& work) {
+  const int64_t tiles = matrices.size(1) * matrices.size(2) * matrices.size(3);
+  torch::stable::parallel_for(0, tiles, TILES_AT_ONCE, [&](int64_t begin, int64_t end) {
+    if (matrices.scalar_type() == ScalarType::Float) work(static_cast<float*>(nullptr), begin, end);
+    else work(static_cast<double*>(nullptr), begin, end);
+  });
+}
+
+void input(const Tensor& x, int64_t padding, int64_t image, int64_t row, Tensor out) {
+  const Chunk chunk = check(x, out, image, row);
+  for_tiles(out, [&](auto* type, int64_t begin, int64_t end) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(winograd_input, map_of<const T>(x), padding, chunk,
+         static_cast<T*>(out.mutable_data_ptr()), begin, end);
+  });
+}
+
+void grad(const Tensor& x, int64_t image, int64_t row, Tensor out) {
+  const Chunk chunk = check(x, out, image, row);
+  for_tiles(out, [&](auto* type, int64_t begin, int64_t end) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(winograd_grad, map_of<const T>(x), chunk, static_cast<T*>(out.mutable_data_ptr()), begin,
+         end);
+  });
+}
+
+void output(
+    const Tensor& matrices, const std::optional<Tensor>& bias, int64_t image, int64_t row,
+    Tensor out) {
+  const Chunk chunk = check(out, matrices, image, row);
+  require(!bias || (bias->is_contiguous() && bias->numel() == chunk.channels &&
+                    bias->scalar_type() == out.scalar_type()),
+          "the bias must have a value for each channel");
+  for_tiles(matrices, [&](auto* type, int64_t begin, int64_t end) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    CALL(winograd_output, static_cast<const T*>(matrices.const_data_ptr()),
+         bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, chunk, map_of<T>(out),
+         begin, end);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tensormask, m) {
+  m.def("winograd_input(Tensor x, int padding, int image, int row, *, Tensor(a!) out) -> ()");
+  m.def("winograd_grad(Tensor grad, int image, int row, *, Tensor(a!) out) -> ()");
+  m.def("winograd_output(Tensor matrices, Tensor? bias, int image, int row, *, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tensormask, CPU, m) {
+  m.impl("winograd_input", TORCH_BOX(&input));
+  m.impl("winograd_grad", TORCH_BOX(&grad));
+  m.impl("winograd_output", TORCH_BOX(&output));
+}
+
+}  // namespace tensormask
