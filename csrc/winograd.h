@@ -52,8 +52,8 @@ struct Chunk {
       int64_t begin, int64_t end);                                                               \
   template <typename T>                                                                          \
   void winograd_output(                                                                          \
-      const T* matrices, const T* bias, const winograd::Chunk& chunk, const winograd::Map<T>& map, \
-      int64_t begin, int64_t end);
+      const T* matrices, const T* bias, const winograd::Chunk& chunk,                            \
+      const winograd::Map<T>& map, int64_t begin, int64_t end);
 
 namespace baseline {
 TENSORMASK_WINOGRAD

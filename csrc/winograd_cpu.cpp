@@ -1,5 +1,5 @@
-// Winograd's F(4x4, 3x3) on the CPU: checks and threads. What the 36 matrices are for is said in
-// tensormask/layers/winograd.py, whose own they are: their products are PyTorch's.
+// Winograd's F(4x4, 3x3) on the CPU: the operators that cut maps into tiles and put them together
+// again. tensormask/layers/winograd.py says what the 36 matrices are for, and multiplies them.
 
 #include "cpu_isa.h"
 #include "swap_align2nat_checks.h"
@@ -38,7 +38,8 @@ Chunk check(const Tensor& map, const Tensor& matrices, int64_t image, int64_t ro
 template <typename T>
 Map<T> map_of(const Tensor& x) {
   return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())),
-          x.stride(0), x.stride(2), x.stride(3), x.size(0), x.size(2), x.size(3)};
+          x.stride(0), x.stride(2), x.stride(3),
+          x.size(0), x.size(2), x.size(3)};
 }
 
 // Calls `work(null pointer of the element type, begin, end)` for the tiles of `matrices`.
@@ -89,7 +90,8 @@ void output(
 STABLE_TORCH_LIBRARY_FRAGMENT(tensormask, m) {
   m.def("winograd_input(Tensor x, int padding, int image, int row, *, Tensor(a!) out) -> ()");
   m.def("winograd_grad(Tensor grad, int image, int row, *, Tensor(a!) out) -> ()");
-  m.def("winograd_output(Tensor matrices, Tensor? bias, int image, int row, *, Tensor(a!) out) -> ()");
+  m.def(
+      "winograd_output(Tensor matrices, Tensor? bias, int image, int row, *, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensormask, CPU, m) {

@@ -93,14 +93,15 @@ inline void both_sides(Read read, Write write) {
 // Tiles of a map to the 36 matrices (tiles, channels).
 template <typename M, typename T>
 inline void spread(
-    const winograd::Map<const T>& map, int64_t padding, const winograd::Chunk& chunk, T* matrices, int64_t begin,
-    int64_t end) {
+    const winograd::Map<const T>& map, int64_t padding, const winograd::Chunk& chunk, T* matrices,
+    int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     int64_t n, y, x;
     chunk.place(tile, &n, &y, &x);
     const T* from[M::FROM][M::FROM];
     for (int64_t i = 0; i < M::FROM; ++i)
-      for (int64_t j = 0; j < M::FROM; ++j) from[i][j] = map.at(n, y + i - padding, x + j - padding);
+      for (int64_t j = 0; j < M::FROM; ++j)
+        from[i][j] = map.at(n, y + i - padding, x + j - padding);
     T* to = matrices + tile * chunk.channels;
     for (int64_t c = 0; c < chunk.channels; c += Lanes<T>::COUNT)
       both_sides<M, T>(
@@ -114,8 +115,8 @@ inline void spread(
 // The 36 matrices (tiles, channels) to the results of tiles, `bias` added, on their map.
 template <typename T>
 inline void gather(
-    const T* matrices, const T* bias, const winograd::Chunk& chunk, const winograd::Map<T>& map, int64_t begin,
-    int64_t end) {
+    const T* matrices, const T* bias, const winograd::Chunk& chunk, const winograd::Map<T>& map,
+    int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     int64_t n, y, x;
     chunk.place(tile, &n, &y, &x);

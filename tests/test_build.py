@@ -70,7 +70,7 @@ def test_cpu_where_no_gpu_is_in_sight(tmp_path) -> None:
     assert code == 0, text
     assert "no GPU in sight and FORCE_CUDA is not set: no CUDA kernels" in text
     assert "compiling swap_align2nat for the CPU\n" in text
-    assert "sources: 5" in text
+    assert "sources: 6" in text
 
 
 @pytest.mark.parametrize("variables, gpu", [({"FORCE_CUDA": "1"}, False), ({}, True)])
@@ -79,7 +79,7 @@ def test_cuda_where_asked_for_or_in_sight(tmp_path, variables, gpu) -> None:
     assert code == 0, text
     assert "compiling swap_align2nat for the CPU and CUDA" in text
     # Without a GPU PyTorch would stop at an empty list of architectures.
-    assert f"sources: 6 architectures: {None if gpu else '8.0;8.6;9.0+PTX'}" in text
+    assert f"sources: 7 architectures: {None if gpu else '8.0;8.6;9.0+PTX'}" in text
 
 
 def test_without_extension(tmp_path) -> None:
