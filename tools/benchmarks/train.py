@@ -233,7 +233,8 @@ def parts_of_tensormask(model: tensormask.TensorMask) -> list[Part]:
         ("preprocess", tensormask, "checked_target"),
         module_part("backbone", model.backbone),
         module_part("fpn", model.fpn),
-        module_part("class tower", model.head),
+        # A compiled head makes the boxes of all windows, too.
+        module_part("class and box towers" if model.dense_boxes else "class tower", model.head),
         ("box tower", model.head, "deltas_at"),
         ("assignment", tensormask, "assign"),
         ("class loss", tensormask, "focal_loss_star"),
