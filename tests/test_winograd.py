@@ -214,3 +214,11 @@ def test_the_bias_must_fit() -> None:
         torch.ops.tensormask.winograd_output(
             torch.zeros(36, 1, 2, 2, 4), torch.zeros(3), 0, 0, out=x
         )
+
+
+def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _native._load() == (_native.LIBRARY, "")
+    monkeypatch.setattr(_native, "_NEWEST_OP", "of_a_later_version")
+    library, reason = _native._load()
+    assert library is None
+    assert "built from older sources" in reason

@@ -10,6 +10,7 @@ import torch
 
 BACKENDS = ("auto", "native", "reference")
 _OP = "tensormask::swap_align2nat"
+_NEWEST_OP = "winograd_output"
 
 
 def _load() -> tuple[Path | None, str]:
@@ -28,6 +29,8 @@ def _load() -> tuple[Path | None, str]:
             f"{found[0]} does not load under PyTorch {torch.__version__} (it needs 2.11 or newer, "
             f"of the machine it was built for): {error}"
         )
+    if not hasattr(torch.ops.tensormask, _NEWEST_OP):
+        return None, f"{found[0]} was built from older sources: build it again"
     return found[0], ""
 
 
