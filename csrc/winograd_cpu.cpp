@@ -36,10 +36,18 @@ Chunk check(const Tensor& map, const Tensor& matrices, int64_t image, int64_t ro
 }
 
 template <typename T>
-Map<T> map_of(const Tensor& x) {
-  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())),
-          x.stride(0), x.stride(2), x.stride(3),
-          x.size(0), x.size(2), x.size(3)};
+Map<T> map_of(const Tensor& x, T* data) {
+  return {data, x.stride(0), x.stride(2), x.stride(3), x.size(0), x.size(2), x.size(3)};
+}
+
+template <typename T>
+const T* read(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* write(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 // Calls `work(null pointer of the element type, begin, end)` for the tiles of `matrices`.
@@ -56,8 +64,7 @@ void input(const Tensor& x, int64_t padding, int64_t image, int64_t row, Tensor 
   const Chunk chunk = check(x, out, image, row);
   for_tiles(out, [&](auto* type, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(winograd_input, map_of<const T>(x), padding, chunk,
-         static_cast<T*>(out.mutable_data_ptr()), begin, end);
+    CALL(winograd_input, map_of(x, read<T>(x)), padding, chunk, write<T>(out), begin, end);
   });
 }
 
@@ -65,8 +72,7 @@ void grad(const Tensor& x, int64_t image, int64_t row, Tensor out) {
   const Chunk chunk = check(x, out, image, row);
   for_tiles(out, [&](auto* type, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(winograd_grad, map_of<const T>(x), chunk, static_cast<T*>(out.mutable_data_ptr()), begin,
-         end);
+    CALL(winograd_grad, map_of(x, read<T>(x)), chunk, write<T>(out), begin, end);
   });
 }
 
@@ -79,9 +85,8 @@ void output(
           "the bias must have a value for each channel");
   for_tiles(matrices, [&](auto* type, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CALL(winograd_output, static_cast<const T*>(matrices.const_data_ptr()),
-         bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, chunk, map_of<T>(out),
-         begin, end);
+    CALL(winograd_output, read<T>(matrices), bias ? read<T>(*bias) : nullptr, chunk,
+         map_of(out, write<T>(out)), begin, end);
   });
 }
 

@@ -15,6 +15,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also small maps of few channels are convolved by Winograd's algorithm, few tiles at once."""
     monkeypatch.setattr(winograd, "_FEWEST_PLACES", 1)
     monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_OF_THE_MORE", 1)
     monkeypatch.setattr(winograd, "_TILES_AT_ONCE", 6)
 
 
@@ -133,8 +134,11 @@ LARGE = {"shape": (1, 128, 40, 40), "out": 128, "stride": 1, "padding": 1, "kern
     [
         ({}, True),
         ({"padding": 0}, True),
-        ({"out": 127}, False),
-        ({"shape": (1, 127, 40, 40)}, False),
+        ({"out": 32}, True),
+        ({"out": 31}, False),
+        ({"shape": (1, 32, 40, 40)}, True),
+        ({"shape": (1, 31, 40, 40)}, False),
+        ({"shape": (1, 127, 40, 40), "out": 127}, False),
         ({"shape": (1, 128, 38, 38)}, False),
         ({"shape": (6, 128, 16, 16)}, True),
         ({"stride": 2}, False),
@@ -174,6 +178,22 @@ def test_is_not_used_in_other_precisions_or_if_the_reference_is_asked_for(
         assert not calls
         conv.float()(x)
         assert len(calls) == 1
+
+
+def test_refuses_what_pytorch_refuses_and_takes_a_picture_without_a_batch() -> None:
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    with pytest.raises(RuntimeError, match="to have 128 channels, but got 127 channels"):
+        conv(torch.zeros(1, 127, 40, 40))
+    with torch.no_grad():
+        assert conv(torch.zeros(128, 40, 40)).shape == (128, 40, 40)
+
+
+def test_is_made_where_its_input_is(calls: list[Tensor]) -> None:
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    x = torch.zeros(LARGE["shape"])
+    with torch.no_grad(), torch.device("meta"):
+        assert conv(x).device.type == "cpu"
+    assert len(calls) == 1
 
 
 def test_a_compiled_module_has_pytorchs_convolution(calls: list[Tensor]) -> None:

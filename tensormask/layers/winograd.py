@@ -20,7 +20,8 @@ from . import _native
 
 _TILE = 4  # side of the results of a tile, which reads _TILE + 2 in each direction
 _TILES_AT_ONCE = 168  # 12 MB of them with 256 channels in and out: they stay in the caches
-_FEWEST_PLACES, _FEWEST_CHANNELS = 1500, 128  # below, a direct convolution is as fast
+# Below, a direct convolution is as fast: places, channels in and out, and the more of the two.
+_FEWEST_PLACES, _FEWEST_CHANNELS, _FEWEST_OF_THE_MORE = 1500, 32, 128
 _G = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -41,8 +42,8 @@ def conv2d(
     """`torch.nn.functional.conv2d`, by Winograd's algorithm where that is faster.
 
     That is on the CPU, in float32 and float64 outside of autocast, for 3x3 kernels of stride 1 and
-    padding 0 or 1, 128 channels in and out or more, and 1500 places or more. Everything else, and
-    a compiled model, gets PyTorch's.
+    padding 0 or 1, 32 channels in and out or more and 128 on one side, and 1500 places or more.
+    Everything else, and a compiled model, gets PyTorch's.
     """
     if _is_faster(x, weight, tuple(stride), tuple(padding)):
         return _Winograd.apply(x, weight, bias, padding[0])
@@ -63,12 +64,15 @@ def _is_faster(
         not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[1] == weight.shape[1]
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and weight.shape[2:] == (3, 3)
         and stride == (1, 1)
         and padding in ((0, 0), (1, 1))
         and min(weight.shape[:2]) >= _FEWEST_CHANNELS
+        and max(weight.shape[:2]) >= _FEWEST_OF_THE_MORE
         and x[:, 0].numel() >= _FEWEST_PLACES
         and not torch.is_autocast_enabled("cpu")
         and _native.use_native("cpu")
@@ -103,7 +107,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
     g = x.new_tensor(_G)
     kernels = torch.einsum("ia,jb,dcab->ijcd", g, g, weight).flatten(0, 1).contiguous()
     size = (num, len(weight), height + 2 * padding - 2, width + 2 * padding - 2)
-    result = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, chunks = _chunks(size)
     inputs = x.new_empty(36, *grid, channels)
     products = x.new_empty(36, *grid, len(weight))
