@@ -51,12 +51,12 @@ gpu-build:
 
 # Without the allocator's blocks, memcheck sees what lies beyond a tensor.
 gpu-test:
-	timeout 260 $(PYTHON) tests/test_swap_align2nat_cuda.py
+	timeout 260 $(PYTHON) tests/layers/test_swap_align2nat_cuda.py
 	@if command -v compute-sanitizer >/dev/null; then \
 		echo "compute-sanitizer --tool memcheck"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 260 \
 			compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
-			$(PYTHON) tests/test_swap_align2nat_cuda.py --small; \
+			$(PYTHON) tests/layers/test_swap_align2nat_cuda.py --small; \
 	else echo "compute-sanitizer is not there: no memcheck"; fi
 
 # A table that fails or takes too long does not keep the others from being made.
@@ -64,7 +64,7 @@ gpu-bench:
 	@status=0; \
 	bench() { \
 		echo "benchmark.py $$*"; \
-		timeout $$limit $(PYTHON) tools/benchmark.py "$$@" --device cuda || status=1; \
+		timeout $$limit $(PYTHON) dev/benchmark.py "$$@" --device cuda || status=1; \
 	}; \
 	limit=120; bench op --json op_float32.json; \
 	limit=40; for dtype in float16 bfloat16; do \

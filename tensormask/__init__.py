@@ -2,9 +2,9 @@
 
 __version__ = "0.1.0"
 
-from .config import get_cfg
-from .engine.weights import load_weights
-from .modeling import TensorMask, build_model
-from .predictor import Predictor
+from tensormask.checkpoint.loading import load_weights
+from tensormask.config import get_cfg
+from tensormask.modeling import TensorMask, build_model
+from tensormask.predictor import Predictor
 
 __all__ = ["Predictor", "TensorMask", "build_model", "get_cfg", "load_weights"]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import url2pathname
 
+from tensormask.checkpoint.downloads import download
 from tensormask.config import CfgNode, get_cfg
-from tensormask.downloads import download
+from tensormask.utils.errors import UserError
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -71,17 +72,17 @@ MODELS: dict[str, ZooModel] = {model.name: model for model in _ROWS}
 def get_config(name: str) -> CfgNode:
     """The config of a model of the zoo, with its name as MODEL.WEIGHTS where it has weights.
 
-    `tensormask.Predictor(get_config("tensormask_R_50_FPN_6x"))` is ready for pictures.
+    `tensormask.Predictor(get_config("tensormask_R_50_FPN_6x"))` is ready for images.
 
     Raises:
         ValueError: there is no such model, or it is a backbone, which has no config.
         FileNotFoundError: the package was installed without the repository's configs.
     """
     if name not in MODELS:
-        raise ValueError(_unknown("model of the zoo", name, MODELS))
+        raise UserError(_unknown("model of the zoo", name, MODELS))
     model = MODELS[name]
     if model.config is None:
-        raise ValueError(f"{name} is a backbone: give it as MODEL.WEIGHTS to a config of a model")
+        raise UserError(f"{name} is a backbone: give it as MODEL.WEIGHTS to a config of a model")
     path = _ROOT / model.config
     if not path.is_file():
         raise FileNotFoundError(
@@ -132,13 +133,13 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     elif scheme == "torchvision":
         url = _torchvision_url(rest)
     else:
-        raise ValueError(f"{name!r}: {_unknown('kind of address', scheme, _SCHEMES)}")
+        raise UserError(f"{name!r}: {_unknown('kind of address', scheme, _SCHEMES)}")
     return download(url, _sha256(url))
 
 
 def _url(model: ZooModel) -> str:
     if model.url is None:
-        raise ValueError(
+        raise UserError(
             f"no weights of {model.name} were released: train it with "
             f"tools/train_net.py --config-file {model.config}"
         )
@@ -154,7 +155,7 @@ def _torchvision_url(name: str) -> str:
         known[f"resnet{depth}"] = weights.IMAGENET1K_V1
         known |= {str(entry): entry for entry in weights}
     if name not in known:
-        raise ValueError(_unknown("backbone of torchvision that fits", name, known))
+        raise UserError(_unknown("backbone of torchvision that fits", name, known))
     return known[name].url
 
 
@@ -168,14 +169,14 @@ def _sha256(url: str) -> str | None:
 def _path(name: str) -> Path:
     path = Path(name)
     if path.name == name and not path.suffix:
-        raise ValueError(_unknown("file and no model of the zoo", name, MODELS))
+        raise UserError(_unknown("file and no model of the zoo", name, MODELS))
     return path
 
 
 def _path_of_address(address: str, rest: str) -> Path:
     host, _, path = rest.partition("/")
     if host not in ("", "localhost") or not path:
-        raise ValueError(f"{address!r} is no address of a file: write file:///folder/file")
+        raise UserError(f"{address!r} is no address of a file: write file:///folder/file")
     return Path(url2pathname(f"/{path}"))
 
 

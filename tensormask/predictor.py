@@ -1,4 +1,4 @@
-"""A picture in, detections out."""
+"""An image in, detections out."""
 
 from os import PathLike
 from pathlib import Path
@@ -8,25 +8,26 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tensormask.checkpoint.files import read_description
+from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
 from tensormask.data.images import read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
-from tensormask.engine.weight_files import read_description
-from tensormask.engine.weights import check_complete, load_weights
 from tensormask.model_zoo import resolve
 from tensormask.modeling import build_model
-from tensormask.visualizer import class_name
+from tensormask.utils.errors import UserError
+from tensormask.visualization.instances import class_name
 
-Picture = str | PathLike[str] | Image.Image | np.ndarray
+ImageInput = str | PathLike[str] | Image.Image | np.ndarray
 
 
 class Predictor:
-    """A model with its weights, called on one picture at a time.
+    """A model with its weights, called on one image at a time.
 
     ```python
     predictor = Predictor("configs/quickstart.yaml", "output/quickstart/model_final.pth")
-    detections = predictor("picture.jpg")
+    detections = predictor("image.jpg")
     ```
 
     Args:
@@ -59,7 +60,7 @@ class Predictor:
             cfg.MODEL.DEVICE = str(device)
         weights = weights or cfg.MODEL.WEIGHTS
         if not weights:
-            raise ValueError(
+            raise UserError(
                 "a predictor needs trained weights: give the path of a checkpoint as `weights`, "
                 "or set MODEL.WEIGHTS in the config"
             )
@@ -69,29 +70,29 @@ class Predictor:
         self.transform = build_test_transform(cfg)
         self.class_names, self.category_ids = _find_classes(cfg, weights)
 
-    def __call__(self, picture: Picture) -> dict[str, Any]:
-        """Detects the objects in a picture.
+    def __call__(self, image: ImageInput) -> dict[str, Any]:
+        """Detects the objects in an image.
 
         Args:
-            picture: a path, which is read upright as its EXIF data says; or a PIL picture or a
+            image: a path, which is read upright as its EXIF data says; or a PIL image or a
                 uint8 RGB array `(H, W, 3)`, which are taken as they lie.
 
         Returns:
-            In pixels of the picture, best first: `boxes (K, 4)` float xyxy, `scores (K,)`,
+            In pixels of the image, best first: `boxes (K, 4)` float xyxy, `scores (K,)`,
             `labels (K,)` int64 from 0 and, if the model has a mask head, `masks (K, H, W)` bool, on
             the model's device; `class_names`, a list of K str.
 
         Raises:
             ValueError: an array of another form.
-            PictureError: a file that is missing or no picture (a ValueError).
+            ImageError: a file that is missing or no image (a ValueError).
         """
-        rgb = _to_rgb(picture)
+        rgb = _to_rgb(image)
         size = rgb.shape[:2]
         # The test transform has one size only and no flip: nothing of it is random.
         geometry = self.transform.draw(size, np.random.default_rng(0))
-        image = image_to_tensor(transform_image(rgb, geometry))
+        network_input = image_to_tensor(transform_image(rgb, geometry))
         with torch.inference_mode():
-            (detections,) = self.model([image], output_sizes=[size])
+            (detections,) = self.model([network_input], output_sizes=[size])
         names = [class_name(label, self.class_names) for label in detections["labels"].tolist()]
         return {**detections, "class_names": names}
 
@@ -124,14 +125,14 @@ def _find_classes(cfg: CfgNode, weights: Path) -> tuple[list[str], list[int]]:
     return [class_name(label, None) for label in range(num_classes)], numbered
 
 
-def _to_rgb(picture: Picture) -> np.ndarray:
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if not isinstance(picture, np.ndarray):
-        return read_image(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise ValueError(
-            "a picture as an array is uint8 RGB (H, W, 3); "
-            f"given {picture.dtype} of shape {picture.shape}"
+def _to_rgb(image: ImageInput) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        return read_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(
+            "an image as an array is uint8 RGB (H, W, 3); "
+            f"given {image.dtype} of shape {image.shape}"
         )
-    return picture
+    return image

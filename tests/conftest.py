@@ -8,9 +8,9 @@ import pytest
 import torch
 from fakes import FakeModel, fake_loader
 
-from tensormask.data.faults import FaultLog
+from tensormask.data.checks.issues import IssueLog
 from tensormask.engine import evaluator, run, trainer
-from tensormask.engine.seeding import preserved_random_states
+from tensormask.utils.random import preserved_random_states
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def fakes(monkeypatch):
 
     content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
     content |= {"has_annotations": True, "num_annotations": 7}
-    content["faults"] = state.faults = FaultLog()
+    content["issues"] = state.issues = IssueLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
     for module in (trainer, evaluator):
         monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())

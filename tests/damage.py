@@ -1,4 +1,4 @@
-"""Damages a copy of a COCO-format set in every way that `tensormask.data.faults` has a name for.
+"""Damages a copy of a COCO-format set in every way that `checks/issues.py` has a name for.
 
 `python tests/damage.py annotations.json images/ out/` writes `out/annotations.json`, `out/images/`
 and prints what was done.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# What takes an annotation of a picture and spoils it; {kind of fault: [one or more ways]}.
+# What takes an annotation of an image and spoils it; {kind of issue: [one or more ways]}.
 POLYGON = [1, 1, 5, 1, 5, 5]
 
 
@@ -96,14 +96,14 @@ def damage(json_file, image_root, out):
     done = {}
     _damage_annotations(content, done)
     _damage_entries(content, done)
-    _damage_pictures(content, out, done)
+    _damage_images(content, out, done)
     (out / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
     return done
 
 
 def _damage_annotations(content, done):
     images = {image["id"]: image for image in content["images"]}
-    # Small objects inside their picture, whose box can be moved and enlarged noticeably.
+    # Small objects inside their image, whose box can be moved and enlarged noticeably.
     usable = [
         annotation
         for annotation in content["annotations"]
@@ -135,7 +135,7 @@ def _damage_entries(content, done):
         images.append({**images[0], "id": 900000 + len(images), **fields})
         name = images[-1]["id"] or f"images[{len(images) - 1}]"
         done.setdefault("image_malformed", []).append(name)
-    images.append("a picture")
+    images.append("an image")
     done["image_malformed"].append(f"images[{len(images) - 1}]")
     categories.append(copy.deepcopy(categories[0]))
     done["category_duplicate_id"] = [categories[0]["id"]]
@@ -143,17 +143,17 @@ def _damage_entries(content, done):
     done["category_malformed"] = [4711]
 
 
-def _damage_pictures(content, out, done):
-    """Spoils files of pictures, taken from the end of the list of whole entries."""
+def _damage_images(content, out, done):
+    """Spoils files of images, taken from the end of the list of whole entries."""
     bad = {*done["image_duplicate_id"], *done["image_malformed"]}
     spoilt = {i for ids in done.values() for i in ids}
-    # Pictures of which no annotation has been damaged.
+    # Images of which no annotation has been damaged.
     touched = {
         a["image_id"] for a in content["annotations"] if isinstance(a, dict) and a["id"] in spoilt
     }
     entries = [i for i in content["images"] if isinstance(i, dict) and i.get("id") not in bad]
     rest = iter([i for i in entries if i["id"] not in touched])
-    # Pictures of which nobody may see a pixel: they lie beside the image root.
+    # Images of which nobody may see a pixel: they lie beside the image root.
     for leading_out in (
         "../secret.png",
         str((out / "secret.png").absolute()),
@@ -168,7 +168,7 @@ def _damage_pictures(content, out, done):
     done["image_missing"] = [image["id"]]
     for spoil in (
         lambda data: b"",
-        lambda data: b"no picture",
+        lambda data: b"no image",
         lambda data: data[: len(data) // 2],
     ):
         image = next(rest)

@@ -1,6 +1,6 @@
 """A model and a loader of known behaviour, for tests of the loop; the fixture is in conftest.py.
 
-What they learn depends on the order of pictures, on dropout and on running statistics.
+What they learn depends on the order of images, on dropout and on running statistics.
 """
 
 import json
@@ -11,7 +11,7 @@ from torch import nn
 
 from tensormask.config import get_cfg
 from tensormask.engine import trainer
-from tensormask.engine.checkpoint import load_checkpoint
+from tensormask.engine.resume import load_checkpoint
 
 
 class FakeModel(nn.Module):
@@ -36,7 +36,7 @@ def fake_loader(cfg, start_iteration=0, *, rank=0, world_size=1):
                 "image": x,
                 "target": {"value": x.sum()},
                 "file_name": f"{iteration}_{k}.png",
-                "faults": [],
+                "issues": [],
             }
             for k, x in enumerate(images)
         ]

@@ -1,4 +1,4 @@
-"""Data sets of grey pictures with rectangles on them, and a model that finds what it is told."""
+"""Data sets of grey images with rectangles on them, and a model that finds what it is told."""
 
 import json
 
@@ -14,7 +14,7 @@ CLASS_NAMES = ["disc", "bar", "never"]  # no object is of the class "never"
 
 
 class FakeModel(nn.Module):
-    """Gives out detections by the id that the first pixel of a picture holds."""
+    """Gives out detections by the id that the first pixel of an image holds."""
 
     def __init__(self, detections):
         super().__init__()
@@ -33,14 +33,14 @@ class FakeModel(nn.Module):
 
 
 class GreyDataset(CocoDataset):
-    """A data set from a dict in COCO's annotation format, with grey pictures that have no files."""
+    """A data set from a dict in COCO's annotation format, with grey images that have no files."""
 
     def __init__(self, annotations, tmp_path, name="grey"):
         self.json_file = tmp_path / "annotations.json"
         self.json_file.write_text(json.dumps(annotations))
         super().__init__(name, self.json_file, tmp_path)
 
-    def read_picture(self, image):
+    def load_image(self, image):
         return np.full((image["height"], image["width"], 3), 90, np.uint8)
 
     def loader(self):

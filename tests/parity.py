@@ -1,6 +1,5 @@
-"""detectron2's numbers for seeded weights (tests/data), and their models and pictures."""
+"""detectron2's numbers for seeded weights (tests/assets), and their models and images."""
 
-import importlib.util
 import json
 import pickle
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from safetensors.torch import save_file
 from seeded import image, state_dict
 
 import tensormask
+from tensormask.commands import convert_weights
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -67,11 +67,7 @@ def checkpoints(folder: Path, model: tensormask.TensorMask) -> Iterator[Path]:
 
 
 def _convert(source: Path, path: Path) -> None:
-    file = Path(__file__).parent.parent / "tools" / "convert_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_weights", file)
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
-    assert command.main([str(source), str(path)]) == 0
+    assert convert_weights.main([str(source), str(path)]) == 0
 
 
 def get_cfg(case: dict):
@@ -81,14 +77,14 @@ def get_cfg(case: dict):
     return cfg
 
 
-def picture(entry: dict) -> torch.Tensor:
+def make_image(entry: dict) -> torch.Tensor:
     """RGB (3, H, W) uint8."""
     array = image(entry["height"], entry["width"], entry["seed"])
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def target(entry: dict) -> dict[str, torch.Tensor]:
-    """Objects of a picture, polygons made bitmaps by pycocotools."""
+    """Objects of an image, polygons made bitmaps by pycocotools."""
     height, width = entry["height"], entry["width"]
     masks = [
         mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)))

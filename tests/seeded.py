@@ -1,7 +1,7 @@
 """Seeded inputs for the parity cases: weights under detectron2's parameter names, and images.
 
 Nothing is stored: every array follows from its own name, its shape and a seed, so that two programs
-which share no code can be given the same model and the same pictures.
+which share no code can be given the same model and the same images.
 """
 
 import zlib
@@ -59,7 +59,7 @@ def state_dict(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.nd
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
-    """A uint8 RGB picture (H, W, 3): smooth colour fields, with sharp discs and boxes on them."""
+    """A uint8 RGB image (H, W, 3): smooth colour fields, with sharp discs and boxes on them."""
     rng = _rng(seed, f"image{height}x{width}")
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float64)
     out = np.empty((height, width, 3))

@@ -1,4 +1,4 @@
-"""A small model and pictures for tests: random weights, every head, seconds on a CPU."""
+"""A small model and images for tests: random weights, every head, seconds on a CPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +54,7 @@ def build(
     return tensormask.build_model(get_cfg(head, opts))
 
 
-def picture(height: int, width: int, seed: int = 0) -> Tensor:
+def make_image(height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
@@ -66,3 +66,25 @@ def target(height: int, width: int, boxes: list[list[float]]) -> dict[str, Tenso
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True
     return {"boxes": boxes, "labels": torch.arange(len(boxes)) % 3, "masks": masks}
+
+
+# Overrides of the tiny config: models whose weights have other names or shapes.
+MODELS = {
+    "GN": [],
+    "BN, which counts": ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 2],
+    "SyncBN": ["MODEL.RESNETS.NORM", "SyncBN"],
+    "R-50, frozen": ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NORM", "FrozenBN"],
+    "norm in the pyramid": ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 32],
+    "no masks": ["MODEL.MASK_ON", False],
+    "one window size": ["MODEL.ANCHOR_GENERATOR.SIZES", [[44 * 2**k] for k in range(6)]],
+    "masks of one and of three digits": [
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[28 * 2**k, 400 * 2**k] for k in range(6)])
+    ],
+    "large windows first": [
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k, 28 * 2**k] for k in range(6)]
+    ],
+    "p3 to p6": [
+        *("MODEL.TENSOR_MASK.IN_FEATURES", ["p3", "p4", "p5", "p6"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[88 * 2**k, 120 * 2**k] for k in range(4)]),
+    ],
+}  # fmt: skip

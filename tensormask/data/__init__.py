@@ -1,13 +1,13 @@
 """Data sets, transforms and loaders."""
 
-from .catalog import get_dataset, register_coco_instances
-from .coco import CocoDataset
-from .faults import FaultReporter
-from .loader import build_test_loader, build_train_loader, check_dataset
+from tensormask.data.catalog import get_dataset, register_coco_instances
+from tensormask.data.checks.issues import IssueReporter
+from tensormask.data.coco import CocoDataset
+from tensormask.data.loader import build_test_loader, build_train_loader, check_dataset
 
 __all__ = [
     "CocoDataset",
-    "FaultReporter",
+    "IssueReporter",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",

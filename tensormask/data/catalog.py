@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import shapes
-from .coco import CocoDataset
+from tensormask.data import shapes
+from tensormask.data.coco import CocoDataset
+from tensormask.utils.errors import UserError
 
-# Name -> annotations and pictures under the data root, as in detectron2.
+# Name -> annotations and images under the data root, as in detectron2.
 _COCO_FILES = {
     "coco_2014_train": ("instances_train2014.json", "train2014"),
     "coco_2014_val": ("instances_val2014.json", "val2014"),
@@ -25,7 +26,7 @@ _COCO_FILES = {
     "coco_2017_test": ("image_info_test2017.json", "test2017"),
     "coco_2017_test-dev": ("image_info_test-dev2017.json", "test2017"),
 }
-_SHAPES = {f"shapes_{split}": split for split in shapes.NUM_PICTURES}
+_SHAPES = {f"shapes_{split}": split for split in shapes.NUM_IMAGES}
 _registered: dict[str, tuple[dict[str, Any], str, str]] = {}
 
 
@@ -49,7 +50,7 @@ def register_coco_instances(
     """
     entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
     if name in _COCO_FILES or name in _SHAPES or _registered.get(name, entry) != entry:
-        raise ValueError(f"the data set name {name!r} is taken; register yours under another one.")
+        raise UserError(f"the data set name {name!r} is taken; register yours under another one.")
     _registered[name] = entry
 
 
@@ -64,13 +65,13 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
     Raises:
         ValueError: there is no such name, or the class names are not those registered.
-        FileNotFoundError: the annotations or the folder of pictures are not there.
+        FileNotFoundError: the annotations or the folder of images are not there.
     """
     metadata, json_file, image_root = _locate(name, _data_root(root))
     dataset = _load(name, os.path.abspath(json_file), os.path.abspath(image_root))
     expected = metadata.get("thing_classes")
     if expected is not None and list(expected) != dataset.class_names:
-        raise ValueError(
+        raise UserError(
             f"{name} was registered with the classes {list(expected)}, but {json_file} has "
             f"{dataset.class_names}. Correct thing_classes or leave it out."
         )
@@ -78,7 +79,7 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
 
 def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
-    """Metadata, annotations and folder of pictures of a name."""
+    """Metadata, annotations and folder of images of a name."""
     if name in _SHAPES:
         return {}, *shapes.ensure_shapes(_SHAPES[name], root)
     metadata, hint = {}, ""
@@ -95,8 +96,8 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
     elif separator:
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
-        raise ValueError(_unknown_name(name))
-    for path, what in ((json_file, "annotations"), (image_root, "pictures")):
+        raise UserError(_unknown_name(name))
+    for path, what in ((json_file, "annotations"), (image_root, "images")):
         if not Path(path).exists():
             raise FileNotFoundError(
                 f"the {what} of {name} are not at {Path(path).absolute()}.{hint}"

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format: pictures, annotations, contiguous labels.
+"""Data sets in COCO's format: images, annotations, contiguous labels.
 
 The file is read once, every entry is checked (`annotations`), and what is sound is kept in one
 packed buffer that worker processes share.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from .annotations import (
+from tensormask.data.checks.annotations import (
     Annotation,
     ImageEntry,
     check_annotation,
@@ -25,13 +25,14 @@ from .annotations import (
     is_trainable,
     sort_key,
 )
-from .faults import FaultLog, Identity
-from .images import PictureError, read_image
-from .packed import PackedList
+from tensormask.data.checks.issues import Identity, IssueLog
+from tensormask.data.images import ImageError, read_image
+from tensormask.data.packed import PackedList
+from tensormask.utils.errors import UserError
 
 
 class CocoDataset:
-    """Annotations in COCO's format and the folder of their pictures.
+    """Annotations in COCO's format and the folder of their images.
 
     Args:
         name: what the set is called in configs and logs.
@@ -39,11 +40,11 @@ class CocoDataset:
         image_root: the folder that `file_name` is relative to.
 
     Attributes:
-        image_ids: ids of all pictures, ascending. A picture's *place* is its number in this list.
+        image_ids: ids of all images, ascending. An image's *place* is its number in this list.
         category_ids: the COCO id of each label; labels count from 0 in the order of the ids.
         class_names: the name of each label.
-        faults: what is wrong with the set, as far as it is known.
-        sizes: int32 `(N, 2)`, (height, width) of each picture in pixels, by place, as the
+        issues: what is wrong with the set, as far as it is known.
+        sizes: int32 `(N, 2)`, (height, width) of each image in pixels, by place, as the
             annotations say.
         num_trainable: int32 `(N,)`, the objects that can be trained on, by place.
         has_file: bool `(N,)`, whether there is a file to open, by place.
@@ -53,7 +54,7 @@ class CocoDataset:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or not COCO's, or has no usable picture or category.
+        ValueError: it is not JSON, or not COCO's, or has no usable image or category.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class CocoDataset:
     ) -> None:
         self.name = name
         self.image_root = Path(image_root)
-        self.faults = FaultLog()
+        self.issues = IssueLog()
         content = _read_json(json_file)
-        images = check_images(content["images"], self.faults)
-        categories = check_categories(content["categories"], self.faults)
+        images = check_images(content["images"], self.issues)
+        categories = check_categories(content["categories"], self.issues)
         for what, found in (("images", images), ("categories", categories)):
             if not found:
-                raise ValueError(
-                    f"{os.fspath(json_file)} has no usable {what}.\n{self.faults.table()}".strip()
+                raise UserError(
+                    f"{os.fspath(json_file)} has no usable {what}.\n{self.issues.table()}".strip()
                 )
         self.image_ids: list[Identity] = sorted(images, key=sort_key)
         self.category_ids: list[Identity] = sorted(categories, key=sort_key)
@@ -80,10 +81,10 @@ class CocoDataset:
         per_image: dict[Identity, list[Annotation]] = {image_id: [] for image_id in images}
         seen: set[Identity] = set()
         for number, entry in enumerate(content["annotations"]):
-            annotation = check_annotation(entry, number, images, categories, self.faults)
+            annotation = check_annotation(entry, number, images, categories, self.issues)
             if annotation is not None:
                 if annotation["id"] in seen:
-                    self.faults.add("annotation_duplicate_id", annotation["id"])
+                    self.issues.add("annotation_duplicate_id", annotation["id"])
                 seen.add(annotation["id"])
                 per_image[annotation["image_id"]].append(annotation)
 
@@ -102,15 +103,15 @@ class CocoDataset:
         return len(self.image_ids)
 
     def record(self, place: int) -> tuple[ImageEntry, list[Annotation]]:
-        """The picture at a place and its annotations, crowds too: `image` and `annotations`."""
+        """The image at a place and its annotations, crowds too: `image` and `annotations`."""
         return self._records[place]
 
     def image(self, image_id: Identity) -> ImageEntry:
-        """`id`, `file_name`, `height` and `width` of a picture, as the file has them."""
+        """`id`, `file_name`, `height` and `width` of an image, as the file has them."""
         return self.record(self._place_of[image_id])[0]
 
     def annotations(self, image_id: Identity) -> list[Annotation]:
-        """The annotations of a picture, as `annotations.check_annotation` returns them."""
+        """The annotations of an image, as `annotations.check_annotation` returns them."""
         return self.record(self._place_of[image_id])[1]
 
     def training_annotations(self, image_id: Identity) -> list[Annotation]:
@@ -124,11 +125,11 @@ class CocoDataset:
         return height, width
 
     def file_name(self, image_id: Identity) -> str:
-        """The full path of a picture."""
+        """The full path of an image."""
         return self.path(self.image(image_id))
 
     def path(self, image: ImageEntry) -> str:
-        """The full path of a picture's entry."""
+        """The full path of an image's entry."""
         return os.path.join(self.image_root, image["file_name"])
 
     def label_of(self, annotation: Annotation) -> int:
@@ -136,34 +137,34 @@ class CocoDataset:
         return self._label_of[annotation["category_id"]]
 
     def load(self, image_id: Identity) -> tuple[np.ndarray, list[Annotation]]:
-        """Reads a picture.
+        """Reads an image.
 
         Returns:
-            The picture, uint8 RGB `(H, W, 3)`, and all annotations of it.
+            The image, uint8 RGB `(H, W, 3)`, and all annotations of it.
 
         Raises:
-            PictureError: as of `read_picture`.
+            ImageError: as of `load_image`.
         """
         image, annotations = self.record(self._place_of[image_id])
-        return self.read_picture(image), annotations
+        return self.load_image(image), annotations
 
-    def read_picture(self, image: ImageEntry) -> np.ndarray:
-        """Reads the picture of an entry as uint8 RGB `(H, W, 3)`.
+    def load_image(self, image: ImageEntry) -> np.ndarray:
+        """Reads the image of an entry as uint8 RGB `(H, W, 3)`.
 
         Raises:
-            PictureError: the file leads out of the image root, is not there, is no picture, or is
+            ImageError: the file leads out of the image root, is not there, is no image, or is
                 of another size than the entry says; its `kind` tells which.
         """
         path = self.path(image)
         if not _is_inside(self.image_root, os.path.dirname(path)):
-            raise PictureError("image_outside_root", path, f"leads out of {self.image_root}")
+            raise ImageError("image_outside_root", path, f"leads out of {self.image_root}")
         rgb = read_image(path)
         (height, width), stated = rgb.shape[:2], (image["height"], image["width"])
         if (height, width) != stated:
             hint = ""
             if (width, height) == stated:
                 hint = " (is it turned by an EXIF tag that the annotations do not know of?)"
-            raise PictureError(
+            raise ImageError(
                 "image_size",
                 path,
                 f"is {width} x {height} pixels (width x height), but the annotations of "
@@ -188,13 +189,13 @@ class CocoDataset:
         return coco
 
     def _find_files(self, images: list[ImageEntry]) -> np.ndarray:
-        """Which pictures have a file inside the image root, bool `(N,)`; the others are faults."""
+        """Which images have a file inside the image root, bool `(N,)`; the others are issues."""
         has_file = np.zeros(len(images), dtype=bool)
         listings: dict[str, set[str]] = {}
         for place, image in enumerate(images):
             folder, name = os.path.split(self.path(image))
             if not _is_inside(self.image_root, folder):
-                self.faults.add("image_outside_root", image["id"])
+                self.issues.add("image_outside_root", image["id"])
                 continue
             # One listing of a folder costs less than a look at each of its files; but a file
             # system may know a name in another spelling than its listing has.
@@ -202,7 +203,7 @@ class CocoDataset:
                 listings[folder] = _list_folder(folder)
             has_file[place] = name in listings[folder] or os.path.exists(self.path(image))
             if not has_file[place]:
-                self.faults.add("image_missing", image["id"])
+                self.issues.add("image_missing", image["id"])
         return has_file
 
 
@@ -212,17 +213,17 @@ def _read_json(json_file: str | os.PathLike[str]) -> dict[str, list[Any]]:
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+        raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, dict):
         hint = " (a file of results? Annotations are wanted)" if isinstance(content, list) else ""
-        raise ValueError(
+        raise UserError(
             f"{path} is not COCO's: it holds a {type(content).__name__}{hint}, not an object with "
             "images, annotations and categories."
         )
     content = {"annotations": [], **content}
     for key in ("images", "categories", "annotations"):
         if not isinstance(content.get(key), list):
-            raise ValueError(
+            raise UserError(
                 f"{path} is not COCO's: it has no list {key!r}, "
                 f"its keys are {', '.join(sorted(map(repr, content)))[:200]}."
             )

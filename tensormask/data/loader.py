@@ -1,6 +1,6 @@
 """Batches for training and evaluation.
 
-All randomness of training is a function of (seed, position): `position` counts the pictures shown
+All randomness of training is a function of (seed, position): `position` counts the images shown
 since the first iteration. So a batch does not depend on the number of workers, and a resumed run
 continues with the batches that it would have had.
 """
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .annotations import Annotation, ImageEntry, is_trainable
-from .catalog import get_dataset
-from .coco import CocoDataset
-from .faults import Identity
-from .images import PictureError
-from .transforms import (
+from tensormask.data.catalog import get_dataset
+from tensormask.data.checks.annotations import Annotation, ImageEntry, is_trainable
+from tensormask.data.checks.issues import Identity
+from tensormask.data.coco import CocoDataset
+from tensormask.data.images import ImageError
+from tensormask.data.transforms import (
     Augmentation,
     build_test_transform,
     build_train_transform,
@@ -29,15 +29,16 @@ from .transforms import (
     transform_annotations,
     transform_image,
 )
-from .workers import outlive_signals
+from tensormask.data.workers import outlive_signals
+from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 # Families of random streams of one seed: the order of an epoch, the augmentation of a sample, and
-# the pictures that stand in for one that cannot be read.
+# the images that stand in for one that cannot be read.
 _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
-# So many draws of pictures that cannot be read are no accident.
+# So many draws of images that cannot be read are no accident.
 _MAX_REPLACEMENTS = 100
 
 
@@ -53,29 +54,29 @@ def build_train_loader(
     Raises:
         ValueError: the batch does not divide into these shares, the seed is negative (draw one
             first), there is nothing to train on, the classes of the sets differ from each other or
-            from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has faults and `DATASETS.STRICT` is on.
+            from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has issues and `DATASETS.STRICT` is on.
     """
     batch_size, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
     if num_parts < 1:
-        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {num_parts}; it must be 1 or more.")
+        raise UserError(f"SOLVER.ACCUMULATE_STEPS is {num_parts}; it must be 1 or more.")
     num_shares = world_size * num_parts
     if batch_size % num_shares:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size} pictures over all processes, which does not "
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size} images over all processes, which does not "
             f"divide by {world_size} processes x {num_parts} (SOLVER.ACCUMULATE_STEPS): set it to "
             f"{math.ceil(batch_size / num_shares) * num_shares}."
         )
     if cfg.SEED < 0:
-        raise ValueError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
+        raise UserError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
     datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
     if not datasets:
-        raise ValueError(
+        raise UserError(
             "DATASETS.TRAIN is empty; name a set, as in DATASETS.TRAIN \"('shapes_train',)\"."
         )
     for dataset in datasets:
         check_dataset(cfg, dataset)
         if dataset.class_names != datasets[0].class_names:
-            raise ValueError(
+            raise UserError(
                 f"{datasets[0].name} and {dataset.name} have different classes, "
                 f"{datasets[0].class_names} and {dataset.class_names}; "
                 "sets that are trained on together need the same."
@@ -103,10 +104,10 @@ def build_train_loader(
 def build_test_loader(
     cfg: Any, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """All pictures of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
+    """All images of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
 
-    Of several processes, `world_size`, each takes the pictures from its `rank` on in steps of their
-    number: each picture comes once.
+    Of several processes, `world_size`, each takes the images from its `rank` on in steps of their
+    number: each image comes once.
 
     Raises:
         ValueError: as of `check_dataset`.
@@ -118,22 +119,22 @@ def build_test_loader(
 
 
 def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
-    """Raises ValueError if a set does not have the config's number of classes, or has faults.
+    """Raises ValueError if a set does not have the config's number of classes, or has issues.
 
-    Faults are an error with `DATASETS.STRICT` only, those that are known before a picture is
+    Issues are an error with `DATASETS.STRICT` only, those that are known before an image is
     opened; or if no annotation is whole.
     """
     expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     if expected != given:
-        raise ValueError(
+        raise UserError(
             f"{dataset.name} has {expected} classes, but MODEL.TENSOR_MASK.NUM_CLASSES is {given}. "
             f"Add the override: MODEL.TENSOR_MASK.NUM_CLASSES {expected}"
         )
     if cfg.DATASETS.STRICT:
-        dataset.faults.check_strict(dataset.name)
+        dataset.issues.check_strict(dataset.name)
     if dataset.has_annotations and not dataset.num_annotations:
-        raise ValueError(
-            f"{dataset.name}: no annotation can be used.\n{dataset.faults.table()}\n"
+        raise UserError(
+            f"{dataset.name}: no annotation can be used.\n{dataset.issues.table()}\n"
             "A set for testing only, such as test-dev, has none at all."
         )
 
@@ -141,8 +142,8 @@ def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
 class TrainingSet(Dataset):
     """Augmented samples of one or more data sets.
 
-    Indexed by (position, picture): `picture` counts through the sets one after the other,
-    `position` seeds the augmentation, and the draw of another picture for one that cannot be read.
+    Indexed by (position, index): `index` counts through the sets one after the other,
+    `position` seeds the augmentation, and the draw of another image for one that cannot be read.
     A sample is a dict of
 
         image: uint8 tensor (3, H, W), RGB; None where a hundred draws cannot be read
@@ -151,8 +152,8 @@ class TrainingSet(Dataset):
         dataset: name of the set
         image_id: the file's
         file_name: the full path
-        height, width: the original picture's, in pixels
-        faults: list of (name of the set, kind, id) of what was found on the way
+        height, width: the original image's, in pixels
+        issues: list of (name of the set, kind, id) of what was found on the way
     """
 
     def __init__(
@@ -175,38 +176,38 @@ class TrainingSet(Dataset):
         self._set_of = np.repeat(np.arange(len(self.datasets)), [len(k) for k in kept_per_set])
         self._place_of = np.concatenate(kept_per_set)
         if not any(dataset.num_trainable[dataset.has_file].any() for dataset in self.datasets):
-            faults = "\n".join(dataset.faults.table() for dataset in self.datasets)
-            raise ValueError(
+            issues = "\n".join(dataset.issues.table() for dataset in self.datasets)
+            raise UserError(
                 f"there is nothing to train on in {', '.join(d.name for d in datasets)}: "
-                f"no picture has an object that is no crowd, with a box and a mask.\n{faults}"
+                f"no image has an object that is no crowd, with a box and a mask.\n{issues}"
             )
 
     def __len__(self) -> int:
         return len(self._place_of)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        position, picture = key
-        faults: list[tuple[str, str, Identity]] = []
-        for index in self._candidates(picture, position):
-            dataset = self.datasets[self._set_of[index]]
-            image, annotations = dataset.record(self._place_of[index])
+        position, index = key
+        issues: list[tuple[str, str, Identity]] = []
+        for candidate in self._candidates(index, position):
+            dataset = self.datasets[self._set_of[candidate]]
+            image, annotations = dataset.record(self._place_of[candidate])
             try:
-                rgb = dataset.read_picture(image)
-            except PictureError as error:
-                faults.append((dataset.name, error.kind, image["id"]))
+                rgb = dataset.load_image(image)
+            except ImageError as error:
+                issues.append((dataset.name, error.kind, image["id"]))
                 continue
-            return self._sample(dataset, image, annotations, rgb, position, faults)
-        return {"image": None, "faults": faults}
+            return self._sample(dataset, image, annotations, rgb, position, issues)
+        return {"image": None, "issues": issues}
 
-    def _candidates(self, picture: int, position: int) -> Iterator[int]:
-        """The picture, and then those that are drawn in its place."""
-        yield picture
+    def _candidates(self, index: int, position: int) -> Iterator[int]:
+        """The image, and then those that are drawn in its place."""
+        yield index
         yield from _rng(self.seed, _REPLACEMENT, position).integers(
             len(self), size=_MAX_REPLACEMENTS
         )
 
     def aspect_groups(self) -> list[int]:
-        """The group of each picture: 0 if it is wider than high, else 1."""
+        """The group of each image: 0 if it is wider than high, else 1."""
         sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
         first = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])[self._set_of]
         height, width = sizes[first + self._place_of].T
@@ -219,7 +220,7 @@ class TrainingSet(Dataset):
         annotations: list[Annotation],
         rgb: np.ndarray,
         position: int,
-        faults: list[tuple[str, str, Identity]],
+        issues: list[tuple[str, str, Identity]],
     ) -> Sample:
         geometry = self.augmentation.draw(rgb.shape[:2], _rng(self.seed, _AUGMENTATION, position))
         annotations = [a for a in annotations if is_trainable(a, image)]
@@ -230,14 +231,14 @@ class TrainingSet(Dataset):
             **_describe(dataset, image),
             "image": image_to_tensor(transform_image(rgb, geometry)),
             "target": target,
-            "faults": faults + [(dataset.name, "object_too_small", identity) for identity in gone],
+            "issues": issues + [(dataset.name, "object_too_small", identity) for identity in gone],
         }
 
 
 class TestSet(Dataset):
-    """Pictures of a data set at the test size; samples as in `TrainingSet`, without `target`.
+    """Images of a data set at the test size; samples as in `TrainingSet`, without `target`.
 
-    A picture that cannot be read has None for its `image`.
+    An image that cannot be read has None for its `image`.
     """
 
     __test__ = False  # the name makes pytest take it for a class of tests
@@ -251,21 +252,21 @@ class TestSet(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, _ = self.dataset.record(index)
-        sample = {**_describe(self.dataset, image), "image": None, "faults": []}
+        sample = {**_describe(self.dataset, image), "image": None, "issues": []}
         try:
-            rgb = self.dataset.read_picture(image)
-        except PictureError as error:
-            sample["faults"].append((self.dataset.name, error.kind, image["id"]))
+            rgb = self.dataset.load_image(image)
+        except ImageError as error:
+            sample["issues"].append((self.dataset.name, error.kind, image["id"]))
             return sample
         geometry = self.augmentation.draw(rgb.shape[:2], _rng(0, _AUGMENTATION, index))
         return {**sample, "image": image_to_tensor(transform_image(rgb, geometry))}
 
 
 class BatchSampler:
-    """Endless batches of (position, picture), each from one group of pictures.
+    """Endless batches of (position, index), each from one group of images.
 
-    Every epoch shows each picture once, in an order drawn from (seed, epoch). A group's pictures
-    are taken in that order, and a batch appears when its last picture has come up; what is left of
+    Every epoch shows each image once, in an order drawn from (seed, epoch). A group's images
+    are taken in that order, and a batch appears when its last image has come up; what is left of
     a group at the end of an epoch begins its next batch. Where the sequence stands at batch
     `start` follows from the groups' sizes by arithmetic, so that beginning late costs an epoch's
     order at most.
@@ -275,8 +276,8 @@ class BatchSampler:
         self, groups: Sequence[int], *, batch_size: int, seed: int, start: int = 0
     ) -> None:
         if len(groups) == 0 or batch_size < 1 or start < 0:
-            raise ValueError(
-                f"cannot batch {len(groups)} pictures by {batch_size} beginning with batch {start}."
+            raise UserError(
+                f"cannot batch {len(groups)} images by {batch_size} beginning with batch {start}."
             )
         self.groups = np.asarray(groups)
         self.batch_size = batch_size
@@ -306,14 +307,14 @@ class BatchSampler:
             whole = len(stream) // self.batch_size * self.batch_size
             batches.extend(stream[:whole].reshape(-1, self.batch_size, 2).tolist())
         batches.sort(key=lambda batch: batch[-1][0])
-        return [[(position, picture) for position, picture in batch] for batch in batches]
+        return [[(position, index) for position, index in batch] for batch in batches]
 
     def _stream(self, epoch: int, group: int) -> np.ndarray:
-        """Rows (position, picture) of a group in the order of an epoch."""
-        num_pictures = len(self.groups)
-        order = _rng(self.seed, _ORDER, epoch).permutation(num_pictures)
+        """Rows (position, index) of a group in the order of an epoch."""
+        num_images = len(self.groups)
+        order = _rng(self.seed, _ORDER, epoch).permutation(num_images)
         places = np.flatnonzero(self.groups[order] == group)
-        return np.stack([epoch * num_pictures + places, order[places]], axis=1)
+        return np.stack([epoch * num_images + places, order[places]], axis=1)
 
     def _left_over(self, epoch: int, group: int) -> np.ndarray:
         """The rows of a group from before an epoch that no batch before it has taken."""
@@ -359,7 +360,7 @@ def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
 
 def _log_contents(dataset: CocoDataset, kept: np.ndarray) -> None:
     logger.info(
-        "%s: %d of %d pictures are trained on; objects: %d, crowds: %d",
+        "%s: %d of %d images are trained on; objects: %d, crowds: %d",
         dataset.name,
         np.count_nonzero(kept),
         len(dataset),

@@ -1,6 +1,6 @@
 """The embedded data set `shapes_train` and `shapes_val`: drawn shapes in COCO's format.
 
-3,000 and 200 pictures of 128 x 128 with one to five objects of six classes each. The outline alone
+3,000 and 200 images of 128 x 128 with one to five objects of six classes each. The outline alone
 tells the class: star and crescent are concave, the ring has a hole, and colours, textures,
 rotation and stretch are drawn without regard to it. An object's longer side is log-uniform in 8 to
 110 pixels.
@@ -11,7 +11,7 @@ object, and has itself, at least a quarter of its pixels and at least 16 of them
 be seen is annotated. Whole objects without a hole are annotated as polygons, the others as
 compressed RLE.
 
-Picture i is a function of (split, i) alone. Outlines are rounded to 0.01 pixel and rasterised by
+Image i is a function of (split, i) alone. Outlines are rounded to 0.01 pixel and rasterised by
 pycocotools, and colours are made with elementary arithmetic, so that machines agree on the set.
 """
 
@@ -31,11 +31,13 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from tensormask.utils.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "star", "ring", "crescent")
-NUM_PICTURES = {"train": 3000, "val": 200}
-PICTURE_SIZE = 128
+NUM_IMAGES = {"train": 3000, "val": 200}
+IMAGE_SIZE = 128
 MIN_SIDE, MAX_SIDE = 8.0, 110.0
 MAX_OBJECTS = 5
 MIN_VISIBLE_SHARE = 0.25
@@ -44,7 +46,7 @@ MIN_VISIBLE_PIXELS = 16
 _SPLIT_SEEDS = {"train": 1, "val": 2}
 _PLACEMENT_TRIES = 20
 _MIN_COLOUR_DISTANCE = 60.0
-_WHOLE = slice(0, PICTURE_SIZE)
+_WHOLE = slice(0, IMAGE_SIZE)
 
 
 def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -58,18 +60,18 @@ def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]
         root: the folder of all data sets; the set lies in `<root>/shapes/<split>/`.
 
     Returns:
-        The path of the annotations and the folder of the pictures.
+        The path of the annotations and the folder of the images.
     """
-    if split not in NUM_PICTURES:
-        raise ValueError(f"shapes has the splits {sorted(NUM_PICTURES)}, not {split!r}.")
+    if split not in NUM_IMAGES:
+        raise UserError(f"shapes has the splits {sorted(NUM_IMAGES)}, not {split!r}.")
     folder = Path(root) / "shapes" / split
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
         try:
             start = time.perf_counter()
-            logger.info("Drawing shapes_%s (%d pictures) in %s", split, NUM_PICTURES[split], folder)
-            write_split(split, NUM_PICTURES[split], temporary)
+            logger.info("Drawing shapes_%s (%d images) in %s", split, NUM_IMAGES[split], folder)
+            write_split(split, NUM_IMAGES[split], temporary)
             temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
             _rename_unless_there(temporary, folder)
             logger.info("Drew shapes_%s in %.1f s", split, time.perf_counter() - start)
@@ -78,18 +80,18 @@ def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]
     return folder / "annotations.json", folder / "images"
 
 
-def write_split(split: str, num_pictures: int, folder: Path) -> None:
-    """Writes the first `num_pictures` of a split: `annotations.json` and `images/` in `folder`."""
+def write_split(split: str, num_images: int, folder: Path) -> None:
+    """Writes the first `num_images` of a split: `annotations.json` and `images/` in `folder`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(num_pictures):
-        picture, objects = draw_picture(split, index)
+    for index in range(num_images):
+        image, objects = draw_image(split, index)
         image_id = index + 1
         file_name = f"{image_id:06d}.png"
-        Image.fromarray(picture).save(folder / "images" / file_name, compress_level=1)
+        Image.fromarray(image).save(folder / "images" / file_name, compress_level=1)
         images.append(
-            {"id": image_id, "file_name": file_name, "width": PICTURE_SIZE, "height": PICTURE_SIZE}
+            {"id": image_id, "file_name": file_name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
         )
         for fields in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **fields})
@@ -106,11 +108,11 @@ def write_split(split: str, num_pictures: int, folder: Path) -> None:
     (folder / "annotations.json").write_text(json.dumps(data), encoding="utf-8")
 
 
-def draw_picture(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Draws picture `index` of a split, counted from 0.
+def draw_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Draws image `index` of a split, counted from 0.
 
     Returns:
-        The picture, uint8 RGB `(128, 128, 3)`, and COCO annotations without `id` and `image_id`,
+        The image, uint8 RGB `(128, 128, 3)`, and COCO annotations without `id` and `image_id`,
         in drawing order.
     """
     rng = np.random.Generator(np.random.PCG64([_SPLIT_SEEDS[split], index]))
@@ -143,8 +145,8 @@ def draw_picture(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any
             other["visible"] &= ~mask
         placed.append({"label": label, "outlines": outlines, "full": mask, "visible": mask.copy()})
 
-    picture = np.clip(_soften(canvas) + 0.5, 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(picture.transpose(1, 2, 0)), [_annotation(item) for item in placed]
+    image = np.clip(_soften(canvas) + 0.5, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image.transpose(1, 2, 0)), [_annotation(item) for item in placed]
 
 
 def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
@@ -171,7 +173,7 @@ def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
     elif name == "crescent":
         outlines = [_crescent(rng.uniform(0.50, 0.70))]
     else:
-        raise ValueError(f"no shape is named {name!r}; there are {CLASS_NAMES}.")
+        raise UserError(f"no shape is named {name!r}; there are {CLASS_NAMES}.")
 
     stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
     angle = rng.uniform(0.0, 2.0 * math.pi)
@@ -203,10 +205,10 @@ def _crescent(shift: float) -> np.ndarray:
 def _place(
     rng: np.random.Generator, outlines: list[np.ndarray], placed: list[dict[str, Any]]
 ) -> tuple[list[np.ndarray], np.ndarray] | None:
-    """Outlines moved to a random place in the picture, and their mask; None if they fit nowhere."""
+    """Outlines moved to a random place in the image, and their mask; None if they fit nowhere."""
     half = np.abs(outlines[0]).max(axis=0)
     for _ in range(_PLACEMENT_TRIES):
-        centre = rng.uniform(half, PICTURE_SIZE - half)
+        centre = rng.uniform(half, IMAGE_SIZE - half)
         moved = [np.round(points + centre, 2) for points in outlines]
         mask = _rasterise(moved)
         fits = _enough_visible(mask, mask)
@@ -226,7 +228,7 @@ def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
 def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
     """The bool mask `(128, 128)` inside the first outline and outside of the others."""
     rles = mask_utils.frPyObjects(
-        [points.ravel().tolist() for points in outlines], PICTURE_SIZE, PICTURE_SIZE
+        [points.ravel().tolist() for points in outlines], IMAGE_SIZE, IMAGE_SIZE
     )
     masks = mask_utils.decode(rles).astype(bool)
     return masks[:, :, 0] & ~masks[:, :, 1:].any(axis=2)
@@ -267,10 +269,10 @@ def _distinct_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.nda
 def _textured(
     rng: np.random.Generator, colour: np.ndarray, rows: slice, columns: slice
 ) -> np.ndarray:
-    """A part of a float32 picture `(3, 128, 128)`: a colour with clouds, shading, stripes."""
+    """A part of a float32 image `(3, 128, 128)`: a colour with clouds, shading, stripes."""
     field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns) * _draw(rng, 10.0, 35.0)
     field += _value_noise(rng, 64, rows, columns) * _draw(rng, 4.0, 16.0)
-    places = np.arange(PICTURE_SIZE, dtype=np.float32) / PICTURE_SIZE - np.float32(0.5)
+    places = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE - np.float32(0.5)
     shading = places[rows, None] * _draw(rng, -1.0, 1.0) + places[columns] * _draw(rng, -1.0, 1.0)
     field += shading * _draw(rng, 0.0, 60.0)
     if rng.random() < 0.3:
@@ -284,7 +286,7 @@ def _textured(
 def _value_noise(rng: np.random.Generator, cells: int, rows: slice, columns: slice) -> np.ndarray:
     """A part of smooth noise in -1..1: linear between `(cells + 1)` squared random values."""
     grid = rng.uniform(-1.0, 1.0, (cells + 1, cells + 1)).astype(np.float32)
-    places = np.arange(PICTURE_SIZE, dtype=np.float32) * np.float32(cells / PICTURE_SIZE)
+    places = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(cells / IMAGE_SIZE)
     low = places.astype(np.int64)
     share = places - low.astype(np.float32)
     y, y_share = low[rows], share[rows, None]
@@ -303,9 +305,9 @@ def _extent(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _soften(picture: np.ndarray) -> np.ndarray:
+def _soften(image: np.ndarray) -> np.ndarray:
     """A slight blur, (1, 2, 1) both ways: edges without it are sharper than any camera's."""
-    padded = np.pad(picture, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = padded[:, :-2] * 0.25 + padded[:, 1:-1] * 0.5 + padded[:, 2:] * 0.25
     return rows[:, :, :-2] * 0.25 + rows[:, :, 1:-1] * 0.5 + rows[:, :, 2:] * 0.25
 

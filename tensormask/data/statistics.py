@@ -1,4 +1,4 @@
-"""What is in a data set: its pictures and objects in numbers, and the faults that only files show.
+"""What is in a data set: its images and objects in numbers, and the issues that only files show.
 
 Nothing here needs a model; which windows own the objects is the matter of `evaluation.coverage`.
 """
@@ -14,15 +14,15 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader, Dataset
 
-from .annotations import Annotation, ImageEntry
-from .coco import CocoDataset
-from .faults import Identity
-from .images import PictureError
-from .segmentation import segmentation_to_rle
+from tensormask.data.checks.annotations import Annotation, ImageEntry
+from tensormask.data.checks.issues import Identity
+from tensormask.data.checks.segmentation import segmentation_to_rle
+from tensormask.data.coco import CocoDataset
+from tensormask.data.images import ImageError
 
-# COCO's sizes: the area of a mask in pixels of the original picture, below each of these.
+# COCO's sizes: the area of a mask in pixels of the original image, below each of these.
 AREA_LIMITS = {"small": 32.0**2, "medium": 96.0**2, "large": float("inf")}
-_PICTURES_PER_TASK = 8
+_IMAGES_PER_TASK = 8
 
 
 @dataclass
@@ -30,23 +30,23 @@ class Statistics:
     """A data set in numbers. Objects are the annotations that can be trained on.
 
     Attributes:
-        pictures: how many there are; how many of them have no object.
+        images: how many there are; how many of them have no object.
         annotations: all that are kept, `crowds` and `objects` among them.
-        sizes: `{"height": [smallest, median, largest], "width": ...}` of the pictures in pixels.
-        objects_per_picture: [median, largest].
+        sizes: `{"height": [smallest, median, largest], "width": ...}` of the images in pixels.
+        objects_per_image: [median, largest].
         by_class: objects by class name and COCO size, in the order of the labels; a name that
             stands for several classes holds those of all of them.
         repeated_names: names that stand for several classes, and how many.
-        repeated_files: files that several pictures are in, and how many.
+        repeated_files: files that several images are in, and how many.
     """
 
-    pictures: int
-    pictures_without_objects: int
+    images: int
+    images_without_objects: int
     annotations: int
     crowds: int
     objects: int
     sizes: dict[str, list[float]]
-    objects_per_picture: list[float]
+    objects_per_image: list[float]
     by_class: dict[str, dict[str, int]] = field(default_factory=dict)
     repeated_names: dict[str, int] = field(default_factory=dict)
     repeated_files: dict[str, int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Statistics:
 
 
 def count_contents(dataset: CocoDataset) -> Statistics:
-    """Counts what is in a data set; no picture is opened."""
+    """Counts what is in a data set; no image is opened."""
     by_class = {name: dict.fromkeys(AREA_LIMITS, 0) for name in dataset.class_names}
     files: Counter[str] = Counter()
     for place, image_id in enumerate(dataset.image_ids):
@@ -77,18 +77,18 @@ def count_contents(dataset: CocoDataset) -> Statistics:
         for annotation in dataset.training_annotations(image_id):
             name = dataset.class_names[dataset.label_of(annotation)]
             by_class[name][area_size(mask_area(annotation, image))] += 1
-    per_picture = dataset.num_trainable
+    per_image = dataset.num_trainable
     return Statistics(
-        pictures=len(dataset),
-        pictures_without_objects=int(np.count_nonzero(per_picture == 0)),
+        images=len(dataset),
+        images_without_objects=int(np.count_nonzero(per_image == 0)),
         annotations=dataset.num_annotations,
         crowds=dataset.num_crowds,
-        objects=int(per_picture.sum()),
+        objects=int(per_image.sum()),
         sizes={
             side: [float(bound(lengths)) for bound in (np.min, np.median, np.max)]
             for side, lengths in zip(("height", "width"), dataset.sizes.T, strict=True)
         },
-        objects_per_picture=[float(np.median(per_picture)), float(per_picture.max())],
+        objects_per_image=[float(np.median(per_image)), float(per_image.max())],
         by_class=by_class,
         repeated_names=_repeated(Counter(dataset.class_names)),
         repeated_files=_repeated(files),
@@ -109,9 +109,9 @@ def area_size(area: float) -> str:
 
 
 class FileChecks(Dataset):
-    """Opens the picture at a place and rasterises its masks; gives `(kind, id)` of what is wrong.
+    """Opens the image at a place and rasterises its masks; gives `(kind, id)` of what is wrong.
 
-    Pictures that are known to be missing are not looked for again.
+    Images that are known to be missing are not looked for again.
     """
 
     def __init__(self, dataset: CocoDataset) -> None:
@@ -125,8 +125,8 @@ class FileChecks(Dataset):
         found: list[tuple[str, Identity]] = []
         if self.dataset.has_file[place]:
             try:
-                self.dataset.read_picture(image)
-            except PictureError as error:
+                self.dataset.load_image(image)
+            except ImageError as error:
                 found.append((error.kind, image["id"]))
         size = (image["height"], image["width"])
         for annotation in annotations:
@@ -138,29 +138,29 @@ class FileChecks(Dataset):
 
 
 def has_pixels(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bool:
-    """Whether polygons cover any pixel of a picture of (height, width)."""
+    """Whether polygons cover any pixel of an image of (height, width)."""
     return bool(mask_utils.area(segmentation_to_rle(polygons, size)))
 
 
 def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
-    """Opens all pictures and rasterises all masks; what is wrong is added to `dataset.faults`.
+    """Opens all images and rasterises all masks; what is wrong is added to `dataset.issues`.
 
     Args:
         num_workers: processes that do it; 0 for this one.
 
     Yields:
-        How many pictures have been looked at since the last time.
+        How many images have been looked at since the last time.
     """
     loader = DataLoader(
         FileChecks(dataset),
-        batch_size=_PICTURES_PER_TASK,
+        batch_size=_IMAGES_PER_TASK,
         num_workers=num_workers,
         collate_fn=list,
     )
     for batch in loader:
-        for kind, identity in (fault for found in batch for fault in found):
+        for kind, identity in (issue for found in batch for issue in found):
             # A set is read once and kept, and may be checked again.
-            dataset.faults.add_new(kind, identity)
+            dataset.issues.add_new(kind, identity)
         yield len(batch)
 
 

@@ -1,6 +1,6 @@
-"""From a picture and its annotations to what the model is trained on: resizing and flips.
+"""From an image and its annotations to what the model is trained on: resizing and flips.
 
-Pixels, boxes and masks are those of detectron2's mapper: pictures are resized with PIL's bilinear
+Pixels, boxes and masks are those of detectron2's mapper: images are resized with PIL's bilinear
 filter; the annotation's box and polygons are transformed as numbers and then clipped or
 rasterised; an RLE is resized to the nearest pixel. Boxes are not recomputed from masks.
 
@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from .annotations import Annotation
-from .segmentation import run_lengths, segmentation_to_rle, usable_polygons
+from tensormask.data.checks.annotations import Annotation
+from tensormask.data.checks.segmentation import run_lengths, segmentation_to_rle, usable_polygons
+from tensormask.utils.errors import UserError
 
 FLIPS = ("horizontal", "vertical", "none")
 SAMPLINGS = ("choice", "range")
@@ -56,18 +57,18 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling of sizes is one of {SAMPLINGS}, not {self.sampling!r}.")
+            raise UserError(f"sampling of sizes is one of {SAMPLINGS}, not {self.sampling!r}.")
         if self.flip not in FLIPS:
-            raise ValueError(f"flip is one of {FLIPS}, not {self.flip!r}.")
+            raise UserError(f"flip is one of {FLIPS}, not {self.flip!r}.")
         if not self.min_sizes or min(self.min_sizes) < 0:
-            raise ValueError(f"lengths of the shorter side are pixels, not {self.min_sizes}.")
+            raise UserError(f"lengths of the shorter side are pixels, not {self.min_sizes}.")
         if self.sampling == "range" and (
             len(self.min_sizes) != 2 or self.min_sizes[0] > self.min_sizes[1]
         ):
-            raise ValueError(f"a range of sizes is (lowest, highest), not {self.min_sizes}.")
+            raise UserError(f"a range of sizes is (lowest, highest), not {self.min_sizes}.")
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
-        """Draws the geometry for a picture of `size` (height, width) in pixels."""
+        """Draws the geometry for an image of `size` (height, width) in pixels."""
         if self.sampling == "range":
             short = int(rng.integers(self.min_sizes[0], self.min_sizes[1] + 1))
         else:
@@ -80,7 +81,7 @@ class Augmentation:
 def build_train_transform(cfg: Any) -> Augmentation:
     """The training augmentation that a config asks for."""
     if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
-        raise ValueError(
+        raise UserError(
             f'INPUT.MASK_FORMAT is "polygon" or "bitmask", not {cfg.INPUT.MASK_FORMAT!r}; '
             "both end in bitmaps here."
         )
@@ -112,7 +113,7 @@ def resized_size(size: tuple[int, int], short: int, longest: int) -> tuple[int, 
 
 
 def transform_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Transforms a uint8 picture `(H, W, 3)`."""
+    """Transforms a uint8 image `(H, W, 3)`."""
     if geometry.new_size != geometry.old_size:
         height, width = geometry.new_size
         image = np.asarray(
@@ -139,7 +140,7 @@ def transform_points(points: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def transform_boxes(boxes: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Transforms boxes `(K, 4)`, (x0, y0, x1, y1) in pixels, and clips them to the new picture."""
+    """Transforms boxes `(K, 4)`, (x0, y0, x1, y1) in pixels, and clips them to the new image."""
     corners = transform_points(np.reshape(boxes, (-1, 2)), geometry).reshape(-1, 2, 2)
     height, width = geometry.new_size
     low = np.clip(corners.min(axis=1), 0.0, (width, height))
@@ -184,7 +185,7 @@ def transform_rle(
     """Sets in `out`, bool `(H, W)`, the pixels of an RLE at `pixels = nearest_pixels(geometry)`.
 
     Raises:
-        ValueError: the RLE is not of the picture's size.
+        ValueError: the RLE is not of the image's size.
     """
     x, y, part = _decode_extent(segmentation_to_rle(rle, geometry.old_size))
     rows = np.flatnonzero((pixels[0] >= y) & (pixels[0] < y + part.shape[0]))
@@ -197,12 +198,12 @@ def transform_rle(
 def transform_annotations(
     annotations: Sequence[Annotation], labels: Sequence[int], geometry: Geometry
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """The training target of a picture.
+    """The training target of an image.
 
     Args:
         annotations: COCO annotations with a box and a segmentation.
         labels: the label of each, from 0.
-        geometry: the transform of the picture.
+        geometry: the transform of the image.
 
     Returns:
         - the target: `boxes (K, 4)` float32, `labels (K,)` int64, `masks (K, H, W)` bool, in the

@@ -1,4 +1,4 @@
-"""What the processes that read pictures do about signals: they stay while training needs them."""
+"""What the processes that read images do about signals: they stay while training needs them."""
 
 import os
 import signal

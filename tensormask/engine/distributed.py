@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tensormask.config import CfgNode
 from tensormask.modeling.build import resolve_device
+from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def wrap(model: nn.Module) -> nn.Module:
         return model
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ValueError(
+        raise UserError(
             "SyncBN works on GPUs only, and the processes are on the CPU: set MODEL.RESNETS.NORM "
             "to GN, BN or FrozenBN"
         )
@@ -174,7 +175,7 @@ def check_same(what: str, value: Any) -> None:
     """Raise ValueError in all processes unless all have given the same, a small plain object."""
     for rank, other in enumerate(gather_objects(value)):
         if other != value:
-            raise ValueError(
+            raise UserError(
                 f"rank {rank} has another {what} than rank {get_rank()}: start all machines with "
                 "the same command, and with an OUTPUT_DIR that is the same folder for all"
             )
@@ -222,7 +223,7 @@ def scale_to_world_size(cfg: CfgNode) -> CfgNode:
     if reference in (0, world_size):
         return cfg
     if reference < 0 or cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must be 0 (off), or the number of "
             f"processes that SOLVER.IMS_PER_BATCH, {cfg.SOLVER.IMS_PER_BATCH}, is meant for, and "
             "divide it"
@@ -261,13 +262,13 @@ def _local_rank() -> int:
 
 def _own_gpu(device: str, local_rank: int) -> int:
     if torch.device("cuda" if device == "auto" else device).index is not None:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DEVICE is {device!r}, but each process has a GPU of its own: write 'cuda' or "
             "'auto', and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise ValueError(
+        raise UserError(
             f"process {local_rank + 1} of this machine finds no GPU, there are {num_gpus}: start "
             "fewer (--num-gpus, torchrun's --nproc-per-node), or set MODEL.DEVICE to 'cpu'"
         )

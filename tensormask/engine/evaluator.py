@@ -7,17 +7,17 @@ from pathlib import Path
 
 from torch import nn
 
+from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode
 from tensormask.data import (
     CocoDataset,
-    FaultReporter,
+    IssueReporter,
     build_test_loader,
     check_dataset,
     get_dataset,
 )
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
-from tensormask.engine.checkpoint import checkpoint_to_resume, restore_model
 from tensormask.engine.distributed import (
     broadcast_object,
     first_on_machine,
@@ -28,13 +28,14 @@ from tensormask.engine.distributed import (
     is_main_process,
     sync_buffers,
 )
-from tensormask.engine.events import append_faults, setup_logging
+from tensormask.engine.events import append_issues, setup_logging
+from tensormask.engine.resume import checkpoint_to_resume, restore_model
 from tensormask.engine.run_folder import lock_folder
-from tensormask.engine.seeding import preserved_random_states
-from tensormask.engine.weights import check_complete, load_weights
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.modeling import build_model
-from tensormask.visualizer import unique_stem
+from tensormask.utils.errors import UserError
+from tensormask.utils.random import preserved_random_states
+from tensormask.visualization.instances import unique_stem
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
         with first_on_machine():  # a set may be drawn now
             check_evaluation(cfg)
-        reporter = build_fault_reporter(cfg, cfg.DATASETS.TEST)
+        reporter = build_issue_reporter(cfg, cfg.DATASETS.TEST)
         model = build_model(cfg)
         if checkpoint is not None:
             restore_model(checkpoint, model)
@@ -67,7 +68,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
                 loaded = load_weights(model, cfg.MODEL.WEIGHTS)
             check_complete(loaded, cfg.MODEL.WEIGHTS)
         else:
-            raise ValueError(
+            raise UserError(
                 "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
                 "or --resume to take the last checkpoint in OUTPUT_DIR"
             )
@@ -78,7 +79,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, flo
             averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
             results = {**results, "ema": averaged}
         if is_main_process():
-            append_faults(output_dir, reporter.pop_record())
+            append_issues(output_dir, reporter.pop_record())
         reporter.log_found()
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
         return results
@@ -96,14 +97,14 @@ def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> Non
     """
     build_test_transform(cfg)
     if cfg.TEST.MAX_DETS < 1:
-        raise ValueError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
+        raise UserError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
     for name in cfg.DATASETS.TEST:
         dataset = get_dataset(name)
         check_dataset(cfg, dataset)
         if trained_on is None or dataset.class_names == trained_on.class_names:
             continue
         if sorted(dataset.class_names) == sorted(trained_on.class_names):
-            raise ValueError(
+            raise UserError(
                 f"{name} and {trained_on.name} have their classes in another order, "
                 f"{dataset.class_names} and {trained_on.class_names}: give them equal category ids"
             )
@@ -114,11 +115,11 @@ def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> Non
 
 
 def evaluate_all(
-    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: FaultReporter
+    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: IssueReporter
 ) -> dict[str, dict[str, float]]:
     """Evaluate on every set in `DATASETS.TEST`, and log the results.
 
-    Several processes take a part of the pictures each; `output_dir` must be the same folder for
+    Several processes take a part of the images each; `output_dir` must be the same folder for
     all. The results are the same in all of them.
 
     The model's mode and the random generators are afterwards as they were before. Files go to
@@ -143,10 +144,10 @@ def evaluate_all(
 
 
 def _evaluate_one(
-    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: FaultReporter
+    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: IssueReporter
 ) -> dict[str, dict[str, float]]:
     dataset = get_dataset(name)
-    logger.info("Evaluating on %s: %d pictures", name, len(dataset))
+    logger.info("Evaluating on %s: %d images", name, len(dataset))
     rank, world_size = get_rank(), get_world_size()
     results = evaluate(
         model,
@@ -159,7 +160,7 @@ def _evaluate_one(
         rank=rank,
         gather=gather_objects,
     )
-    reporter.take([{"faults": gather_lists(reporter.pop_found())}])
+    reporter.take([{"issues": gather_lists(reporter.pop_found())}])
     if results:  # none: test-dev, where nothing is there to compare with, and above rank 0
         oracle = None
         if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
@@ -171,19 +172,19 @@ def _evaluate_one(
     return broadcast_object(results)
 
 
-def build_fault_reporter(cfg: CfgNode, names: Iterable[str]) -> FaultReporter:
-    """The reporter of the faults of some data sets; says those that are known already.
+def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:
+    """The reporter of the issues of some data sets; says those that are known already.
 
-    With `DATASETS.STRICT` all pictures are opened first.
+    With `DATASETS.STRICT` all images are opened first.
 
     Raises:
-        ValueError: there are faults and `DATASETS.STRICT` is on.
+        ValueError: there are issues and `DATASETS.STRICT` is on.
     """
     datasets = {name: get_dataset(name) for name in names}
     if cfg.DATASETS.STRICT:
         for name, dataset in datasets.items():
-            logger.info("DATASETS.STRICT: opening all %d pictures of %s", len(dataset), name)
+            logger.info("DATASETS.STRICT: opening all %d images of %s", len(dataset), name)
             for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
                 pass
-    logs = {name: dataset.faults for name, dataset in datasets.items()}
-    return FaultReporter(logs, strict=cfg.DATASETS.STRICT)
+    logs = {name: dataset.issues for name, dataset in datasets.items()}
+    return IssueReporter(logs, strict=cfg.DATASETS.STRICT)

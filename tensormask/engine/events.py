@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tensormask.engine.distributed import is_main_process
-from tensormask.engine.files import disk_full_explained, write_atomically
+from tensormask.utils.files import disk_full_explained, write_atomically
 
 try:
     import resource
@@ -181,10 +181,10 @@ class MetricsWriter:
             if math.isfinite(value):
                 self._board.add_scalar(name, value, iteration)
 
-    def write_faults(self, iteration: int, faults: Mapping[str, object] | None) -> None:
-        """Append a line `{"iteration": ..., "faults": ...}` to `metrics.json`, if there are any."""
-        if faults is not None and self._file is not None:
-            self._write_line({"iteration": iteration, "faults": faults})
+    def write_issues(self, iteration: int, issues: Mapping[str, object] | None) -> None:
+        """Append a line `{"iteration": ..., "issues": ...}` to `metrics.json`, if there are any."""
+        if issues is not None and self._file is not None:
+            self._write_line({"iteration": iteration, "issues": issues})
 
     def write_evaluation(
         self, iteration: int, inference_dir: str | Path, *, drawn: bool, prefix: str = ""
@@ -195,16 +195,16 @@ class MetricsWriter:
         recall, without the counts that TensorBoard would show with them.
 
         Args:
-            drawn: whether this evaluation has drawn pictures; those that are there may be of an
+            drawn: whether this evaluation has drawn images; those that are there may be of an
                 earlier one.
         """
         if self._board is None:
             return
-        sheets = sorted(Path(inference_dir).glob("**/contact_sheet.png")) if drawn else []
+        sheets = sorted(Path(inference_dir).glob("**/montage.png")) if drawn else []
         for path in sheets:
             tag = prefix + str(path.parent.relative_to(inference_dir) / "predictions")
-            picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-            self._board.add_image(tag, picture, iteration, dataformats="HWC")
+            image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+            self._board.add_image(tag, image, iteration, dataformats="HWC")
         for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
             for task, curves in json.loads(path.read_text()).items():
                 for name, precision in curves.items():
@@ -250,11 +250,11 @@ def read_metrics(path: str | Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
 
 
-def append_faults(output_dir: str | Path, faults: Mapping[str, object] | None) -> None:
-    """Append the faults that an evaluation by itself has found to `metrics.json`, if any."""
-    if faults is not None:
+def append_issues(output_dir: str | Path, issues: Mapping[str, object] | None) -> None:
+    """Append the issues that an evaluation by itself has found to `metrics.json`, if any."""
+    if issues is not None:
         with open(Path(output_dir) / "metrics.json", "a", encoding="utf-8") as file:
-            file.write(json_line({"iteration": 0, "faults": faults}))
+            file.write(json_line({"iteration": 0, "issues": issues}))
 
 
 def drop_metrics_from(path: str | Path, start_iteration: int) -> None:

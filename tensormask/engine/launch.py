@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from tensormask.modeling.build import resolve_device
+from tensormask.utils.errors import UserError
 
 AUTO = "auto"
 
@@ -36,12 +37,12 @@ def check_launch(
         ValueError: one of them is no such number or address, or there are not enough GPUs.
     """
     if num_machines < 1 or not 0 <= machine_rank < num_machines:
-        raise ValueError(
+        raise UserError(
             f"--num-machines is {num_machines} and --machine-rank {machine_rank}: the machines are "
             f"numbered from 0 to {max(0, num_machines - 1)}"
         )
     if dist_url == AUTO and num_machines > 1:
-        raise ValueError(
+        raise UserError(
             "--dist-url auto is for one machine: give all of them the address of machine 0 and a "
             "port that is free there, such as --dist-url tcp://10.0.0.1:29500"
         )
@@ -50,7 +51,7 @@ def check_launch(
     num_gpus = torch.cuda.device_count()
     on_cpu = resolve_device(device).type == "cpu"
     if num_processes > 1 and (device == AUTO if on_cpu else num_processes > num_gpus):
-        raise ValueError(
+        raise UserError(
             f"--num-gpus is {num_processes}, but this machine has {num_gpus} that can be used; "
             f"MODEL.DEVICE cpu starts {num_processes} processes on the CPU"
         )
@@ -92,7 +93,7 @@ def launch(
     try:
         launch_agent(config, command[0], list(command[1:]))
     except dist.DistError as error:
-        raise ValueError(
+        raise UserError(
             f"the processes cannot meet by --dist-url {dist_url}: {error}. Give the address of "
             "machine 0, and a port that is free there and open to all machines"
         ) from error
@@ -116,5 +117,5 @@ def _endpoint(dist_url: str) -> str:
     """`host:port` of an address."""
     found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([1-9][0-9]{0,4})/?", dist_url)
     if not found or int(found[2]) > 65535:
-        raise ValueError(f"--dist-url is {dist_url!r}: write auto, or tcp://host:port")
+        raise UserError(f"--dist-url is {dist_url!r}: write auto, or tcp://host:port")
     return f"{found[1]}:{found[2]}"

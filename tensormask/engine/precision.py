@@ -8,9 +8,10 @@ import torch
 
 from tensormask.config import CfgNode
 from tensormask.modeling.build import autocast_dtype
+from tensormask.utils.errors import UserError
 
 _FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
-# Below this scale float16 does not underflow any more: gradients that are not finite are a fault.
+# Below this scale float16 does not underflow any more: gradients that are not finite are an issue.
 _MIN_SCALE = 1.0
 
 Autocast = Callable[[], AbstractContextManager]
@@ -28,7 +29,7 @@ def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.
     dtype = autocast_dtype("SOLVER.AMP", cfg.SOLVER.AMP)
     if dtype == torch.bfloat16 and device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError(
+            raise UserError(
                 "SOLVER.AMP.DTYPE is 'bfloat16', which this GPU does not have: set it to 'float16'"
             )
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
@@ -37,7 +38,7 @@ def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.
 
 
 def may_skip(scaler: torch.amp.GradScaler) -> bool:
-    """Whether gradients that are not finite mean that the scale was too large, not a fault."""
+    """Whether gradients that are not finite mean that the scale was too large, not an issue."""
     return scaler.is_enabled() and scaler.get_scale() > _MIN_SCALE
 
 
@@ -52,7 +53,7 @@ def set_float32_precision(precision: str) -> None:
         ValueError: another word.
     """
     if precision not in _FLOAT32_PRECISIONS:
-        raise ValueError(
+        raise UserError(
             f"FLOAT32_PRECISION is {precision!r}; it must be one of {_FLOAT32_PRECISIONS}"
         )
     torch.set_float32_matmul_precision(precision or "highest")

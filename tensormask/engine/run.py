@@ -7,9 +7,17 @@ from datetime import timedelta
 from pathlib import Path
 
 from tensormask.config import CfgNode
-from tensormask.data import FaultReporter, get_dataset
+from tensormask.data import IssueReporter, get_dataset
 from tensormask.engine import distributed
-from tensormask.engine.checkpoint import (
+from tensormask.engine.evaluator import evaluate_all
+from tensormask.engine.events import (
+    MetricsWriter,
+    flatten_results,
+    format_summary,
+    peak_memory,
+    read_metrics,
+)
+from tensormask.engine.resume import (
     BEST_CHECKPOINT,
     FINAL_CHECKPOINT,
     FINAL_EMA,
@@ -19,15 +27,7 @@ from tensormask.engine.checkpoint import (
     save_checkpoint,
     write_torch,
 )
-from tensormask.engine.evaluator import evaluate_all
-from tensormask.engine.events import (
-    MetricsWriter,
-    flatten_results,
-    format_summary,
-    peak_memory,
-    read_metrics,
-)
-from tensormask.engine.state import TrainState
+from tensormask.engine.step import TrainState
 from tensormask.layers import _native
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class Run:
     cfg: CfgNode
     state: TrainState
     writer: MetricsWriter
-    reporter: FaultReporter
-    faults: dict[tuple, None]  # those of training samples, in the order in which they were found
+    reporter: IssueReporter
+    issues: dict[tuple, None]  # those of training samples, in the order in which they were found
 
 
 def save(run: Run, done: int) -> None:
@@ -69,7 +69,7 @@ def _pack(run: Run, done: int) -> dict:
         config=run.cfg.dump(),
         class_names=dataset.class_names,
         category_ids=dataset.category_ids,
-        faults=run.faults,
+        issues=run.issues,
     )
 
 
@@ -89,7 +89,7 @@ def evaluate(run: Run, done: int) -> Results:
     metrics = flatten_results(results)
     _keep_best(run, done, metrics)
     run.writer.write(done - 1, metrics)
-    run.writer.write_faults(done - 1, run.reporter.pop_record())
+    run.writer.write_issues(done - 1, run.reporter.pop_record())
     return results
 
 
@@ -117,7 +117,7 @@ def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
 def is_evaluated(run: Run, done: int) -> bool:
     """Whether metrics.json has the results after `done` iterations: the answer of rank 0."""
     found = any(
-        record["iteration"] == done - 1 and not {"total_loss", "faults"} & record.keys()
+        record["iteration"] == done - 1 and not {"total_loss", "issues"} & record.keys()
         for record in read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
     )
     return distributed.broadcast_object(found)
@@ -126,7 +126,7 @@ def is_evaluated(run: Run, done: int) -> bool:
 def log_start(run: Run, start: int) -> None:
     cfg, parameters = run.cfg, list(run.state.model.parameters())
     logger.info(
-        "Training iterations %d to %d, %d pictures each, on %s; %d pictures in %s; "
+        "Training iterations %d to %d, %d images each, on %s; %d images in %s; "
         "%.2f M parameters, %.2f M of them trainable",
         start,
         cfg.SOLVER.MAX_ITER,

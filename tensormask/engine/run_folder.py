@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from tensormask import env
 from tensormask.engine.distributed import is_main_process
-from tensormask.engine.files import remove_leftovers
+from tensormask.utils import env
+from tensormask.utils.errors import UserError
+from tensormask.utils.files import remove_leftovers
 
 try:
     import fcntl
@@ -50,7 +51,7 @@ def lock_folder(output_dir: str | Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(
+            raise UserError(
                 f"{output_dir} is in use by {file.read().strip() or 'another process'}: wait for "
                 "it, end it, or give another OUTPUT_DIR"
             ) from None

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensormask.config import CfgNode
+from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
     )
     if not groups:
-        raise ValueError("The model has no trainable parameter: lower MODEL.BACKBONE.FREEZE_AT")
+        raise UserError("The model has no trainable parameter: lower MODEL.BACKBONE.FREEZE_AT")
     if solver.OPTIMIZER == "SGD":
         return torch.optim.SGD(
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
         )
     if solver.OPTIMIZER == "AdamW":
         return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
-    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be 'SGD' or 'AdamW'")
+    raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be 'SGD' or 'AdamW'")
 
 
 def multi_step_factor(iteration: int, steps: Sequence[int], gamma: float) -> float:
@@ -121,7 +122,7 @@ def with_warmup(
         ValueError: `method` is neither "linear" nor "constant".
     """
     if method not in ("linear", "constant"):
-        raise ValueError(f"SOLVER.WARMUP_METHOD is {method!r}; it must be 'linear' or 'constant'")
+        raise UserError(f"SOLVER.WARMUP_METHOD is {method!r}; it must be 'linear' or 'constant'")
     start, end = start_factor * factor(0), factor(iterations)
 
     def warmed(iteration: int) -> float:
@@ -148,7 +149,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
     solver = cfg.SOLVER
     max_iter = solver.MAX_ITER
     if max_iter < 1:
-        raise ValueError(f"SOLVER.MAX_ITER is {max_iter}; it must be at least 1")
+        raise UserError(f"SOLVER.MAX_ITER is {max_iter}; it must be at least 1")
 
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = _steps_before(solver.STEPS, max_iter)
@@ -158,7 +159,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
 
     elif solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         if not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
-            raise ValueError(
+            raise UserError(
                 f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; "
                 f"it must be from 0 to SOLVER.BASE_LR, {solver.BASE_LR}"
             )
@@ -167,7 +168,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
             return cosine_factor(iteration, max_iter, solver.BASE_LR_END / solver.BASE_LR)
 
     else:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}; "
             "it must be 'WarmupMultiStepLR' or 'WarmupCosineLR'"
         )
@@ -182,7 +183,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
 
 def _steps_before(steps: Sequence[int], max_iter: int) -> list[int]:
     if list(steps) != sorted(set(steps)) or any(step <= 0 for step in steps):
-        raise ValueError(f"SOLVER.STEPS is {tuple(steps)}; the steps must be ascending, above 0")
+        raise UserError(f"SOLVER.STEPS is {tuple(steps)}; the steps must be ascending, above 0")
     kept = [step for step in steps if step < max_iter]
     if len(kept) < len(steps):
         logger.warning(
@@ -207,7 +208,7 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
     clip = cfg.SOLVER.CLIP_GRADIENTS
     limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
     if clip.CLIP_TYPE not in ("value", "norm", "full_model"):
-        raise ValueError(
+        raise UserError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; "
             "it must be 'value', 'norm' or 'full_model'"
         )
@@ -240,6 +241,6 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
     if not ema.ENABLED:
         return None
     if not 0 <= ema.DECAY < 1:
-        raise ValueError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it must be from 0 to below 1")
+        raise UserError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it must be from 0 to below 1")
     averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema.DECAY), use_buffers=True)
     return averages.requires_grad_(False)

@@ -3,16 +3,30 @@
 import contextlib
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
+from tensormask.engine.anomaly import gradients_error, read_losses
 from tensormask.engine.distributed import mean_over_ranks, unwrap
-from tensormask.engine.finite import gradients_error, read_losses
 from tensormask.engine.precision import Autocast, may_skip
 from tensormask.engine.solver import GradientClipper
-from tensormask.engine.state import TrainState
+from tensormask.utils.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """What a step changes and a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler  # a disabled one hands everything through
+    ema: AveragedModel | None = None  # moving averages of the model's weights
 
 
 def train_step(
@@ -45,8 +59,8 @@ def train_step(
         NonFiniteError: a loss or the gradient is NaN or infinite; the weights have not changed.
     """
     if len(batch) % accumulate_steps:
-        raise ValueError(
-            f"{len(batch)} pictures do not divide into {accumulate_steps} equal parts: change "
+        raise UserError(
+            f"{len(batch)} images do not divide into {accumulate_steps} equal parts: change "
             "SOLVER.IMS_PER_BATCH or SOLVER.ACCUMULATE_STEPS"
         )
     size = len(batch) // accumulate_steps

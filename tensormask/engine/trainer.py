@@ -10,16 +10,12 @@ from pathlib import Path
 import torch
 import yaml
 
+from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
 from tensormask.engine import distributed
-from tensormask.engine.checkpoint import (
-    LAST_CHECKPOINT,
-    checkpoint_to_resume,
-    restore_checkpoint,
-    warn_of_changes,
-)
-from tensormask.engine.evaluator import build_fault_reporter, check_evaluation
+from tensormask.engine.anomaly import check_weights, watch_modules
+from tensormask.engine.evaluator import build_issue_reporter, check_evaluation
 from tensormask.engine.events import (
     MetricsWriter,
     RecentMetrics,
@@ -29,12 +25,15 @@ from tensormask.engine.events import (
     progress_bar,
     setup_logging,
 )
-from tensormask.engine.files import write_atomically
-from tensormask.engine.finite import check_weights, watch_modules
 from tensormask.engine.precision import build_autocast, set_float32_precision
+from tensormask.engine.resume import (
+    LAST_CHECKPOINT,
+    checkpoint_to_resume,
+    restore_checkpoint,
+    warn_of_changes,
+)
 from tensormask.engine.run import Run, evaluate, is_evaluated, log_start, log_summary, save
 from tensormask.engine.run_folder import lock_folder, record_environment
-from tensormask.engine.seeding import seed_everything, set_determinism
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.solver import (
     build_ema,
@@ -42,11 +41,12 @@ from tensormask.engine.solver import (
     build_lr_scheduler,
     build_optimizer,
 )
-from tensormask.engine.state import TrainState
-from tensormask.engine.step import train_step
-from tensormask.engine.weights import load_weights
+from tensormask.engine.step import TrainState, train_step
 from tensormask.evaluation import verify_results
 from tensormask.modeling import build_model
+from tensormask.utils.errors import UserError
+from tensormask.utils.files import write_atomically
+from tensormask.utils.random import seed_everything, set_determinism
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,18 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         with distributed.first_on_machine():  # a set may be drawn now
             trained_on = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
             check_evaluation(cfg, trained_on[0] if trained_on else None)
-        reporter = build_fault_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        reporter = build_issue_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         seed_everything(cfg.SEED)
         set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
         set_float32_precision(cfg.FLOAT32_PRECISION)
 
         state = build_state(cfg)
-        start, faults = 0, {}
+        start, issues = 0, {}
         if checkpoint is not None:
             warn_of_changes(checkpoint, cfg)
             start = restore_checkpoint(checkpoint, state)
-            faults = dict.fromkeys(map(tuple, checkpoint.get("faults", ())))
-            reporter.take([{"faults": [fault for fault in faults if fault[0] in reporter.logs]}])
+            issues = dict.fromkeys(map(tuple, checkpoint.get("issues", ())))
+            reporter.take([{"issues": [issue for issue in issues if issue[0] in reporter.logs]}])
             del checkpoint  # its memory
         elif cfg.MODEL.WEIGHTS:
             with distributed.first_on_machine():  # a file may be downloaded now
@@ -112,7 +112,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
             write_atomically(output_dir / "config.yaml", lambda f: f.write(cfg.dump().encode()))
             record_environment(output_dir)
         with MetricsWriter(output_dir, start) as writer:
-            run = Run(cfg, state, writer, reporter, faults)
+            run = Run(cfg, state, writer, reporter, issues)
             if not finished:
                 _run_iterations(run, batches, stop, start)
             with stop.interruptible():
@@ -126,7 +126,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
 def build_state(cfg: CfgNode) -> TrainState:
     """Make the model, fresh, and all that belongs to its training."""
     if cfg.SOLVER.DETECT_ANOMALY and cfg.MODEL.COMPILE:
-        raise ValueError(
+        raise UserError(
             "SOLVER.DETECT_ANOMALY looks at every module, and compiled ones cannot be looked into: "
             "set MODEL.COMPILE to ''"
         )
@@ -152,7 +152,7 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
     log_start(run, start)
-    run.writer.write_faults(start, run.reporter.pop_record())
+    run.writer.write_issues(start, run.reporter.pop_record())
     recent = RecentMetrics()
     state.model.train()
     done = saved = start  # iterations, of the run as a whole
@@ -165,11 +165,11 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
                 started = time.perf_counter()
                 with stop.interruptible():
                     batch = next(batches)
-                found = [fault for sample in batch for fault in sample["faults"]]
+                found = [issue for sample in batch for issue in sample["issues"]]
                 found = distributed.gather_lists(found)
-                run.reporter.take([{"faults": found}])
-                _check_pictures(batch)
-                run.faults |= dict.fromkeys(found)
+                run.reporter.take([{"issues": found}])
+                _check_images(batch)
+                run.issues |= dict.fromkeys(found)
                 data_time = time.perf_counter() - started
                 metrics = step(batch, iteration=done)
                 done += 1
@@ -182,7 +182,7 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
                     log_progress(format_progress(done - 1, max_iter, medians))
                     bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
                     run.writer.write(done - 1, medians)
-                    run.writer.write_faults(done - 1, run.reporter.pop_record())
+                    run.writer.write_issues(done - 1, run.reporter.pop_record())
                 if done == max_iter or _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
                     save(run, done)
                     saved = done
@@ -210,14 +210,14 @@ def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
     return cfg
 
 
-def _check_pictures(batch: list[dict]) -> None:
-    """Raise ValueError if a sample has no picture: too many in a row could not be read."""
+def _check_images(batch: list[dict]) -> None:
+    """Raise ValueError if a sample has no image: too many in a row could not be read."""
     for sample in batch:
         if sample["image"] is None:
-            raise ValueError(
-                f"{len(sample['faults'])} pictures drawn in a row cannot be read; the last is "
-                f"{sample['faults'][-1]} (data set, fault, image id). "
-                "Is the folder of pictures there and readable?"
+            raise UserError(
+                f"{len(sample['issues'])} images drawn in a row cannot be read; the last is "
+                f"{sample['issues'][-1]} (data set, issue, image id). "
+                "Is the folder of images there and readable?"
             )
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tensormask.data.annotations import sort_key
-from tensormask.data.faults import Identity
-from tensormask.evaluation.pictures import evenly_spread, write_pictures
+from tensormask.data.checks.annotations import sort_key
+from tensormask.data.checks.issues import Identity
+from tensormask.evaluation.drawing import evenly_spread, write_images
 from tensormask.evaluation.results import (
     Detections,
     ResultsWriter,
@@ -28,6 +28,7 @@ from tensormask.evaluation.results import (
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves_of
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
+from tensormask.utils.errors import UserError
 
 RESULTS_FILE = "coco_instances_results.json"
 CURVES_FILE = "precision_recall.json"
@@ -49,10 +50,10 @@ def evaluate(
 ) -> dict[str, Metrics]:
     """Runs `model` over `loader` and scores its detections against `dataset`'s annotations.
 
-    Detections become run-length codes object by object and go to a file picture by picture, from
+    Detections become run-length codes object by object and go to a file image by image, from
     which they are read for scoring: while the model runs, memory does not grow.
 
-    Several processes may have a part of the pictures each, `loader` that of `image_ids[rank ::
+    Several processes may have a part of the images each, `loader` that of `image_ids[rank ::
     number of processes]`. Each writes a file of its own into `output_dir`, which must be the same
     folder for all; rank 0 makes one of them, scores it, and alone has results to return.
 
@@ -66,12 +67,12 @@ def evaluate(
             `image` is None, since it cannot be read, are left out: their objects count as missed.
         dataset: a `CocoDataset`; all of its `image_ids` count, seen or not.
         output_dir: where `coco_instances_results.json`, `precision_recall.json` (of
-            `precision_curves`), `pictures/` and `contact_sheet.png` go, and the files for COCO's
+            `precision_curves`), `images/` and `montage.png` go, and the files for COCO's
             server (`write_submission`) if the data set has no annotations; None writes nothing but
             a temporary file.
-        max_dets: detections per picture and class for `AP@<max_dets>` and `AR@<max_dets>`, which
+        max_dets: detections per image and class for `AP@<max_dets>` and `AR@<max_dets>`, which
             are added when it is not 100.
-        num_visualized: how many pictures are drawn, spread evenly over the data set.
+        num_visualized: how many images are drawn, spread evenly over the data set.
         submission_name: the name of the method in the files for COCO's server.
         rank: the number of this process, from 0.
         gather: gives what each process has called it with, by rank, once all of them have.
@@ -82,7 +83,7 @@ def evaluate(
 
     Raises:
         ValueError: a label that the data set has no category for; boxes or scores that are not
-            finite; masks of another size than their picture; a picture that comes twice, or is not
+            finite; masks of another size than their image; an image that comes twice, or is not
             of the data set.
     """
     with contextlib.ExitStack() as stack:
@@ -100,7 +101,7 @@ def evaluate(
         if output_dir is not None:
             seen = {image_id for each in found for image_id in each.seen}
             chosen = evenly_spread(dataset.image_ids, num_visualized)
-            write_pictures(folder, dataset, [i for i in chosen if i in seen], path)
+            write_images(folder, dataset, [i for i in chosen if i in seen], path)
             logger.info("%d detections written to %s", sum(f.num_results for f in found), path)
         if not dataset.has_annotations:
             logger.warning("%s has no annotations: nothing is scored", dataset.name)
@@ -129,7 +130,7 @@ class _Found(NamedTuple):
 
     num_results: int
     has_masks: bool
-    seen: list[Identity]  # the pictures that the model has had
+    seen: list[Identity]  # the images that the model has had
     unreadable: list[Identity]
 
 
@@ -144,7 +145,7 @@ def _write_detections(
     path: Path,
     show_progress: bool,
 ) -> _Found:
-    """Writes the detections in all pictures of a loader to a file."""
+    """Writes the detections in all images of a loader to a file."""
     has_masks = True
     expected = set(dataset.image_ids)
     seen: list[Identity] = []
@@ -169,7 +170,7 @@ def _write_detections(
 
 
 def _join(found: Sequence[_Found], dataset: Any, path: Path) -> None:
-    """Makes one file of the processes' own, and says which pictures are missing in it."""
+    """Makes one file of the processes' own, and says which images are missing in it."""
     parts = [_part(path.parent, rank) for rank in range(len(found))]
     if len(parts) == 1:
         parts[0].replace(path)
@@ -182,7 +183,7 @@ def _join(found: Sequence[_Found], dataset: Any, path: Path) -> None:
     for ids, reason in ((unreadable, "cannot be read"), (missing, "did not come from the loader")):
         if ids:
             logger.warning(
-                "%d of %d pictures of %s %s, their objects count as missed; the first ids: %s",
+                "%d of %d images of %s %s, their objects count as missed; the first ids: %s",
                 len(ids),
                 len(dataset.image_ids),
                 dataset.name,
@@ -195,8 +196,8 @@ def _take_from(expected: set[Identity], samples: list[dict[str, Any]], name: str
     """Takes the samples' ids out of those that are still to come."""
     for image_id in (sample["image_id"] for sample in samples):
         if image_id not in expected:
-            raise ValueError(
-                f"the loader gave picture {image_id!r}, which {name} does not have "
+            raise UserError(
+                f"the loader gave image {image_id!r}, which {name} does not have "
                 "or which came before"
             )
         expected.remove(image_id)

@@ -1,7 +1,7 @@
 """Coverage: which objects of a data set the windows own, and sizes of windows that own more.
 
 What no window owns is never trained on. Only boxes are looked at, at the fixed input size of
-evaluation, each picture alone; a mask that this size leaves without a pixel is not noticed.
+evaluation, each image alone; a mask that this size leaves without a pixel is not noticed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tensormask.data import CocoDataset
 from tensormask.data.statistics import AREA_LIMITS, area_size, mask_area
 from tensormask.data.transforms import Augmentation, transform_boxes
 from tensormask.modeling.assignment import Assignment, assign
-from tensormask.modeling.inputs import padded_size
 from tensormask.modeling.windows import Windows
 
 Grids = tuple[tuple[int, int], ...]
@@ -42,9 +41,9 @@ class InputObjects:
     """The objects of a data set as the network gets them, at a fixed size.
 
     Attributes:
-        boxes: per picture float32 `(K, 4)`, (x0, y0, x1, y1) in pixels of the input.
-        input_sizes: per picture (height, width) of the input in pixels.
-        coco_sizes: per picture the K COCO sizes, "small", "medium" or "large".
+        boxes: per image float32 `(K, 4)`, (x0, y0, x1, y1) in pixels of the input.
+        input_sizes: per image (height, width) of the input in pixels.
+        coco_sizes: per image the K COCO sizes, "small", "medium" or "large".
     """
 
     boxes: list[Tensor]
@@ -134,7 +133,7 @@ def measure_coverage(objects: InputObjects, windows: Windows) -> Coverage:
     for grids, places in _chunks(objects, windows):
         boxes = [objects.boxes[place] for place in places]
         owned = assign(boxes, windows, list(grids))
-        # Rows of the chunk's objects, one picture after the other.
+        # Rows of the chunk's objects, one image after the other.
         starts = np.cumsum([0, *(len(b) for b in boxes[:-1])])
         rows = torch.from_numpy(starts)[owned.image] + owned.object
         for level, size, at in owned.groups():
@@ -204,25 +203,14 @@ def scaled_windows(units: int, num_sizes: int, finest_stride: int, *, longest: f
     )
 
 
-def window_grids(size: tuple[int, int], windows: Windows) -> Grids:
-    """Rows and columns of windows, per level, of an input of (height, width) pixels."""
-    height, width = padded_size(*size)
-    return tuple((-(-height // stride), -(-width // stride)) for stride in windows.strides)
-
-
-def level_names(windows: Windows) -> list[str]:
-    """ "p2", "p3", ... of the levels, as `MODEL.TENSOR_MASK.IN_FEATURES` names them."""
-    return [f"p{level}" for level in windows.levels]
-
-
 def _chunks(objects: InputObjects, windows: Windows) -> list[tuple[Grids, list[int]]]:
-    """Pictures that have objects, gathered by the grids of their levels: (grids, their places)."""
+    """Images that have objects, gathered by the grids of their levels: (grids, their places)."""
     chunks: list[tuple[Grids, list[int]]] = []
     open_chunks: dict[Grids, tuple[list[int], int]] = {}
     for place, (boxes, size) in enumerate(zip(objects.boxes, objects.input_sizes, strict=True)):
         if not len(boxes):
             continue
-        grids = window_grids(size, windows)
+        grids = tuple(windows.grids(size))
         places, num_objects = open_chunks.pop(grids, ([], 0))
         if places and num_objects + len(boxes) > _OBJECTS_PER_CHUNK:
             chunks.append((grids, places))
@@ -235,7 +223,7 @@ def _reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, int]:
     """Why no window owns these `(M, 4)` boxes: the rules of `assign` are asked one by one."""
     largest = max(max(sizes) for sizes in windows.sizes)
     too_large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > largest
-    # Far from the rim, on grids that go on around the picture: whole strides of every level.
+    # Far from the rim, on grids that go on around the image: whole strides of every level.
     beyond = 4
     shift = beyond * max(windows.strides)
     wide = [
@@ -253,7 +241,7 @@ def _reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, int]:
 
 
 def _owned_alone(boxes: Tensor, windows: Windows, grids: list[tuple[int, int]]) -> Tensor:
-    """Which of the boxes `(M, 4)` a window would own if each were alone in its picture, bool."""
+    """Which of the boxes `(M, 4)` a window would own if each were alone in its image, bool."""
     alone = torch.zeros(len(boxes), dtype=torch.bool)
     if len(boxes):
         owned: Assignment = assign([box[None] for box in boxes], windows, grids)

@@ -10,9 +10,10 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
-from tensormask.data.annotations import sort_key
-from tensormask.data.faults import Identity
-from tensormask.data.segmentation import polygon_fault, segmentation_to_rle
+from tensormask.data.checks.annotations import sort_key
+from tensormask.data.checks.issues import Identity
+from tensormask.data.checks.segmentation import polygon_issue, segmentation_to_rle
+from tensormask.utils.errors import UserError
 
 Numbers = Mapping[Identity, int]
 
@@ -33,7 +34,7 @@ def scorable_copy(
 ) -> COCO:
     """A copy for COCOeval, which writes into the annotations: training may share the originals.
 
-    It has those pictures and categories that are given a number, under this number, and those of
+    It has those images and categories that are given a number, under this number, and those of
     their annotations that have a mask for the `iou_type` "segm", or a box or a mask for "bbox"; how
     many have not is logged.
 
@@ -41,7 +42,7 @@ def scorable_copy(
     with the same id for one object.
 
     Raises:
-        ValueError: an RLE is not of its picture's size, or its counts do not add up.
+        ValueError: an RLE is not of its image's size, or its counts do not add up.
     """
     annotations = []
     num_left_out = 0
@@ -119,12 +120,10 @@ def _mask_code(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str
     """The mask as a run-length code, from an RLE or sound polygons; None if there is neither."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):
-        segmentation = [p for p in segmentation if polygon_fault(p, size) is None]
+        segmentation = [p for p in segmentation if polygon_issue(p, size) is None]
     if not segmentation:
         return None
     try:
         return segmentation_to_rle(segmentation, size)
     except ValueError as error:
-        raise ValueError(
-            f"annotation {annotation.get('id')} of the ground truth: {error}"
-        ) from None
+        raise UserError(f"annotation {annotation.get('id')} of the ground truth: {error}") from None

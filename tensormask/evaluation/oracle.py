@@ -1,7 +1,7 @@
 """Oracle AP: what the windows can represent at best.
 
 The true masks go the way of a perfect detector's: each object to the windows that own it, its mask
-cropped to the mask size of the window, pasted back into the picture, and scored by COCO's
+cropped to the mask size of the window, pasted back into the image, and scored by COCO's
 evaluation. What is lost is lost to the sliding windows and the resolution of their masks, and no
 training brings it back.
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tensormask.data import CocoDataset
 from tensormask.data.transforms import Augmentation, transform_annotations
-from tensormask.evaluation.coverage import window_grids
 from tensormask.evaluation.results import coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_masks
@@ -62,18 +61,18 @@ def oracle_detections(
     input_size: tuple[int, int],
     output_size: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """The objects of a picture that a window owns, as the window that shows each best has it.
+    """The objects of an image that a window owns, as the window that shows each best has it.
 
     Args:
         model: its windows and mask head say which windows there are and how fine their masks.
-        target: ``boxes``, ``labels`` and ``masks`` of the picture at ``input_size``, on the CPU.
+        target: ``boxes``, ``labels`` and ``masks`` of the image at ``input_size``, on the CPU.
         input_size, output_size: ``(height, width)`` of the network's input and of the wanted masks.
 
     Returns:
         a detection with scores of 1; objects that no window owns are not in it.
     """
-    grids = window_grids(input_size, model.windows)
-    owned = assign([target["boxes"]], model.windows, list(grids))
+    grids = model.windows.grids(input_size)
+    owned = assign([target["boxes"]], model.windows, grids)
     best: dict[
         int, tuple[float, Tensor, Tensor]
     ] = {}  # object -> IoU, its mask in the window, the window

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from tensormask.utils.errors import UserError
+
 OVERALL_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_PREFIX = "AP-"
 
@@ -59,7 +61,7 @@ def verify_results(
     num_failed = 0
     for row in expected:
         if len(row) != 4:
-            raise ValueError(
+            raise UserError(
                 "a row of TEST.EXPECTED_RESULTS is [task, metric, value, tolerance], such as "
                 f"['segm', 'AP', 30.0, 3.0]; given: {row!r}"
             )

@@ -1,6 +1,6 @@
 """Detections in COCO's results format: from tensors, into a file and back.
 
-Letters: K detections, (H, W) the picture, (V, U) a mask in its window.
+Letters: K detections, (H, W) the image, (V, U) a mask in its window.
 """
 
 import json
@@ -18,10 +18,11 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from tensormask.data.faults import Identity
-from tensormask.data.segmentation import check_rle, segmentation_to_rle
+from tensormask.data.checks.issues import Identity
+from tensormask.data.checks.segmentation import check_rle, segmentation_to_rle
 from tensormask.evaluation.ground_truth import has_box, is_finite_number
 from tensormask.layers import paste_regions
+from tensormask.utils.errors import UserError
 
 Detections = Mapping[str, Any]
 Result = dict[str, Any]
@@ -36,14 +37,14 @@ def coco_results(
     category_ids: Sequence[Identity],
     size: tuple[int, int] | None = None,
 ) -> list[Result]:
-    """One picture's detections in COCO's results format, ready for JSON.
+    """One image's detections in COCO's results format, ready for JSON.
 
     Args:
         detections: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0,
             on any device; for masks `masks (K, H, W)` bool, or `windows (K, 4)` and `window_masks`,
             K tensors `(V, U)`, as of `TensorMask.detect`.
         category_ids: the COCO category id of each label.
-        size: `(height, width)` of the picture in pixels, which `window_masks` need; `masks` are
+        size: `(height, width)` of the image in pixels, which `window_masks` need; `masks` are
             compared with it if it is given.
 
     Returns:
@@ -56,13 +57,13 @@ def coco_results(
     """
     labels = detections["labels"].tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
-        raise ValueError(
+        raise UserError(
             f"image {image_id}: labels from {min(labels)} to {max(labels)} were detected, but the "
             f"data set has {len(category_ids)} categories; set MODEL.TENSOR_MASK.NUM_CLASSES to it"
         )
     boxes, scores = detections["boxes"].double().cpu(), detections["scores"].tolist()
     if not (boxes.isfinite().all() and all(map(math.isfinite, scores))):
-        raise ValueError(
+        raise UserError(
             f"image {image_id}: NaN or infinity in the boxes or scores of its detections; are the "
             "model's weights finite? A training that diverged needs a lower SOLVER.BASE_LR"
         )
@@ -79,7 +80,7 @@ def coco_results(
 
 
 def detections_of(results: Sequence[Result], category_ids: Sequence[Identity]) -> Detections:
-    """The detections of one picture that `coco_results` has written, as arrays.
+    """The detections of one image that `coco_results` has written, as arrays.
 
     Returns:
         `boxes (K, 4)` xyxy, `scores (K,)`, `labels (K,)` and, where there are any, bool `masks
@@ -109,9 +110,9 @@ def encode_region(region: Tensor, x0: int, y0: int, size: tuple[int, int]) -> di
     """As `encode_mask` of a mask that is empty but for a region, without making the mask.
 
     Args:
-        region: bool `(h, w)`, all of it inside the picture.
-        x0, y0: the region's corner in the picture, in pixels.
-        size: `(height, width)` of the picture.
+        region: bool `(h, w)`, all of it inside the image.
+        x0, y0: the region's corner in the image, in pixels.
+        size: `(height, width)` of the image.
     """
     height, width = size
     region_height, region_width = region.shape
@@ -122,7 +123,7 @@ def encode_region(region: Tensor, x0: int, y0: int, size: tuple[int, int]) -> di
     edges = np.flatnonzero(columns[1:] != columns[:-1])  # start, end, start, end, ...
     column, row = np.divmod(edges, region_height + 1)
     places = (x0 + column) * height + y0 + row
-    # Where the region is as high as the picture, a run may go on at the top of the next column.
+    # Where the region is as high as the image, a run may go on at the top of the next column.
     goes_on = places[1:-1:2] == places[2::2]
     whole = np.ones(len(places), dtype=bool)
     whole[1:-1:2] &= ~goes_on
@@ -193,20 +194,20 @@ def merge_results(parts: Sequence[Path], path: Path, image_ids: Sequence[Identit
     One result at a time is in memory.
 
     Args:
-        parts: files by `ResultsWriter`; the pictures of part r are `image_ids[r :: len(parts)]`,
+        parts: files by `ResultsWriter`; the images of part r are `image_ids[r :: len(parts)]`,
             in this order, but for those without results.
-        image_ids: all pictures, in the order in which one process takes them.
+        image_ids: all images, in the order in which one process takes them.
     """
     with ResultsWriter(path) as writer:
-        # Per part (id, texts) of each picture, as they come.
-        pictures = [groupby(_read_texts(part), _image_id_of) for part in parts]
-        waiting = [next(each, None) for each in pictures]
+        # Per part (id, texts) of each image, as they come.
+        images = [groupby(_read_texts(part), _image_id_of) for part in parts]
+        waiting = [next(each, None) for each in images]
         for place, image_id in enumerate(image_ids):
             part = place % len(parts)
             if waiting[part] is not None and waiting[part][0] == image_id:
                 for text in waiting[part][1]:
                     writer.add_text(text)
-                waiting[part] = next(pictures[part], None)
+                waiting[part] = next(images[part], None)
 
 
 def _image_id_of(text: str) -> Identity:
@@ -221,22 +222,22 @@ def checked_results(
     Those of a category that `coco_gt` does not have never count; their number is logged.
 
     Raises:
-        ValueError: a result of a picture that `coco_gt` does not have, or without the region that
+        ValueError: a result of an image that `coco_gt` does not have, or without the region that
             an IoU type needs; a box or a score that is not finite; an RLE that is not sound.
     """
     for place, result in enumerate(results):
         missing = [key for key in ("image_id", "category_id", "score") if key not in result]
         if missing:
-            raise ValueError(f"result {place} has no {', '.join(missing)}")
+            raise UserError(f"result {place} has no {', '.join(missing)}")
     unknown = {result["image_id"] for result in results} - coco_gt.imgs.keys()
     if unknown:
-        raise ValueError(
-            f"the results are of another data set: it has no picture {sorted(unknown, key=str)[:5]}"
+        raise UserError(
+            f"the results are of another data set: it has no image {sorted(unknown, key=str)[:5]}"
         )
     for iou_type in iou_types:
         region = REGION_KEYS[iou_type]
         if any(region not in result for result in results):
-            raise ValueError(f"scoring {iou_type!r} needs a {region!r} in every result")
+            raise UserError(f"scoring {iou_type!r} needs a {region!r} in every result")
     categories = {result["category_id"] for result in results} - coco_gt.cats.keys()
     if categories:
         logger.warning(
@@ -250,9 +251,9 @@ def checked_results(
         image = coco_gt.imgs[result["image_id"]]
         name = f"result {place}, of image {result['image_id']}"
         if not is_finite_number(result["score"]):
-            raise ValueError(f"{name}: the score must be a finite number, got {result['score']!r}")
+            raise UserError(f"{name}: the score must be a finite number, got {result['score']!r}")
         if "bbox" in iou_types and not has_box(result):
-            raise ValueError(
+            raise UserError(
                 f"{name}: the bbox must be four finite numbers, x, y, width and height in pixels, "
                 f"got {result['bbox']!r}"
             )
@@ -262,7 +263,7 @@ def checked_results(
             try:
                 check_rle(result["segmentation"], size)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise UserError(f"{name}: {error}") from None
             checked[-1]["segmentation"] = segmentation_to_rle(result["segmentation"], size)
     return checked
 
@@ -274,12 +275,12 @@ def _encoded_masks(
     if "masks" in detections:
         masks = detections["masks"]
         if size is not None and masks.shape[1:] != size:
-            raise ValueError(f"masks of shape {tuple(masks.shape)} for a picture of {size}")
+            raise UserError(f"masks of shape {tuple(masks.shape)} for an image of {size}")
         return map(encode_mask, masks)
     if "window_masks" not in detections:
         return None
     if size is None:
-        raise ValueError("masks in windows need the size of the picture")
+        raise UserError("masks in windows need the size of the image")
     regions = paste_regions(detections["window_masks"], detections["windows"], size)
     return (encode_region(region, x0, y0, size) for x0, y0, region in regions)
 

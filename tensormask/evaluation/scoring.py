@@ -10,10 +10,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tensormask.data.annotations import sort_key
-from tensormask.data.faults import Identity
+from tensormask.data.checks.annotations import sort_key
+from tensormask.data.checks.issues import Identity
 from tensormask.evaluation.ground_truth import numbered, scorable_copy
 from tensormask.evaluation.results import REGION_KEYS, Result, checked_results
+from tensormask.utils.errors import UserError
 
 Metrics = dict[str, float]
 Curves = dict[str, list[float]]
@@ -37,32 +38,32 @@ def evaluate_results(
     Args:
         class_names: name of each category, in the order of `category_ids`.
         category_ids: the categories that count; None is all of them, by ascending id.
-        image_ids: the pictures that count; None is all of them.
+        image_ids: the images that count; None is all of them.
         iou_types: "bbox", "segm" or both; "segm" needs a `segmentation` in each result.
         max_dets: see `evaluate`.
 
     Returns:
         Per IoU type, in percent, NaN where there is no object to find: `AP`, `AP50`, `AP75`, `APs`,
-        `APm`, `APl` and `AP-<class>` at 100 detections per picture and class, and `AP@<max_dets>`
+        `APm`, `APl` and `AP-<class>` at 100 detections per image and class, and `AP@<max_dets>`
         and `AR@<max_dets>` when `max_dets` is not 100.
 
     Raises:
-        ValueError: names and categories of unequal number, pictures or categories that `coco_gt`
+        ValueError: names and categories of unequal number, images or categories that `coco_gt`
             does not have, results that cannot be scored (see `checked_results`), or an RLE of the
             ground truth that is not sound.
     """
     unknown = set(iou_types) - REGION_KEYS.keys()
     if unknown:
-        raise ValueError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
+        raise UserError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
     given = {"categories": (category_ids, coco_gt.cats), "images": (image_ids, coco_gt.imgs)}
     for what, (ids, known) in given.items():
         missing = [identity for identity in ids or [] if identity not in known]
         if missing:
-            raise ValueError(f"the ground truth has no {what} with the ids {missing[:5]}")
+            raise UserError(f"the ground truth has no {what} with the ids {missing[:5]}")
     category_ids = sorted(coco_gt.cats, key=sort_key) if category_ids is None else category_ids
     image_ids = list(coco_gt.imgs) if image_ids is None else image_ids
     if len(class_names) != len(category_ids):
-        raise ValueError(f"{len(class_names)} class names for {len(category_ids)} categories")
+        raise UserError(f"{len(class_names)} class names for {len(category_ids)} categories")
     results = checked_results(results, coco_gt, iou_types)
     return {
         iou_type: metrics_and_curves_of(
@@ -116,11 +117,11 @@ def score(
 ) -> COCOeval:
     """pycocotools' accumulated evaluation of `results`; the rest as in `evaluate_results`.
 
-    In it pictures and categories have numbers for ids, see `numbered`. Its `params.maxDets` holds
+    In it images and categories have numbers for ids, see `numbered`. Its `params.maxDets` holds
     1, 10, 100 and `max_dets`.
     """
     if max_dets < 1:
-        raise ValueError(f"max_dets must be 1 or more, got {max_dets}")
+        raise UserError(f"max_dets must be 1 or more, got {max_dets}")
     images, categories = numbered(image_ids), numbered(category_ids)
     found = [
         {

@@ -4,9 +4,9 @@ The composition that defines swap_align2nat is ``representation.swap_align2nat``
 the operation that the model runs, compiled where it can be.
 """
 
-from ._native import op_backend
-from .masks import crop_masks, mask_boxes, paste_masks, paste_regions
-from .representation import (
+from tensormask.layers._native import op_backend
+from tensormask.layers.masks import crop_masks, mask_boxes, paste_masks, paste_regions
+from tensormask.layers.representation import (
     UPSCALE_MODES,
     align2nat,
     nat2align,
@@ -16,7 +16,7 @@ from .representation import (
     up_bilinear,
     up_nearest,
 )
-from .swap_align2nat import SwapAlign2Nat, swap_align2nat, swap_align2nat_at
+from tensormask.layers.swap_align2nat import SwapAlign2Nat, swap_align2nat, swap_align2nat_at
 
 __all__ = [
     "UPSCALE_MODES",

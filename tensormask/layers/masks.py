@@ -1,4 +1,4 @@
-"""Masks into windows and back: targets are cropped, predictions are pasted into pictures."""
+"""Masks into windows and back: targets are cropped, predictions are pasted into images."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,11 +16,11 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
     """Crop each object's mask to a window and resize it (detectron2's `BitMasks.crop_and_resize`).
 
     Args:
-        masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in a picture.
+        masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in an image.
         objects (Tensor[K]): int64, the object of each window; on the CPU, or on the device of
             ``masks``, which is then waited for.
         boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels, floating, beside
-            ``objects``; they may leave the picture.
+            ``objects``; they may leave the image.
         side: mask side, in mask pixels.
 
     Returns:

@@ -1,7 +1,7 @@
 """The paper's vocabulary for 4D tensors: natural, aligned, and the ways between (sec. 3 to 5).
 
 A 4D tensor ``(..., V, U, H, W)`` holds a mask of (V, U) pixels for each of (H, W) windows. One step
-of (H, W) is ``sigma_HW`` pixels of the picture, one step of (V, U) is ``sigma_VU``, and ``alpha =
+of (H, W) is ``sigma_HW`` pixels of the image, one step of (V, U) is ``sigma_VU``, and ``alpha =
 sigma_VU / sigma_HW``. With offsets v and u counted from the middle of the mask,
 
 - natural: ``F(v, u, y, x)`` is the value at ``(y + alpha v, x + alpha u)`` in the window centred at
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_input, check_inside, check_windows
+from tensormask.layers._checks import check_input, check_inside, check_windows
 
 UPSCALE_MODES = ("bilinear", "nearest")
 

@@ -16,8 +16,14 @@ kernels are in ``csrc``, the same in plain PyTorch in `swap_align2nat_reference`
 import torch
 from torch import Tensor, nn
 
-from . import _native, swap_align2nat_reference
-from ._checks import check_grad, check_grad_at, check_input, check_inside, check_windows
+from tensormask.layers import _native, swap_align2nat_reference
+from tensormask.layers._checks import (
+    check_grad,
+    check_grad_at,
+    check_input,
+    check_inside,
+    check_windows,
+)
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:

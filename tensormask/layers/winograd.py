@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import _native
+from tensormask.layers import _native
 
 _TILE = 4  # side of the results of a tile, which reads _TILE + 2 in each direction
 _TILES_AT_ONCE = 168  # 12 MB of them with 256 channels in and out: they stay in the caches

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .windows import Windows
+from tensormask.modeling.windows import Windows
 
 # The centre rule, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
 _REACH = (-1, 0, 1, 2)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..layers.winograd import conv2d
+from tensormask.layers.winograd import conv2d
+from tensormask.utils.errors import UserError
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 def get_norm(name: str) -> Callable[[int], nn.Module]:
     """The norm layer of a name, called with a number of channels; GN has 32 groups."""
     if name not in _NORMS:
-        raise ValueError(f"norm {name!r} is not one of {', '.join(_NORMS)}")
+        raise UserError(f"norm {name!r} is not one of {', '.join(_NORMS)}")
     return _NORMS[name]
 
 
@@ -82,7 +83,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
-            raise ValueError(f"ResNet depth {depth} is not one of {', '.join(map(str, _BLOCKS))}")
+            raise UserError(f"ResNet depth {depth} is not one of {', '.join(map(str, _BLOCKS))}")
         block, layers = _BLOCKS[depth]
         trunk = resnet.ResNet(block, layers, norm_layer=get_norm(norm))
         self.stem = nn.Sequential()
@@ -101,7 +102,7 @@ class ResNet(nn.Module):
             _freeze(stage)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised pictures (N, 3, H, W) to the features of res2..res5, of strides 4 to 32."""
+        """Normalised images (N, 3, H, W) to the features of res2..res5, of strides 4 to 32."""
         stem = self.stem
         x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
         features = []

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from ..config_node import HEAD_SWITCHES
-from .backbone import ResNet
-from .fpn import FPN
-from .head import ClassBoxHead
-from .mask_head import MaskHead
-from .tensormask import TensorMask
-from .windows import Windows
+from tensormask.config.node import HEAD_SWITCHES
+from tensormask.modeling.backbone import ResNet
+from tensormask.modeling.fpn import FPN
+from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.tensormask import TensorMask
+from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -23,7 +24,7 @@ def build_model(cfg) -> TensorMask:
     """
     model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
     if model.META_ARCHITECTURE != "TensorMask":
-        raise ValueError(
+        raise UserError(
             f"MODEL.META_ARCHITECTURE is {model.META_ARCHITECTURE!r}: this is no TensorMask. "
             "Start from configs/tensormask_R_50_FPN_1x.yaml, or base yours on Base-TensorMask.yaml"
         )
@@ -33,7 +34,7 @@ def build_model(cfg) -> TensorMask:
         ("MODEL.FPN.IN_FEATURES", model.FPN.IN_FEATURES),
     ):
         if list(value) != stages:
-            raise ValueError(f"{key} must be {stages}, got {list(value)}")
+            raise UserError(f"{key} must be {stages}, got {list(value)}")
     windows = build_windows(cfg)
     backbone = ResNet(
         model.RESNETS.DEPTH,
@@ -89,7 +90,7 @@ def build_model(cfg) -> TensorMask:
 
 
 def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = "inductor") -> None:
-    """Compile what is the same for every picture of a size: backbone, pyramid, class and box head.
+    """Compile what is the same for every image of a size: backbone, pyramid, class and box head.
 
     Each new size is compiled anew, for a minute or so. Names of weights stay as they are.
 
@@ -101,7 +102,7 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
         ValueError: there is no such mode.
     """
     if mode not in COMPILE_MODES:
-        raise ValueError(
+        raise UserError(
             f"MODEL.COMPILE must be empty or one of {', '.join(COMPILE_MODES)}, got {mode!r}"
         )
     # Sizes up to 1333 px, upright and lying.
@@ -109,7 +110,7 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
     options = {"mode": mode} if backend == "inductor" else {"backend": backend}
     for part in (model.backbone, model.fpn, model.head):
         part.compile(dynamic=False, **options)
-    model.dense_boxes = True  # the same work for every picture
+    model.dense_boxes = True  # the same work for every image
 
 
 def autocast_dtype(key: str, options) -> torch.dtype | None:
@@ -119,7 +120,7 @@ def autocast_dtype(key: str, options) -> torch.dtype | None:
         ValueError: its DTYPE is another than bfloat16 or float16.
     """
     if options.DTYPE not in ("bfloat16", "float16"):
-        raise ValueError(f"{key}.DTYPE is {options.DTYPE!r}; it must be 'bfloat16' or 'float16'")
+        raise UserError(f"{key}.DTYPE is {options.DTYPE!r}; it must be 'bfloat16' or 'float16'")
     return getattr(torch, options.DTYPE) if options.ENABLED else None
 
 
@@ -150,11 +151,11 @@ def _check_head(options) -> None:
     """Raise ValueError unless HEAD, detectron2's switches and the upscaling go together."""
     head, switches = options.HEAD, (options.ALIGNED_ON, options.BIPYRAMID_ON)
     if head != "auto" and head not in HEAD_SWITCHES:
-        raise ValueError(
+        raise UserError(
             f"MODEL.TENSOR_MASK.HEAD must be one of auto, {', '.join(HEAD_SWITCHES)}, got {head!r}"
         )
     if head != "auto" and switches != HEAD_SWITCHES[head]:
-        raise ValueError(
+        raise UserError(
             "MODEL.TENSOR_MASK.HEAD is {!r}, which has ALIGNED_ON {} and BIPYRAMID_ON {}, but they "
             "are {} and {}: leave the two out, or set HEAD to 'auto' to let them decide".format(
                 head, *HEAD_SWITCHES[head], *switches
@@ -162,12 +163,12 @@ def _check_head(options) -> None:
         )
     upscales = head.startswith("upscale_")
     if upscales and options.UPSCALE_LAMBDA <= 1:
-        raise ValueError(
+        raise UserError(
             f"MODEL.TENSOR_MASK.HEAD is {head!r}, and MODEL.TENSOR_MASK.UPSCALE_LAMBDA is "
             f"{options.UPSCALE_LAMBDA}, which upscales nothing: set it to 1.5, 3 or 5"
         )
     if not upscales and (options.UPSCALE_LAMBDA, options.UPSCALE_MODE) != (1, "bilinear"):
-        raise ValueError(
+        raise UserError(
             "MODEL.TENSOR_MASK.UPSCALE_LAMBDA and UPSCALE_MODE are of the heads upscale_natural "
             f"and upscale_aligned, but MODEL.TENSOR_MASK.HEAD is {head!r}: set it to one of them, "
             "or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE at 'bilinear'"
@@ -183,12 +184,12 @@ def build_windows(cfg) -> Windows:
     names, anchors = cfg.MODEL.TENSOR_MASK.IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
     levels = [int(name.removeprefix("p")) for name in names]
     if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
-        raise ValueError(
+        raise UserError(
             "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
             f"got {names}"
         )
     if [list(ratios) for ratios in anchors.ASPECT_RATIOS] != [[1.0]]:
-        raise ValueError(
+        raise UserError(
             "TensorMask's windows are square: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]]"
         )
     return Windows(
@@ -207,7 +208,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"MODEL.DEVICE is {name!r} and no GPU is available: set it to 'cpu' or 'auto'"
         )
     return device

@@ -3,8 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.winograd import Conv2d
-from .backbone import get_norm
+from tensormask.layers.winograd import Conv2d
+from tensormask.modeling.backbone import get_norm
+from tensormask.utils.errors import UserError
 
 _FIRST_BOTTOM_UP, _LAST_BOTTOM_UP = 2, 5
 
@@ -32,9 +33,9 @@ class FPN(nn.Module):
         super().__init__()
         first, last = levels
         if not 2 <= first <= 5 or not first <= last <= 7:
-            raise ValueError(f"levels must lie within 2..7 and start at 5 or below, got {levels}")
+            raise UserError(f"levels must lie within 2..7 and start at 5 or below, got {levels}")
         if fuse not in ("sum", "avg"):
-            raise ValueError(f"fuse must be 'sum' or 'avg', got {fuse!r}")
+            raise UserError(f"fuse must be 'sum' or 'avg', got {fuse!r}")
         self.first, self.last, self.fuse = first, last, fuse
 
         def conv(channels: int, kernel: int) -> nn.Sequential | nn.Conv2d:

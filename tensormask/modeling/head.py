@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.masks import to_device
-from ..layers.winograd import Conv2d
-from .tiles import convolve_at
+from tensormask.layers.masks import to_device
+from tensormask.layers.winograd import Conv2d
+from tensormask.modeling.tiles import convolve_at
+from tensormask.utils.errors import UserError
 
 
 def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
@@ -25,7 +26,7 @@ def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential
 def init_convs(module: nn.Module, init: str) -> None:
     """Set every convolution: "normal" is std 0.01, "he" keeps the signal in narrow towers."""
     if init not in ("normal", "he"):
-        raise ValueError(f"init must be 'normal' or 'he', got {init!r}")
+        raise UserError(f"init must be 'normal' or 'he', got {init!r}")
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             if init == "he":

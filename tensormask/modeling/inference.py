@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ..layers import mask_boxes, paste_masks
-from ..layers.masks import to_device
-from .box_coder import decode_boxes
-from .mask_head import MaskHead
-from .windows import Windows
+from tensormask.layers import mask_boxes, paste_masks
+from tensormask.layers.masks import to_device
+from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.windows import Windows
 
 
 class Kept(NamedTuple):
-    """K (window, class) pairs of a picture, best first; int64 (K,) unless said."""
+    """K (window, class) pairs of an image, best first; int64 (K,) unless said."""
 
     boxes: Tensor  # (K, 4) float, pixels of the network's input
     scores: Tensor  # (K,) float
@@ -41,7 +41,7 @@ def find_candidates(
     score_threshold: float,
     num_candidates: int,
 ) -> Kept:
-    """The best (window, class) pairs of one picture, which are then to pass NMS.
+    """The best (window, class) pairs of one image, which are then to pass NMS.
 
     Args:
         logits_per_level: per level (num_sizes * num_classes, H, W).
@@ -85,7 +85,7 @@ def suppress(candidates: Kept, boxes: Tensor, nms_threshold: float, num_detectio
     """Of boxes of one class whose IoU is above the threshold only the best stays (NMS).
 
     Args:
-        candidates: K pairs of one picture, best first.
+        candidates: K pairs of one image, best first.
         boxes (Tensor[K, 4]): the boxes that are compared, in any unit.
         nms_threshold: the IoU.
         num_detections: how many are kept at most.
@@ -113,8 +113,8 @@ def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tens
     Returns:
         - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
         `MaskHead.forward` wants;
-        - per group the positions of its windows among all detections of the batch, picture after
-        picture; int64 (K,) on the CPU.
+        - per group the positions of its windows among all detections of the batch, image after
+        image; int64 (K,) on the CPU.
     """
     level, size, y, x = (
         torch.cat([getattr(kept, name) for kept in kept_per_image])
@@ -135,7 +135,7 @@ def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tens
 def ungroup_masks(
     logits_per_group: Iterable[Tensor], positions: list[Tensor], kept_per_image: list[Kept]
 ) -> list[list[Tensor]]:
-    """Mask logits of groups to probabilities, per picture K Tensor[V, U], best first."""
+    """Mask logits of groups to probabilities, per image K Tensor[V, U], best first."""
     masks: dict[int, Tensor] = {}
     for logits, position in zip(logits_per_group, positions, strict=True):
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
@@ -146,11 +146,11 @@ def ungroup_masks(
 def with_boxes_of_masks(
     mask_head: MaskHead, features: list[Tensor], candidates: list[Kept], *, replace: bool
 ) -> tuple[list[Kept], list[Tensor]]:
-    """Per picture the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
+    """Per image the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
 
     Args:
         features: of the pyramid, per level (N, C, H, W).
-        candidates: per picture.
+        candidates: per image.
         replace: whether these are also the boxes of the candidates, as where no box is regressed.
     """
     groups, positions = group_windows(candidates)

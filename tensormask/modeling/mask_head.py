@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import (
+from tensormask.layers import (
     UPSCALE_MODES,
     swap_align2nat,
     swap_align2nat_at,
@@ -22,8 +22,9 @@ from ..layers import (
     up_bilinear,
     up_nearest,
 )
-from .head import call, conv_tower, init_convs
-from .tiles import Tiles
+from tensormask.modeling.head import call, conv_tower, init_convs
+from tensormask.modeling.tiles import Tiles
+from tensormask.utils.errors import UserError
 
 
 class MaskHead(nn.Module):
@@ -60,14 +61,14 @@ class MaskHead(nn.Module):
     ) -> None:
         super().__init__()
         if bipyramid and not aligned:
-            raise ValueError(
+            raise UserError(
                 "the tensor bipyramid is made of aligned masks: set "
                 "MODEL.TENSOR_MASK.ALIGNED_ON to True, or BIPYRAMID_ON to False"
             )
         if bipyramid and upscale != 1:
-            raise ValueError("masks of the tensor bipyramid are not upscaled: upscale must be 1")
+            raise UserError("masks of the tensor bipyramid are not upscaled: upscale must be 1")
         if upscale_mode not in UPSCALE_MODES:
-            raise ValueError(
+            raise UserError(
                 f"upscale_mode must be one of {', '.join(UPSCALE_MODES)}, got {upscale_mode!r}"
             )
         coarse_sizes = [round(side / upscale) for side in mask_sizes]
@@ -75,7 +76,7 @@ class MaskHead(nn.Module):
             abs(coarse * upscale - side) > 1e-6
             for coarse, side in zip(coarse_sizes, mask_sizes, strict=True)
         ):
-            raise ValueError(
+            raise UserError(
                 f"masks of {mask_sizes} pixels cannot be upscaled {upscale} times from whole ones: "
                 "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"

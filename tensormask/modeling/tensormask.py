@@ -1,6 +1,6 @@
-"""TensorMask (Chen et al., arXiv 1903.12174): pictures to masks through sliding windows.
+"""TensorMask (Chen et al., arXiv 1903.12174): images to masks through sliding windows.
 
-Letters: N pictures, K objects or windows, C channels, (V, U) rows and columns of a mask, (H, W)
+Letters: N images, K objects or windows, C channels, (V, U) rows and columns of a mask, (H, W)
 rows and columns of windows.
 """
 
@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..layers import crop_masks
-from ..layers.masks import to_device
-from .assignment import Assignment, assign
-from .backbone import ResNet
-from .box_coder import encode_boxes
-from .fpn import FPN
-from .head import ClassBoxHead
-from .inference import (
+from tensormask.layers import crop_masks
+from tensormask.layers.masks import to_device
+from tensormask.modeling.assignment import Assignment, assign
+from tensormask.modeling.backbone import ResNet
+from tensormask.modeling.box_coder import encode_boxes
+from tensormask.modeling.fpn import FPN
+from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.inference import (
     Kept,
     find_candidates,
     group_windows,
@@ -26,10 +26,11 @@ from .inference import (
     with_boxes_of_masks,
     with_frames,
 )
-from .inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
-from .losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
-from .mask_head import MaskHead
-from .windows import Windows
+from tensormask.modeling.inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
+from tensormask.modeling.losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
+from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 
 class TensorMask(nn.Module):
@@ -41,9 +42,9 @@ class TensorMask(nn.Module):
         windows: geometry of the sliding windows, a level of it per level of the pyramid.
         num_classes: classes, background not counted.
         pixel_mean, pixel_std: per channel, on the scale 0..255, in the order of ``channel_order``.
-        channel_order: "RGB" or "BGR", what the backbone's weights were trained with. Pictures are
+        channel_order: "RGB" or "BGR", what the backbone's weights were trained with. Images are
             always given as RGB.
-        size_divisor: pictures are padded to multiples of this many pixels, itself one of 32. Larger
+        size_divisor: images are padded to multiples of this many pixels, itself one of 32. Larger
             ones give fewer input sizes, for which a compiled model is compiled.
         channels_last: convolve in that memory format.
         autocast_dtype: inference in this dtype where `torch.autocast` takes it, bfloat16 or
@@ -89,26 +90,26 @@ class TensorMask(nn.Module):
     ) -> None:
         super().__init__()
         if nms_on not in ("boxes", "masks"):
-            raise ValueError(f"nms_on must be 'boxes' or 'masks', got {nms_on!r}")
+            raise UserError(f"nms_on must be 'boxes' or 'masks', got {nms_on!r}")
         if nms_on == "boxes" and head.bbox_pred is None:
-            raise ValueError(
+            raise UserError(
                 "there is no box head: NMS needs the boxes of the masks; set "
                 "MODEL.TENSOR_MASK.NMS_ON to masks, or MODEL.TENSOR_MASK.BOX_ON to True"
             )
         if nms_on == "masks" and mask_head is None:
-            raise ValueError(
+            raise UserError(
                 "there is no mask head whose boxes NMS could compare: set "
                 "MODEL.TENSOR_MASK.NMS_ON to boxes, or MODEL.MASK_ON to True"
             )
         if channel_order not in ("RGB", "BGR"):
-            raise ValueError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
+            raise UserError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
         if size_divisor < 1 or size_divisor % SIZE_DIVISOR:
-            raise ValueError(
+            raise UserError(
                 f"size_divisor (MODEL.SIZE_DIVISOR) must be a multiple of {SIZE_DIVISOR}, "
                 f"got {size_divisor}"
             )
         if not 0 <= score_threshold < 1:
-            raise ValueError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
+            raise UserError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
         self.windows = windows
         self.num_classes = num_classes
@@ -142,22 +143,22 @@ class TensorMask(nn.Module):
         """Losses in train mode, detections in eval mode.
 
         Args:
-            images: per picture Tensor[3, H, W], RGB, uint8 in 0..255 or floating in 0..1, of any
+            images: per image Tensor[3, H, W], RGB, uint8 in 0..255 or floating in 0..1, of any
                 sizes.
-            targets: in train mode, per picture ``boxes`` (K, 4) float ``(x0, y0, x1, y1)`` in
+            targets: in train mode, per image ``boxes`` (K, 4) float ``(x0, y0, x1, y1)`` in
                 pixels, ``labels`` (K,) int64 from 0, ``masks`` (K, H, W) bool or uint8. K may be 0.
-            output_sizes: in eval mode, per picture the ``(height, width)`` that results are wanted
-                in; by default the picture's own.
+            output_sizes: in eval mode, per image the ``(height, width)`` that results are wanted
+                in; by default the image's own.
 
         Returns:
             in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
-            window of the batch (`losses.foreground_normalizer`); in eval mode per picture ``boxes``
+            window of the batch (`losses.foreground_normalizer`); in eval mode per image ``boxes``
             (K, 4), ``scores`` (K,), ``labels`` (K,) and ``masks`` (K, height, width) bool, best
             first. Without a mask head, ``loss_mask`` and ``masks`` are left out, without a box head
             ``loss_box_reg`` is.
 
         Raises:
-            ValueError: a picture or target of another shape, dtype or range, or targets missing in
+            ValueError: an image or target of another shape, dtype or range, or targets missing in
                 train mode.
         """
         if not self.training:
@@ -167,7 +168,7 @@ class TensorMask(nn.Module):
                 for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
             ]
         if targets is None:
-            raise ValueError("targets are needed in train mode; call model.eval() for detections")
+            raise UserError("targets are needed in train mode; call model.eval() for detections")
         features, logits, deltas = self.dense(images)
         targets = [
             checked_target(target, image, self.num_classes, self.device)
@@ -291,7 +292,7 @@ class TensorMask(nn.Module):
             images, output_sizes: as of `forward`.
 
         Returns:
-            per picture ``boxes``, ``scores`` and ``labels`` as of `forward` and, unless there is no
+            per image ``boxes``, ``scores`` and ``labels`` as of `forward` and, unless there is no
             mask head, ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4),
             where they are, ``(x0, y0, x1, y1)`` in pixels of the output.
         """
@@ -335,7 +336,7 @@ class TensorMask(nn.Module):
         n: int,
         score_threshold: float,
     ) -> Kept:
-        """The candidates for NMS in the n-th picture of what `dense` returns."""
+        """The candidates for NMS in the n-th image of what `dense` returns."""
         features, logits, deltas = (levels and [x[n : n + 1] for x in levels] for levels in dense)
 
         def deltas_at(level: int, *place: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.masks import to_device
-from ..layers.winograd import conv2d
+from tensormask.layers.masks import to_device
+from tensormask.layers.winograd import conv2d
 
 _SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
 # Many small convolutions take longer than few large ones of as many operations.
@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
     @staticmethod
     def grid(x: Tensor) -> tuple[int, int, int]:
-        """Pictures, and rows and columns of tiles, of a map (N, C, H, W)."""
+        """Images, and rows and columns of tiles, of a map (N, C, H, W)."""
         return len(x), -(-x.shape[2] // _SIDE), -(-x.shape[3] // _SIDE)
 
     @classmethod
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
         Args:
             x: the map (N, C, H, W).
-            n (Tensor[K]): the picture of each box.
+            n (Tensor[K]): the image of each box.
             boxes (Tensor[K, 4]): first and last row and column, ``(y0, x0, y1, x1)``, int64; may
                 reach beyond the map, but not lie there.
         """

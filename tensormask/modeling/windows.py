@@ -2,13 +2,16 @@
 
 A window is five numbers: image, level, size (an index into the sizes of its level), and row ``y``
 and column ``x`` on the level's grid. It is a square centred on ``(x * stride, y * stride)`` pixels,
-not clipped to the picture.
+not clipped to the image.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tensormask.modeling.inputs import padded_size
+from tensormask.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Windows:
 
     def __post_init__(self) -> None:
         if len(self.strides) != len(self.sizes) or len({len(s) for s in self.sizes}) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.strides)} levels need as many lists of window sizes, of one length, "
                 f"got {self.sizes}"
             )
         if any(size % self.strides[0] or size <= self.strides[0] for size in self.sizes[0]):
-            raise ValueError(
+            raise UserError(
                 f"window sizes of the finest level must be multiples of its stride, "
                 f"{self.strides[0]} px, and larger than it, got {self.sizes[0]}"
             )
@@ -47,6 +50,11 @@ class Windows:
     def levels(self) -> list[int]:
         """The pyramid level of each stride: 2 for 4 px, ..."""
         return [stride.bit_length() - 1 for stride in self.strides]
+
+    @property
+    def level_names(self) -> list[str]:
+        """The levels as `MODEL.TENSOR_MASK.IN_FEATURES` names them: "p2", "p3", ..."""
+        return [f"p{level}" for level in self.levels]
 
     @property
     def num_sizes(self) -> int:
@@ -71,3 +79,8 @@ class Windows:
         return torch.stack(
             [center_x - half, center_y - half, center_x + half, center_y + half], dim=1
         )
+
+    def grids(self, input_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of windows, per level, for an input of (height, width) pixels."""
+        height, width = padded_size(*input_size)
+        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]

@@ -1,0 +1,1 @@
+"""Weights between files and models: read, rename, load, download."""

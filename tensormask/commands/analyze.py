@@ -1,0 +1,212 @@
+"""Parameters, FLOPs and activations of a model: `python tools/analyze_model.py --config-file C`.
+
+Nothing is computed, shapes alone are followed, so that any size takes a second or two.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.models import objects_per_level
+from benchmarks.timing import format_table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from tensormask.config import CfgNode, get_cfg
+from tensormask.layers import op_backend
+from tensormask.modeling import TensorMask, build_model
+from tensormask.modeling.inputs import padded_size
+from tensormask.utils.errors import UserError
+
+REST = "rest"
+_BYTES_PER_MIB = 2**20
+_BYTES_PER_VALUE = 4  # float32
+EXIT_MISTAKE = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `opts` holds the `KEY VALUE` words."""
+    parser = argparse.ArgumentParser(
+        description="Count a model's parameters and, for one image, its FLOPs (two for each "
+        "multiplication with addition) and activations (outputs of convolutions and of products "
+        "of matrices, float32): with masks at all windows, and at TEST.DETECTIONS_PER_IMAGE "
+        "windows on levels as for objects of COCO's sizes.",
+        epilog="example: analyze_model.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
+        "--size 480 640 MODEL.TENSOR_MASK.HEAD simple_natural",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        default=(800, 1344),
+        metavar=("H", "W"),
+        help="of the image, in pixels (default: 800 1344)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+    )
+    return parser.parse_args(arguments)
+
+
+def analyze(cfg: CfgNode, size: tuple[int, int]) -> dict[str, Any]:
+    """Count a config's model for an image of `size` (height, width).
+
+    Returns:
+        `parameters`, their number; `parts`, rows of the table of parts, whose last is the sum;
+        `levels`, rows of the table of levels.
+
+    Raises:
+        ValueError: an image without pixels, or a config that is no TensorMask.
+    """
+    if min(size) < 1:
+        raise UserError(f"--size must be positive, got {size[0]} {size[1]}")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+        image = torch.zeros(1, 3, *padded_size(*size, model.size_divisor))
+        with torch.no_grad(), op_backend("reference"):
+            levels, groups = _windows(model, size)
+            at_windows = count(model, lambda: _run(model, image, groups))
+            everywhere = count(model, lambda: _run(model, image, None))
+    parts = model_parts(model)
+    names = [*parts, *([REST] if REST in everywhere or REST in at_windows else [])]
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {
+            "part": name,
+            "parameters": sum(p.numel() for p in parts.get(name, nn.Module()).parameters()),
+        }
+        for title, counts in (("all", everywhere), ("some", at_windows)):
+            flops, values = counts.get(name, (0, 0))
+            row[f"{title}: GFLOP"] = flops / 1e9
+            row[f"{title}: Mvalues"] = values / 1e6
+            row[f"{title}: MiB"] = values * _BYTES_PER_VALUE / _BYTES_PER_MIB
+        rows.append(row)
+    total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "part"}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parts": [*rows, {"part": "sum", **total}],
+        "levels": levels,
+    }
+
+
+def model_parts(model: TensorMask) -> dict[str, nn.Module]:
+    """The modules that are counted, by name; between them they have all parameters."""
+    parts = {"backbone": model.backbone, "fpn": model.fpn}
+    for head in (model.head, model.mask_head):
+        parts |= dict(head.named_children()) if head is not None else {}
+    return parts
+
+
+def count(model: TensorMask, call: Callable[[], object]) -> dict[str, tuple[int, int]]:
+    """Per part the FLOPs and the values of activations in a call; what is in none is the rest."""
+    counter, handles = _Counter(), []
+
+    def leave(*_: Any) -> None:
+        counter.open.pop()
+
+    for name, module in model_parts(model).items():
+        # A list of modules is never called itself.
+        for called in module if isinstance(module, nn.ModuleList) else [module]:
+            handles += [
+                called.register_forward_pre_hook(lambda *_, name=name: counter.open.append(name)),
+                called.register_forward_hook(leave),
+            ]
+    with counter:
+        call()
+    for handle in handles:
+        handle.remove()
+    return counter.counts
+
+
+class _Counter(TorchDispatchMode):
+    """Counts products, for the part that was entered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [REST]
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        flops_of = flop_registry.get(function.overloadpacket)
+        if flops_of is not None:
+            flops, values = self.counts.get(self.open[-1], (0, 0))
+            flops += flops_of(*args, **kwargs, out_val=result)
+            self.counts[self.open[-1]] = flops, values + result.numel()
+        return result
+
+
+def _run(model: TensorMask, image: Tensor, groups: list[tuple[int, int, Tensor]] | None) -> None:
+    """What a model does between preprocessing and candidates, and then masks; None: all masks."""
+    features = model.fpn(model.backbone(image))
+    model.head(features)
+    if model.mask_head is not None:
+        model.mask_head.dense(features) if groups is None else model.mask_head(features, groups)
+
+
+def _windows(
+    model: TensorMask, size: tuple[int, int]
+) -> tuple[list[dict[str, Any]], list[tuple[int, int, Tensor]]]:
+    """The rows of the table of levels, and as many windows as detections, in groups."""
+    windows, (height, width) = model.windows, padded_size(*size, model.size_divisor)
+    largest = [max(sides) for sides in windows.sizes]
+    chosen = objects_per_level(largest, size, model.num_detections)
+    rows, groups = [], []
+    for level, (stride, sides, number) in enumerate(
+        zip(windows.strides, windows.sizes, chosen, strict=True)
+    ):
+        grid = (-(-height // stride), -(-width // stride))
+        row = {
+            "level": f"p{windows.levels[level]}",
+            "stride": stride,
+            "grid": f"{grid[0]} x {grid[1]}",
+            "window px": ", ".join(f"{side:g}" for side in sides),
+            "windows": grid[0] * grid[1] * windows.num_sizes,
+            "with detections": number,
+        }
+        if model.mask_head is not None:
+            mask_sides = [side * model.mask_head.lambdas[level] for side in windows.mask_sizes]
+            values = sum(side**2 for side in mask_sides) * grid[0] * grid[1]
+            row["mask px"] = ", ".join(map(str, mask_sides))
+            row["masks of all, MiB"] = values * _BYTES_PER_VALUE / _BYTES_PER_MIB
+        rows.append(row)
+        for i in range(windows.num_sizes):  # as many of each size
+            count_of_size = (number + i) // windows.num_sizes
+            if count_of_size:
+                groups.append((level, i, torch.zeros(count_of_size, 3, dtype=torch.int64)))
+    return rows, groups
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and give its exit code: 2 for a user's mistake."""
+    args = parse_arguments(arguments)
+    try:
+        cfg = get_cfg()
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+        results = analyze(cfg, tuple(args.size))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    print(
+        f"{results['parameters'] / 1e6:.1f} M parameters; an image of {args.size[0]} x "
+        f"{args.size[1]} px, with masks at all windows and at those of "
+        f"{cfg.TEST.DETECTIONS_PER_IMAGE} detections (some)"
+    )
+    print(format_table(results["parts"]))
+    print()
+    print(format_table(results["levels"]))
+    return 0

@@ -1,0 +1,243 @@
+"""Say what is in a data set and what is wrong with it: `python tools/check_dataset.py SET`.
+
+Nothing is trained and nothing is written but the file of --json.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tensormask.config import CfgNode, get_cfg
+from tensormask.data import CocoDataset, get_dataset
+from tensormask.data.statistics import AREA_LIMITS, Statistics, check_files, count_contents
+from tensormask.data.transforms import build_test_transform
+from tensormask.evaluation.coverage import (
+    Coverage,
+    input_objects,
+    measure_coverage,
+    propose_sizes,
+)
+from tensormask.modeling.build import build_windows
+from tensormask.modeling.windows import Windows
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "Base-TensorMask.yaml"
+NUM_NAMES = 10  # that a line lists
+EXIT_ISSUES = 1
+EXIT_MISTAKE = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `sets` holds the names of sets, `opts` the `KEY VALUE` words."""
+    parser = argparse.ArgumentParser(
+        description="Check data sets in COCO's format: their issues, what is in them, and which "
+        "windows own their objects.",
+        epilog="The exit code is 0 where all is sound, 1 where there are issues, and 2 where "
+        "something is wrong with the command. Objects are measured at the size of INPUT."
+        "MIN_SIZE_TEST and MAX_SIZE_TEST. Example: check_dataset.py annotations.json@images/ "
+        "--config-file configs/quickstart.yaml INPUT.MIN_SIZE_TEST 384 INPUT.MAX_SIZE_TEST 640",
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="SET",
+        help="names of data sets, such as annotations.json@folder/of/images, coco_2017_val or "
+        "shapes_train; then KEY VALUE pairs, which override the config",
+    )
+    parser.add_argument(
+        "--config-file",
+        default=str(DEFAULT_CONFIG),
+        metavar="FILE",
+        help="YAML config with the windows and the input size (default: the paper's, "
+        f"configs/{DEFAULT_CONFIG.name})",
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="write all numbers to FILE, too")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="do not open the images and rasterise the masks: issues that only this shows "
+        "(image_broken, image_size, mask_empty of polygons) are not found",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that open images; 0 for none but this one (default: %(default)s)",
+    )
+    args = parser.parse_intermixed_args(arguments)
+    # A key is in capitals, as in INPUT.MIN_SIZE_TEST; no name of a set or a file with .json is.
+    first_key = next((i for i, word in enumerate(args.words) if word.isupper()), len(args.words))
+    args.sets, args.opts = args.words[:first_key], args.words[first_key:]
+    if not args.sets:
+        parser.error("name at least one data set")
+    return args
+
+
+def check(
+    cfg: CfgNode, name: str, *, fast: bool, num_workers: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Checks one data set.
+
+    Returns:
+        Everything found as a dict for JSON, and as lines to print.
+    """
+    dataset = get_dataset(name)
+    if not fast:
+        with tqdm(total=len(dataset), desc="images", disable=None, leave=False) as progress:
+            for num_done in check_files(dataset, num_workers):
+                progress.update(num_done)
+    statistics = count_contents(dataset)
+    windows = build_windows(cfg)
+    objects = input_objects(dataset, build_test_transform(cfg))
+    coverage = measure_coverage(objects, windows)
+    proposed, proposed_coverage = propose_sizes(objects, windows)
+    overrides = proposed_overrides(dataset, windows, proposed)
+    lines = [
+        *describe_contents(statistics),
+        *describe_issues(dataset, fast=fast),
+        *describe_coverage(cfg, windows, coverage),
+        *describe_proposal(cfg, dataset, windows, coverage, proposed, proposed_coverage),
+    ]
+    record = {
+        "contents": statistics.as_record(),
+        "issues": dataset.issues.as_record(),
+        "images_opened": not fast,
+        "coverage": {"windows": windows.sizes, **coverage.as_record()},
+        "proposal": {"overrides": overrides, **proposed_coverage.as_record()},
+    }
+    return record, lines
+
+
+def describe_contents(found: Statistics) -> list[str]:
+    """Images, annotations, sizes, classes."""
+    (low, median, high), (left, middle, right) = found.sizes["width"], found.sizes["height"]
+    per_image, most = found.objects_per_image
+    lines = [
+        f"{found.images} images, {found.images_without_objects} of them without objects; "
+        f"width {low:.0f} to {high:.0f} px (median {median:g}), "
+        f"height {left:.0f} to {right:.0f} px (median {middle:g})",
+        f"{found.annotations} annotations: {found.objects} objects with a sound box and mask, "
+        f"{found.crowds} crowds, {found.annotations - found.objects - found.crowds} not sound",
+        f"{per_image:g} objects an image in the median, {most:.0f} at most",
+    ]
+    if most > 100:
+        lines.append(
+            f"  Hint: more than 100: set TEST.DETECTIONS_PER_IMAGE and TEST.MAX_DETS to {most:.0f} "
+            "or more."
+        )
+    for names, what in (
+        (found.repeated_names, "Names that several classes have"),
+        (found.repeated_files, "Files that several images are in"),
+        (dict.fromkeys(found.classes_without_objects, 0), "Classes without objects"),
+    ):
+        if names:
+            lines.append(f"{what}: {_some(list(names))}")
+    lines += ["", f"objects by class{'':14}" + "".join(f"{s:>9}" for s in (*AREA_LIMITS, "all"))]
+    rows = {name: counts for name, counts in found.by_class.items() if any(counts.values())}
+    ordered = sorted(rows.items(), key=lambda row: -sum(row[1].values()))
+    for name, counts in [*ordered, ("all", found.by_size)]:
+        numbers = [*counts.values(), sum(counts.values())]
+        lines.append(f"  {name:28}" + "".join(f"{number:9d}" for number in numbers))
+    return lines
+
+
+def describe_issues(dataset: CocoDataset, *, fast: bool) -> list[str]:
+    """The table of issues."""
+    seen = "; images have not been opened" if fast else ""
+    if not dataset.issues:
+        return ["", f"No issues{seen}."]
+    return ["", f"{len(dataset.issues)} issues{seen}:", dataset.issues.table()]
+
+
+def describe_coverage(cfg: CfgNode, windows: Windows, coverage: Coverage) -> list[str]:
+    """What each level and window size owns, and why the rest is not owned."""
+    total = coverage.num_objects
+    shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    lines = [
+        "",
+        f"Windows of the config at INPUT.MIN_SIZE_TEST {shortest}, MAX_SIZE_TEST {longest}: "
+        f"{_share(coverage.num_owned, total)} of the objects are owned",
+        "  level  window       owns  of the objects     windows",
+    ]
+    for level, name in enumerate(windows.level_names):
+        for size, side in enumerate(windows.sizes[level]):
+            owned, places = coverage.objects[level, size], coverage.windows[level, size]
+            share = owned / total if total else 0
+            lines.append(f"  {name:5}  {side:4g} px  {owned:9d}  {share:14.1%}  {places:10d}")
+    by_size = (f"{size} {_share(*counts)}" for size, counts in coverage.by_size.items())
+    lines.append("  An object may be owned by several. Owned by size: " + ", ".join(by_size))
+    if coverage.num_owned < total:
+        lines.append(f"  Objects that no window owns: {total - coverage.num_owned}")
+        lines += [f"  {count:7d}  {why}" for why, count in coverage.reasons.items() if count]
+    return lines
+
+
+def describe_proposal(
+    cfg: CfgNode,
+    dataset: CocoDataset,
+    given: Windows,
+    coverage: Coverage,
+    proposed: Windows,
+    proposed_coverage: Coverage,
+) -> list[str]:
+    """The overrides to paste, with what they change."""
+    own, wanted = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
+    lines = ["", f"Classes: {own}" + ("" if own == wanted else f", and {wanted} in the config")]
+    if proposed == given:
+        lines.append("Windows: those of the config; none that were tried own more")
+    else:
+        total = coverage.num_objects
+        lines.append(
+            f"Windows, proposed: {_share(proposed_coverage.num_owned, total)} owned, against "
+            f"{_share(coverage.num_owned, total)}; {proposed.num_levels} levels, "
+            f"against {given.num_levels}"
+        )
+    if proposed != given or own != wanted:
+        lines += ["Overrides:", f"  {proposed_overrides(dataset, given, proposed)}"]
+    return lines
+
+
+def proposed_overrides(dataset: CocoDataset, given: Windows, proposed: Windows) -> str:
+    """`KEY VALUE` pairs for a shell; without those of windows that stay as they are."""
+    classes = f"MODEL.TENSOR_MASK.NUM_CLASSES {len(dataset.class_names)}"
+    if proposed == given:
+        return classes
+    return (
+        f'{classes} MODEL.TENSOR_MASK.IN_FEATURES "{proposed.level_names}" '
+        f'MODEL.ANCHOR_GENERATOR.SIZES "{[list(sizes) for sizes in proposed.sizes]}"'
+    )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} ({count / total:.2%})" if total else "0 of 0"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NUM_NAMES} more" if len(names) > NUM_NAMES else ""
+    return ", ".join(names[:NUM_NAMES]) + more
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and give its exit code: 1 where a set has issues, 2 for a mistake."""
+    args = parse_arguments(arguments)
+    records = {}
+    try:
+        cfg = get_cfg()
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu"])
+        for name in args.sets:
+            print(f"== {name}")
+            records[name], lines = check(cfg, name, fast=args.fast, num_workers=args.num_workers)
+            print("\n".join(lines) + "\n")
+        if args.json:
+            Path(args.json).write_text(json.dumps(records, indent=1), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    return EXIT_ISSUES if any(record["issues"] for record in records.values()) else 0

@@ -1,0 +1,144 @@
+"""Draw the curves of one or several runs: `python tools/plot_metrics.py output/a output/b`.
+
+Reads `metrics.json` of each run, and draws a panel for each metric, with a curve for each run.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from tensormask.engine.events import read_metrics
+from tensormask.utils.errors import UserError
+
+COLUMNS = 3
+TIMES = ("time", "data_time", "forward_time", "backward_time", "optimizer_time", "eta_seconds")
+
+Curve = tuple[list[int], list[float]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        description="Draw the curves of one or several runs.",
+        epilog="example: plot_metrics.py output/a output/b --metrics total_loss segm/AP --smooth 5",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="names in metrics.json; all but times, and of APs by class, if it is left out",
+    )
+    parser.add_argument(
+        "--smooth",
+        type=int,
+        default=1,
+        metavar="N",
+        help="mean over N records, the noise behind it in grey (default: 1)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE")
+    args = parser.parse_args(arguments)
+    try:
+        curves = {run: read_curves(run) for run in dict.fromkeys(args.runs)}
+        metrics = choose_metrics(curves, args.metrics)
+        if args.smooth < 1:
+            raise UserError(f"--smooth is {args.smooth}; give 1 or more")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    draw(curves, metrics, args.smooth, args.output)
+    print(f"{len(metrics)} metrics of {len(curves)} runs: {args.output}")
+    return 0
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Iterations, counted from 1, and values of each metric of a run, by its name.
+
+    Raises:
+        ValueError: there is no `metrics.json`, or nothing in it.
+    """
+    curves: dict[str, Curve] = {}
+    for record in read_metrics(run / "metrics.json"):
+        for name, value in record.items():
+            if name != "iteration" and isinstance(value, int | float):
+                iterations, values = curves.setdefault(name, ([], []))
+                iterations.append(record["iteration"] + 1)
+                values.append(value)
+    if not curves:
+        raise UserError(f"there are no metrics in {run / 'metrics.json'}: give the OUTPUT_DIR")
+    return curves
+
+
+def choose_metrics(curves: dict[Path, dict[str, Curve]], wanted: Sequence[str] | None) -> list[str]:
+    """The metrics to draw: `wanted`, or those that the runs have and that say most.
+
+    Raises:
+        ValueError: no run has a wanted one.
+    """
+    known = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
+    if wanted is None:
+        return [name for name in known if name not in TIMES and "/AP-" not in name]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no run has a metric {name!r}; there are {', '.join(known)}")
+    return list(wanted)
+
+
+def smoothed(values: Sequence[float], num: int) -> list[float]:
+    """The mean of each value and of up to `num - 1` before it."""
+    return [math.fsum(part) / len(part) for part in windows(values, num)]
+
+
+def windows(values: Sequence[float], num: int) -> list[Sequence[float]]:
+    return [values[max(0, end - num) : end] for end in range(1, len(values) + 1)]
+
+
+def draw(
+    curves: dict[Path, dict[str, Curve]], metrics: Sequence[str], smooth: int, output: Path
+) -> None:
+    """Draw a panel for each metric to a PNG, or in another format by the suffix of `output`."""
+    columns = min(COLUMNS, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    names = short_names(list(curves))
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        for number, of_run in enumerate(curves.values()):
+            if metric not in of_run:
+                continue
+            iterations, values = of_run[metric]
+            few = len(values) <= 20
+            as_it_is = few or smooth == 1 or metric == "lr"
+            if not as_it_is:
+                axis.plot(iterations, values, color="0.8", linewidth=0.8, zorder=0)
+            line = values if as_it_is else smoothed(values, smooth)
+            marker = "o" if few else None
+            axis.plot(iterations, line, color=f"C{number}", marker=marker, markersize=3)
+        axis.set_title(metric)
+        axis.set_xlabel("iterations")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_axis_off()
+    handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(names))]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(of_run[-length:]) for of_run in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,125 @@
+"""Numbers stay numbers: NaN and infinity are found in losses and gradients, and where they arise.
+
+Losses and the norm of the gradients are read in every iteration anyway, so they are always checked.
+Which module made the number is looked for only with `SOLVER.DETECT_ANOMALY`, which costs a look at
+every tensor between modules.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormask.utils.errors import UserError
+
+
+class NonFiniteError(FloatingPointError):
+    """A number is NaN or infinite; the weights are still those before the iteration."""
+
+
+def read_losses(
+    losses: Mapping[str, Tensor], iteration: int, batch: list[dict]
+) -> dict[str, float]:
+    """Read the losses as numbers.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+    if all(math.isfinite(value) for value in values.values()):
+        return values
+    raise NonFiniteError(
+        f"Loss is not finite at iteration {iteration}: "
+        + ", ".join(f"{name} {value:g}" for name, value in values.items())
+        + _advice(batch)
+    )
+
+
+def gradients_error(model: nn.Module, iteration: int, batch: list[dict]) -> NonFiniteError:
+    """The error to raise where the norm of the gradients is not finite."""
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return NonFiniteError(
+        f"Gradient is not finite at iteration {iteration}, that of "
+        f"{where or 'no single parameter, but the norm of all'}" + _advice(batch)
+    )
+
+
+def _advice(batch: list[dict]) -> str:
+    return (
+        f". The batch: {', '.join(sample['file_name'] for sample in batch)}. "
+        "SOLVER.DETECT_ANOMALY True names the module where it arises. "
+        "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip the gradients "
+        "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
+    )
+
+
+def check_weights(model: nn.Module, where: str) -> None:
+    """Raise ValueError if a weight is NaN or infinite; `where` says where the weights are from."""
+    names = [n for n, value in model.state_dict().items() if not value.isfinite().all()]
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise UserError(f"Not finite in {where}: {', '.join(names[:4])}{more}; take other weights")
+
+
+def watch_modules(model: nn.Module) -> None:
+    """Have the model raise NonFiniteError, from now on, that names where a number goes bad.
+
+    That is, in this order, an image, a weight, the first module whose output is not finite, or in
+    the backward pass the last one for whose output the gradient is not.
+    """
+    model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(_check_output, name or "the model itself"))
+
+
+def _check_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    for index, image in enumerate(args[0] if args else kwargs["images"]):
+        if image.is_floating_point() and not image.isfinite().all():
+            raise NonFiniteError(f"Image {index} of the batch is not finite, as it was given")
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"The weight {name} is not finite before the iteration")
+
+
+def _check_output(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    for tensor in _floating(output):
+        if not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"The output of {name} ({type(module).__name__}, {_counted(tensor)}) is the first "
+                "that is not finite"
+            )
+        if tensor.requires_grad:
+            tensor.register_hook(partial(_check_gradient, name))
+
+
+def _check_gradient(name: str, gradient: Tensor) -> None:
+    if not gradient.isfinite().all():
+        raise NonFiniteError(
+            f"The gradient of the loss by the output of {name} ({_counted(gradient)}) is the first "
+            "that is not finite: it arises in what comes after that module"
+        )
+
+
+def _counted(tensor: Tensor) -> str:
+    bad = int(tensor.numel() - tensor.isfinite().sum())
+    return f"{bad} of {tensor.numel()} numbers of shape {tuple(tensor.shape)}, {tensor.dtype}"
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    """The floating tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _floating(list(value.values()))
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for item in value:
+            yield from _floating(item)

@@ -1,0 +1,263 @@
+"""Downloads from a server on loopback: what arrives, what is refused, what stays in the cache."""
+
+import hashlib
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pooch.core
+import pytest
+from loopback import Answer, serve
+
+from tensormask.checkpoint import downloads
+from tensormask.checkpoint.downloads import cache_folder, cache_path, download
+
+CONTENT = bytes(range(256)) * 40
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+GOOD = Answer(CONTENT)
+BUSY = Answer(b"busy", status=503)
+TRUNCATED = Answer(CONTENT[:5000], headers=(("Content-Length", str(len(CONTENT))),))
+
+
+@pytest.fixture
+def server():
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """The seconds that would have been waited between attempts."""
+    waited = []
+    monkeypatch.setattr(pooch.core, "time", SimpleNamespace(sleep=waited.append))
+    return waited
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
+@pytest.mark.parametrize("sha256", [None, SHA256, SHA256[:8]])
+def test_a_good_file_is_kept_and_used_without_a_server(cache, sha256, caplog):
+    with serve() as server, caplog.at_level(logging.INFO):
+        url = server.add("/models/a.pkl", GOOD)
+        path = download(url, sha256)
+    assert path.read_bytes() == CONTENT
+    assert path.name == "a.pkl"
+    assert files_in(cache) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert f"downloaded {url} (0.0 MB, SHA-256 {SHA256})" in caplog.text
+    assert download(url, sha256) == path  # the server is gone
+    assert server.requests == ["/models/a.pkl"]
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (TRUNCATED, "IncompleteRead"),
+        (BUSY, "503"),
+        (Answer(b"", status=429), "429"),
+        (Answer(b"5\r\nabc", headers=(("Transfer-Encoding", "chunked"),)), "Connection broken"),
+        (Answer(b"no gzip", headers=(("Content-Encoding", "gzip"),)), "gzip"),
+        (Answer(CONTENT, headers=(("Content-Length", "12, 13"),)), "unmatching"),
+    ],
+)
+def test_what_may_pass_is_tried_again(server, cache, pauses, answer, reason):
+    url = server.add("/a.pkl", answer)
+    with pytest.raises(OSError, match=reason) as error:
+        download(url)
+    assert url in str(error.value)
+    assert "by hand" in str(error.value)
+    assert len(server.requests) == 3
+    assert pauses == [1, 2]
+    assert files_in(cache) == []
+    server.add("/a.pkl", answer, answer, GOOD)
+    assert download(url).read_bytes() == CONTENT
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("sha256", ["0" * 64, "0" * 8])
+def test_a_file_with_another_hash_is_refused(server, cache, sha256):
+    url = server.add("/a.pkl", GOOD)
+    with pytest.raises(OSError) as error:
+        download(url, sha256)
+    assert SHA256 in str(error.value)
+    assert sha256 in str(error.value)
+    assert files_in(cache) == []
+    assert len(server.requests) == 1
+    assert download(url, SHA256).read_bytes() == CONTENT
+
+
+def test_a_cached_file_that_was_damaged_is_downloaded_again(server, caplog):
+    url = server.add("/a.pkl", GOOD)
+    path = download(url)
+    path.write_bytes(b"other")
+    assert download(url).read_bytes() == b"other"  # nothing is known of its hash
+    assert download(url, SHA256).read_bytes() == CONTENT
+    assert f"{path} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_answer_that_stays_is_an_error_at_once(server, cache, pauses, status):
+    url = server.add("/a.pkl", Answer(b"page", status=status))
+    with pytest.raises(OSError, match=f"{status} Client Error") as error:
+        download(url)
+    assert type(error.value) is OSError
+    assert len(server.requests) == 1
+    assert pauses == []
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("status", [200, 204, 302])
+def test_an_empty_file_is_refused(server, cache, status):
+    with pytest.raises(OSError, match="sent nothing"):
+        download(server.add("/a.pkl", Answer(status=status)))
+    assert files_in(cache) == []
+
+
+def test_no_server(cache):
+    with serve() as server:
+        url = server.add("/a.pkl", GOOD)
+    with pytest.raises(OSError, match=r"Connection refused") as error:
+        download(url)
+    assert "Max retries" not in str(error.value)
+    assert files_in(cache) == []
+
+
+def test_redirects_are_followed_to_the_network_only(server, tmp_path):
+    (tmp_path / "secret").write_bytes(b"local")
+    new = server.add("/new/b.pkl", GOOD)
+    url = server.add("/a.pkl", Answer(status=302, headers=(("Location", new),)))
+    assert download(url) == cache_path(url)
+    assert cache_path(url).read_bytes() == CONTENT
+    local = (tmp_path / "secret").as_uri()
+    loop = server.add("/loop.pkl", GOOD)
+    for location in (local, loop, "http://[::1/a.pkl"):
+        server.add("/loop.pkl", Answer(status=302, headers=(("Location", location),)))
+        with pytest.raises(OSError, match=r"connection adapters|redirects|IPv6"):
+            download(loop)
+
+
+def test_a_cache_that_cannot_be_written(server, cache):
+    cache.write_text("a file")
+    with pytest.raises(OSError, match="TENSORMASK_CACHE"):
+        download(server.add("/a.pkl", GOOD))
+
+
+def test_two_processes_at_once(server, cache):
+    both = threading.Barrier(2, timeout=60)
+    url = server.add("/a.pkl", GOOD._replace(before=both.wait))
+    # The module by itself: two processes that import torch would take seconds.
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(downloads.__file__).parent)!r})\n"
+        f"import downloads; print(downloads.download({url!r}, {SHA256!r}))"
+    )
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0].strip() for process in running]
+    assert printed == [str(cache_path(url))] * 2
+    assert len(server.requests) == 2
+    assert files_in(cache) == [cache_path(url)]
+    assert cache_path(url).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(server, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    download(server.add("/a.pkl", GOOD))
+    assert ("100%" in capsys.readouterr().err) is terminal
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORMASK_CACHE", "~/there")
+    assert cache_folder() == Path.home() / "there"
+    monkeypatch.delenv("TENSORMASK_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "tensormask"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "tensormask"
+
+
+def test_names_in_the_cache(cache):
+    path = cache_path("https://example.com:8443/zoo/v1.0/model_final.pkl?download=1#top")
+    assert path.name == "model_final.pkl"
+    assert path.parent.name.rpartition("-")[0] == "example.com_zoo_v1.0"
+    assert path.parent.parent == cache
+    assert path == cache_path("https://example.com:8443/zoo/v1.0/model_final.pkl?download=1")
+
+
+def test_no_two_addresses_share_a_file():
+    urls = [
+        "https://h/a/model.pkl",
+        "http://h/a/model.pkl",
+        "https://h:8443/a/model.pkl",
+        "https://h/b/model.pkl",
+        "https://h/a_model.pkl",
+        "https://h/a",
+        "https://h/a/model.pkl?v=1",
+        "https://h/a/model.pkl?v=2",
+        "https://h/a/model.pkl/deeper.pkl",
+        "https://h/A/model.pkl",
+        *(f"https://h/{'a' * 5000}{end}.pkl" for end in "bc"),
+    ]
+    folders = {str(cache_path(url).parent).lower() for url in urls}
+    assert len(folders) == len(urls)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../../escaped.pkl",
+        "/a/..%2f..%2f..%2fescaped.pkl",
+        "/%2e%2e/%2e%2e/escaped.pkl",
+        "/..%5c..%5cescaped.pkl",
+        "/..\\..\\escaped.pkl",
+        "/.../...escaped.pkl",
+        "/a.pkl?../../../escaped.pkl",
+        "//etc//escaped.pkl",
+        "/a%00b.pkl",
+        "/a/%2e%2e",
+        f"/{'long' * 2000}/{'name' * 500}.pkl",
+    ],
+)
+def test_no_address_leads_out_of_the_cache(server, cache, tmp_path, path):
+    server.otherwise = GOOD  # whatever the client makes of the dots
+    written = download(f"http://127.0.0.1:{server.server_port}{path}")
+    assert written.read_bytes() == CONTENT
+    assert written.parent.parent == cache
+    assert files_in(tmp_path) == [written]
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://",
+        "https:///a.pkl",
+        "https://host",
+        "https://host/",
+        "https://host/folder/",
+        "https://host/..",
+        "https://host/?file=a.pkl",
+        "https://host:port/a.pkl",
+        "https://host:99999/a.pkl",
+        "https://[host/a.pkl",
+        "https://host/\ud800.pkl",
+        "a.pkl",
+        "",
+    ],
+)
+def test_broken_addresses_are_refused(url):
+    with pytest.raises(ValueError, match="is no address of a file"):
+        download(url)

@@ -1,0 +1,276 @@
+"""ImageNet ResNets in the files of others: each number in its place, fed what it was trained on."""
+
+import logging
+import pickle
+import re
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from foreign import torch_bytes
+from tiny import build
+from torchvision.models import resnet
+
+from tensormask.checkpoint.loading import check_complete, load_weights
+
+TORCHVISION = [
+    *("INPUT.FORMAT", "RGB", "MODEL.RESNETS.STRIDE_IN_1X1", False),
+    *("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
+]
+MSRA = [
+    *("INPUT.FORMAT", "BGR", "MODEL.RESNETS.STRIDE_IN_1X1", True),
+    *("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], "MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
+]
+
+
+def build_resnet(depth: int, *opts: object, norm: str = "FrozenBN"):
+    return build(
+        "natural", ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.NORM", norm, *opts]
+    ).eval()
+
+
+def seeded_resnet(depth: int) -> resnet.ResNet:
+    """torchvision's own, where no norm leaves its input as it is."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, f"resnet{depth}")().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
+            torch.nn.init.uniform_(module.bias, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
+            module.num_batches_tracked.fill_(3)
+    return model
+
+
+def features_of(model: resnet.ResNet, x: torch.Tensor) -> list[torch.Tensor]:
+    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+    features = []
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        x = stage(x)
+        features.append(x)
+    return features
+
+
+def assert_same_features(ours, theirs: resnet.ResNet) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        for found, expected in zip(ours.backbone(x), features_of(theirs, x), strict=True):
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, np.ndarray]:
+    """The weights as MSRA's files name them. `spelling` of the norms: "s", "gamma" or "rm"."""
+    blobs = {"conv1_w": model.conv1.weight}
+
+    def add_norm(name: str, norm: torch.nn.BatchNorm2d) -> None:
+        if spelling == "gamma":
+            blobs[f"{name}_gamma"], blobs[f"{name}_beta"] = norm.weight, norm.bias
+            blobs[f"{name}_running_mean"] = norm.running_mean
+            blobs[f"{name}_running_var"] = norm.running_var
+        elif spelling == "rm":
+            blobs[f"{name}_s"], blobs[f"{name}_b"] = norm.weight, norm.bias
+            blobs[f"{name}_rm"], blobs[f"{name}_riv"] = norm.running_mean, norm.running_var
+        else:  # mean and variance are part of scale and shift
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            blobs[f"{name}_s"] = scale * (1 + norm.eps) ** 0.5
+            blobs[f"{name}_b"] = norm.bias - norm.running_mean * scale
+
+    add_norm("res_conv1_bn", model.bn1)
+    for stage in range(1, 5):
+        for i, block in enumerate(getattr(model, f"layer{stage}")):
+            prefix = f"res{stage + 1}_{i}"
+            for number, letter in ((1, "a"), (2, "b"), (3, "c")):
+                if hasattr(block, f"conv{number}"):
+                    conv = getattr(block, f"conv{number}")
+                    blobs[f"{prefix}_branch2{letter}_w"] = conv.weight
+                    add_norm(f"{prefix}_branch2{letter}_bn", getattr(block, f"bn{number}"))
+            if block.downsample is not None:
+                blobs[f"{prefix}_branch1_w"] = block.downsample[0].weight
+                add_norm(f"{prefix}_branch1_bn", block.downsample[1])
+    return {name: value.detach().numpy() for name, value in blobs.items()}
+
+
+SOLVER = {
+    "fc1000_w": np.ones((10, 8), np.float32),
+    "fc1000_b": np.ones(10, np.float32),
+    "pred_w": np.ones((10, 8), np.float32),
+    "conv1_w_momentum": np.ones((64, 3, 7, 7), np.float32),
+    "lr": 0.1,
+    "weight_order": ["conv1_w", "res_conv1_bn_s"],
+}
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_torchvision(tmp_path, caplog, depth: int) -> None:
+    theirs, model = seeded_resnet(depth), build_resnet(depth, *TORCHVISION)
+    path = tmp_path / "resnet.pth"
+    path.write_bytes(torch_bytes(theirs.state_dict(), legacy=depth == 50))
+    with caplog.at_level(logging.INFO):
+        result = load_weights(model, path)
+    assert caplog.messages == [
+        f"{path}: left out, of no use here: fc.weight, fc.bias",
+        f"{path}: backbone only: fpn and heads start fresh",
+    ]
+    assert result.unexpected == result.misshapen == []
+    above = [n for n in model.state_dict() if not n.startswith("backbone.")]
+    assert result.missing == above
+    with pytest.raises(ValueError, match="missing"):
+        check_complete(result, path)
+    assert_same_features(model, theirs)
+
+
+@pytest.mark.parametrize(
+    "depth, spelling, inside",
+    [(50, "gamma", None), (50, "rm", "model"), (50, "s", "blobs"), (101, "s", None)],
+)
+def test_msra(tmp_path, caplog, depth: int, spelling: str, inside: str | None) -> None:
+    """Its strides are in the 1x1 convolutions; torchvision's trunk with that is the same."""
+    theirs, model = seeded_resnet(depth), build_resnet(depth, *MSRA)
+    blobs = caffe2_blobs(theirs, spelling) | SOLVER
+    path = tmp_path / f"R-{depth}.pkl"
+    path.write_bytes(pickle.dumps({inside: blobs} if inside else blobs, 2))
+    with caplog.at_level(logging.INFO):
+        result = load_weights(model, path)
+    left_out, backbone = caplog.messages
+    assert left_out == f"{path}: left out, of no use here: {', '.join(SOLVER)}"
+    assert backbone == f"{path}: backbone only: fpn and heads start fresh"
+    assert result.unexpected == result.misshapen == []
+    for module in theirs.modules():
+        if isinstance(module, resnet.Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    assert_same_features(model, theirs)
+
+
+def as_detectron2s_backbone(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """torchvision's names as detectron2's own script renames them."""
+    renamed = {}
+    for name, value in state.items():
+        name = name if "layer" in name else f"stem.{name}"
+        for stage in (1, 2, 3, 4):
+            name = name.replace(f"layer{stage}", f"res{stage + 1}")
+        for number in (1, 2, 3):
+            name = name.replace(f"bn{number}", f"conv{number}.norm")
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[name] = value.numpy()
+    return renamed
+
+
+def test_a_backbone_with_detectron2s_names(tmp_path) -> None:
+    theirs = seeded_resnet(50)
+    path = tmp_path / "R-50.pkl"
+    model = as_detectron2s_backbone(theirs.state_dict())
+    content = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    other, ours = build_resnet(50, *MSRA), build_resnet(50, *TORCHVISION)
+    with pytest.raises(ValueError, match=r"torchvision's ImageNet weights.*add INPUT\.FORMAT RGB"):
+        load_weights(other, path)
+    assert load_weights(ours, path).unexpected == []
+    assert_same_features(ours, theirs)
+    # Whose weights they are is not known unless the file says so.
+    path.write_bytes(pickle.dumps(content | {"__author__": "someone"}))
+    assert load_weights(other, path).unexpected == []
+    for name, value in other.backbone.state_dict().items():
+        assert torch.equal(value, ours.backbone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
+    theirs = seeded_resnet(18)
+    path = tmp_path / "resnet.safetensors"
+    path.write_bytes(safetensors.torch.save(theirs.state_dict()))
+    model = build_resnet(18, *TORCHVISION, norm=norm)
+    assert load_weights(model, path).unexpected == []
+    assert torch.equal(model.backbone.res5[1].bn2.running_var, theirs.layer4[1].bn2.running_var)
+    if norm == "BN":
+        assert model.backbone.res5[1].bn2.num_batches_tracked == 3
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    "opts, overrides",
+    [
+        (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT RGB"),
+        (
+            ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]],
+            'MODEL.PIXEL_MEAN "[123.675,116.28,103.53]"',
+        ),
+        (
+            ["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]],
+            'MODEL.PIXEL_STD "[58.395,57.12,57.375]"',
+        ),
+        (["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]], 'MODEL.PIXEL_STD "[58.395,57.12,57.375]"'),
+        (["MODEL.RESNETS.STRIDE_IN_1X1", True], "MODEL.RESNETS.STRIDE_IN_1X1 False"),
+        (
+            MSRA,
+            'INPUT.FORMAT RGB MODEL.PIXEL_MEAN "[123.675,116.28,103.53]" '
+            'MODEL.PIXEL_STD "[58.395,57.12,57.375]" MODEL.RESNETS.STRIDE_IN_1X1 False',
+        ),
+    ],
+)
+def test_torchvision_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
+    path = tmp_path / "resnet.pth"
+    path.write_bytes(torch_bytes({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}))
+    model = build_resnet(50, *TORCHVISION, *opts)
+    with pytest.raises(ValueError, match=rf"torchvision's .*: add {re.escape(overrides)}$"):
+        load_weights(model, path)
+
+
+@pytest.mark.parametrize(
+    "opts, overrides",
+    [
+        (["INPUT.FORMAT", "RGB"], "INPUT.FORMAT BGR"),
+        (["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]], 'MODEL.PIXEL_STD "[1.0,1.0,1.0]"'),
+        (["MODEL.RESNETS.STRIDE_IN_1X1", False], "MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        (
+            ["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]],
+            'MODEL.PIXEL_MEAN "[103.53,116.28,123.675]"',
+        ),
+    ],
+)
+def test_msra_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"conv1_w": np.zeros((64, 3, 7, 7))}))
+    model = build_resnet(50, *MSRA, *opts)
+    with pytest.raises(ValueError, match=rf"MSRA's .*: add {re.escape(overrides)}$"):
+        load_weights(model, path)
+
+
+def test_the_stride_of_small_resnets_is_no_matter(tmp_path) -> None:
+    path = tmp_path / "resnet.pth"
+    path.write_bytes(torch_bytes(seeded_resnet(18).state_dict()))
+    model = build_resnet(18, *TORCHVISION, "MODEL.RESNETS.STRIDE_IN_1X1", True)
+    assert load_weights(model, path).unexpected == []
+
+
+def test_a_whole_model_may_have_any_images(tmp_path) -> None:
+    trained, model = (build_resnet(18, "INPUT.FORMAT", form) for form in ("RGB", "BGR"))
+    path = tmp_path / "model.pth"
+    path.write_bytes(torch_bytes({"model": trained.state_dict()}))
+    assert not any(load_weights(model, path))
+
+
+@pytest.mark.parametrize(
+    "file_depth, depth, norm, part",
+    [
+        (18, 34, "FrozenBN", "backbone.res2.2.conv1.weight"),  # missing in the file
+        (34, 18, "FrozenBN", "backbone.res2.2.conv1.weight"),  # missing in the model
+        (50, 101, "BN", "backbone.res4.6.conv1.weight"),
+        (18, 50, "FrozenBN", "backbone.res2.0.conv3.weight"),  # missing, and other shapes
+        (18, 18, "GN", "backbone.stem.bn1.running_mean"),  # norms of another kind
+    ],
+)
+def test_another_backbone_is_refused(tmp_path, file_depth, depth, norm, part) -> None:
+    path = tmp_path / "resnet.pth"
+    with torch.device("meta"):
+        state = getattr(torchvision.models, f"resnet{file_depth}")().state_dict()
+    path.write_bytes(torch_bytes({name: torch.zeros(v.shape) for name, v in state.items()}))
+    model = build_resnet(depth, *TORCHVISION, norm=norm)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"not the one of the model.*{part}.*RESNETS\.DEPTH"):
+        load_weights(model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,242 @@
+"""The model zoo: its table, its document, and what `resolve` makes of names and addresses."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from unittest.mock import patch
+
+import make_model_zoo
+import pytest
+from fuzz import fuzz_examples
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from loopback import Answer, serve
+from torchvision.models import get_weight
+
+from tensormask import model_zoo
+from tensormask.checkpoint.downloads import cache_folder, cache_path
+from tensormask.commands import train as train_command
+from tensormask.model_zoo import MODELS, get_config, resolve
+
+ROOT = Path(__file__).parents[2]
+R_50_6X = (
+    "https://dl.fbaipublicfiles.com/detectron2/TensorMask/tensormask_R_50_FPN_6x/153538791/"
+    "model_final_e8df31.pkl"
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORMASK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """The downloads asked for, as (url, sha256); none is made."""
+    asked = []
+    monkeypatch.setattr(model_zoo, "download", lambda *args: asked.append(args) or Path("local"))
+    return asked
+
+
+# ---- the table and its document ----
+
+
+def test_document_is_of_the_table():
+    tool = make_model_zoo
+    text = tool.PATH.read_text(encoding="utf-8")
+    assert text == tool.render(), "run: python dev/make_model_zoo.py"
+    for model in MODELS.values():
+        assert f"| `{model.name}` |" in text
+        assert model.url is None or f"({model.url})" in text
+
+
+def test_commands_of_the_document():
+    train_net = train_command
+    text = (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^python tools/train_net\.py (.+)$", text, re.MULTILINE)
+    named = []
+    for command in commands:
+        args = train_net.parse_arguments(shlex.split(command))
+        args.config_file = str(ROOT / args.config_file)
+        cfg = train_net.setup_config(args)
+        named.append((args.eval_only, cfg.MODEL.WEIGHTS))
+    assert named == [
+        (True, "tensormask_R_50_FPN_1x"),
+        (True, "tensormask_R_50_FPN_6x"),
+        (False, "torchvision_R_50"),
+    ]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+
+
+def test_rows_of_torchvision_are_torchvisions():
+    rows = [model for model in MODELS.values() if "torchvision" in model.name]
+    assert len(rows) == 4
+    for model in rows:
+        weights = get_weight(model.source.split()[-1])
+        assert model.url == weights.url
+        assert f"-{model.sha256}.pth" in weights.url
+        assert model.metrics["top-1"] == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+
+
+@pytest.mark.parametrize("name", [model.name for model in MODELS.values() if model.config])
+def test_configs(name):
+    cfg = get_config(name)
+    assert cfg.MODEL.META_ARCHITECTURE == "TensorMask"
+    assert f"R_{cfg.MODEL.RESNETS.DEPTH}_" in name
+    if MODELS[name].url is not None:
+        assert cfg.MODEL.WEIGHTS == name
+    else:
+        assert cfg.MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
+
+
+def test_configs_that_cannot_be_had(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="nearest one is 'tensormask_R_50_FPN_6x'"):
+        get_config("tensormask_R_50_FPN_6")
+    with pytest.raises(ValueError, match="MSRA_R_50 is a backbone"):
+        get_config("MSRA_R_50")
+    monkeypatch.setattr(model_zoo, "_ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="in the repository"):
+        get_config("tensormask_R_50_FPN_6x")
+
+
+# ---- resolve ----
+
+
+@pytest.mark.parametrize(
+    "name, url, sha256",
+    [
+        ("tensormask_R_50_FPN_6x", R_50_6X, None),
+        (
+            R_50_6X.replace("https://dl.fbaipublicfiles.com/detectron2/", "detectron2://"),
+            R_50_6X,
+            None,
+        ),
+        ("https://host/a.pkl?b=c", "https://host/a.pkl?b=c", None),
+        ("HTTP://host/a.pkl", "HTTP://host/a.pkl", None),
+    ],
+)
+def test_addresses(downloaded, name, url, sha256):
+    assert resolve(name) == Path("local")
+    assert downloaded == [(url, sha256)]
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("torchvision://resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet34", "ResNet34_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet50", "ResNet50_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet101", "ResNet101_Weights.IMAGENET1K_V1"),
+        ("torchvision_R_50", "ResNet50_Weights.IMAGENET1K_V1"),
+        ("torchvision://ResNet50_Weights.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"),
+        ("torchvision://ResNet101_Weights.IMAGENET1K_V2", "ResNet101_Weights.IMAGENET1K_V2"),
+        (get_weight("ResNet50_Weights.IMAGENET1K_V2").url, "ResNet50_Weights.IMAGENET1K_V2"),
+    ],
+)
+def test_torchvision_with_its_hash(downloaded, name, weights):
+    resolve(name)
+    ((url, sha256),) = downloaded
+    assert url == get_weight(weights).url
+    assert len(sha256) == 8
+    assert url.endswith(f"-{sha256}.pth")
+
+
+def test_a_hash_in_the_table_is_used(downloaded, monkeypatch):
+    row = MODELS["tensormask_R_50_FPN_6x"]._replace(sha256="12ab")
+    monkeypatch.setattr(model_zoo, "_ROWS", (row,))
+    resolve(R_50_6X)
+    assert downloaded == [(R_50_6X, "12ab")]
+
+
+def test_paths(downloaded, tmp_path):
+    for name in ("a.pth", "./name", "folder/name", "/none", "C:\\a.pth", Path("name")):
+        assert resolve(name) == Path(name)
+    (tmp_path / "bare").write_text("a file")
+    assert resolve("bare") == Path("bare")
+    (tmp_path / "MSRA_R_50").mkdir()  # a folder is no file
+    assert resolve("MSRA_R_50") == Path("local")
+    (tmp_path / "MSRA_R_101").write_text("a file")
+    assert resolve("MSRA_R_101") == Path("MSRA_R_101")
+    assert len(downloaded) == 1
+
+
+def test_file_addresses(downloaded, tmp_path):
+    path = tmp_path / "with space.pth"
+    assert resolve(path.as_uri()) == path
+    assert resolve(path.as_uri().replace("file:///", "file://localhost/")) == path
+    assert downloaded == []
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tensormask_R50_6x", "nearest one is 'tensormask_R_50_FPN_6x'"),
+        ("", "no file and no model of the zoo"),
+        ("htps://host/a.pkl", "'htps' is no kind of address; the nearest one is 'https'"),
+        ("ftp://host/a.pkl", "There are: https, http, detectron2, torchvision, file"),
+        ("torchvision://resnet51", "nearest one is 'resnet50'"),
+        ("torchvision://resnet152", "'resnet152' is no backbone"),
+        ("torchvision://ResNet50_Weights.DEFAULT", "'ResNet50_Weights.DEFAULT' is no backbone"),
+        ("tensormask_R_101_FPN_6x", "no weights of tensormask_R_101_FPN_6x were released"),
+        ("file://host/a.pth", "file:///folder/file"),
+        ("file:///", "file:///folder/file"),
+    ],
+)
+def test_what_is_refused(downloaded, name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(name)
+    assert downloaded == []
+
+
+def test_from_a_server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve() as server:
+        address = server.add("/a.pkl", Answer(b"weights"))
+        assert resolve(address).read_bytes() == b"weights"
+    assert resolve(address).read_bytes() == b"weights"
+
+
+# ---- any text ----
+
+PIECES = st.sampled_from(
+    [
+        *("/", "..", ".", "\\", "%2e%2e", "%2F", "%00", "\0", "?", "#", "@", ":", "[", "]", "::1"),
+        *("host", ":99999", ".pkl", "\ud800", "a" * 300, "\n", " ", "~", "localhost", "模型"),
+        *("resnet50", "ResNet50_Weights.IMAGENET1K_V2", *MODELS),
+    ]
+)
+SCHEMES = st.sampled_from([f"{scheme}://" for scheme in (*model_zoo._SCHEMES, "ftp", "")] + [""])
+NAMES = st.text() | st.tuples(SCHEMES, st.lists(PIECES | st.text(max_size=5))).map(
+    lambda drawn: drawn[0] + "".join(drawn[1])
+)
+
+
+@given(NAMES)
+@settings(max_examples=fuzz_examples(), deadline=None)
+@example("https://host/a/../../../../b.pkl")
+@example("https://host/" + "a" * 300 + ".pkl")
+@example("file:///%00")
+def test_any_text_is_a_path_or_a_value_error(name):
+    asked = []
+
+    def no_download(url, sha256):
+        asked.append(url)
+        return cache_path(url)
+
+    with patch.object(model_zoo, "download", no_download), patch("socket.socket") as socket:
+        try:
+            path = resolve(name)
+        except ValueError:
+            return
+        finally:
+            assert not socket.called
+    assert isinstance(path, Path)
+    if asked:
+        folder = cache_folder()
+        assert path.parent.parent == folder
+        # Nothing of the address is left that a file system could take for more than a name.
+        for part in path.relative_to(folder).parts:
+            assert re.fullmatch(r"[A-Za-z0-9._-]{1,255}", part)
+            assert part not in (os.curdir, os.pardir)

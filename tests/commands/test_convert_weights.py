@@ -1,0 +1,248 @@
+"""`tools/convert_weights.py`: no number changes, and what it refuses."""
+
+import pickle
+import pickletools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foreign import torch_bytes
+from tiny import MODELS, build, get_cfg
+
+import tensormask
+from tensormask.checkpoint.files import read_checkpoint, read_description, read_weights
+from tensormask.commands.convert_weights import main
+
+ROOT = Path(__file__).parents[2]
+SUFFIXES = (".pth", ".pkl", ".safetensors")
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def save(path: Path, state: dict, **beside: object) -> Path:
+    path.write_bytes(torch_bytes({"model": state, **beside}))
+    return path
+
+
+def small_state(head: str = "bipyramid", opts: Sequence[object] = ()) -> dict[str, torch.Tensor]:
+    """A model's weights but for the most of its trunk."""
+    state = build(head, opts).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("backbone.res")}
+
+
+def assert_same(weights: dict, state: dict) -> None:
+    assert weights.keys() == state.keys()
+    for name, value in state.items():
+        assert weights[name].dtype == value.dtype, name
+        assert weights[name].shape == value.shape, name
+        assert weights[name].numpy().tobytes() == value.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "large windows first"])
+def test_there_and_back(tmp_path, kind: str) -> None:
+    state = build(opts=MODELS[kind]).state_dict()
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(2**40)
+    i = len(kind) % 3  # each format with some of the models
+    theirs, back = tmp_path / f"theirs{SUFFIXES[i]}", tmp_path / f"back{SUFFIXES[i - 1]}"
+    run(save(tmp_path / "ours.pth", state), theirs)
+    names = set(read_weights(theirs))
+    assert "backbone.bottom_up.res2.0.conv1.norm.weight" in names
+    assert not names & {name for name in state if not name.startswith("head.")}
+    run(theirs, back)
+    assert_same(read_weights(back), state)
+
+
+@pytest.mark.parametrize("head", ["natural", "aligned"])
+def test_there_and_back_of_other_heads(tmp_path, head: str) -> None:
+    state = small_state(head)
+    run(save(tmp_path / "ours.pth", state), tmp_path / "theirs.pkl")
+    run(tmp_path / "theirs.pkl", tmp_path / "back.pth")
+    assert_same(read_weights(tmp_path / "back.pth"), state)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sizes_are_ordered_as_numbers(tmp_path, suffix: str) -> None:
+    """Not as texts, which is how a safetensors file has its names."""
+    opts = ["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k, 400 * 2**k] for k in range(6)]]
+    state = small_state(opts=opts)
+    theirs, back = tmp_path / f"theirs{suffix}", tmp_path / f"back{suffix}"
+    run(save(tmp_path / "ours.pth", state), theirs)
+    run(theirs, back)
+    assert_same(read_weights(back), state)
+
+
+def test_values_that_are_no_numbers_stay_what_they_are(tmp_path) -> None:
+    state = small_state()
+    bits = torch.tensor([0x7FC00001, 0x7F800000, 1, 0x80000000], dtype=torch.int64).int()
+    state["fpn.p7.bias"][:4] = bits.view(torch.float32)  # NaN with a payload, inf, denormal, -0
+    for suffix in SUFFIXES:
+        path = tmp_path / f"theirs{suffix}"
+        run(save(tmp_path / "ours.pth", state), path)
+        found = read_weights(path)["backbone.top_block.p7.bias"][:4]
+        assert torch.equal(found.view(torch.int32), bits)
+
+
+def test_a_pkl_is_what_detectron2_reads(tmp_path) -> None:
+    """By Python's own loader, whatever version NumPy has, without guessing of names."""
+    path = tmp_path / "model.pkl"
+    model = build(opts=["MODEL.RESNETS.NORM", "BN"])
+    run(save(tmp_path / "ours.pth", model.state_dict(), class_names=list("abc")), path)
+    content = pickle.loads(path.read_bytes())
+    assert set(content) == {"model", "__author__", "matching_heuristics", "class_names"}
+    assert content["matching_heuristics"] is False
+    array = content["model"]["head.mask_pred_15.weight"]
+    assert type(array) is np.ndarray
+    assert array.dtype == np.float32
+    assert array.tobytes() == model.mask_head.mask_pred[1].weight.detach().numpy().tobytes()
+    names = {argument for opcode, argument, _ in pickletools.genops(path.read_bytes())
+             if opcode.name in ("GLOBAL", "STACK_GLOBAL")}  # fmt: skip
+    assert names == {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}
+
+
+def test_a_pth_is_what_detectron2_reads(tmp_path) -> None:
+    run(save(tmp_path / "ours.pth", small_state()), tmp_path / "model.pth")
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert content["model"]["head.mask_pred_11.bias"].dtype == torch.float32
+    assert set(content) == {"model", "__author__", "matching_heuristics"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_kept_and_what_is_left_out(tmp_path, capsys, suffix: str) -> None:
+    described = {"class_names": ["ä", "b", "c"], "category_ids": [7, 8, 9]}
+    kept = {**described, "config": get_cfg().dump()}
+    source = save(tmp_path / "ours.pth", build().state_dict(), **kept, iteration=3, optimizer={})
+    path = tmp_path / f"theirs{suffix}"
+    run(source, path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{path}: ")
+    assert "names of detectron2" in line
+    assert "kept: class_names, category_ids, config" in line
+    assert line.endswith("left out: iteration, optimizer")
+    assert read_description(path) == described
+    back = tmp_path / f"back{suffix}"
+    run(path, back)
+    assert "left out" not in capsys.readouterr().out
+    assert set(read_checkpoint(back)) == {"model", *kept}
+    predictor = tensormask.Predictor(get_cfg(), back)
+    assert predictor.class_names == described["class_names"]
+    assert predictor.category_ids == described["category_ids"]
+
+
+def test_a_change_of_format_alone(tmp_path) -> None:
+    state = small_state()
+    run(save(tmp_path / "a.pth", state), tmp_path / "b.safetensors", "--to", "tensormask")
+    run(tmp_path / "b.safetensors", tmp_path / "c.pkl", "--to", "detectron2")
+    run(tmp_path / "c.pkl", tmp_path / "d.pth", "--to", "detectron2")
+    run(tmp_path / "d.pth", tmp_path / "e.pth")
+    assert_same(read_weights(tmp_path / "b.safetensors"), state)
+    assert_same(read_weights(tmp_path / "d.pth"), read_weights(tmp_path / "c.pkl"))
+    assert_same(read_weights(tmp_path / "e.pth"), state)
+
+
+def test_entries_that_share_their_numbers(tmp_path) -> None:
+    state = small_state()
+    state["fpn.p6.bias"] = state["fpn.p7.bias"]
+    state["fpn.p7.weight"] = state["fpn.p6.weight"].transpose(2, 3)
+    source = save(tmp_path / "ours.pth", state)
+    for suffix in SUFFIXES:
+        run(source, tmp_path / f"theirs{suffix}")
+        run(tmp_path / f"theirs{suffix}", tmp_path / f"back{suffix}")
+        assert_same(read_weights(tmp_path / f"back{suffix}"), state)
+
+
+def test_a_file_is_replaced_when_told_so_and_only_whole(tmp_path, capsys) -> None:
+    source = save(tmp_path / "ours.pth", small_state())
+    path = tmp_path / "theirs.pkl"
+    path.write_bytes(b"old")
+    assert "exists: give another OUTPUT, or --overwrite" in refused(capsys, source, path)
+    assert path.read_bytes() == b"old"
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(source.read_bytes()[:-100])
+    assert "cannot be read" in refused(capsys, broken, path, "--overwrite")
+    assert path.read_bytes() == b"old"
+    run(source, path, "--overwrite")
+    assert len(read_weights(path)) == len(read_weights(source))
+    run(source, source, "--overwrite")
+    assert "backbone.top_block.p7.bias" in read_weights(source)
+
+
+def test_heads_that_detectron2_does_not_have(tmp_path, capsys) -> None:
+    opts = ["MODEL.TENSOR_MASK.HEAD", "upscale_aligned", "MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 5]
+    opts += ["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]]
+    config = get_cfg("aligned", opts).dump()
+    state = small_state("aligned", opts)
+    source = save(tmp_path / "ours.pth", state, config=config)
+    assert "upscale head" in refused(capsys, source, tmp_path / "theirs.pkl")
+    run(source, tmp_path / "kept.safetensors", "--to", "tensormask")
+    assert_same(read_weights(tmp_path / "kept.safetensors"), state)
+    error = refused(capsys, tmp_path / "kept.safetensors", tmp_path / "theirs.pkl")
+    assert "upscale head" in error
+
+    state = small_state(opts=MODELS["large windows first"])
+    source = save(tmp_path / "ours.pth", state)
+    assert "masks of [15, 7] pixels" in refused(capsys, source, tmp_path / "theirs.pkl")
+
+    opts = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
+    source = save(tmp_path / "boxless.pth", small_state(opts=opts))
+    assert "no box head" in refused(capsys, source, tmp_path / "theirs.pkl")
+    run(source, tmp_path / "kept.pkl", "--to", "tensormask")
+    assert not (tmp_path / "theirs.pkl").exists()
+
+
+@pytest.mark.parametrize("config", [3, "", "[", "MODEL: 3", "a: &a [*a]", "[" * 5000, "MODEL: {}"])
+def test_a_config_that_says_nothing(tmp_path, config) -> None:
+    source = save(tmp_path / "ours.pth", small_state(), config=config)
+    run(source, tmp_path / "theirs.pth")
+
+
+@pytest.mark.parametrize(
+    "state, part",
+    [
+        ({"layer1.0.conv1.weight": torch.zeros(2)}, "Backbones need no conversion"),
+        ({"conv1_w": torch.zeros(2)}, "it has no classifier"),
+        ({"backbone.bottom_up.stem.conv1.weight": torch.zeros(2)}, "no classifier"),
+        ({"a": torch.zeros(2)}, "a is no parameter"),
+        (
+            {"head.cls_score.weight": torch.zeros(2), "b" * 500: torch.zeros(2)},
+            "bbb... is no",
+        ),
+        ({"backbone.fpn_output2.bias": torch.zeros(2), "roi_heads.a": torch.zeros(2)}, "roi_heads"),
+        ({"mask_head.mask_pred.0.weight": torch.zeros(26, 1, 1, 1)}, "26 pixels is no square"),
+        ({"mask_head.mask_pred.0.weight": torch.zeros(())}, "no classifier"),
+        ({"a": 3}, "entry a is int"),
+    ],
+)
+def test_what_is_no_tensormask(tmp_path, capsys, state: dict, part: str) -> None:
+    assert part in refused(capsys, save(tmp_path / "a.pth", state), tmp_path / "b.pth")
+    assert not (tmp_path / "b.pth").exists()
+
+
+def test_mistakes_on_the_command_line(tmp_path, capsys) -> None:
+    numbers = torch.arange(2).bfloat16()
+    source = save(tmp_path / "ours.pth", {"head.cls_score.weight": numbers})
+    theirs = tmp_path / "theirs"
+    args = (source, "--to", "tensormask")
+    assert "not none" in refused(capsys, *args, theirs)
+    assert "not .onnx" in refused(capsys, *args, theirs.with_suffix(".onnx"))
+    assert "bfloat16" in refused(capsys, *args, theirs.with_suffix(".pkl")).lower()
+    assert "no weights at" in refused(capsys, tmp_path / "gone.pth", theirs.with_suffix(".pkl"))
+    assert "folder" in refused(capsys, *args, tmp_path / "folder" / "a.pth")
+    assert list(tmp_path.iterdir()) == [source]
+    run(*args, theirs.with_suffix(".safetensors"))
+    (found,) = read_weights(theirs.with_suffix(".safetensors")).values()
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, numbers)

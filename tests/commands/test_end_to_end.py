@@ -1,0 +1,138 @@
+"""The quickstart in small, by its command: trains, evaluates, draws, resumes to the bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tensormask
+from tensormask.commands import predict, train
+from tensormask.data.shapes import write_split
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> dict[str, str]:
+    """Small shapes sets as data of one's own, `annotations.json@images`."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for split, num_images in (("train", 12), ("val", 4)):
+        write_split(split, num_images, folder / split)
+    return {
+        s: f"{folder / s / 'annotations.json'}@{folder / s / 'images'}" for s in ("train", "val")
+    }
+
+
+def arguments(shapes: dict[str, str], output: Path, *more: object) -> list[str]:
+    opts = [
+        "DATASETS.TRAIN", [shapes["train"]], "DATASETS.TEST", [shapes["val"]],
+        "OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "TEST.EXPECTED_RESULTS", [],
+        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 1,
+        "SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.005, *more,
+    ]  # fmt: skip
+    return ["--config-file", str(ROOT / "configs" / "quickstart.yaml"), *map(str, opts)]
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    assert train.main(arguments(shapes, output)) == 0
+    return output
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "model_final.pth", weights_only=True)["model"]
+
+
+def test_a_run_leaves_its_files(run) -> None:
+    for name in (
+        "config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_0000001.pth",
+        "model_final.pth", "inference/coco_instances_results.json", "inference/montage.png",
+    ):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert list(run.glob("events.out.tfevents.*"))
+    assert len(list((run / "inference" / "images").glob("*.png"))) == 4
+    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    assert {"loss_cls", "loss_box_reg", "loss_mask", "lr"} <= lines[0].keys()
+    assert 0 <= lines[-1]["segm/AP"] <= 100
+    assert 20 < lines[-1]["oracle/AP"] <= 100
+    for result in json.loads((run / "inference/coco_instances_results.json").read_text()):
+        assert result.keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+
+def test_same_seed_same_bits(run, shapes, tmp_path) -> None:
+    """With another number of workers, and stopped after two iterations and resumed."""
+    stopped = tmp_path / "stopped"
+    assert train.main(arguments(shapes, stopped, "DATALOADER.NUM_WORKERS", 0)) == 0
+    (stopped / "last_checkpoint").write_text("model_0000001.pth")
+    (stopped / "model_final.pth").unlink()
+    assert train.main(["--resume", *arguments(shapes, stopped)]) == 0
+    expected = weights(run)
+    for name, value in weights(stopped).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_another_seed_other_weights(run, shapes, tmp_path) -> None:
+    assert train.main(arguments(shapes, tmp_path, "SEED", 8)) == 0
+    assert any(not torch.equal(v, weights(run)[name]) for name, v in weights(tmp_path).items())
+
+
+def test_eval_only_repeats_the_results(run, shapes, tmp_path) -> None:
+    more = ["MODEL.WEIGHTS", run / "model_final.pth"]
+    assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 0
+    results = "inference/coco_instances_results.json"
+    assert (tmp_path / results).read_text() == (run / results).read_text()
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(run, shapes, tmp_path, capsys) -> None:
+    more = ["MODEL.WEIGHTS", run / "model_final.pth", "MODEL.TENSOR_MASK.CLS_CHANNELS", 32]
+    assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 2
+    assert "head.cls_subnet.0.weight" in capsys.readouterr().err
+
+
+def test_without_masks(run, shapes, tmp_path) -> None:
+    more = ["MODEL.WEIGHTS", run / "model_final.pth", "MODEL.MASK_ON", False]
+    assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 0
+
+
+def test_unexpected_results_fail_the_run(run, shapes, tmp_path) -> None:
+    expected = [["segm", "AP", 99.0, 0.5]]
+    more = ["MODEL.WEIGHTS", run / "model_final.pth", "TEST.EXPECTED_RESULTS", expected]
+    assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 1
+
+
+def test_mistakes_are_one_line(shapes, tmp_path, capsys) -> None:
+    """A wrong key, number of classes or path of data: exit code 2, no traceback."""
+    for more, message in (
+        (["SOLVER.MAX_ITERS", 3], "SOLVER.MAX_ITER"),
+        (["MODEL.TENSOR_MASK.NUM_CLASSES", 80], "NUM_CLASSES 6"),
+        (["DATASETS.TEST", ["nowhere.json@nowhere"]], "nowhere"),
+    ):
+        assert train.main(arguments(shapes, tmp_path, *more)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_predictor_and_demo(run, shapes, tmp_path) -> None:
+    images = Path(shapes["val"].split("@")[1])
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", "0.005"]
+    predictor = tensormask.Predictor(run / "config.yaml", run / "model_final.pth")
+    detections = predictor(images / "000001.png")
+    assert detections["masks"].shape == (len(detections["scores"]), 128, 128)
+    assert predictor.class_names[3] == "star"
+    assert set(detections["class_names"]) <= set(predictor.class_names)
+
+    code = predict.main(
+        [
+            *("--config-file", str(run / "config.yaml"), "--weights", str(run / "model_final.pth")),
+            *("--input", str(images), "--output", str(tmp_path), "--confidence-threshold", "0.0"),
+            *opts,
+        ]
+    )
+    assert code == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{i:06d}.png" for i in range(1, 5)]
+    found = json.loads((tmp_path / "detections.json").read_text())
+    first = [result["score"] for result in found if result["image_id"] == 0]
+    assert first == pytest.approx(detections["scores"].tolist())

@@ -1,0 +1,352 @@
+"""detectron2's config files load here, and our YAML files say what its and the paper's do."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tensormask.config import CfgNode, get_cfg
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(name: str | Path) -> CfgNode:
+    cfg = get_cfg()
+    cfg.merge_from_file(CONFIGS / name)
+    return cfg
+
+
+# What a config.yaml dumped by detectron2 for its TensorMask has, and our tree has not.
+FOREIGN = """
+DATALOADER: {REPEAT_SQRT: true, REPEAT_THRESHOLD: 0.0, SAMPLER_TRAIN: TrainingSampler}
+DATASETS:
+  PRECOMPUTED_PROPOSAL_TOPK_TEST: 1000
+  PRECOMPUTED_PROPOSAL_TOPK_TRAIN: 2000
+  PROPOSAL_FILES_TEST: []
+  PROPOSAL_FILES_TRAIN: []
+GLOBAL: {HACK: 1.0}
+INPUT:
+  CROP: {ENABLED: false, SIZE: [0.9, 0.9], TYPE: relative_range}
+MODEL:
+  ANCHOR_GENERATOR: {ANGLES: [[-90, 0, 90]], NAME: DefaultAnchorGenerator, OFFSET: 0.0}
+  BACKBONE: {NAME: build_retinanet_resnet_fpn_backbone}
+  KEYPOINT_ON: false
+  LOAD_PROPOSALS: false
+  PANOPTIC_FPN: {COMBINE: {ENABLED: true, OVERLAP_THRESH: 0.5}, INSTANCE_LOSS_WEIGHT: 1.0}
+  PROPOSAL_GENERATOR: {MIN_SIZE: 0, NAME: RPN}
+  RESNETS:
+    DEFORM_MODULATED: false
+    DEFORM_NUM_GROUPS: 1
+    DEFORM_ON_PER_STAGE: [false, false, false, false]
+    NUM_GROUPS: 1
+    RES2_OUT_CHANNELS: 256
+    RES5_DILATION: 1
+    STEM_OUT_CHANNELS: 64
+    WIDTH_PER_GROUP: 64
+  RETINANET: {BBOX_REG_WEIGHTS: &id002 [1.0, 1.0, 1.0, 1.0], NUM_CLASSES: 80}
+  ROI_BOX_CASCADE_HEAD: {BBOX_REG_WEIGHTS: [&id001 [10.0, 10.0, 5.0, 5.0]], IOUS: [0.5, 0.6, 0.7]}
+  ROI_BOX_HEAD: {BBOX_REG_WEIGHTS: *id001, NAME: ''}
+  ROI_HEADS: {NAME: Res5ROIHeads, NUM_CLASSES: 80}
+  ROI_KEYPOINT_HEAD: {NUM_KEYPOINTS: 17}
+  ROI_MASK_HEAD: {NAME: MaskRCNNConvUpsampleHead}
+  RPN: {BBOX_REG_WEIGHTS: *id002, IN_FEATURES: [res4]}
+  SEM_SEG_HEAD: {IGNORE_VALUE: 255}
+SOLVER: {NUM_DECAYS: 3, REFERENCE_WORLD_SIZE: 0, RESCALE_INTERVAL: false}
+TEST:
+  AUG: {ENABLED: false, FLIP: true, MAX_SIZE: 4000, MIN_SIZES: [400, 500]}
+  KEYPOINT_OKS_SIGMAS: []
+  PRECISE_BN: {ENABLED: false, NUM_ITER: 200}
+VERSION: 2
+VIS_PERIOD: 0
+"""
+
+OURS_ALONE = {
+    "DETERMINISTIC",
+    "MODEL.CHANNELS_LAST",
+    "MODEL.COMPILE",
+    "MODEL.SIZE_DIVISOR",
+    "TEST.AMP",
+    "MODEL.TENSOR_MASK.BOX_ON",
+    "MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS",
+    "MODEL.TENSOR_MASK.HEAD",
+    "MODEL.TENSOR_MASK.INIT",
+    "MODEL.TENSOR_MASK.NMS_ON",
+    "MODEL.TENSOR_MASK.UPSCALE_LAMBDA",
+    "MODEL.TENSOR_MASK.UPSCALE_MODE",
+    "SOLVER.ACCUMULATE_STEPS",
+    "SOLVER.AMP.DTYPE",
+    "SOLVER.CHECKPOINT_BEST",
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+    "SOLVER.DETECT_ANOMALY",
+    "SOLVER.EMA.DECAY",
+    "SOLVER.EMA.ENABLED",
+    "SOLVER.OPTIMIZER",
+    "TEST.MAX_DETS",
+    "TEST.NUM_VISUALIZED",
+    "TEST.ORACLE_ON",
+}
+
+
+def overlay(low: dict, high: dict) -> dict:
+    merged = dict(low)
+    for key, value in high.items():
+        inner = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = overlay(merged[key], value) if inner else value
+    return merged
+
+
+def detectron2_dump(cfg: CfgNode) -> dict:
+    """What detectron2 would dump for the same settings."""
+    dump = overlay(yaml.safe_load(cfg.dump()), yaml.safe_load(FOREIGN))
+    for key in OURS_ALONE:
+        *groups, leaf = key.split(".")
+        node = dump
+        for group in groups:
+            node = node[group]
+        del node[leaf]
+    return dump
+
+
+def test_a_dump_of_detectron2_loads_with_one_line(tmp_path, caplog):
+    settings = load("tensormask_R_50_FPN_6x.yaml")
+    settings.MODEL.DEVICE = "cuda"
+    path = write(tmp_path, yaml.safe_dump(detectron2_dump(settings)))
+    cfg = get_cfg()
+    with caplog.at_level(logging.INFO):
+        cfg.merge_from_file(path)
+    settings.MODEL.TENSOR_MASK.HEAD = "auto"  # detectron2 has the two switches only
+    assert cfg == settings
+    (record,) = caplog.records
+    named = set(record.getMessage().partition(": ")[2].split(", "))
+    assert {"MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.RETINANET", "GLOBAL.HACK"} <= named
+    assert {"MODEL.BACKBONE.NAME", "TEST.AUG.ENABLED"} <= named
+    assert "VERSION" not in named
+
+
+def test_detectron2s_way_of_writing_its_yaml_files(tmp_path):
+    """Tuples in texts, and a backbone by name."""
+    text = """
+MODEL:
+  BACKBONE: {NAME: "build_retinanet_resnet_fpn_backbone"}
+DATASETS:
+  TRAIN: ("coco_2017_train",)
+SOLVER:
+  STEPS: (480000, 520000)
+INPUT:
+  MIN_SIZE_TRAIN: (640, 800)
+"""
+    cfg = get_cfg()
+    cfg.merge_from_file(write(tmp_path, text))
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
+    assert cfg.SOLVER.STEPS == (480000, 520000)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
+
+
+# The settings of detectron2's three files, tuples as texts, as it writes them.
+DETECTRON2_BASE = {
+    **{
+        "VERSION": 2,
+        "DATASETS.TRAIN": "('coco_2017_train',)",
+        "DATASETS.TEST": "('coco_2017_val',)",
+    },
+    **{"MODEL.META_ARCHITECTURE": "TensorMask", "MODEL.MASK_ON": True},
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.FUSE_TYPE": "avg",
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[44 * 2**k, 60 * 2**k] for k in range(6)],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]],
+    "MODEL.TENSOR_MASK.ALIGNED_ON": True,
+    "MODEL.TENSOR_MASK.BIPYRAMID_ON": True,
+    **{"SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": 0.02, "SOLVER.MAX_ITER": 90000},
+    "SOLVER.STEPS": "(60000, 80000)",
+}
+DETECTRON2_1X = {
+    "_BASE_": "Base-TensorMask.yaml",
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    "MODEL.RESNETS.DEPTH": 50,
+}
+DETECTRON2_6X = {
+    **DETECTRON2_1X,
+    **{"SOLVER.STEPS": "(480000, 520000)", "SOLVER.MAX_ITER": 540000},
+    **{"INPUT.MIN_SIZE_TRAIN": "(640, 800)", "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"},
+}
+
+
+def nested(settings: dict) -> dict:
+    tree: dict = {}
+    for key, value in settings.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("tensormask_R_50_FPN_1x.yaml", DETECTRON2_1X),
+        ("tensormask_R_50_FPN_6x.yaml", DETECTRON2_6X),
+    ],
+)
+def test_detectron2s_files_say_what_ours_of_the_same_name_say(tmp_path, name, settings):
+    for file, content in (("Base-TensorMask.yaml", DETECTRON2_BASE), (name, settings)):
+        (tmp_path / file).write_text(yaml.safe_dump(nested(content)))
+    theirs, ours = get_cfg(), load(name)
+    theirs.merge_from_file(tmp_path / name)
+    ours.MODEL.TENSOR_MASK.HEAD = "auto"
+    assert theirs == ours
+
+
+# ------------------------------------------------------------ the mask head: by name or by switches
+
+
+def head_of(cfg: CfgNode) -> tuple:
+    options = cfg.MODEL.TENSOR_MASK
+    return options.HEAD, options.ALIGNED_ON, options.BIPYRAMID_ON
+
+
+def test_a_head_sets_the_switches_and_a_switch_the_head():
+    cfg = load("Base-TensorMask.yaml")
+    assert head_of(cfg) == ("bipyramid", True, True)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.HEAD", "upscale_natural"])
+    assert head_of(cfg) == ("upscale_natural", False, False)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.ALIGNED_ON", "True"])
+    assert head_of(cfg) == ("auto", True, False)
+    cfg.merge_from_other_cfg({"MODEL": {"TENSOR_MASK": {"HEAD": "bipyramid"}}})
+    assert head_of(cfg) == ("bipyramid", True, True)
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.HEAD", "auto"])
+    assert head_of(cfg) == ("auto", True, True)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("MODEL: {TENSOR_MASK: {HEAD: simple_aligned}}", ("simple_aligned", True, False)),
+        ("MODEL: {TENSOR_MASK: {BIPYRAMID_ON: False}}", ("auto", True, False)),
+        ("MODEL.TENSOR_MASK.HEAD: simple_natural", ("simple_natural", False, False)),
+        ("SEED: 3", ("bipyramid", True, True)),
+    ],
+)
+def test_a_file_over_its_base_is_said_last(tmp_path, text, expected):
+    path = write(tmp_path, f"_BASE_: {CONFIGS / 'Base-TensorMask.yaml'}\n{text}\n")
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    assert head_of(cfg) == expected
+    again = get_cfg()
+    again.merge_from_file(write(tmp_path, cfg.dump()))
+    assert again == cfg
+
+
+def test_both_in_one_source_are_taken_at_their_word():
+    cfg = get_cfg()
+    words = ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.ALIGNED_ON", "False"]
+    cfg.merge_from_list(words)
+    assert head_of(cfg) == ("bipyramid", False, False)  # which no model can be built from
+
+
+@pytest.mark.parametrize(
+    "text", ["MODEL: 3\nMODEL.TENSOR_MASK.HEAD: bipyramid", "MODEL: {TENSOR_MASK: {HEAD: [1]}}"]
+)
+def test_a_head_in_a_malformed_file(tmp_path, text):
+    with pytest.raises(ValueError, match=r"MODEL"):
+        get_cfg().merge_from_file(write(tmp_path, text))
+
+
+def test_our_own_files_drop_nothing(caplog):
+    for path in CONFIGS.rglob("*.yaml"):
+        load(path.relative_to(CONFIGS))
+    assert not caplog.records
+
+
+def test_overrides_drop_and_say_so(caplog):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", "3", "VIS_PERIOD", "0", "SEED", "5"])
+    assert cfg.SEED == 5
+    (record,) = caplog.records
+    assert record.getMessage().endswith(": MODEL.ROI_HEADS, VIS_PERIOD")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.KEYPOINT_ON", "True"),
+        ("MODEL.LOAD_PROPOSALS", "True"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        ("MODEL.RESNETS.NUM_GROUPS", "32"),
+        ("MODEL.RESNETS.RES5_DILATION", "2"),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "(False, True, True, True)"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"),
+        ("INPUT.CROP.ENABLED", "True"),
+        ("DATASETS.PROPOSAL_FILES_TRAIN", "('a.pkl',)"),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("TEST.AUG.ENABLED", "True"),
+        ("TEST.PRECISE_BN.ENABLED", "True"),
+        ("VIS_PERIOD", "100"),
+    ],
+)
+def test_a_feature_that_is_not_there_is_refused(tmp_path, key, value):
+    message = rf"^{key} is .*does not exist here"
+    with pytest.raises(ValueError, match=message):
+        get_cfg().merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        get_cfg().merge_from_file(write(tmp_path, f'{key}: "{value}"\n'))
+
+
+# ------------------------------------------------------------------------------------- YAML files
+
+
+def test_base_holds_what_the_paper_fixes():
+    cfg = load("Base-TensorMask.yaml")
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == ("TensorMask", True)
+    assert cfg.MODEL.FPN.FUSE_TYPE == "avg"
+    assert cfg.MODEL.FPN.IN_FEATURES == ["res2", "res3", "res4", "res5"]
+    assert cfg.MODEL.TENSOR_MASK.ALIGNED_ON
+    assert cfg.MODEL.TENSOR_MASK.BIPYRAMID_ON
+    for level, sizes in enumerate(cfg.MODEL.ANCHOR_GENERATOR.SIZES):
+        assert sizes == [11 * 4 * 2**level, 15 * 4 * 2**level]
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.TENSOR_MASK.IN_FEATURES)
+
+
+@pytest.mark.parametrize(
+    "name, depth, steps, max_iter, sizes, sampling",
+    [
+        ("tensormask_R_50_FPN_1x", 50, (60000, 80000), 90000, (800,), "choice"),
+        ("tensormask_R_50_FPN_6x", 50, (480000, 520000), 540000, (640, 800), "range"),
+        ("tensormask_R_101_FPN_6x", 101, (480000, 520000), 540000, (640, 800), "range"),
+    ],
+)
+def test_the_published_schedules(name, depth, steps, max_iter, sizes, sampling):
+    cfg = load(f"{name}.yaml")
+    assert cfg.MODEL.RESNETS.DEPTH == depth
+    assert cfg.MODEL.WEIGHTS == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == (steps, max_iter)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == (sizes, sampling)
+
+
+def test_quickstart_fits_the_shapes():
+    cfg = load("quickstart.yaml")
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("shapes_train",), ("shapes_val",))
+    assert cfg.MODEL.TENSOR_MASK.NUM_CLASSES == 6
+    assert cfg.MODEL.WEIGHTS == ""
+    assert cfg.SEED >= 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_file_opens_with_the_command_that_runs_it(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    if path.stem == "quickstart":
+        assert first == "# make quickstart"
+    else:
+        assert first.startswith(f"# tools/train_net.py --config-file configs/{path.name}")

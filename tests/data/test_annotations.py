@@ -1,0 +1,249 @@
+"""The checks of single entries: what is kept of them, and what is said."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as mask_utils
+
+from tensormask.data.checks.annotations import (
+    as_id,
+    check_annotation,
+    check_box,
+    check_categories,
+    check_images,
+    check_segmentation,
+    is_trainable,
+)
+from tensormask.data.checks.issues import ISSUES, IssueLog
+
+SIZE = (8, 12)
+IMAGES = {5: {"id": 5, "file_name": "a.png", "height": 8, "width": 12}}
+SQUARE = [2, 2, 6, 2, 6, 6, 2, 6]
+SOUND = {"id": 1, "image_id": 5, "category_id": 2, "bbox": [2, 2, 4, 4], "segmentation": [SQUARE]}
+
+
+def check(annotation, number=0):
+    """What is kept of an annotation, and the kinds of its issues."""
+    issues = IssueLog()
+    kept = check_annotation(annotation, number, IMAGES, {2: "cup"}, issues)
+    return kept, dict(issues.counts)
+
+
+def test_a_sound_one():
+    kept, issues = check({**SOUND, "area": 16, "attributes": {"colour": "red"}})
+    assert issues == {}
+    assert kept == {**SOUND, "area": 16, "iscrowd": 0}
+    assert is_trainable(kept, IMAGES[5])
+    crowd, _ = check({**SOUND, "iscrowd": 1})
+    assert crowd["iscrowd"] == 1
+    assert not is_trainable(crowd, IMAGES[5])
+
+
+def test_ids():
+    for value, expected in [(3, 3), (-1, -1), (0, 0), ("a", "a"), (7.0, 7)]:
+        assert as_id(value) == expected
+    for value in (None, True, "", 1.5, math.nan, math.inf, [1], {}, "\ud800"):
+        assert as_id(value) is None
+
+
+def test_an_annotation_without_id_is_named_by_its_place():
+    annotation = {key: value for key, value in SOUND.items() if key != "id"}
+    assert check(annotation, number=3)[0]["id"] == "annotations[3]"
+
+
+@pytest.mark.parametrize(
+    "box, kept, kinds",
+    [
+        ([2, 2, 4, 4], True, []),
+        ([-1, -1, 14, 10], True, []),  # rounding
+        ([-1.1, 0, 5, 5], True, ["box_beyond"]),
+        ([0, 0, 12, 9.1], True, ["box_beyond"]),
+        ([12, 0, 5, 5], True, ["box_outside"]),
+        ([-5, 0, 5, 5], True, ["box_outside"]),
+        ([2, 2, 0, 4], True, ["box_empty"]),
+        ([2, 2, 4, -1], False, ["box_negative"]),
+        ([2, 2, math.nan, 4], False, ["box_not_finite"]),
+        ([2, 2, math.inf, 4], False, ["box_not_finite"]),
+        ([2, 2, 4], False, ["box_malformed"]),
+        ([2, 2, 4, "4"], False, ["box_malformed"]),
+        ([2, 2, 4, 10**400], False, ["box_malformed"]),
+        ([2, 2, 4, 1e39], False, ["box_malformed"]),  # infinite in 32 bits
+        ([2, 2, 4, True], False, ["box_malformed"]),
+        ({"x": 2}, False, ["box_malformed"]),
+        (None, False, ["box_malformed"]),
+    ],
+)
+def test_boxes(box, kept, kinds):
+    checked, found = check_box(box, SIZE)
+    assert found == kinds
+    assert (checked is not None) == kept
+    trainable = is_trainable(check({**SOUND, "bbox": box})[0], IMAGES[5])
+    assert trainable == (kinds in ([], ["box_beyond"]))
+
+
+@pytest.mark.parametrize(
+    "segmentation, kept, kinds",
+    [
+        ([SQUARE], [SQUARE], []),
+        ([SQUARE, [1, 1, 2, 2], [3, 3]], [SQUARE], ["polygon_short"]),
+        ([[1, 1, 2, 2], [1] * 7], None, ["polygon_odd", "polygon_short"]),
+        (SQUARE, None, ["polygon_malformed"]),  # the brackets around a polygon are missing
+        ({"size": [8, 12], "counts": [0, 95]}, None, ["mask_counts"]),
+        ({"size": [12, 8], "counts": [0, 96]}, None, ["mask_size"]),
+        ({"counts": [0, 96]}, None, ["mask_malformed"]),
+        ("polygon", None, ["mask_malformed"]),
+        (5, None, ["mask_malformed"]),
+        ([], None, ["mask_missing"]),
+        ({}, None, ["mask_malformed"]),
+        (None, None, ["mask_missing"]),
+    ],
+)
+def test_segmentations(segmentation, kept, kinds):
+    assert check_segmentation(segmentation, SIZE) == (kept, kinds)
+
+
+def test_an_rle_is_kept_compressed():
+    expected = mask_utils.frPyObjects({"size": [8, 12], "counts": [10, 4, 82]}, 8, 12)
+    kept, kinds = check_segmentation({"size": [8.0, 12], "counts": [10, 4, 82]}, SIZE)
+    assert (kept, kinds) == (expected, [])
+    assert check_segmentation(expected, SIZE) == (expected, [])
+
+
+@pytest.mark.parametrize("value", [0, 1, True, False, 1.0])
+def test_crowds(value):
+    kept, issues = check({**SOUND, "iscrowd": value})
+    assert (kept["iscrowd"], issues) == (int(value), {})
+
+
+@pytest.mark.parametrize("value", ["0", "false", math.nan, [0], 2, -1, None])
+def test_what_is_no_crowd_is_said_and_taken_for_none(value):
+    kept, issues = check({**SOUND, "iscrowd": value})
+    assert (kept["iscrowd"], issues) == (0, {"iscrowd_malformed": 1})
+    assert is_trainable(kept, IMAGES[5])
+
+
+@pytest.mark.parametrize("area", ["16", math.nan, math.inf, -1, 1e11, 10**400, [16], True])
+def test_an_area_that_is_none_is_said_and_left_out(area):
+    kept, issues = check({**SOUND, "area": area})
+    assert issues == {"area_malformed": 1}
+    assert "area" not in kept
+    assert is_trainable(kept, IMAGES[5])
+
+
+def test_an_empty_rle_is_scored_and_not_trained_on():
+    kept, issues = check({**SOUND, "segmentation": {"size": [8, 12], "counts": [96]}})
+    assert issues == {"mask_empty": 1}
+    assert mask_utils.decode(kept["segmentation"]).sum() == 0
+    assert not is_trainable(kept, IMAGES[5])
+
+
+@pytest.mark.parametrize(
+    "box, agrees",
+    [
+        ([2, 2, 4, 4], True),
+        ([0, 0, 8, 8], True),  # 2 px on every side
+        ([0, 0, 8.1, 8], False),
+        ([2, 2, 9, 4], False),
+        ([-20, 2, 26, 4], True),  # only what is in the image counts; the box is beyond, though
+    ],
+)
+def test_box_and_mask(box, agrees):
+    for segmentation in ([SQUARE], {"size": [8, 12], "counts": [18, 4, 4, 4, 4, 4, 4, 4, 50]}):
+        kept, issues = check({**SOUND, "bbox": box, "segmentation": segmentation})
+        assert ("box_mask_disagree" not in issues) == agrees
+        assert is_trainable(kept, IMAGES[5])
+
+
+def test_the_spike_of_a_polygon_does_not_count():
+    spiked = [2, 2, 6, 2, 11.5, 2.05, 6, 2.1, 6, 6, 2, 6]
+    for box in ([2, 2, 4, 4], [2, 2, 9.5, 4]):
+        assert check({**SOUND, "bbox": box, "segmentation": [spiked]})[1] == {}
+
+
+def test_images():
+    entry = IMAGES[5]
+    issues = IssueLog()
+    changes = [
+        *({"license": 3}, {"file_name": "b.png"}, {"id": None}, {"id": 6, "width": 0}),
+        *({"id": 7, "height": "8"}, {"id": 8, "width": 12.5}, {"id": 9, "file_name": ""}),
+        *({"id": 10, "file_name": "a\0.png"}, {"id": 11, "file_name": ".."}),
+        *({"id": 12, "width": 10**30}, {"id": 13, "width": 2**17 + 1}),
+        *({"id": 14, "width": 2**17, "height": 2**12}, {"id": 15, "file_name": "\ud800.png"}),
+    ]
+    entries = [None, *(entry | change for change in changes)]
+    assert check_images(entries, issues) == {5: entry}
+    assert issues.counts == {"image_malformed": 12, "image_duplicate_id": 1}
+    assert issues.first_ids["image_malformed"] == ["images[0]", "images[3]", 6, 7, 8]
+
+
+def test_categories():
+    issues = IssueLog()
+    entries = [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}, {"id": 4}, {"name": "c"}, 5]
+    entries.append({"id": 6, "name": "\ud800"})
+    assert check_categories(entries, issues) == {3: "a"}
+    assert issues.counts == {"category_malformed": 4, "category_duplicate_id": 1}
+
+
+# ---- whatever a file may hold ----
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=12,
+)
+NUMBERS = st.floats(-30, 30) | st.floats() | st.integers(-30, 30) | st.integers()
+BOXES = st.lists(NUMBERS, min_size=4, max_size=4) | JSON
+POLYGONS = st.lists(st.lists(NUMBERS, max_size=12), max_size=3)
+RLES = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from([[8, 12], [12, 8]]) | JSON,
+        "counts": st.lists(st.integers(-3, 97), max_size=4) | st.text(max_size=9) | JSON,
+    }
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.fixed_dictionaries(
+        {"image_id": st.just(5), "category_id": st.just(2)},
+        optional={
+            "id": JSON,
+            "bbox": BOXES,
+            "segmentation": POLYGONS | RLES | JSON,
+            "iscrowd": JSON,
+            "area": JSON,
+        },
+    )
+)
+def test_no_annotation_does_harm(annotation):
+    kept, issues = check(annotation)
+    assert set(issues) <= set(ISSUES)
+    assert set(kept) - {"area"} == {
+        "id",
+        "image_id",
+        "category_id",
+        "bbox",
+        "segmentation",
+        "iscrowd",
+    }
+    box, segmentation = kept["bbox"], kept["segmentation"]
+    assert box is None or (len(box) == 4 and all(map(math.isfinite, box)))
+    if isinstance(segmentation, list):
+        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, *SIZE))
+    if segmentation is not None:
+        assert mask_utils.decode(segmentation).shape == SIZE
+    # Nothing is lost in silence.
+    if not kept["iscrowd"] and not is_trainable(kept, IMAGES[5]):
+        assert issues
+
+
+@settings(deadline=None)
+@given(JSON)
+def test_no_entry_does_harm(entry):
+    issues = IssueLog()
+    assert check_images([entry], issues) == {}
+    assert check_categories([entry], issues) == {}
+    assert check_annotation(entry, 0, IMAGES, {2: "cup"}, issues) is None
+    assert len(issues) == 3

@@ -1,0 +1,273 @@
+"""Images of every kind, whole and broken, against PIL and by hand."""
+
+import os
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tensormask.data.images import ImageError, read_image, stretch_to_8_bits
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def colours(height=6, width=9):
+    """An image of 4 x 4 blocks, so that JPEG keeps their colours apart."""
+    blocks = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((4 * width, 4 * height), Image.Resampling.NEAREST)
+
+
+def with_transparency(image):
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("a.png", lambda image: image),
+        ("a.jpg", lambda image: image),
+        ("a.bmp", lambda image: image),
+        ("a.webp", lambda image: image),
+        ("a.tif", lambda image: image),
+        ("grey.png", lambda image: image.convert("L")),
+        ("grey.jpg", lambda image: image.convert("L")),
+        ("two colours.png", lambda image: image.convert("1")),
+        ("palette.png", lambda image: image.quantize(16)),
+        ("palette.gif", lambda image: image.quantize(16)),
+        ("alpha.png", with_transparency),
+        ("grey alpha.png", lambda image: with_transparency(image).convert("LA")),
+        ("cmyk.jpg", lambda image: image.convert("CMYK")),
+        ("cmyk.tif", lambda image: image.convert("CMYK")),
+        ("ycc.tif", lambda image: image.convert("YCbCr")),
+    ],
+)
+def test_ordinary_images_are_what_pil_makes_of_them(tmp_path, name, make):
+    original = colours()
+    make(original).save(tmp_path / name)
+    pixels = read_image(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, expected)
+    # PIL's own reading must be an image: brightness goes with the original's.
+    grey = np.asarray(original.convert("L")).ravel()
+    assert np.corrcoef(grey, pixels.mean(axis=2).ravel())[0, 1] > 0.4
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 160, 10))])
+def test_a_palettes_transparency_is_dropped(tmp_path, transparency):
+    image = colours().quantize(16)
+    image.save(tmp_path / "a.png", transparency=transparency)
+    expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientations(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    colours().save(tmp_path / f"a{suffix}", exif=exif)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}"), expected)
+
+
+def test_exif_orientation_by_hand(tmp_path):
+    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
+    pixels[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned = read_image(tmp_path / "turned.png")
+    assert turned.shape == (6, 4, 3)
+    assert turned[0, 3].tolist() == [255, 255, 255]
+    assert turned.sum() == 3 * 255
+
+
+def test_broken_metadata_do_not_matter(tmp_path):
+    colours().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing")
+    assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("a.png", np.uint16),
+        ("a.tif", np.uint16),
+        ("a.tif", ">u2"),
+        ("a.tif", np.int32),
+        ("a.tif", np.float32),
+    ],
+)
+def test_deep_grey_is_stretched(tmp_path, name, dtype):
+    """12 of 16 bits, as microscopes write them: PIL would make nearly all of it white."""
+    values = np.linspace(100, 4000, 2000).reshape(40, 50)
+    Image.fromarray(values.astype(dtype)).save(tmp_path / name)
+    pixels = read_image(tmp_path / name)
+    assert pixels.shape == (40, 50, 3)
+    assert (pixels == pixels[:, :, :1]).all()
+    np.testing.assert_allclose(pixels[:, :, 0], (values - 100) / 3900 * 255, atol=1)
+
+
+def test_deep_grey_is_turned_upright(tmp_path):
+    values = np.zeros((4, 6), dtype=np.uint16)
+    values[0, 0] = 1000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
+    pixels = read_image(tmp_path / "a.png")[:, :, 0]
+    assert pixels.shape == (6, 4)
+    assert pixels[0, 3] == 255
+    assert np.count_nonzero(pixels) == 1
+
+
+def test_stretch_by_hand():
+    values = np.arange(10_001, dtype=np.int32)  # percentiles at 10 and 9990
+    stretched = stretch_to_8_bits(values)
+    assert stretched[[0, 10, 2505, 9990, 10_000]].tolist() == [0, 0, 64, 255, 255]
+    assert (np.diff(stretched.astype(int)) >= 0).all()
+
+
+def test_hot_pixels_do_not_decide_a_stretch():
+    values = np.random.default_rng(0).integers(200, 300, (100, 100))
+    values[3, 4] = 65535
+    assert 100 < stretch_to_8_bits(values).mean() < 150
+
+
+def test_few_bright_pixels_on_one_value_are_seen():
+    values = np.full((100, 100), 7)
+    values[3, 4:6] = 107, 207
+    stretched = stretch_to_8_bits(values)
+    assert stretched[3, 3:6].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("value", [0.0, 255.0, -3.5, np.nan, np.inf])
+def test_a_image_of_one_value_is_uniform(value):
+    assert len(np.unique(stretch_to_8_bits(np.full((3, 4), value)))) == 1
+
+
+def test_values_that_are_not_finite():
+    values = np.array([[0.0, 0.25, 1.0, np.nan, np.inf, -np.inf]])
+    stretched = stretch_to_8_bits(values)
+    assert stretched.tolist() == [[0, 64, 255, 0, 255, 0]]
+
+
+def test_names_with_spaces_and_every_script(tmp_path):
+    folder = tmp_path / "sous dossier é" / "日本"
+    folder.mkdir(parents=True)
+    colours().save(folder / "Ωmega 🙂 #1%20.png")
+    assert read_image(str(folder / "Ωmega 🙂 #1%20.png")).shape == (24, 36, 3)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
+def test_the_first_of_several_frames(tmp_path, suffix):
+    first, second = (Image.new("RGB", (5, 4), colour) for colour in ("black", "white"))
+    first.save(tmp_path / f"a{suffix}", save_all=True, append_images=[second])
+    assert not read_image(tmp_path / f"a{suffix}").any()
+
+
+def read_error(path):
+    with pytest.raises(ImageError) as raised:
+        read_image(path)
+    assert str(path) in str(raised.value)
+    assert raised.value.path == str(path)
+    return raised.value.kind
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
+def test_truncated_files(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    colours().save(path)
+    whole = path.read_bytes()
+    for share in (0.02, 0.3, 0.7, 0.9):
+        path.write_bytes(whole[: int(share * len(whole))])
+        assert read_error(path) == "image_broken", share
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    """Nothing but ImageError, whatever the bytes, and no file is left open."""
+    rng = np.random.default_rng(0)
+    num_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    kinds = []
+    for suffix in (".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"):
+        path = tmp_path / f"a{suffix}"
+        colours().save(path)
+        whole = path.read_bytes()
+        for _ in range(25):
+            damaged = bytearray(whole)
+            # Half of the damage to the header, where it does the most.
+            for end in (60, len(whole)):
+                damaged[rng.integers(min(end, len(whole)))] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                pixels = read_image(path)
+            except ImageError as error:
+                kinds.append(error.kind)
+            else:
+                assert pixels.dtype == np.uint8
+                assert pixels.shape[2:] == (3,)
+    assert 20 < len(kinds) < 140
+    assert set(kinds) == {"image_broken"}
+    if num_open is not None:
+        assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_what_is_no_image(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no image\n" * 100)
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("empty.jpg", "text.jpg", "folder.jpg"):
+        assert read_error(tmp_path / name) == "image_broken"
+    for name in ("none.jpg", "none/a.jpg", "text.jpg/a.jpg"):
+        assert read_error(tmp_path / name) == "image_missing"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert read_error(tmp_path / "pipe.png") == "image_broken"
+
+
+@pytest.mark.parametrize("side", [20_000, 2**31 - 1])
+def test_a_huge_stated_size_is_refused(tmp_path, side):
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    content = (
+        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert read_error(tmp_path / "bomb.png") == "image_broken"
+
+
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
+    """PIL warns from its limit on, and refuses from twice that on."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    colours().save(tmp_path / "a.png")  # 864 pixels
+    assert read_image(tmp_path / "a.png").shape == (24, 36, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    assert read_error(tmp_path / "a.png") == "image_broken"
+
+
+def test_image_errors_pass_between_processes():
+    error = ImageError("image_broken", Path("a b.jpg"), "is no image")
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, ValueError)
+    assert (again.kind, again.path) == ("image_broken", "a b.jpg")
+    assert str(again) == "a b.jpg is no image."

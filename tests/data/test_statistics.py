@@ -1,0 +1,95 @@
+"""A data set in numbers, and the checks that open its files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tensormask.data import CocoDataset
+from tensormask.data.statistics import area_size, check_files, count_contents, has_pixels
+
+
+def annotation(identity, image_id, category_id, x, y, side, **fields):
+    box = [x, y, side, side]
+    polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
+    return {
+        **{"id": identity, "image_id": image_id, "category_id": category_id},
+        **{"bbox": box, "segmentation": [polygon], **fields},
+    }
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three images, two of which are one file; two classes of one name, one without objects."""
+    for name, size in (("a.png", (200, 120)), ("b.png", (64, 64))):
+        Image.fromarray(np.zeros((*size[::-1], 3), np.uint8)).save(tmp_path / name)
+    content = {
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 200, "height": 120},
+            {"id": 2, "file_name": "b.png", "width": 64, "height": 64},
+            {"id": 3, "file_name": "b.png", "width": 64, "height": 60},
+        ],
+        "categories": [
+            {"id": 4, "name": "cup"},
+            {"id": 5, "name": "fork"},
+            {"id": 9, "name": "cup"},
+            {"id": 11, "name": "spoon"},
+        ],
+        "annotations": [
+            annotation(1, 1, 4, 0, 0, 100),
+            annotation(2, 1, 9, 10, 10, 40),
+            annotation(3, 1, 5, 10, 10, 20),
+            annotation(4, 1, 5, 10, 10, 20, area=1024),
+            annotation(5, 1, 5, 10, 10, 20, iscrowd=1),
+            annotation(6, 2, 5, 10, 10, 0.1),
+        ],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    return CocoDataset("things", tmp_path / "set.json", tmp_path)
+
+
+def test_contents(dataset):
+    found = count_contents(dataset)
+    assert (found.images, found.images_without_objects) == (3, 1)
+    assert (found.annotations, found.crowds, found.objects) == (6, 1, 5)
+    assert found.sizes == {"width": [64, 64, 200], "height": [60, 64, 120]}
+    assert found.objects_per_image == [1, 4]
+    assert found.by_class == {
+        "cup": {"small": 0, "medium": 1, "large": 1},
+        "fork": {"small": 2, "medium": 1, "large": 0},
+        "spoon": {"small": 0, "medium": 0, "large": 0},
+    }
+    assert found.by_size == {"small": 2, "medium": 2, "large": 1}
+    assert found.classes_without_objects == ["spoon"]
+    assert found.repeated_names == {"cup": 2}
+    assert found.repeated_files == {"b.png": 2}
+    assert json.loads(json.dumps(found.as_record()))["by_size"] == found.by_size
+
+
+def test_area_sizes_are_those_of_the_evaluation():
+    # An area of exactly 32 * 32 counts as small and as medium there, here as the larger.
+    assert [area_size(area) for area in (0, 1023.9, 1024, 9215, 9216, 1e9)] == [
+        *("small", "small", "medium", "medium", "large", "large")
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_are_opened_and_masks_drawn(dataset, num_workers):
+    assert not dataset.issues
+    assert sum(check_files(dataset, num_workers)) == 3
+    assert dataset.issues.first_ids == {"image_size": [3], "mask_empty": [6]}
+    assert sum(check_files(dataset, num_workers)) == 3
+    assert dataset.issues.counts == {"image_size": 1, "mask_empty": 1}
+
+
+def test_missing_images_are_said_once(dataset):
+    (dataset.image_root / "a.png").unlink()
+    again = CocoDataset("things", dataset.image_root / "set.json", dataset.image_root)
+    list(check_files(again))
+    assert again.issues.counts == {"image_missing": 1, "image_size": 1, "mask_empty": 1}
+
+
+def test_has_pixels():
+    assert has_pixels([[1, 1, 4, 1, 4, 4]], (8, 8))
+    assert not has_pixels([[1.2, 1.2, 1.4, 1.2, 1.4, 1.4]], (8, 8))

@@ -1,0 +1,93 @@
+"""Where NaN and infinity arise is found and named."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from tensormask.engine.anomaly import NonFiniteError, check_weights, read_losses, watch_modules
+
+BOX = [[4.0, 4.0, 40.0, 40.0]]
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
+def watched(opts=()):
+    model = tiny.build("bipyramid", opts)
+    watch_modules(model)
+    return model
+
+
+def losses_of(model, image=None):
+    image = tiny.make_image(64, 64) if image is None else image
+    return model([image], [tiny.target(64, 64, BOX)])
+
+
+def test_a_sound_model_trains_as_before():
+    expected = losses_of(tiny.build("bipyramid"))
+    losses = losses_of(watched())
+    assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
+    sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_image(value):
+    image = torch.zeros(3, 64, 64)
+    image[1, 5, 7] = value
+    for arguments, named in (((image,), {}), ((), {"images": [image]})):
+        call = ([arguments[0]], [tiny.target(64, 64, BOX)]) if arguments else ()
+        named = named and {**named, "targets": [tiny.target(64, 64, BOX)]}
+        with pytest.raises(NonFiniteError, match="Image 0 of the batch is not finite"):
+            watched()(*call, **named)
+
+
+def test_a_weight():
+    model = watched()
+    model.fpn.p7.weight.data[0, 0, 0, 0] = float("nan")
+    name = next(name for name, p in model.named_parameters() if not p.isfinite().all())
+    with pytest.raises(NonFiniteError, match=f"The weight {name} is not finite before"):
+        losses_of(model)
+
+
+def test_the_output_of_a_module():
+    model = watched()
+    # Finite weights whose products are not.
+    for conv in (model.backbone.res4[0].conv1, model.backbone.res3[0].conv1):
+        conv.weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=r"output of backbone\.res3\.0\.conv1 \(Conv2d, \d+"):
+        losses_of(model)
+
+
+class Root(nn.Module):
+    """Its gradient at 0 is infinite, its value is not."""
+
+    def forward(self, x):
+        return x.sqrt()
+
+
+def test_the_gradient_by_the_output_of_a_module():
+    layers = nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 2), Root(), nn.Linear(2, 1)
+    model = nn.Sequential(*layers)
+    model[2].weight.data.zero_()
+    model[2].bias.data.zero_()
+    model(torch.ones(1, 2)).sum().backward()
+    assert not model[2].bias.grad.isfinite().all()
+    watch_modules(model)
+    with pytest.raises(NonFiniteError, match=r"output of 2 \(2 of 2.*arises in what comes after"):
+        model(torch.ones(1, 2)).sum().backward()
+
+
+def test_losses_are_read_once_for_all():
+    losses = {"loss_a": torch.tensor(1.5), "loss_b": torch.tensor(2.0)}
+    assert read_losses(losses, 0, []) == {"loss_a": 1.5, "loss_b": 2.0}
+    losses["loss_b"] /= 0
+    batch = [{"file_name": "a.png"}]
+    with pytest.raises(NonFiniteError, match=r"iteration 7: loss_a 1\.5, loss_b inf.*a\.png.*DET"):
+        read_losses(losses, 7, batch)
+
+
+def test_weights_of_a_file():
+    model = nn.Linear(2, 2)
+    check_weights(model, "x.pth")
+    model.bias.data[1] = float("nan")
+    with pytest.raises(ValueError, match=r"Not finite in x\.pth: bias; take other weights"):
+        check_weights(model, "x.pth")

@@ -1,0 +1,197 @@
+"""What a run writes: valid JSON, no doubled curves, times that add up."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+
+import cv2
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from tensormask.engine import events
+from tensormask.utils.files import DiskFullError
+from tensormask.visualization.instances import save_image
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    package = logging.getLogger("tensormask")
+    level = package.level
+    yield
+    package.setLevel(level)
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+
+
+PROGRESS = {
+    "total_loss": 3.5,
+    "loss_cls": 1.25,
+    "lr": 0.02,
+    "grad_norm": 7.0,
+    "time": 0.5,
+    "data_time": 0.125,
+    "max_mem": 1234.4,
+    "eta_seconds": 3661.4,
+}
+
+
+def read_lines(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_json_line_is_valid_json():
+    line = events.json_line({"a": math.nan, "b": math.inf, "c": 0.5, "d": 3, "e": "x\ny"})
+    assert line == '{"a": null, "b": null, "c": 0.5, "d": 3, "e": "x\\ny"}\n'
+
+
+def test_flatten_results():
+    one = {"bbox": {"AP": 1.0, "AP50": 2.0}, "segm": {"AP": 3.0}}
+    flat = {"bbox/AP": 1.0, "bbox/AP50": 2.0, "segm/AP": 3.0}
+    assert events.flatten_results(one) == flat
+    assert events.flatten_results({"val": one}) == {f"val/{k}": v for k, v in flat.items()}
+
+
+def test_progress_line():
+    line = events.format_progress(19, 40, PROGRESS)
+    assert line == (
+        "iter: 20/40  eta: 1:01:01  total_loss: 3.5  loss_cls: 1.25  lr: 0.02  grad_norm: 7  "
+        "time: 0.5000  data_time: 0.1250 s  max_mem: 1234 MiB"
+    )
+
+
+def test_window_gives_medians_and_starts_afresh():
+    window = events.RecentMetrics()
+    for loss, seconds in ((1.0, 1.0), (100.0, 1.0), (3.0, 4.0)):
+        window.add({"loss": loss, "time": seconds})
+    assert window.pop_medians() == {"loss": 3.0, "time": 1.0}
+    assert window.seconds_left(10) == pytest.approx(20.0)  # mean 2 s, over the lines too
+    window.add({"loss": 7.0, "time": 2.0})
+    assert window.pop_medians() == {"loss": 7.0, "time": 2.0}
+
+
+def test_time_left_forgets_the_distant_past():
+    window = events.RecentMetrics()
+    for seconds in [100.0] * 50 + [2.0] * events.ETA_ITERATIONS:
+        window.add({"time": seconds})
+    assert window.seconds_left(3) == pytest.approx(6.0)
+
+
+def test_writer_fills_json_and_tensorboard(tmp_path):
+    with events.MetricsWriter(tmp_path, 0) as writer:
+        writer.write(19, PROGRESS)
+        writer.write(39, {"segm/AP": 12.5, "segm/APl": math.nan})
+        writer.write(39, {})
+    assert read_lines(tmp_path / "metrics.json") == [
+        {"iteration": 19, **PROGRESS},
+        {"iteration": 39, "segm/AP": 12.5, "segm/APl": None},
+    ]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("segm/AP")] == [(39, 12.5)]
+    assert "segm/APl" not in board.Tags()["scalars"]
+
+
+def test_resumed_writer_does_not_double_curves(tmp_path):
+    with events.MetricsWriter(tmp_path, 0) as writer:
+        for iteration in (9, 19, 29):
+            writer.write(iteration, {"loss": float(iteration)})
+    path = tmp_path / "metrics.json"
+    path.write_text(path.read_text() + '{"iteration": 3, "lo')  # killed here
+    with events.MetricsWriter(tmp_path, 20) as writer:
+        writer.write(29, {"loss": 0.5})
+    assert [(r["iteration"], r["loss"]) for r in read_lines(path)] == [(9, 9), (19, 19), (29, 0.5)]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(9, 9), (19, 19), (29, 0.5)]
+
+
+def test_an_evaluation_is_shown(tmp_path):
+    for name in ("run", "inference", "inference/b"):
+        (tmp_path / name).mkdir()
+    montage = np.zeros((4, 6, 3), np.uint8)
+    montage[..., 0] = 255
+    save_image(tmp_path / "inference" / "montage.png", montage)
+    curves = {"segm": {"AP50": [1.0, 0.5, 0.25], "AP75": []}}
+    (tmp_path / "inference" / "b" / "precision_recall.json").write_text(json.dumps(curves))
+    with events.MetricsWriter(tmp_path / "run", 0) as writer:
+        writer.write_evaluation(9, tmp_path / "inference", drawn=True, prefix="ema/")
+        writer.write_evaluation(19, tmp_path / "inference", drawn=False, prefix="ema/")
+    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
+    (image,) = board.Images("ema/predictions")
+    assert image.step == 9
+    shown = cv2.imdecode(np.frombuffer(image.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(shown[..., ::-1], montage)
+    assert board.Tags()["tensors"] == ["ema/b/segm/AP50"]
+    drawn = board.Tensors("ema/b/segm/AP50")
+    assert [event.step for event in drawn] == [9, 19]
+    *_, precision, recall = tensor_util.make_ndarray(drawn[0].tensor_proto)
+    assert precision.tolist() == [0.25, 0.5, 1.0]
+    assert recall.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_records_are_read_without_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.json"
+    assert events.read_metrics(path) == []
+    path.write_text('{"iteration": 3, "loss": 1.5}\n{"iteration": 4, "lo')
+    assert events.read_metrics(path) == [{"iteration": 3, "loss": 1.5}]
+
+
+def test_a_full_disk_is_said_by_the_metrics_and_not_by_the_log(tmp_path, capfd):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    events.setup_logging(tmp_path)
+    events.logger.info("hello")
+    (tmp_path / "metrics.json").symlink_to("/dev/full")
+    writer = events.MetricsWriter(tmp_path, 0)
+    with pytest.raises(DiskFullError, match=r"metrics\.json"):
+        writer.write(0, {"loss": 1.0})
+    with pytest.raises(DiskFullError):
+        writer.close()
+    for handler in logging.getLogger("tensormask").handlers:
+        with contextlib.suppress(OSError):  # what it has not written, at its end
+            handler.close()
+    said = capfd.readouterr()
+    assert "Logging error" not in said.err
+    assert said.out.count("hello") == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_of_progress_are_for_those_without_a_bar(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(events.sys.stderr, "isatty", lambda: terminal, raising=False)
+    events.setup_logging(tmp_path)
+    with events.progress_bar(10, 30) as bar:
+        assert bar.disable is not terminal
+        assert terminal is False or bar.n == 10
+        events.log_progress("iter: 20/30")
+        events.logger.warning("a warning")
+    said = capsys.readouterr()
+    assert ("iter: 20/30" in said.out + said.err) is not terminal
+    assert "a warning" in said.out + said.err
+    assert "iter: 20/30" in (tmp_path / "log.txt").read_text()
+
+
+def test_summary_is_a_table():
+    assert events.format_summary({"a": 1, "long": "x"}) == "a     1\nlong  x"
+
+
+def test_new_run_starts_new_curves(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 0}\n')
+    events.MetricsWriter(tmp_path, 0).close()
+    assert (tmp_path / "metrics.json").read_text() == ""
+
+
+def test_log_goes_to_console_and_file_once(tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    events.setup_logging(tmp_path / "other")
+    events.setup_logging(tmp_path)
+    events.logger.info("hello")
+    assert capsys.readouterr().out.count("hello") == 1
+    assert (tmp_path / "log.txt").read_text().count("hello") == 1
+    assert (tmp_path / "other" / "log.txt").read_text() == ""

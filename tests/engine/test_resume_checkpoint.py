@@ -1,0 +1,156 @@
+"""Checkpoints: whole or not there, plain data, and refused with a reason when they do not fit."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tensormask.engine import resume as ckpt
+from tensormask.engine.step import TrainState
+from tensormask.utils.random import (
+    get_random_states,
+    preserved_random_states,
+    set_random_states,
+)
+
+
+@pytest.fixture(autouse=True)
+def _keep_random_states():
+    with preserved_random_states():
+        yield
+
+
+def make_parts(optimizer_class=torch.optim.SGD, width=2, lr=0.1):
+    model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+    optimizer = optimizer_class(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+    return TrainState(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def step(state, x):
+    state.optimizer.zero_grad()
+    state.model(x).square().sum().backward()
+    state.optimizer.step()
+    state.scheduler.step()
+
+
+def save(folder, state, name="model_0000004.pth", iteration=4):
+    checkpoint = ckpt.pack_checkpoint(
+        state,
+        iteration=iteration,
+        config="SEED: 3\n",
+        class_names=["star", "ring"],
+        category_ids=[7, 9],
+        issues=[("a", "box_empty", 3)],
+    )
+    return ckpt.save_checkpoint(folder, name, checkpoint)
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+
+def test_everything_comes_back(tmp_path):
+    parts = make_parts(torch.optim.AdamW)
+    x = torch.randn(4, 3)
+    step(parts, x)
+    path = save(tmp_path, parts)
+    drawn = draw()
+    other = make_parts(torch.optim.AdamW)
+    loaded = ckpt.load_checkpoint(path)
+    assert ckpt.restore_checkpoint(loaded, other) == 5
+    assert draw() == drawn
+    assert other.optimizer.param_groups[0]["lr"] == 0.05
+    for both in (parts, other):
+        step(both, x)
+    for key, value in parts.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key]), key
+    assert loaded["class_names"] == ["star", "ring"]
+    assert loaded["category_ids"] == [7, 9]
+    assert loaded["issues"] == [["a", "box_empty", 3]]
+    assert set(loaded) == {
+        *("model", "optimizer", "scheduler", "scaler", "ema", "iteration", "random_states"),
+        *("issues", "config", "class_names", "category_ids", "versions"),
+    }
+
+
+def test_last_checkpoint_names_the_newest(tmp_path):
+    assert ckpt.find_last_checkpoint(tmp_path) is None
+    parts = make_parts()
+    save(tmp_path, parts)
+    path = save(tmp_path, parts, "model_final.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert ckpt.find_last_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize("name", ["gone.pth", "../model.pth", ""])
+def test_last_checkpoint_that_points_nowhere(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "run" / "last_checkpoint").write_text(name)
+    with pytest.raises(ValueError, match="last_checkpoint"):
+        ckpt.find_last_checkpoint(tmp_path / "run")
+
+
+def test_failed_checkpoint_is_not_pointed_to(tmp_path, monkeypatch):
+    parts = make_parts()
+    save(tmp_path, parts)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ckpt.torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, parts, "model_0000009.pth", 9)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
+
+
+class Runs:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": Runs(str(tmp_path / "ran"))}, path)
+    with pytest.raises(ValueError, match=r"model\.pth"):
+        ckpt.load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_and_foreign_files(tmp_path):
+    path = save(tmp_path, make_parts())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        ckpt.load_checkpoint(path)
+    torch.save({"model": {}, "iteration": 3}, path)
+    with pytest.raises(ValueError, match=r"lacks optimizer, scheduler.*MODEL\.WEIGHTS"):
+        ckpt.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no dict of weights"):
+        ckpt.load_checkpoint(path)
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path):
+    loaded = ckpt.load_checkpoint(save(tmp_path, make_parts()))
+    with pytest.raises(ValueError, match="another model"):
+        ckpt.restore_checkpoint(loaded, make_parts(width=5))
+    with pytest.raises(ValueError, match="optimiser"):
+        ckpt.restore_checkpoint(loaded, make_parts(torch.optim.AdamW))
+
+
+def test_preserved_random_states():
+    before = get_random_states()
+    first = draw()
+    set_random_states(before)
+    with preserved_random_states():
+        draw()
+    assert draw() == first

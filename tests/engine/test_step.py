@@ -1,0 +1,217 @@
+"""One step: by hand, in parts, in half precision, with averages, and when numbers go bad."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from tensormask.config import get_cfg
+from tensormask.engine.anomaly import NonFiniteError
+from tensormask.engine.precision import build_autocast
+from tensormask.engine.solver import build_ema, build_gradient_clipper
+from tensormask.engine.step import TrainState, train_step
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
+class Product(nn.Module):
+    """loss = w x, with w = 2 at the start."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0], dtype=dtype))
+
+    def forward(self, images, targets):
+        return {"loss": (self.weight * torch.stack(images)).mean()}
+
+
+def state_of(model, lr=0.5, scaler=None, ema=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.1**i)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(model, optimizer, scheduler, scaler, ema)
+
+
+def samples(*values):
+    images = [torch.tensor(value) for value in values]
+    return [{"image": x, "target": {}, "file_name": f"{x}.png"} for x in images]
+
+
+def step(state, batch, **options):
+    options = {"iteration": 0, "clip_gradients": build_gradient_clipper(get_cfg()), **options}
+    return train_step(state, batch, **options)
+
+
+def test_one_step_by_hand():
+    # w = 2, x = 3: loss 6, gradient 3; lr 0.5.
+    state = state_of(Product())
+    state.model.weight.grad = torch.full((1,), 100.0)  # of an earlier step
+    metrics = step(state, samples(3.0))
+    times = {"forward_time", "backward_time", "optimizer_time"}
+    assert all(metrics.pop(name) > 0 for name in times)
+    assert metrics == {"total_loss": 6.0, "loss": 6.0, "lr": 0.5, "grad_norm": 3.0}
+    assert state.model.weight.item() == 0.5
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_parts_are_averaged():
+    # Gradients 1, 2, 6: their mean is 3, and losses 2, 4, 12 have the mean 6.
+    state = state_of(Product())
+    metrics = step(state, samples(1.0, 2.0, 6.0), accumulate_steps=3)
+    assert (metrics["loss"], metrics["grad_norm"]) == (6.0, 3.0)
+    assert state.model.weight.item() == 0.5
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"3 images.*2 equal parts.*ACCUMULATE_STEPS"):
+        step(state_of(Product()), samples(1.0, 2.0, 6.0), accumulate_steps=2)
+
+
+def gradients(boxes_per_image, accumulate_steps=1):
+    """The gradients of a model with two images in a batch."""
+    model = tiny.build("natural")
+    batch = [
+        {
+            "image": tiny.make_image(64, 64, seed),
+            "target": tiny.target(64, 64, boxes),
+            "file_name": "",
+        }
+        for seed, boxes in enumerate(boxes_per_image)
+    ]
+    step(state_of(model, lr=0.0), batch, accumulate_steps=accumulate_steps)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_close(found, expected):
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=1e-4, msg=name)
+
+
+def test_parts_with_as_many_windows_equal_the_batch():
+    boxes = [[[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0]]]
+    assert_close(gradients(boxes, accumulate_steps=2), gradients(boxes))
+
+
+def test_parts_with_other_numbers_of_windows_count_the_same_each():
+    one, two = [[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0], [0.0, 30.0, 36.0, 64.0]]
+    parts = []
+    for number, boxes in enumerate((one, two)):
+        model = tiny.build("natural")
+        batch = [
+            {
+                "image": tiny.make_image(64, 64, number),
+                "target": tiny.target(64, 64, boxes),
+                "file_name": "",
+            }
+        ]
+        step(state_of(model, lr=0.0), batch)
+        parts.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    assert_close(gradients([one, two], accumulate_steps=2), mean)
+    with pytest.raises(AssertionError):  # the undivided batch weighs windows, not parts
+        assert_close(gradients([one, two]), mean)
+
+
+def amp_cfg(dtype, enabled=True):
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.AMP.ENABLED", enabled, "SOLVER.AMP.DTYPE", dtype])
+    return cfg
+
+
+@pytest.mark.parametrize("dtype, scaled", [("bfloat16", False), ("float16", True)])
+def test_half_precision_in_forward_and_losses_only(dtype, scaled):
+    autocast, scaler = build_autocast(amp_cfg(dtype), CPU)
+    assert scaler.is_enabled() is scaled
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)  # 65536 is skipped first
+    model = tiny.build("bipyramid")
+    seen = {}
+    model.fpn.register_forward_hook(lambda module, args, out: seen.update(dtype=out[0].dtype))
+    # Not 64 px: in bfloat16 PyTorch 2.14's CPU convolution of stride 2 on a single pixel, which p6
+    # would be, has uninitialised memory for a gradient.
+    batch = [
+        {
+            "image": tiny.make_image(128, 128),
+            "target": tiny.target(128, 128, [[4.0, 4.0, 40.0, 40.0]]),
+            "file_name": "",
+        }
+    ]
+    exact = step(state_of(tiny.build("bipyramid"), lr=0.0), batch)
+    metrics = step(state_of(model, lr=0.0, scaler=scaler), batch, autocast=autocast)
+    assert seen["dtype"] == getattr(torch, dtype)
+    assert metrics["loss_cls"] == pytest.approx(exact["loss_cls"], rel=0.02)
+    assert metrics["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)  # unscaled by then
+    assert ("loss_scale" in metrics) is scaled
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_scale_that_is_too_large_skips_the_step_and_is_halved():
+    _, scaler = build_autocast(amp_cfg("float16"), CPU)
+    state = state_of(Product(), scaler=scaler)
+    scaler.scale(torch.ones(()))  # makes the scale, 65536
+    huge = samples(3e34)  # times 65536 beyond float32
+    metrics = step(state, huge)
+    assert state.model.weight.item() == 2.0
+    assert not metrics["grad_norm"] < float("inf")
+    assert metrics["loss_scale"] == 32768
+
+
+def test_a_gradient_that_is_not_finite_at_any_scale_stops():
+    _, scaler = build_autocast(amp_cfg("float16"), CPU)
+    state = state_of(Product(), scaler=scaler)
+    state.model.weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(16):  # 65536 is halved to 1
+        step(state, samples(3.0))
+    with pytest.raises(NonFiniteError, match=r"iteration 5, that of weight.*3\.0\.png"):
+        step(state, samples(3.0), iteration=5)
+    assert scaler.get_scale() == 1.0
+    assert state.model.weight.item() == 2.0
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights():
+    state = state_of(Product())
+    state.model.weight.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(NonFiniteError, match=r"Gradient.*iteration 0, that of weight"):
+        step(state, samples(3.0))
+    assert state.model.weight.item() == 2.0
+
+
+def test_averages_follow_their_formula():
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.75])
+    model = Product()
+    state = state_of(model, ema=build_ema(cfg, model))
+    weights = []
+    for _ in range(4):
+        step(state, samples(1.0))
+        weights.append(model.weight.item())
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    assert state.ema.module.weight.item() == pytest.approx(expected, abs=1e-6)
+    assert expected != weights[-1]
+
+
+def test_averages_follow_batch_norm_and_are_not_trained():
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5])
+    model = nn.BatchNorm1d(2)
+    ema = build_ema(cfg, model)
+    for mean in (2.0, 4.0):
+        model.running_mean.fill_(mean)
+        ema.update_parameters(model)
+    assert ema.module.running_mean.tolist() == [3.0, 3.0]
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+    for decay in (-0.1, 1.0):
+        cfg.SOLVER.EMA.DECAY = decay
+        with pytest.raises(ValueError, match=r"SOLVER\.EMA\.DECAY"):
+            build_ema(cfg, model)
+
+
+def test_without_options_there_is_nothing_between():
+    autocast, scaler = build_autocast(get_cfg(), CPU)
+    assert not scaler.is_enabled()
+    assert build_ema(get_cfg(), Product()) is None
+    with autocast():
+        assert not torch.is_autocast_enabled("cpu")

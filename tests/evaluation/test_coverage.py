@@ -1,0 +1,171 @@
+"""Which objects the windows own, why others are not owned, and proposed windows."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from tensormask.data import shapes
+from tensormask.data.catalog import get_dataset
+from tensormask.data.transforms import Augmentation
+from tensormask.evaluation.coverage import (
+    CONTESTED,
+    NO_FIT,
+    RIM,
+    TOO_LARGE,
+    InputObjects,
+    input_objects,
+    measure_coverage,
+    propose_sizes,
+    scaled_windows,
+)
+from tensormask.modeling.assignment import assign
+from tensormask.modeling.windows import Windows
+
+PAPER = Windows(
+    strides=(4, 8, 16, 32, 64, 128),
+    sizes=((44, 60), (88, 120), (176, 240), (352, 480), (704, 960), (1408, 1920)),
+)
+TWO_LEVELS = Windows(strides=(4, 8), sizes=((44, 60), (88, 120)))
+
+
+def square(x, y, side):
+    return [x - side / 2, y - side / 2, x + side / 2, y + side / 2]
+
+
+def objects_of(*boxes_per_image, size=(256, 256), coco_size="small"):
+    boxes = [torch.tensor(b, dtype=torch.float32).view(-1, 4) for b in boxes_per_image]
+    return InputObjects(boxes, [size] * len(boxes), [[coco_size] * len(b) for b in boxes])
+
+
+def test_an_object_by_hand():
+    # A square of 40 px centred on a window of p2: 44 px hold it there and, 2 px off on one axis at
+    # most, nowhere else; 60 px do one stride off, too. 88 - 8 = 80 is twice as large and no more.
+    coverage = measure_coverage(objects_of([square(128, 128, 40)]), TWO_LEVELS)
+    assert coverage.windows.tolist() == [[1, 5], [5, 0]]
+    assert coverage.objects.tolist() == [[1, 1], [1, 0]]
+    assert coverage.by_size == {"small": (1, 1), "medium": (0, 0), "large": (0, 0)}
+    assert coverage.share == 1
+
+
+def test_reasons():
+    boxes = [
+        square(128, 128, 121),  # larger than 120
+        square(48, 200, 20),
+        square(48, 200, 20),  # the same: each window is claimed twice
+        square(204, 130, 59),  # 60 px hold it if centred within half a pixel; 130 is 2 off
+    ]
+    narrow = Windows(strides=(4, 8), sizes=((44, 60), (132, 180)))
+    at = measure_coverage(objects_of(boxes), narrow)
+    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 1, RIM: 0, CONTESTED: 2}
+    assert (at.num_owned, at.num_objects) == (1, 4)
+    at = measure_coverage(objects_of(boxes), TWO_LEVELS)
+    assert at.reasons == {TOO_LARGE: 1, NO_FIT: 0, RIM: 0, CONTESTED: 2}
+
+
+def test_the_rim():
+    # The windows of a 32 px image end at 28, and the corner is more than a stride from the last.
+    windows = Windows(strides=(4,), sizes=((8,),))
+    corner = [[31.0, 31.0, 32.0, 32.0]]
+    at = measure_coverage(objects_of(corner, size=(32, 32)), windows)
+    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 0, RIM: 1, CONTESTED: 0}
+    # A higher image is padded to 64.
+    assert measure_coverage(objects_of(corner, size=(40, 32)), windows).num_owned == 1
+
+
+def test_chunks_are_the_same_as_single_images():
+    rng = np.random.default_rng(0)
+    boxes, sizes = [], []
+    for _ in range(12):
+        size = [(128, 128), (128, 200), (250, 128)][rng.integers(3)]
+        centers = rng.uniform(10, 118, (rng.integers(0, 400), 2))
+        boxes.append([square(x, y, side) for (x, y) in centers for side in (rng.uniform(3, 70),)])
+        sizes.append(size)
+    objects = InputObjects(
+        [torch.tensor(b, dtype=torch.float32).view(-1, 4) for b in boxes],
+        sizes,
+        [["small"] * len(b) for b in boxes],
+    )
+    found = measure_coverage(objects, TWO_LEVELS)
+    num_windows = num_owned = 0
+    for b, size in zip(objects.boxes, sizes, strict=True):
+        owned = assign([b], TWO_LEVELS, TWO_LEVELS.grids(size))
+        num_windows += len(owned.object)
+        num_owned += len(owned.object.unique())
+    assert found.windows.sum() == num_windows
+    assert found.num_owned == num_owned
+    assert (
+        found.num_owned + sum(found.reasons.values()) == found.num_objects == sum(map(len, boxes))
+    )
+
+
+def test_nothing_to_own():
+    empty = objects_of([], [])
+    coverage = measure_coverage(empty, PAPER)
+    assert coverage.share == 1
+    assert coverage.num_objects == 0
+    assert propose_sizes(empty, PAPER)[0] is PAPER
+
+
+def test_the_papers_windows():
+    assert scaled_windows(11, 2, 4, longest=1300) == PAPER
+    assert PAPER.level_names == ["p2", "p3", "p4", "p5", "p6", "p7"]
+    assert scaled_windows(11, 2, 4, longest=1e6) == PAPER  # no level beyond p7
+    assert scaled_windows(11, 2, 4, longest=100) == TWO_LEVELS
+    assert scaled_windows(9, 1, 8, longest=100).sizes == ((72,), (144,))
+
+
+@pytest.mark.parametrize("units", range(7, 16, 2))
+@pytest.mark.parametrize("num_sizes", [1, 2, 3])
+def test_proposals_can_be_built(units, num_sizes):
+    windows = scaled_windows(units, num_sizes, 4, longest=300)
+    model = tiny.build(
+        opts=[
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [list(sizes) for sizes in windows.sizes]),
+            *("MODEL.TENSOR_MASK.IN_FEATURES", windows.level_names),
+        ]
+    )
+    assert model.windows == windows
+
+
+def test_a_proposal_owns_what_was_too_large():
+    rng = np.random.default_rng(1)
+    boxes = [square(*rng.uniform(60, 200, 2), rng.uniform(10, 200)) for _ in range(15)]
+    objects = objects_of(*([box] for box in boxes))
+    given = measure_coverage(objects, TWO_LEVELS)
+    assert given.reasons[TOO_LARGE] > 0
+    proposed, coverage = propose_sizes(objects, TWO_LEVELS)
+    assert coverage.num_owned > given.num_owned
+    assert coverage.reasons[TOO_LARGE] == 0
+    assert measure_coverage(objects, proposed).as_record() == coverage.as_record()
+
+
+def test_a_proposal_drops_levels_without_objects():
+    proposed, coverage = propose_sizes(objects_of([square(128, 128, 40)]), PAPER)
+    assert proposed.num_levels == 1
+    assert proposed.sizes[0][0] <= 44
+    assert coverage.share == 1
+
+
+def test_good_windows_are_kept():
+    objects = objects_of([square(100, 100, 25), square(40, 60, 90)])
+    assert propose_sizes(objects, TWO_LEVELS)[0] is TWO_LEVELS
+
+
+def test_objects_of_a_set_at_the_input_size(tmp_path):
+    shapes.write_split("val", 4, tmp_path)
+    dataset = get_dataset(f"{tmp_path / 'annotations.json'}@{tmp_path / 'images'}")
+    objects = input_objects(dataset, Augmentation((64,), 64))
+    assert objects.input_sizes == [(64, 64)] * 4
+    for image_id, boxes, sizes in zip(
+        dataset.image_ids, objects.boxes, objects.coco_sizes, strict=True
+    ):
+        annotations = dataset.annotations(image_id)
+        expected = [
+            [x / 2, y / 2, (x + w) / 2, (y + h) / 2]
+            for x, y, w, h in (a["bbox"] for a in annotations)
+        ]
+        assert boxes.tolist() == expected
+        # Of the original image, as COCO's evaluation has it.
+        assert sizes == ["small" if a["area"] < 1024 else "medium" for a in annotations]
+    assert objects.longer_sides().max() < 64

@@ -1,0 +1,259 @@
+"""A model run over a data set: files, images, memory, and what is left out."""
+
+import json
+import logging
+import math
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from grey import (
+    CATEGORY_IDS,
+    FakeModel,
+    GreyDataset,
+    annotation,
+    coco_json,
+    detections,
+    noisy_case,
+    rectangle,
+)
+from pycocotools import mask as rle_tools
+from tiny import build, make_image
+from torch import nn
+
+from tensormask.evaluation import (
+    coco_results,
+    evaluate,
+    results_table,
+)
+from tensormask.evaluation.drawing import draw_ground_truth, evenly_spread
+from tensormask.evaluation.submission import server_name
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_cc"
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def test_no_detections_score_0(tmp_path):
+    truth = [annotation(1, 1, 4, rectangle(10, 10, 30, 30))]
+    dataset = GreyDataset(coco_json(truth, 1), tmp_path)
+    out = tmp_path / "out"
+    results = evaluate(
+        FakeModel({1: detections([], [], [])}), dataset.loader(), dataset, out, num_visualized=1
+    )
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == 0
+    assert results["segm"]["AP-disc"] == 0
+    assert math.isnan(results["segm"]["AP-bar"])
+    assert json.loads((out / "coco_instances_results.json").read_text()) == []
+
+
+def test_set_without_annotations_is_written_but_not_scored(tmp_path, caplog):
+    """The server's zip holds one file, named like it, with all results and COCO's ids."""
+    images = coco_json([], 1)
+    del images["annotations"]
+    dataset = GreyDataset(images, tmp_path, name="coco_2017_test-dev")
+    found = {1: detections([rectangle(3, 4, 10, 12)], [1], [0.5])}
+    out = tmp_path / "out"
+    with caplog.at_level(logging.WARNING, logger="tensormask"):
+        arguments = FakeModel(found), dataset.loader(), dataset, out
+        assert evaluate(*arguments, submission_name="R-50 6x/ours") == {}
+    assert "no annotations" in caplog.text
+    (result,) = json.loads((out / "coco_instances_results.json").read_text())
+    code = rle_tools.encode(np.asfortranarray(rectangle(3, 4, 10, 12).astype(np.uint8)))
+    assert result == {
+        "image_id": 1,
+        "category_id": 17,
+        "bbox": [3, 4, 7, 8],
+        "score": 0.5,
+        "segmentation": {"size": [128, 160], "counts": code["counts"].decode()},
+    }
+    stem = "detections_test-dev2017_R-50-6x-ours_results"
+    assert json.loads((out / f"{stem}.json").read_text()) == [result]
+    with zipfile.ZipFile(out / f"{stem}.zip") as archive:
+        assert archive.namelist() == [f"{stem}.json"]
+        assert archive.read(f"{stem}.json") == (out / f"{stem}.json").read_bytes()
+    assert evaluate(FakeModel(found), dataset.loader(), dataset) == {}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("coco_2017_test-dev", "test-dev2017"),
+        ("coco_2017_test", "test2017"),
+        ("a/image_info_test-dev2017.json@b/test2017", "test-dev2017"),
+        ("my set", "my-set"),
+    ],
+)
+def test_names_of_test_sets(name, expected):
+    assert server_name(name) == expected
+
+
+def test_model_without_masks_has_box_ap_only(tmp_path):
+    truth = [annotation(1, 1, 4, rectangle(10, 10, 30, 30))]
+    dataset = GreyDataset(coco_json(truth, 1), tmp_path)
+    found = detections([rectangle(10, 10, 30, 30)], [0], [0.5])
+    del found["masks"]
+    model = nn.Module()
+    model.forward = lambda images, output_sizes: [found]
+    results = evaluate(model, dataset.loader(), dataset, tmp_path / "out", num_visualized=1)
+    assert list(results) == ["bbox"]
+    assert results["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_modes_are_restored_even_after_an_error(tmp_path):
+    dataset, found = noisy_case(tmp_path)
+    model = FakeModel(found).train()
+    model.frozen.eval()
+    evaluate(model, dataset.loader(), dataset)
+    assert (model.training, model.tower.training, model.frozen.training) == (True, True, False)
+    model.detections = {}
+    with pytest.raises(KeyError):
+        evaluate(model, dataset.loader(), dataset)
+    assert (model.training, model.tower.training, model.frozen.training) == (True, True, False)
+
+
+def test_pycocotools_prints_nothing(tmp_path, capsys):
+    dataset, found = noisy_case(tmp_path)
+    capsys.readouterr()
+    evaluate(FakeModel(found), dataset.loader(), dataset)
+    assert capsys.readouterr().out == ""
+
+
+def test_coco_results_round_trip_through_json():
+    masks = [rectangle(3, 4, 10, 12) | rectangle(20, 4, 22, 6), rectangle(0, 0, 160, 128)]
+    found = detections(masks, [2, 0], [0.875, 0.1])
+    results = json.loads(json.dumps(coco_results(found, 7, CATEGORY_IDS)))
+    assert [result["category_id"] for result in results] == [90, 4]
+    assert [result["bbox"] for result in results] == [[3, 4, 19, 8], [0, 0, 160, 128]]
+    assert results[0]["score"] == 0.875
+    assert results[1]["score"] == float(np.float32(0.1))
+    for result, mask in zip(results, masks, strict=True):
+        assert result["image_id"] == 7
+        assert np.array_equal(rle_tools.decode(result["segmentation"]), mask)
+
+
+def test_images_are_written_for_evenly_spread_images(tmp_path):
+    dataset, found = noisy_case(tmp_path)
+    content = json.loads(dataset.json_file.read_text())
+    content["images"][15]["file_name"] = "below/1.png"  # the name of another one, elsewhere
+    dataset = GreyDataset(content, tmp_path)
+    out = tmp_path / "out"
+    evaluate(FakeModel(found), dataset.loader(), dataset, out, num_visualized=3)
+    names = sorted(path.name for path in (out / "images").iterdir())
+    assert names == ["1.png", "1_2.png", "9.png"]
+    assert (out / "montage.png").stat().st_size > 1000
+
+
+def test_no_images_by_default(tmp_path):
+    dataset, found = noisy_case(tmp_path)
+    evaluate(FakeModel(found), dataset.loader(), dataset, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"coco_instances_results.json", "precision_recall.json"}
+
+
+def test_ground_truth_is_drawn_without_crowds(tmp_path):
+    truth = [
+        annotation(1, 1, 4, rectangle(10, 10, 40, 40)),
+        annotation(2, 1, 4, rectangle(80, 60, 120, 110), iscrowd=1),
+        annotation(3, 1, 4, rectangle(50, 90, 70, 120)) | {"bbox": None},
+        annotation(4, 1, 4, rectangle(20, 90, 40, 120)) | {"segmentation": []},
+        annotation(5, 1, 4, rectangle(1, 1, 4, 4)) | {"segmentation": [], "bbox": None},
+    ]
+    dataset = GreyDataset(coco_json(truth, 1), tmp_path)
+    rgb = np.full((128, 160, 3), 90, np.uint8)
+    image, num_crowds = draw_ground_truth(rgb, dataset, 1)
+    assert num_crowds == 1
+    factor = image.shape[0] // 128
+    assert (image[25 * factor, 25 * factor] != 90).any()
+    assert (image[105 * factor, 60 * factor] != 90).any()  # a mask without a box
+    assert (image[90 * factor, 20 * factor] != 90).any()  # a box without a mask
+    assert (image[2 * factor, 2 * factor] == 90).all()
+    assert (image[85 * factor, 100 * factor] == 90).all()
+
+
+@pytest.mark.parametrize(
+    "count, expected", [(0, []), (1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (99, list(range(10)))]
+)
+def test_evenly_spread(count, expected):
+    assert evenly_spread(list(range(10)), count) == expected
+
+
+def test_images_that_cannot_be_read_count_as_missed(tmp_path, caplog):
+    truth = [annotation(i, i, 4, rectangle(10, 10, 30, 30)) for i in (1, 2)]
+    dataset = GreyDataset(coco_json(truth, 2), tmp_path)
+    found = {2: detections([rectangle(10, 10, 30, 30)], [0], [0.5])}
+    (first,), (second,) = dataset.loader()
+    broken = first | {"image": None}
+    for samples in ([[broken], [second]], [[broken, second]]):
+        results = evaluate(FakeModel(found), samples, dataset, tmp_path / "out", num_visualized=2)
+        assert results["segm"]["AP"] == pytest.approx(100 * 51 / 101)  # recall 1/2
+        assert "1 of 2 images of grey cannot be read" in caplog.text
+        assert len(list((tmp_path / "out" / "images").iterdir())) == 1
+
+
+def test_images_come_once(tmp_path, caplog):
+    dataset = GreyDataset(coco_json([annotation(1, 1, 4, rectangle(1, 1, 9, 9))], 3), tmp_path)
+    model = FakeModel({i: detections([], [], []) for i in (1, 2, 3)})
+    samples = list(dataset.loader())
+    evaluate(model, samples[:2], dataset)
+    assert "1 of 3 images of grey did not come from the loader" in caplog.text
+    assert "the first ids: 3" in caplog.text
+    with pytest.raises(ValueError, match=r"image 2, which grey .*came before"):
+        evaluate(model, [*samples, samples[1]], dataset)
+    with pytest.raises(ValueError, match="image 7"):
+        evaluate(model, [[samples[0][0] | {"image_id": 7}]], dataset)
+
+
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
+def test_a_tensormask_makes_no_frames(tmp_path, monkeypatch, head):
+    """Files, images and scores as from `forward`; masks never fill a frame but to be drawn."""
+    model = build(head, ["TEST.DETECTIONS_PER_IMAGE", 30])
+    nn.init.normal_(model.head.cls_score.bias, -1.0, 0.5)
+    in_frames = nn.Module()
+    in_frames.model = model
+    in_frames.forward = lambda images, output_sizes: model(images, output_sizes=output_sizes)
+    truth = [annotation(i, i, 4, rectangle(10, 10, 60, 70)) for i in (1, 2, 3)]
+    dataset = GreyDataset(coco_json(truth, 3), tmp_path)
+    samples = [[s | {"image": make_image(64, 80, seed=s["image_id"])} for (s,) in dataset.loader()]]
+    expected = evaluate(in_frames, samples, dataset, tmp_path / "frames", num_visualized=1)
+    monkeypatch.setattr("tensormask.modeling.tensormask.with_frames", None)
+    results = evaluate(model, samples, dataset, tmp_path / "windows", num_visualized=1)
+    assert results_table(results) == results_table(expected)
+    for name in ("coco_instances_results.json", "images/1.png"):
+        assert (tmp_path / "windows" / name).read_bytes() == (
+            tmp_path / "frames" / name
+        ).read_bytes()
+    written = json.loads((tmp_path / "windows" / "coco_instances_results.json").read_text())
+    assert len(written) == 90
+    assert any(rle_tools.area(result["segmentation"]) > 0 for result in written)
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_memory_does_not_grow_with_the_images(tmp_path, with_folder):
+    """20 images of 100 detections take more than 2 MB as dicts; none of it stays."""
+    dataset = GreyDataset(coco_json([annotation(1, 1, 4, rectangle(1, 1, 9, 9))], 30), tmp_path)
+    found = detections([rectangle(i, 0, i + 40, 128) for i in range(100)], [0] * 100, [0.5] * 100)
+    held = []
+
+    def forward(images, output_sizes):
+        held.append(tracemalloc.get_traced_memory()[0])
+        return [found]
+
+    model = nn.Module()
+    model.forward = forward
+    tracemalloc.start()
+    try:
+        evaluate(model, dataset.loader(), dataset, tmp_path / "out" if with_folder else None)
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 30
+    assert held[-1] - held[9] < 200_000
+
+
+def test_same_images_with_larger_batches(tmp_path):
+    dataset, found = noisy_case(tmp_path)
+    one_by_one = evaluate(FakeModel(found), dataset.loader(), dataset)
+    samples = [sample for batch in dataset.loader() for sample in batch]
+    batched = evaluate(FakeModel(found), [samples[:4], samples[4:]], dataset)
+    assert results_table(one_by_one) == results_table(batched)

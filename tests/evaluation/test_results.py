@@ -1,0 +1,233 @@
+"""Results from tensors into files: codes of regions, the writer, and what is refused."""
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as rle_tools
+from pycocotools.coco import COCO
+
+from tensormask.evaluation import coco_results, evaluate_results
+from tensormask.evaluation.results import ResultsWriter, encode_mask, encode_region, read_results
+from tensormask.layers import paste_masks
+
+
+@st.composite
+def regions(draw):
+    """A region anywhere in an image: at its rim, as high as it, of no area."""
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    region_height = draw(st.one_of(st.just(height), st.integers(0, height)))
+    region_width = draw(st.integers(0, width))
+    x0 = draw(st.integers(0, width - region_width))
+    y0 = draw(st.integers(0, height - region_height))
+    fill = st.one_of(st.booleans(), st.just(draw(st.booleans())))
+    region = draw(arrays(bool, (region_height, region_width), elements=fill))
+    return torch.from_numpy(region), x0, y0, (height, width)
+
+
+@given(regions())
+def test_codes_of_regions_are_those_of_the_whole_mask(case) -> None:
+    region, x0, y0, size = case
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+    expected = rle_tools.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    found = encode_region(region, x0, y0, size)
+    assert found == {"size": expected["size"], "counts": expected["counts"].decode()}
+    assert found == encode_mask(mask)
+
+
+@pytest.mark.parametrize(
+    "region, x0, y0, counts",
+    [
+        ([[1, 1], [1, 0]], 1, 1, [5, 2, 2, 1, 6]),
+        ([[1], [1], [1], [1]], 0, 0, [0, 4, 12]),
+        ([[1, 1], [1, 1], [1, 1], [1, 1]], 2, 0, [8, 8]),  # one run over two columns, to the end
+        ([[0, 0]], 2, 3, [16]),
+    ],
+)
+def test_codes_by_hand(region, x0, y0, counts) -> None:
+    found = encode_region(torch.tensor(region).bool(), x0, y0, (4, 4))
+    expected = rle_tools.frPyObjects({"size": [4, 4], "counts": counts}, 4, 4)
+    assert found["counts"] == expected["counts"].decode()
+
+
+def in_windows(size, num_masks=12):
+    """Random detections with masks of several sizes in windows that may leave the image."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(num_masks, 2, generator=generator) * 80 - 20
+    windows = torch.cat([corner, corner + torch.rand(num_masks, 2, generator=generator) * 90], 1)
+    return {
+        "boxes": torch.rand(num_masks, 4, generator=generator).cumsum(1),
+        "scores": torch.rand(num_masks, generator=generator),
+        "labels": torch.zeros(num_masks, dtype=torch.int64),
+        "windows": windows,
+        "window_masks": [torch.rand(3 + i, 3 + i, generator=generator) for i in range(num_masks)],
+    }
+
+
+def test_masks_in_windows_have_the_code_of_their_frames() -> None:
+    size = (48, 64)
+    found = in_windows(size)
+    masks = paste_masks(found["window_masks"], found["windows"], size)
+    assert 0 < masks.float().mean() < 1
+    frames = {key: found[key] for key in ("boxes", "scores", "labels")} | {"masks": masks}
+    assert coco_results(found, 3, [7], size) == coco_results(frames, 3, [7], size)
+    with pytest.raises(ValueError, match="size"):
+        coco_results(found, 3, [7])
+
+
+def test_masks_of_another_size_are_refused() -> None:
+    """pycocotools takes their IoU for -1: all objects would count as missed."""
+    found = in_windows((48, 64)) | {"masks": torch.zeros(12, 64, 48, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="masks of shape"):
+        coco_results(found, 3, [7], (48, 64))
+
+
+@pytest.mark.parametrize("key, value", [("boxes", torch.nan), ("scores", torch.inf)])
+def test_detections_that_are_not_finite_are_refused(key, value) -> None:
+    found = in_windows((48, 64))
+    found[key][5:6] = value
+    with pytest.raises(ValueError, match=r"image 3.*NaN or infinity"):
+        coco_results(found, 3, [7], (48, 64))
+
+
+def test_results_go_through_a_file_one_by_one(tmp_path) -> None:
+    path = tmp_path / "results.json"
+    results = [{"image_id": "ä\n{", "score": 0.1}, {"image_id": 2}, {"image_id": 3}]
+    with ResultsWriter(path) as writer:
+        writer.add(results[:1])
+        writer.add([])
+        writer.add(results[1:])
+        assert not path.exists()
+    assert writer.num_results == 3
+    assert json.loads(path.read_text()) == results
+    assert list(read_results(path)) == results
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_no_results_are_an_empty_list(tmp_path) -> None:
+    with ResultsWriter(tmp_path / "results.json"):
+        pass
+    assert json.loads((tmp_path / "results.json").read_text()) == []
+    assert list(read_results(tmp_path / "results.json")) == []
+
+
+def test_an_error_leaves_the_file_that_was_there(tmp_path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("before")
+    with pytest.raises(TypeError), ResultsWriter(path) as writer:
+        writer.add([{"score": 0.5}, {"score": object()}])
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def ground_truth(**changes) -> COCO:
+    """One image of 4 x 5 pixels (height x width) with one object."""
+    coco = COCO()
+    annotation = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 0,
+        "bbox": [0, 0, 5, 4],
+        "area": 20,
+        "iscrowd": 0,
+        "segmentation": {"size": [4, 5], "counts": [0, 20]},
+    }
+    coco.dataset = {
+        "images": [{"id": 1, "height": 4, "width": 5}],
+        "categories": [{"id": 0, "name": "zero"}],
+        "annotations": [annotation | changes],
+    }
+    coco.createIndex()
+    return coco
+
+
+RESULT = {
+    "image_id": 1,
+    "category_id": 0,
+    "bbox": [0, 0, 5, 4],
+    "score": 0.5,
+    "segmentation": {"size": [4, 5], "counts": "0d0"},
+}
+UNSOUND_CODES = [
+    {"size": [4, 5], "counts": "0d1"},
+    {"size": [4, 5], "counts": b"XX"},
+    {"size": [5, 4], "counts": "0d0"},
+    {"size": [4, 5], "counts": [0, 21]},
+    {"size": [4, 5], "counts": [30, -10]},
+    {"size": [4, 5]},
+    "0d0",
+]
+
+
+def test_results_of_a_hand_made_file() -> None:
+    """Codes of every form, of results as of annotations, and the category 0."""
+    for counts in ("0d0", b"0d0", [0, 20]):
+        result = RESULT | {"segmentation": {"size": [4, 5], "counts": counts}}
+        before = copy.deepcopy(result)
+        metrics = evaluate_results(
+            ground_truth(segmentation={"size": [4, 5], "counts": counts}), [result], ["zero"]
+        )
+        assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100)
+        assert result == before
+
+
+@pytest.mark.parametrize("code", UNSOUND_CODES)
+def test_unsound_codes_of_results_do_not_reach_pycocotools(code) -> None:
+    with pytest.raises(ValueError, match="result 1, of image 1"):
+        evaluate_results(ground_truth(), [RESULT, RESULT | {"segmentation": code}], ["zero"])
+
+
+@pytest.mark.parametrize("code", UNSOUND_CODES[:5])
+def test_unsound_codes_of_annotations_do_not_reach_pycocotools(code) -> None:
+    with pytest.raises(ValueError, match="annotation 1 of the ground truth"):
+        evaluate_results(ground_truth(segmentation=code), [RESULT], ["zero"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"score": float("nan")}, "score must be a finite number"),
+        ({"score": "0.5"}, "score must be a finite number"),
+        ({"bbox": [0, 0, float("nan"), 4]}, "four finite numbers"),
+        ({"bbox": [0, 0, 5]}, "four finite numbers"),
+        ({"bbox": None}, "four finite numbers"),
+        ({"image_id": "1"}, r"no image \['1'\]"),
+    ],
+)
+def test_results_that_cannot_be_scored_are_refused(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_results(ground_truth(), [RESULT | change], ["zero"])
+
+
+def test_results_of_unknown_categories_are_counted(caplog) -> None:
+    results = [RESULT, RESULT | {"category_id": 5}, RESULT | {"category_id": "0"}]
+    with caplog.at_level(logging.WARNING, logger="tensormask"):
+        metrics = evaluate_results(ground_truth(), results, ["zero"])
+    assert "2 of 3 results do not count" in caplog.text
+    assert metrics["segm"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("ids", [{"image_ids": [2]}, {"category_ids": [1]}])
+def test_ids_that_the_ground_truth_lacks_are_refused(ids) -> None:
+    with pytest.raises(ValueError, match=r"has no \w+ with the ids"):
+        evaluate_results(ground_truth(), [], ["zero"], **ids)
+
+
+@pytest.mark.parametrize("options", [{"max_dets": 0}, {"iou_types": ["keypoints"]}])
+def test_other_options_are_refused(options) -> None:
+    with pytest.raises(ValueError, match=r"must be 1 or more|not \['keypoints'\]"):
+        evaluate_results(ground_truth(), [], ["zero"], **options)
+
+
+def test_annotations_of_a_users_own_making() -> None:
+    """A box that is none, an area that is none, and a flag that is no number."""
+    for changes in ({"bbox": None}, {"area": None}, {"area": float("nan")}, {"iscrowd": None}):
+        metrics = evaluate_results(ground_truth(**changes), [RESULT], ["zero"])
+        assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100), changes

@@ -1,0 +1,163 @@
+"""Cropping to windows and pasting back: by hand, by torchvision, by the formula."""
+
+import torch
+from torchvision.ops import masks_to_boxes, roi_align
+
+from tensormask.layers import crop_masks, mask_boxes, paste_masks
+from tensormask.layers import masks as masks_module
+from tensormask.layers.masks import paste_regions
+
+
+def test_crop_by_hand() -> None:
+    mask = torch.zeros(2, 6, 6, dtype=torch.bool)
+    mask[1, 1:3, 2:6] = True
+    window = torch.tensor([[0.0, 0.0, 6.0, 6.0]])
+    # Cells of 2x2 pixels: the object fills half of rows 0 and 1, and of columns 1 and 2.
+    cropped = crop_masks(mask, torch.tensor([1]), window, 3)
+    assert cropped.tolist() == [[[False, True, True], [False, True, True], [False, False, False]]]
+    assert not crop_masks(mask, torch.tensor([0]), window, 3).any()
+
+
+def test_crop_leaves_the_image() -> None:
+    mask = torch.ones(1, 8, 8, dtype=torch.bool)
+    cropped = crop_masks(mask, torch.tensor([0]), torch.tensor([[-8.0, -8.0, 8.0, 8.0]]), 4)
+    assert cropped.tolist() == [[[False] * 4] * 2 + [[False, False, True, True]] * 2]
+
+
+def test_crop_equals_roi_align() -> None:
+    masks = torch.rand(3, 40, 50) > 0.5
+    objects = torch.tensor([2, 0, 1, 2])
+    boxes = torch.tensor(
+        [[3.0, 4, 33, 34], [-10, -5, 20, 25], [30, 20, 60, 50], [10.5, 3.25, 41, 33.75]]
+    )
+    expected = torch.cat(
+        [
+            roi_align(masks[o][None, None].float(), [box[None]], 15, 1.0, 0, True)[:, 0] >= 0.5
+            for o, box in zip(objects, boxes, strict=True)
+        ]
+    )
+    assert torch.equal(crop_masks(masks, objects, boxes, 15), expected)
+
+
+def test_paste_by_hand() -> None:
+    """A 2x2 mask with one filled pixel, into a window of 4x4 frame pixels that begins at (1, 1).
+
+    Along one axis the frame's pixel centres lie at mask coordinates -1/4, 1/4, 3/4, 5/4 (pixel
+    centres at 0 and 1), where the filled pixel 0 weighs 3/4, 3/4, 1/4, 0. Their products reach 1/2
+    at 9/16 only.
+    """
+    mask = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    pasted = paste_masks(mask, torch.tensor([[1.0, 1.0, 5.0, 5.0]]), (6, 7))
+    assert pasted.shape == (1, 6, 7)
+    assert pasted.nonzero().tolist() == [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
+
+
+def test_threshold_is_reached_from_half() -> None:
+    pasted = paste_masks(
+        torch.full((1, 3, 3), 0.5), torch.tensor([[-6.0, -6.0, 12.0, 12.0]]), (6, 6)
+    )
+    assert pasted.all()
+
+
+def test_paste_equals_the_formula_over_the_whole_frame() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(6, 9, 9, generator=generator)
+    size = torch.rand(6, 2, generator=generator) * 30 + 2
+    corner = torch.rand(6, 2, generator=generator) * 60 - 20
+    boxes = torch.cat([corner, corner + size], dim=1)
+    pasted = paste_masks(masks, boxes, (32, 40))
+    for mask, box, result in zip(masks, boxes, pasted, strict=True):
+        ys = (torch.arange(32) + 0.5 - box[1]) / (box[3] - box[1]) * 9 - 0.5
+        xs = (torch.arange(40) + 0.5 - box[0]) / (box[2] - box[0]) * 9 - 0.5
+        # Bilinear with zeros outside: a hat of width 1 around each mask pixel, on both axes.
+        rows = (1 - (ys[:, None] - torch.arange(9)).abs()).clamp(min=0)
+        columns = (1 - (xs[:, None] - torch.arange(9)).abs()).clamp(min=0)
+        soft = rows @ mask @ columns.T
+        sure = (soft - 0.5).abs() > 1e-4
+        assert torch.equal(result[sure], (soft >= 0.5)[sure])
+        assert sure.float().mean() > 0.99
+
+
+def test_outside_of_the_frame() -> None:
+    boxes = torch.tensor([[50.0, 50.0, 60.0, 60.0], [-20.0, 0.0, -9.0, 9.0]])
+    assert not paste_masks(torch.ones(2, 3, 3), boxes, (20, 20)).any()
+    assert paste_masks(torch.ones(0, 3, 3), torch.zeros(0, 4), (20, 30)).shape == (0, 20, 30)
+
+
+def test_crop_then_paste_returns_a_large_object() -> None:
+    mask = torch.zeros(1, 60, 60, dtype=torch.bool)
+    mask[0, 12:48, 16:44] = True
+    window = torch.tensor([[0.0, 0.0, 60.0, 60.0]])
+    cropped = crop_masks(mask, torch.tensor([0]), window, 15)
+    pasted = paste_masks(cropped.float(), window, (60, 60))
+    different = (pasted != mask).nonzero()[:, 1:].tolist()
+    assert different == [[12, 16], [12, 43], [47, 16], [47, 43]]  # interpolation rounds corners
+
+
+def test_regions_lie_in_the_frame_where_their_boxes_are() -> None:
+    """Masks of unequal sizes, at the rim, over it, around all of it, and outside."""
+    boxes = torch.tensor([[2.2, 3.0, 5.0, 7.5], [-4, 5, 3, 9], [-9, -9, 30, 30], [20, 0, 25, 9]])
+    masks = [torch.ones(side, side) for side in (2, 3, 4, 5)]
+    regions = list(paste_regions(masks, boxes, (10, 12)))
+    assert [(x0, y0, *region.shape) for x0, y0, region in regions] == [
+        (1, 2, 7, 5),
+        (0, 4, 6, 4),
+        (0, 0, 10, 12),
+        (0, 0, 0, 0),
+    ]
+    assert all(region.dtype == torch.bool for _, _, region in regions)
+    frames = paste_masks(masks, boxes, (10, 12))
+    for frame, (x0, y0, region) in zip(frames, regions, strict=True):
+        height, width = region.shape
+        assert torch.equal(frame[y0 : y0 + height, x0 : x0 + width], region)
+        assert frame.sum() == region.sum()
+    assert frames[2].all()
+    assert not frames[3].any()
+
+
+def test_mask_boxes_by_hand() -> None:
+    logits = torch.full((3, 2, 4), -1.0)
+    logits[0, 1, 2] = 0.0  # one pixel, at the threshold
+    logits[1] = 3.0
+    windows = torch.tensor([[10.0, 20, 18, 28], [-4, 0, 4, 8], [0, 0, 8, 8]])
+    expected = [[14, 24, 16, 28], [-4, 0, 4, 8], [0, 0, 0, 0]]
+    assert mask_boxes(logits, windows).tolist() == expected
+    assert mask_boxes(logits[:0], windows[:0]).shape == (0, 4)
+
+
+def test_mask_boxes_equal_torchvisions() -> None:
+    """In windows of a pixel a mask pixel; torchvision's far side is the last pixel itself."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 9, 7, generator=generator) - 2
+    logits = logits[(logits >= 0).flatten(1).any(1)]
+    windows = torch.tensor([0.0, 0, 7, 9]).expand(len(logits), 4)
+    expected = masks_to_boxes(logits >= 0) + torch.tensor([0.0, 0, 1, 1])
+    torch.testing.assert_close(mask_boxes(logits, windows), expected)
+
+
+def test_crop_in_parts_equals_crop_at_once(monkeypatch) -> None:
+    """Masks become floating a bounded number of pixels at a time."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(7, 30, 40, generator=generator) > 0.5
+    objects = torch.tensor([6, 0, 1, 2, 6, 4, 1])
+    boxes = torch.rand(7, 4, generator=generator) * 20
+    boxes[:, 2:] += boxes[:, :2] + 8
+    expected = crop_masks(masks, objects, boxes, 9)
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 30 * 40)
+    assert torch.equal(crop_masks(masks, objects, boxes, 9), expected)
+    assert crop_masks(masks[:0], objects[:0], boxes[:0], 9).shape == (0, 9, 9)
+
+
+def test_whole_frames_equal_regions(monkeypatch) -> None:
+    """How a GPU pastes: many masks at once, those of a size together, in bounded parts."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [11, 15, 11, 30, 15, 11]
+    masks = [torch.rand(side, side, generator=generator) for side in sides]
+    boxes = torch.rand(6, 4, generator=generator) * 40 - 10
+    boxes[:, 2:] += boxes[:, :2].abs() + 20
+    expected = paste_masks(masks, boxes, (50, 60))
+    assert expected.flatten(1).any(1).all()
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 50 * 60)
+    frames = torch.zeros(6, 50, 60, dtype=torch.bool)
+    masks_module._paste_frames(masks, boxes, frames)
+    assert torch.equal(frames, expected)

@@ -1,0 +1,196 @@
+"""The op: grids computed by hand, the formula tap by tap, gradients, and what is refused."""
+
+import importlib
+import itertools
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from tensormask.layers import SwapAlign2Nat, op_backend, swap_align2nat, swap_align2nat_at
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "reference"])
+def backend(request):
+    """Both are held to the same numbers and the same words."""
+    if request.param == "native" and "TENSORMASK_WITHOUT_EXT" in os.environ:
+        pytest.skip("TENSORMASK_WITHOUT_EXT: nothing is compiled")
+    with op_backend(request.param):
+        yield request.param
+
+
+def sixteen_taps(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
+    """The formula of the paper as loops: every output value from its sixteen taps."""
+    num_images, channels, height, width = x.shape
+    side = math.isqrt(channels)
+    x = x.view(num_images, side, side, height, width)
+    out_side, extents = side * lambda_val, (side, side, height, width)
+    out_height, out_width = math.ceil(height / lambda_val), math.ceil(width / lambda_val)
+    out = x.new_zeros(num_images, out_side, out_side, out_height, out_width)
+    for n, v, u, row, column in itertools.product(*map(range, out.shape)):
+        at = (
+            (v + 0.5) / lambda_val - 0.5,
+            (u + 0.5) / lambda_val - 0.5,
+            row * lambda_val + v - out_side / 2 + 0.5,
+            column * lambda_val + u - out_side / 2 + 0.5,
+        )
+        for corner in itertools.product((0, 1), repeat=4):
+            tap = [math.floor(a) + c for a, c in zip(at, corner, strict=True)]
+            weight = math.prod(1 - abs(a - t) for a, t in zip(at, tap, strict=True))
+            inside = all(0 <= t < extent for t, extent in zip(tap, extents, strict=True))
+            value = x[(n, *tap)].item() if inside else pad_val
+            out[n, v, u, row, column] += max(weight, 0.0) * value
+    return out.flatten(1, 2)
+
+
+def every_window(x: Tensor, lambda_val: int) -> Tensor:
+    num_images, _, height, width = x.shape
+    sizes = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
+    return torch.cartesian_prod(*map(torch.arange, sizes))
+
+
+def as_dense(masks: Tensor, x: Tensor, lambda_val: int) -> Tensor:
+    """(K, V, U) of `every_window` in the layout of the dense result."""
+    num_images, _, height, width = x.shape
+    grid = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
+    return masks.flatten(1).unflatten(0, grid).permute(0, 3, 1, 2)
+
+
+def test_lambda_1_shifts_each_mask_pixel() -> None:
+    """3x3 masks on a 2x3 map: pixel (v, u) of window (y, x) is read at (y + v - 1, x + u - 1)."""
+    x = torch.arange(54.0).view(1, 9, 2, 3)
+    # Window (0, 1): row v = 0 lies above the map; channel 3v + u at place (v - 1, u).
+    expected = torch.tensor(
+        [
+            [-6.0, -6.0, -6.0],
+            [3 * 6 + 0.0, 4 * 6 + 1.0, 5 * 6 + 2.0],
+            [6 * 6 + 3.0, 7 * 6 + 4.0, 8 * 6 + 5.0],
+        ]
+    )
+    assert_close(swap_align2nat(x, 1)[0, :, 0, 1].view(3, 3), expected)
+    assert_close(swap_align2nat_at(x, torch.tensor([[0, 0, 1]]), 1)[0], expected)
+
+
+def test_lambda_2_averages_places_and_pads_the_rim() -> None:
+    """1x1 masks of ones on a 4x4 map, padding 0. Along one axis, mask pixel v = 0 of window 1 reads
+    the places 1 and 2 with 1/2 each, and the channels -1 (padding) and 0 with 1/4 and 3/4: 3/4.
+    Window 0 reads the places -1 (padding) and 0: half of that."""
+    x = torch.ones(1, 1, 4, 4)
+    along = torch.tensor([[3 / 8, 3 / 4], [3 / 4, 3 / 4]])  # (v, window)
+    expected = torch.einsum("vy,ux->vuyx", along, along).flatten(0, 1)
+    assert_close(swap_align2nat(x, 2, 0.0)[0], expected)
+    # With another padding, the missing weight goes to it.
+    assert_close(swap_align2nat(x, 2, -2.0)[0], expected - 2 * (1 - expected))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    side=st.integers(1, 4),
+    lambda_val=st.integers(1, 4),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    pad_val=st.floats(-8, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_formula(side, lambda_val, height, width, pad_val, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, side**2, height, width, dtype=torch.float64, generator=generator)
+    expected = sixteen_taps(x, lambda_val, pad_val)
+    assert_close(swap_align2nat(x, lambda_val, pad_val), expected)
+    masks = swap_align2nat_at(x, every_window(x, lambda_val), lambda_val, pad_val)
+    assert_close(as_dense(masks, x, lambda_val), expected)
+
+
+@pytest.mark.parametrize("side, lambda_val", [(3, 1), (2, 2), (3, 2), (2, 3)])
+def test_gradients(side: int, lambda_val: int) -> None:
+    x = torch.randn(2, side**2, 4, 5, dtype=torch.float64, requires_grad=True)
+    windows = every_window(x, lambda_val)[::2].repeat(2, 1)  # places that overlap, and twice
+
+    def at(x: Tensor) -> Tensor:
+        return swap_align2nat_at(x, windows, lambda_val)
+
+    assert torch.autograd.gradcheck(at, x)
+    assert torch.autograd.gradgradcheck(at, x)
+    assert torch.autograd.gradcheck(lambda x: swap_align2nat(x, lambda_val), x)
+
+
+def test_large_windows_are_gathered_in_parts(monkeypatch, backend) -> None:
+    if backend != "reference":
+        pytest.skip("the compiled op has no parts")
+    module = importlib.import_module("tensormask.layers.swap_align2nat_reference")
+    x = torch.randn(1, 9, 6, 6, requires_grad=True)
+    windows = every_window(x, 2)
+    whole = swap_align2nat_at(x, windows, 2)
+    grad = torch.randn_like(whole)
+    (whole_grad,) = torch.autograd.grad(whole, x, grad)
+    monkeypatch.setattr(module, "_MAX_VALUES_PER_CHUNK", 100)  # two windows of 6x6
+    parts = swap_align2nat_at(x, windows, 2)
+    assert torch.equal(parts, whole)
+    assert_close(torch.autograd.grad(parts, x, grad)[0], whole_grad)
+
+
+def test_no_windows_and_no_images() -> None:
+    x = torch.randn(1, 9, 4, 4, requires_grad=True)
+    masks = swap_align2nat_at(x, torch.zeros(0, 3, dtype=torch.int64), 2)
+    assert masks.shape == (0, 6, 6)
+    masks.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert swap_align2nat(torch.zeros(0, 9, 4, 6), 2).shape == (0, 36, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_and_memory_formats(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 9, 5, 6).to(dtype)
+    expected = swap_align2nat(x.double(), 2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        dense = swap_align2nat(x.contiguous(memory_format=layout), 2)
+        masks = swap_align2nat_at(x.contiguous(memory_format=layout), every_window(x, 2), 2)
+        assert dense.dtype == masks.dtype == dtype
+        tolerance = 16 * torch.finfo(dtype).eps
+        assert_close(dense.double(), expected, rtol=tolerance, atol=tolerance)
+        assert_close(as_dense(masks, x, 2).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_module_is_detectron2s() -> None:
+    x = torch.randn(1, 9, 4, 4)
+    assert torch.equal(SwapAlign2Nat(2, pad_val=1.0)(x), swap_align2nat(x, 2, 1.0))
+    assert torch.equal(SwapAlign2Nat(2)(x), swap_align2nat(x, 2, -6.0))
+
+
+@pytest.mark.parametrize(
+    "x, lambda_val, message",
+    [
+        (torch.zeros(1, 8, 4, 4), 1, "square"),
+        (torch.zeros(1, 0, 4, 4), 1, "square"),
+        (torch.zeros(9, 4, 4), 1, "N, V"),
+        (torch.zeros(1, 9, 4, 4, dtype=torch.int32), 1, "floating"),
+        (torch.zeros(1, 9, 4, 4), 0, "lambda_val"),
+        (torch.zeros(1, 9, 4, 4), 1.5, "lambda_val"),
+    ],
+)
+def test_bad_input_is_refused(x, lambda_val, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        swap_align2nat(x, lambda_val)
+    with pytest.raises(ValueError, match=message):
+        swap_align2nat_at(x, torch.zeros(1, 3, dtype=torch.int64), lambda_val)
+
+
+@pytest.mark.parametrize(
+    "windows, message",
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), "K, 3"),
+        (torch.zeros(1, 3, dtype=torch.int32), "int64"),
+        (torch.zeros(1, 3, dtype=torch.int64, device="meta"), "meta"),
+        (torch.tensor([[0, 2, 0]]), "outside"),
+        (torch.tensor([[0, 0, 0], [1, 0, 0]]), "outside"),
+        (torch.tensor([[0, 0, -1]]), "outside"),
+    ],
+)
+def test_bad_windows_are_refused(windows, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        swap_align2nat_at(torch.zeros(1, 9, 4, 4), windows, 2)

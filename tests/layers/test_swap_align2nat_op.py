@@ -1,0 +1,358 @@
+"""The compiled op: equal to the reference, known to PyTorch's tools, loaded and refused."""
+
+import importlib
+import logging
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from tensormask.layers import _native, op_backend, swap_align2nat, swap_align2nat_at
+from tensormask.utils import env
+
+pytestmark = pytest.mark.skipif(
+    "TENSORMASK_WITHOUT_EXT" in os.environ, reason="TENSORMASK_WITHOUT_EXT: nothing is compiled"
+)
+reference = importlib.import_module("tensormask.layers.swap_align2nat_reference")
+ops = torch.ops.tensormask
+
+
+def random_windows(x: torch.Tensor, lambda_val: int, count: int) -> torch.Tensor:
+    """Rows (n, y, x) anywhere on the grid, some of them twice."""
+    num_images, _, height, width = x.shape
+    limits = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
+    return torch.stack([torch.randint(limit, (count,)) for limit in limits], 1)
+
+
+def test_the_op_is_compiled() -> None:
+    """Without this the other tests would run the reference against itself."""
+    assert _native.REASON == ""
+    assert {"cpu", "meta"} <= _native.DEVICES
+    assert _native.use_native("cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    side=st.integers(1, 5),
+    lambda_val=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 24]),
+    height=st.integers(1, 40),
+    width=st.integers(1, 70),
+    pad_val=st.sampled_from([-6.0, 0.0, 2.5]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_reference(
+    side, lambda_val, height, width, pad_val, dtype, channels_last, seed
+) -> None:
+    """Forward and backward, dense and at windows; the reference computes in float64."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, side**2, height, width).to(dtype).to(memory_format=layout)
+    exact = x.double().requires_grad_()
+    # One rounding of the result; sums of up to 16 terms as large as the padding before it.
+    half = dtype in (torch.float16, torch.bfloat16)
+    eps = torch.finfo(dtype).eps
+    close = {"rtol": 2 * eps, "atol": (8 if half else 64) * eps}
+
+    dense = ops.swap_align2nat(x, lambda_val, pad_val)
+    expected = reference.swap_align2nat(exact, lambda_val, pad_val)
+    assert dense.is_contiguous()
+    assert_close(dense.double(), expected, **close)
+    grad = torch.randn(dense.shape).to(dtype).to(memory_format=layout)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    grad_x = ops.swap_align2nat_backward(grad, lambda_val, height, width)
+    assert_close(grad_x.double(), expected_grad, **close)
+
+    windows = random_windows(x, lambda_val, 7)
+    masks = ops.swap_align2nat_at(x, windows, lambda_val, pad_val)
+    expected = reference.swap_align2nat_at(exact, windows, lambda_val, pad_val)
+    assert_close(masks.double(), expected, **close)
+    grad = torch.randn(masks.shape).to(dtype)
+    grad = grad.mT.contiguous().mT if channels_last else grad
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    grad_x = ops.swap_align2nat_at_backward(grad, windows, lambda_val, 2, height, width)
+    # Up to 7 windows, of up to 4 values each, add up.
+    assert_close(grad_x.double(), expected_grad, rtol=close["rtol"], atol=4 * close["atol"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_number_survives(dtype: torch.dtype) -> None:
+    """lambda = 1 of 2x2 masks averages equal numbers: what goes in comes out, to the bit."""
+    numbers = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
+    numbers = numbers[numbers.isfinite() & (numbers.abs() <= 2**15)]
+    count = numbers.numel()
+    x = numbers.repeat_interleave(4 * 4).view(1, count, 4, 4).expand(4, -1, -1, -1)
+    x = x.permute(1, 0, 2, 3)  # an image per number, four equal channels
+    inside = ops.swap_align2nat(x, 1, 0.0)[:, :, 1:3, 1:3]
+    assert torch.equal(inside, x[:, :, 1:3, 1:3])
+    special = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)
+    x = special.view(3, 1, 1, 1).expand(3, 4, 4, 4)
+    middle = ops.swap_align2nat(x, 1, 0.0)[:, :, 1:3, 1:3]
+    assert_close(middle, x[:, :, 1:3, 1:3], equal_nan=True)
+
+
+def test_adjoint_and_repetition() -> None:
+    """<L x, y> == <x, L' y>; two runs, and any number of threads, give the same bits."""
+    threads = torch.get_num_threads()
+    for side, lambda_val in ((15, 1), (4, 2), (3, 3), (5, 8)):
+        x = torch.randn(2, side**2, 21, 34, dtype=torch.float64)
+        windows = random_windows(x, lambda_val, 50)
+        y = torch.randn_like(ops.swap_align2nat(x, lambda_val, 0.0))
+        masks = torch.randn_like(ops.swap_align2nat_at(x, windows, lambda_val, 0.0))
+        results = []
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(
+                [
+                    ops.swap_align2nat(x, lambda_val, 0.0),
+                    ops.swap_align2nat_backward(y, lambda_val, 21, 34),
+                    ops.swap_align2nat_at(x, windows, lambda_val, 0.0),
+                    ops.swap_align2nat_at_backward(masks, windows, lambda_val, 2, 21, 34),
+                ]
+            )
+        torch.set_num_threads(threads)
+        dense, dense_back, at, at_back = results[0]
+        assert_close((dense * y).sum(), (x * dense_back).sum())
+        assert_close((at * masks).sum(), (x * at_back).sum())
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+
+def test_out_is_written_where_it_is() -> None:
+    x = torch.randn(1, 9, 8, 6)
+    expected = ops.swap_align2nat(x, 2, -6.0)
+    out = torch.full_like(expected, torch.nan)
+    ops.swap_align2nat.out(x, 2, -6.0, out=out)
+    assert torch.equal(out, expected)
+    grad_x = torch.full_like(x, torch.nan)
+    ops.swap_align2nat_backward.out(expected, 2, 8, 6, out=grad_x)
+    assert torch.equal(grad_x, ops.swap_align2nat_backward(expected, 2, 8, 6))
+    with pytest.raises(RuntimeError, match="out must be a contiguous"):
+        ops.swap_align2nat.out(x, 2, -6.0, out=torch.empty(1, 36, 4, 4))
+
+
+def test_gradients_of_gradients() -> None:
+    x = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(1, 16, 2, 2, dtype=torch.float64, requires_grad=True)
+    windows = random_windows(x, 2, 5)
+    for function in (
+        lambda x: swap_align2nat(x, 2),
+        lambda x: swap_align2nat_at(x, windows, 2),
+    ):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+    assert torch.autograd.gradgradcheck(lambda g: ops.swap_align2nat_backward(g, 2, 3, 4), grad)
+
+
+@pytest.mark.parametrize("lambda_val", [1, 2, 3])
+def test_opcheck(lambda_val: int) -> None:
+    x = torch.randn(2, 9, 6, 7, requires_grad=True)
+    windows = random_windows(x, lambda_val, 5)
+    dense = torch.randn_like(ops.swap_align2nat(x, lambda_val, -6.0)).requires_grad_()
+    masks = torch.randn(5, 3 * lambda_val, 3 * lambda_val, requires_grad=True)
+    for op, arguments in (
+        (ops.swap_align2nat.default, (x, lambda_val, -6.0)),
+        (ops.swap_align2nat_backward.default, (dense, lambda_val, 6, 7)),
+        (ops.swap_align2nat_at.default, (x, windows, lambda_val, -6.0)),
+        (ops.swap_align2nat_at_backward.default, (masks, windows, lambda_val, 2, 6, 7)),
+    ):
+        results = torch.library.opcheck(op, arguments)
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
+def both(x: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    return swap_align2nat(x, 2).sigmoid().sum() + swap_align2nat_at(x, windows, 2).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_compile(backend: str) -> None:
+    """In one graph, forward and backward; the compiled op also with shapes that change."""
+    torch._dynamo.reset()
+    dynamic = backend == "native"
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with op_backend(backend):
+        for height, width, count in ((6, 8, 3), (9, 5, 4)):
+            x = torch.randn(2, 9, height, width, requires_grad=True)
+            windows = random_windows(x, 2, count)
+            expected = both(x, windows)
+            assert_close(compiled(x, windows), expected)
+            assert_close(
+                torch.autograd.grad(compiled(x, windows), x)[0],
+                torch.autograd.grad(expected, x)[0],
+            )
+
+
+def test_compiled_kernel_looks_at_windows() -> None:
+    """What eager mode refuses before the call, the kernel refuses in a graph."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, windows: swap_align2nat_at(x, windows, 2), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(RuntimeError, match=r"window \(n, y, x\) = \[0, 9, 0\] lies outside"):
+        compiled(torch.zeros(1, 9, 6, 8), torch.tensor([[0, 9, 0]]))
+
+
+def test_export() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x, windows):
+            return swap_align2nat(x, 2), swap_align2nat_at(x, windows, 2)
+
+    x = torch.randn(1, 9, 6, 8)
+    height, width, count = (torch.export.Dim(name, min=2, max=64) for name in "hwk")
+    program = torch.export.export(
+        Both(),
+        (x, random_windows(x, 2, 3)),
+        dynamic_shapes=({2: 2 * height, 3: 2 * width}, {0: count}),
+    )
+    x = torch.randn(1, 9, 12, 10)
+    windows = random_windows(x, 2, 5)
+    assert_close(program.module()(x, windows), Both()(x, windows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 9, 6, 8)
+    with torch.autocast("cpu", dtype):
+        assert swap_align2nat(x, 2).dtype == torch.float32
+        assert swap_align2nat(x.to(dtype), 2).dtype == dtype
+        assert swap_align2nat_at(x.to(dtype), random_windows(x, 2, 2), 2).dtype == dtype
+
+
+BAD_CALLS = [
+    (torch.zeros(1, 8, 4, 4), 1, None),
+    (torch.zeros(1, 0, 4, 4), 1, None),
+    (torch.zeros(9, 4, 4), 1, None),
+    (torch.zeros(1, 9, 4, 4, dtype=torch.int32), 1, None),
+    (torch.zeros(1, 9, 4, 4).to(torch.float8_e4m3fn), 1, None),
+    (torch.zeros(1, 9, 4, 4, dtype=torch.complex64), 1, None),
+    (torch.zeros(1, 9, 4, 4), 0, None),
+    (torch.zeros(1, 9, 4, 4), -3, None),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 2, dtype=torch.int64)),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(3, dtype=torch.int64)),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int32)),
+    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, 0], [0, 2, 0]])),
+    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, -1]])),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int64, device="meta")),
+]
+
+
+@pytest.mark.parametrize("x, lambda_val, windows", BAD_CALLS)
+def test_errors_are_the_same_everywhere(x, lambda_val, windows) -> None:
+    """The public function on every backend, the kernel itself, and the fake kernel."""
+
+    def message(function, *arguments) -> str:
+        with pytest.raises((ValueError, RuntimeError)) as info:
+            function(*arguments)
+        return str(info.value).split(" (originally from")[0]
+
+    dense = windows is None
+    function = swap_align2nat if dense else swap_align2nat_at
+    arguments = (x, lambda_val) if dense else (x, windows, lambda_val)
+    messages = {}
+    for backend in ("native", "reference"):
+        with op_backend(backend), pytest.raises(ValueError) as info:
+            function(*arguments)
+        messages[backend] = str(info.value)
+    op = ops.swap_align2nat if dense else ops.swap_align2nat_at
+    messages["kernel"] = message(op, *arguments, -6.0)
+    if dense or (windows.device.type == "cpu" and "outside" not in messages["native"]):
+        fakes = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+        messages["fake"] = message(op, *fakes, -6.0)
+    assert len(set(messages.values())) == 1, messages
+
+
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ((1, 36, 2, 2), (5, 4)),
+        ((1, 37, 2, 2), (4, 4)),
+        ((1, 1, 2, 2), (4, 4)),
+        ((36, 2, 2), (4, 4)),
+    ],
+)
+def test_gradients_of_other_shapes_are_refused(shape, size) -> None:
+    messages = set()
+    for device in ("cpu", "meta"):
+        with pytest.raises((ValueError, RuntimeError), match="grad") as info:
+            ops.swap_align2nat_backward(torch.zeros(shape, device=device), 2, *size)
+        messages.add(str(info.value))
+    assert len(messages) == 1, messages
+
+
+def test_empty_tensors() -> None:
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    for shape in ((0, 9, 4, 6), (1, 9, 0, 6), (1, 9, 4, 0)):
+        x = torch.zeros(shape, requires_grad=True)
+        out = swap_align2nat(x, 2)
+        assert out.shape == (shape[0], 36, -(-shape[2] // 2), -(-shape[3] // 2))
+        (out.sum() + swap_align2nat_at(x, none, 2).sum()).backward()
+        assert x.grad.shape == shape
+
+
+def test_backends_are_chosen_by_name(monkeypatch, caplog) -> None:
+    x = torch.randn(1, 9, 4, 4)
+    calls = []
+    monkeypatch.setattr(
+        reference, "swap_align2nat", lambda *a: calls.append(a) or torch.zeros(1, 36, 2, 2)
+    )
+    with op_backend("reference"):
+        swap_align2nat(x, 2)
+    assert len(calls) == 1
+    with op_backend("native"):
+        swap_align2nat(x, 2)
+    assert len(calls) == 1
+    with (
+        pytest.raises(ValueError, match="one of auto, native, reference, got 'cuda'"),
+        op_backend("cuda"),
+    ):
+        pass
+
+    # Nothing compiled: said once, or refused where the compiled op was asked for.
+    monkeypatch.setattr(_native, "LIBRARY", None)
+    monkeypatch.setattr(_native, "REASON", "it was not built")
+    monkeypatch.setattr(_native, "DEVICES", frozenset())
+    monkeypatch.setattr(_native, "_said", set())
+    with caplog.at_level(logging.WARNING):
+        swap_align2nat(x, 2)
+        swap_align2nat(x, 2)
+    assert len(calls) == 3
+    assert [record.message.count("it was not built") for record in caplog.records] == [1]
+    with op_backend("native"), pytest.raises(RuntimeError, match="it was not built"):
+        swap_align2nat(x, 2)
+    assert "plain PyTorch: it was not built" in env.describe()
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_chooses_too() -> None:
+    code = "from tensormask.layers import _native; print(_native.use_native('cpu'))"
+    assert run(code, TENSORMASK_OP="reference").stdout.strip() == "False"
+    result = run(code, TENSORMASK_OP="fast")
+    assert "TENSORMASK_OP must be one of auto, native, reference, got 'fast'" in result.stderr
+
+
+def test_a_broken_library_is_said(tmp_path, monkeypatch) -> None:
+    """A file that is no library for this machine: the reason is kept, and nothing is raised."""
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "layers" / "_native.py"))
+    library, reason = _native._load()
+    assert library is None
+    assert "_C.abi3.so does not load under PyTorch" in reason
+    (tmp_path / "_C.abi3.so").unlink()
+    assert "no compiled library" in _native._load()[1]

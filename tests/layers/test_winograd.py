@@ -1,0 +1,244 @@
+"""Winograd's convolutions against PyTorch's direct ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensormask.layers import _native, op_backend, winograd
+
+pytestmark = pytest.mark.skipif("cpu" not in _native.DEVICES, reason="no compiled op")
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also small maps of few channels are convolved by Winograd's algorithm, few tiles at once."""
+    monkeypatch.setattr(winograd, "_FEWEST_PLACES", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_OF_THE_MORE", 1)
+    monkeypatch.setattr(winograd, "_TILES_AT_ONCE", 6)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was convolved by Winograd's algorithm."""
+    seen = []
+    convolve = winograd._convolve
+
+    def spy(x: Tensor, *args: object) -> Tensor:
+        seen.append(x)
+        return convolve(x, *args)
+
+    monkeypatch.setattr(winograd, "_convolve", spy)
+    return seen
+
+
+def case(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> list[Tensor]:
+    """A seeded input of which half is 0, as after a ReLU, a weight and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=dtype).relu()
+    weight = torch.randn(out_channels, shape[1], 3, 3, generator=generator, dtype=dtype)
+    bias = torch.randn(out_channels, generator=generator, dtype=dtype)
+    return [x, weight, bias]
+
+
+def results(function, inputs: list[Tensor], padding: int) -> list[Tensor]:
+    """The result of a convolution and its gradients, by a seeded gradient of the result."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    result = function(*inputs, (1, 1), (padding, padding))
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    return [result, *torch.autograd.grad(result, inputs, grad.to(result.dtype))]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    "shape, out_channels",
+    [
+        ((1, 3, 4, 4), 5),  # a tile
+        ((1, 1, 3, 3), 1),
+        ((2, 4, 9, 7), 3),  # the last tiles reach beyond the map
+        ((3, 2, 30, 5), 8),  # several chunks of an image, the last with fewer rows
+        ((5, 3, 6, 6), 2),  # several images in a chunk, the last chunk with fewer
+        ((1, 2, 5, 40), 2),  # a row of tiles is more than a chunk
+        ((2, 40, 8, 8), 17),  # a cache line of channels, and a rest
+    ],
+)
+def test_equals_the_direct_convolution_and_its_gradients(
+    calls: list[Tensor],
+    shape: tuple[int, ...],
+    out_channels: int,
+    padding: int,
+    layout: torch.memory_format,
+) -> None:
+    x, *parameters = case(shape, out_channels, torch.float64)
+    inputs = [x.contiguous(memory_format=layout), *parameters]
+    found = results(winograd.conv2d, inputs, padding)
+    assert len(calls) == 2  # forward, and of the gradient backward
+    for ours, theirs in zip(found, results(F.conv2d, inputs, padding), strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_rounds_little_more_than_the_direct_convolution() -> None:
+    """At the channels of the heads, in float32: 1e-5 of the largest result."""
+    x, weight, bias = case((1, 256, 48, 40), 256, torch.float32)
+    inputs = [x, weight * 0.01, bias]
+    exact = results(F.conv2d, [tensor.double() for tensor in inputs], 1)
+    found = results(winograd.conv2d, inputs, 1)
+    for name, ours, expected in zip(("result", "x", "weight", "bias"), found, exact, strict=True):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_gradients_are_those_of_finite_differences() -> None:
+    inputs = [tensor.requires_grad_() for tensor in case((2, 2, 5, 6), 3, torch.float64)]
+    torch.autograd.gradcheck(lambda *tensors: winograd.conv2d(*tensors, (1, 1), (1, 1)), inputs)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_only_gradients_that_are_wanted(calls: list[Tensor]) -> None:
+    x, weight, _ = case((1, 2, 8, 8), 3, torch.float32)
+    weight.requires_grad_()
+    winograd.conv2d(x, weight, None, (1, 1), (1, 1)).sum().backward()
+    assert len(calls) == 1  # no gradient of the image
+    assert weight.grad is not None
+    assert x.grad is None
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_relu_may_overwrite_the_result() -> None:
+    conv = winograd.Conv2d(3, 4, 3, padding=1)
+    direct = nn.Conv2d(3, 4, 3, padding=1)
+    direct.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for module in (conv, direct):
+        F.relu(module(x), inplace=True).square().sum().backward()
+        grads.append(module.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_same_bits_each_time() -> None:
+    inputs = case((2, 128, 40, 52), 160, torch.float32)
+    first, again = (results(winograd.conv2d, inputs, 1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+LARGE = {"shape": (1, 128, 40, 40), "out": 128, "stride": 1, "padding": 1, "kernel": 3}
+
+
+@pytest.mark.parametrize(
+    "change, used",
+    [
+        ({}, True),
+        ({"padding": 0}, True),
+        ({"out": 32}, True),
+        ({"out": 31}, False),
+        ({"shape": (1, 32, 40, 40)}, True),
+        ({"shape": (1, 31, 40, 40)}, False),
+        ({"shape": (1, 127, 40, 40), "out": 127}, False),
+        ({"shape": (1, 128, 38, 38)}, False),
+        ({"shape": (6, 128, 16, 16)}, True),
+        ({"stride": 2}, False),
+        ({"padding": 2}, False),
+        ({"kernel": 1, "padding": 0}, False),
+    ],
+)
+def test_is_used_where_it_is_faster(
+    calls: list[Tensor], change: dict[str, object], used: bool
+) -> None:
+    options = LARGE | change
+    x = torch.zeros(options["shape"])
+    conv = winograd.Conv2d(
+        x.shape[1],
+        options["out"],
+        options["kernel"],
+        stride=options["stride"],
+        padding=options["padding"],
+    )
+    with torch.no_grad():
+        conv(x)
+    assert len(calls) == used
+
+
+def test_is_not_used_in_other_precisions_or_if_the_reference_is_asked_for(
+    calls: list[Tensor],
+) -> None:
+    x = torch.zeros(LARGE["shape"])
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(x).dtype == torch.bfloat16
+        with op_backend("reference"):
+            conv(x)
+        torch.jit.trace(conv, x, check_trace=False)
+        conv.bfloat16()(x.bfloat16())
+        assert not calls
+        conv.float()(x)
+        assert len(calls) == 1
+
+
+def test_refuses_what_pytorch_refuses_and_takes_a_image_without_a_batch() -> None:
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    with pytest.raises(RuntimeError, match="to have 128 channels, but got 127 channels"):
+        conv(torch.zeros(1, 127, 40, 40))
+    with torch.no_grad():
+        assert conv(torch.zeros(128, 40, 40)).shape == (128, 40, 40)
+
+
+def test_is_made_where_its_input_is(calls: list[Tensor]) -> None:
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    x = torch.zeros(LARGE["shape"])
+    with torch.no_grad(), torch.device("meta"):
+        assert conv(x).device.type == "cpu"
+    assert len(calls) == 1
+
+
+def test_a_compiled_module_has_pytorchs_convolution(calls: list[Tensor]) -> None:
+    conv = winograd.Conv2d(128, 128, 3, padding=1)
+    x = torch.zeros(LARGE["shape"])
+    with torch.no_grad():
+        torch.compile(conv, backend="eager", fullgraph=True)(x)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(1, 4, 8, 8)}, "channels_last"),
+        ({"x": torch.zeros(4, 8, 8)}, "channels_last"),
+        ({"out": torch.zeros(36, 1, 2, 2, 3)}, r"\(36, images, rows, columns, 4\)"),
+        ({"out": torch.zeros(35, 1, 2, 2, 4)}, r"\(36, images, rows, columns, 4\)"),
+        ({"out": torch.zeros(36, 1, 2, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"image": -1}, "negative"),
+        ({"row": -4}, "negative"),
+    ],
+)
+def test_the_operators_refuse_what_does_not_fit(change: dict[str, object], message: str) -> None:
+    x = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    options = {"x": x, "image": 0, "row": 0, "out": torch.zeros(36, 1, 2, 2, 4)} | change
+    x, image, row, out = options.values()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tensormask.winograd_input(x, 1, image, row, out=out)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tensormask.winograd_grad(x, image, row, out=out)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tensormask.winograd_output(out, None, image, row, out=x)
+
+
+def test_the_bias_must_fit() -> None:
+    x = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="bias"):
+        torch.ops.tensormask.winograd_output(
+            torch.zeros(36, 1, 2, 2, 4), torch.zeros(3), 0, 0, out=x
+        )
+
+
+def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _native._load() == (_native.LIBRARY, "")
+    monkeypatch.setattr(_native, "_NEWEST_OP", "of_a_later_version")
+    library, reason = _native._load()
+    assert library is None
+    assert "built from older sources" in reason

@@ -1,0 +1,193 @@
+"""From dense outputs to detections: candidates against a plain search, and the options of speed."""
+
+import pytest
+import torch
+from tiny import build, get_cfg, make_image
+from torch import Tensor
+from torch.testing import assert_close
+
+import tensormask
+from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.inference import find_candidates
+from tensormask.modeling.windows import Windows
+
+WINDOWS = Windows((4, 8), ((44, 60), (88, 120)))
+BOX_WEIGHTS = (1.5, 1.5, 0.75, 0.75)
+
+
+def dense_outputs(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of 2 sizes and 3 classes, some of them equal, and deltas."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(6, 5, 7, generator=generator), torch.randn(6, 3, 4, generator=generator)]
+    logits = [(x * 2).round() / 2 for x in logits]
+    deltas = [torch.randn(8, *x.shape[1:], generator=generator) for x in logits]
+    return logits, deltas
+
+
+def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[tuple]:
+    """(score, label, level, size, y, x, box) of every pair above the threshold, best first."""
+    found = []
+    for level, x in enumerate(logits):
+        for channel, y, column in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
+            score = float(x[channel, y, column].sigmoid())
+            if score > threshold:
+                size, label = divmod(channel, 3)
+                delta = deltas[level][size * 4 : size * 4 + 4, y, column]
+                place = (torch.tensor([i]) for i in (level, size, y, column))
+                box = decode_boxes(delta[None], WINDOWS.boxes(*place), BOX_WEIGHTS)[0]
+                found.append((score, label, level, size, y, column, box))
+    return sorted(found, key=lambda pair: -pair[0])[:num_candidates]
+
+
+def picked_from(deltas_per_level):
+    """The deltas at windows, taken from those of all windows."""
+
+    def deltas_at(level, size, y, x):
+        return deltas_per_level[level].unflatten(0, (-1, 4))[size, :, y, x]
+
+    return deltas_at
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.6])
+@pytest.mark.parametrize("num_candidates", [1, 20, 6000])
+def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) -> None:
+    logits, deltas = dense_outputs()
+    found = find_candidates(
+        logits,
+        picked_from(deltas),
+        WINDOWS,
+        box_weights=BOX_WEIGHTS,
+        score_threshold=threshold,
+        num_candidates=num_candidates,
+    )
+    expected = plain_search(logits, deltas, threshold, num_candidates)
+    assert len(found.scores) == len(expected)
+    assert_close(found.scores, torch.tensor([pair[0] for pair in expected]))
+    # Of equal scores at the end of the list it is open which are taken.
+    certain = [i for i, pair in enumerate(expected) if pair[0] > expected[-1][0]]
+    if len(expected) < num_candidates:
+        certain = range(len(expected))
+    for i in certain:
+        _, label, level, size, y, x, box = expected[i]
+        numbers = [int(t[i]) for t in (found.labels, found.level, found.size, found.y, found.x)]
+        assert numbers == [label, level, size, y, x]
+        assert_close(found.boxes[i], box)
+        place = (t[i : i + 1] for t in (found.level, found.size, found.y, found.x))
+        assert torch.equal(found.windows[i : i + 1], WINDOWS.boxes(*place))
+
+
+def test_candidates_of_channels_last_logits() -> None:
+    logits, deltas = dense_outputs()
+    options = {"box_weights": BOX_WEIGHTS, "score_threshold": 0.3, "num_candidates": 50}
+    deltas_at = picked_from(deltas)
+    expected = find_candidates(logits, deltas_at, WINDOWS, **options)
+    last = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in logits]
+    found = find_candidates(last, deltas_at, WINDOWS, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def with_detections(opts: list) -> tensormask.TensorMask:
+    model = build(opts=opts).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        bias = model.head.cls_score.bias
+        bias.copy_(torch.randn(bias.shape, generator=generator) / 2 - 1)
+        for pred in model.mask_head.mask_pred:
+            pred.weight.copy_(torch.randn(pred.weight.shape, generator=generator) / 4)
+    return model
+
+
+def detections(opts: list, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    with torch.inference_mode():
+        return with_detections(opts)(images)
+
+
+def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> None:
+    """Nearly equal scores may change places: what stands on one side has a partner on the other."""
+    for one, other in zip(found, expected, strict=True):
+        assert len(one["scores"]) == pytest.approx(len(other["scores"]), rel=0.1)
+        distance = (one["boxes"][:, None] - other["boxes"]).abs().amax(2)
+        distance[one["labels"][:, None] != other["labels"]] = torch.inf
+        # Clipped boxes may be equal: of those within reach, the one with the nearest score.
+        apart = (one["scores"][:, None] - other["scores"]).abs()
+        partner = torch.where(distance < 100 * tolerance, apart, torch.inf).min(1)
+        found_again = partner.values < tolerance
+        assert found_again.float().mean() >= 0.75  # NMS between near scores goes one way or other
+        same = (one["masks"] == other["masks"][partner.indices])[found_again]
+        assert same.float().mean() > 1 - tolerance
+
+
+@pytest.mark.parametrize(
+    "opts, tolerance",
+    [
+        (["MODEL.CHANNELS_LAST", True], 1e-4),
+        (["TEST.AMP.ENABLED", True], 0.03),
+        (["TEST.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True], 0.03),
+    ],
+)
+def test_options_of_speed_find_the_same(opts, tolerance) -> None:
+    images = [make_image(96, 128), make_image(64, 96, seed=1)]
+    assert_alike(detections(opts, images), detections([], images), tolerance)
+
+
+def test_autocast_is_on_where_it_is_asked_for() -> None:
+    """Masks at windows are in half precision on the way, and results are not."""
+    seen = []
+    for enabled in (False, True):
+        model = with_detections(["TEST.AMP.ENABLED", enabled])
+        model.mask_head.mask_subnet.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        with torch.inference_mode():
+            (found,) = model([make_image(64, 64)])
+        assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    assert seen[0] == torch.float32
+
+
+def test_channels_last_is_the_format_of_the_features() -> None:
+    formats = {}
+    for on in (False, True):
+        model = with_detections(["MODEL.CHANNELS_LAST", on])
+        with torch.inference_mode():
+            features = model.fpn(model.backbone(model.preprocess([make_image(64, 96)])))
+        formats[on] = features[0].is_contiguous(memory_format=torch.channels_last)
+    assert formats == {False: False, True: True}
+
+
+def test_size_divisor() -> None:
+    model = with_detections(["MODEL.SIZE_DIVISOR", 128])
+    assert model.preprocess([make_image(96, 130)]).shape == (1, 3, 128, 256)
+    with torch.inference_mode():
+        (found,) = model([make_image(96, 130)])
+    assert found["masks"].shape[1:] == (96, 130)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.SIZE_DIVISOR", 48], "multiple of 32"),
+        (["MODEL.COMPILE", "fast"], "default, reduce-overhead, max-autotune"),
+        (
+            ["TEST.AMP.DTYPE", "float32"],
+            r"TEST\.AMP\.DTYPE is .*'bfloat16' or 'float16'",
+        ),
+    ],
+)
+def test_options_that_do_not_exist(opts, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        tensormask.build_model(get_cfg(opts=opts))
+
+
+def test_compile_compiles_the_dense_parts(monkeypatch) -> None:
+    """What is handed to the compiler; compiling itself takes a minute."""
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compiled.append((type(module).__name__, options["mode"])),
+    )
+    with_detections(["MODEL.COMPILE", "reduce-overhead"])
+    assert compiled == [(name, "reduce-overhead") for name in ("ResNet", "FPN", "ClassBoxHead")]
+    compiled.clear()
+    with_detections([])
+    assert compiled == []

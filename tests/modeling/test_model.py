@@ -1,0 +1,278 @@
+"""The model as its users call it: shapes, sizes, empty images, gradients."""
+
+import pytest
+import torch
+from tiny import HEADS, build, make_image, target
+from torch.testing import assert_close
+from torchvision.ops import box_iou
+
+import tensormask
+from tensormask.layers import paste_masks
+
+BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_step(head: str) -> None:
+    """Images of unequal sizes, one without objects: finite losses, and a gradient everywhere."""
+    model = build(head).train()
+    images = [make_image(100, 140), make_image(96, 80)]
+    losses = model(images, [target(100, 140, BOXES), target(96, 80, [])])
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_object_at_all(head: str) -> None:
+    """Box and mask losses are 0 and reach every parameter: no rank of several may lack one."""
+    model = build(head).train()
+    losses = model([make_image(64, 64)], [target(64, 64, [])])
+    assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == 0
+    assert losses["loss_cls"].item() > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_losses_are_per_foreground_window() -> None:
+    """An image given twice has twice the windows: the losses stay the same."""
+    model = build().train()
+    once = model([make_image(96, 96)], [target(96, 96, BOXES[:1])])
+    twice = model([make_image(96, 96)] * 2, [target(96, 96, BOXES[:1])] * 2)
+    for name, loss in once.items():
+        assert_close(loss, twice[name], rtol=1e-5, atol=1e-6)
+
+
+def with_many_detections(model: tensormask.TensorMask) -> tensormask.TensorMask:
+    torch.nn.init.normal_(model.head.cls_score.bias, -1.0, 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_detections(head: str) -> None:
+    model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 20]))
+    images = [make_image(100, 140), make_image(96, 80, seed=1)]
+    with torch.inference_mode():
+        found = model(images, output_sizes=[(50, 70), (96, 80)])
+    for detection, (height, width) in zip(found, [(50, 70), (96, 80)], strict=True):
+        k = len(detection["scores"])
+        assert 0 < k <= 20
+        assert detection["boxes"].shape == (k, 4)
+        assert detection["masks"].shape == (k, height, width)
+        assert detection["masks"].dtype == torch.bool
+        assert detection["labels"].dtype == torch.int64
+        assert detection["labels"].min() >= 0
+        assert detection["labels"].max() < 3
+        assert torch.equal(detection["scores"], detection["scores"].sort(descending=True).values)
+        x0, y0, x1, y1 = detection["boxes"].unbind(1)
+        assert (0 <= x0).all()
+        assert (x0 < x1).all()
+        assert (x1 <= width).all()
+        assert (0 <= y0).all()
+        assert (y0 < y1).all()
+        assert (y1 <= height).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_batch_equals_images_one_by_one(head: str) -> None:
+    model = with_many_detections(build(head))
+    images = [make_image(96, 128, seed=i) for i in range(3)]
+    with torch.inference_mode():
+        batch = model(images)
+        alone = [model([image])[0] for image in images]
+    for together, single in zip(batch, alone, strict=True):
+        assert together.keys() == single.keys()
+        assert_close(together["scores"], single["scores"], rtol=1e-4, atol=1e-5)
+        assert_close(together["boxes"], single["boxes"], rtol=1e-3, atol=1e-2)
+        assert (together["masks"] == single["masks"]).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_masks_are_pasted_into_their_windows(scale: int) -> None:
+    """Every mask is full and every box a quarter of its window: masks keep the windows' size."""
+    opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
+    model = with_many_detections(build("natural", [*opts, "TEST.DETECTIONS_PER_IMAGE", 20]))
+    for layer, bias in ((model.mask_head.mask_pred[0], 20.0), (model.head.bbox_pred, 0.0)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, bias)
+    with torch.no_grad():
+        model.head.bbox_pred.bias[2:] = 0.75 * torch.tensor(0.25).log()
+        (found,) = model([make_image(128, 128)], output_sizes=[(128 * scale, 128 * scale)])
+    complete, half = 0, 22 * scale
+    for mask, (x0, y0, x1, y1) in zip(found["masks"], found["boxes"].tolist(), strict=True):
+        center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
+        if min(center_x, center_y) > 24 * scale and max(center_x, center_y) < 104 * scale:
+            assert (x1 - x0, y1 - y0) == pytest.approx((11 * scale, 11 * scale), abs=1e-3)
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            assert rows.tolist() == list(range(round(center_y) - half, round(center_y) + half))
+            assert columns.tolist() == list(range(round(center_x) - half, round(center_x) + half))
+            complete += 1
+    assert complete > 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_detect_has_the_masks_of_forward_in_their_windows(head: str) -> None:
+    model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 40]))
+    images, sizes = [make_image(100, 140), make_image(96, 80, seed=1)], [(50, 70), (96, 80)]
+    with torch.inference_mode():
+        in_frames = model(images, output_sizes=sizes)
+        in_windows = model.detect(images, sizes)
+        assert len(model.detect(images)[0]["scores"]) > 0
+    for frames, windows, size in zip(in_frames, in_windows, sizes, strict=True):
+        assert set(windows) == {"boxes", "scores", "labels", "windows", "window_masks"}
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(frames[name], windows[name])
+        assert windows["windows"].shape == windows["boxes"].shape
+        masks = paste_masks(windows["window_masks"], windows["windows"], size)
+        assert torch.equal(frames["masks"], masks)
+        assert masks.any()
+        assert all(0 <= mask.min() <= mask.max() <= 1 for mask in windows["window_masks"])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_bfloat16_autocast(head: str) -> None:
+    """A training step under autocast: losses in float32, near those without, and a gradient."""
+    model = build(head).train()
+    inputs = [make_image(96, 112)], [target(96, 112, BOXES)]
+    full = model(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*inputs)
+    for name, loss in full.items():
+        assert half[name].dtype == torch.float32
+        assert_close(half[name], loss, rtol=0.02, atol=0.02)
+    sum(half.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_checkpointed_heads_compute_the_same_with_less(head: str) -> None:
+    """Equal losses and gradients; fewer bytes kept between forward and backward pass."""
+    grads, kept, losses = [], [], []
+    for on in (False, True):
+        options = ["CHECKPOINT_ACTIVATIONS", on, "NUM_CONVS", 4]
+        options[::2] = [f"MODEL.TENSOR_MASK.{name}" for name in options[::2]]
+        model = build(head, options).train()
+        weights = {p.data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(x, weights=weights, sizes=sizes):
+            if x.data_ptr() not in weights:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = sum(model([make_image(96, 112)], [target(96, 112, BOXES)]).values())
+        kept.append(sum(sizes.values()))
+        losses.append(loss)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert_close(losses[0], losses[1])
+    for one, other in zip(*grads, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert kept[1] < 0.9 * kept[0]  # the rest is the backbone's
+
+
+def brute_force_nms(boxes, scores, labels, threshold: float) -> list[int]:
+    """Best first; one that overlaps a kept one of its class falls."""
+    kept: list[int] = []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        same = [k for k in kept if labels[k] == labels[i]]
+        if not same or box_iou(boxes[i : i + 1], boxes[same]).max() <= threshold:
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("box_on", [True, False])
+def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
+    """What is kept, found again from the dense masks of every candidate."""
+    opts = [
+        *("MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p3"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60], [88, 120]]),
+        *("MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.BOX_ON", box_on),
+        *("TEST.DETECTIONS_PER_IMAGE", 6000, "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.2),
+    ]
+    model = with_many_detections(build("bipyramid", opts))
+    for pred in model.mask_head.mask_pred:
+        torch.nn.init.normal_(pred.weight, std=0.5)
+        torch.nn.init.constant_(pred.bias, -1.0)
+    with torch.inference_mode():
+        (found,) = model([make_image(64, 96)])
+        features, logits, _ = model.dense([make_image(64, 96)])
+        dense = model.mask_head.dense(features)
+    boxes, scores, labels = [], [], []
+    for level, x in enumerate(logits):
+        for channel, y, column in (x[0].sigmoid() > 0.2).nonzero().tolist():
+            size, label = divmod(channel, 3)
+            mask = dense[level][size][0, :, y, column]
+            side = round(len(mask) ** 0.5)
+            inside = (mask.view(side, side) >= 0).nonzero()
+            if len(inside) == 0:
+                continue
+            stride = 4 * 2**level
+            corner = torch.tensor([column, y]) * stride - stride * [11, 15][size] / 2
+            low, high = inside.amin(0).flip(0), inside.amax(0).flip(0) + 1
+            pixel = stride * [11, 15][size] / side
+            boxes.append(torch.cat([corner + low * pixel, corner + high * pixel]))
+            scores.append(x[0, channel, y, column].sigmoid())
+            labels.append(label)
+    boxes, scores, labels = torch.stack(boxes), torch.stack(scores), torch.tensor(labels)
+    kept = brute_force_nms(boxes, scores, labels, 0.5)
+    assert 10 < len(kept) < len(boxes)
+    clipped = boxes[kept].clamp(min=0).minimum(torch.tensor([96.0, 64.0] * 2))
+    visible = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    if not box_on:
+        assert_close(found["boxes"], clipped[visible], atol=1e-3, rtol=0)
+        assert_close(found["scores"], scores[kept][visible])
+        assert torch.equal(found["labels"], labels[kept][visible])
+    else:  # boxes are the regressed ones, some of which lie outside
+        apart = (found["scores"][:, None] - scores[kept]).abs().amin(1)
+        assert apart.max() < 1e-6
+        assert len(found["scores"]) > 0.8 * len(kept)
+
+
+def test_without_a_box_head() -> None:
+    opts = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
+    model = build(opts=opts).train()
+    assert not any(name.startswith("head.bbox") for name, _ in model.named_parameters())
+    losses = model([make_image(96, 96)], [target(96, 96, BOXES)])
+    assert set(losses) == {"loss_cls", "loss_mask"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_candidate_for_nms_on_masks() -> None:
+    opts = ["MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]
+    (found,) = build(opts=opts).eval()([make_image(40, 50)])
+    assert found["masks"].shape == (0, 40, 50)
+
+
+def test_nothing_found() -> None:
+    model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
+    (found,) = model([make_image(40, 50)], output_sizes=[(80, 100)])
+    assert found["boxes"].shape == (0, 4)
+    assert found["masks"].shape == (0, 80, 100)
+    assert found["scores"].shape == found["labels"].shape == (0,)
+
+
+def test_without_masks() -> None:
+    model = with_many_detections(build(opts=["MODEL.MASK_ON", False]))
+    (found,) = model([make_image(64, 64)])
+    assert set(found) == set(model.detect([make_image(64, 64)])[0]) == {"boxes", "scores", "labels"}
+    losses = model.train()([make_image(96, 96)], [target(96, 96, BOXES[:1])])
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+
+
+def test_fewer_levels_and_sizes() -> None:
+    opts = [
+        "MODEL.TENSOR_MASK.IN_FEATURES", ["p3", "p4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[88], [176]],
+    ]  # fmt: skip
+    model = build(opts=opts)
+    assert model.windows.mask_sizes == [11]
+    assert model.mask_head.lambdas == [1, 2]
+    losses = model.train()([make_image(128, 128)], [target(128, 128, [[20, 20, 90, 90]])])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert len(with_many_detections(model)([make_image(128, 128)])[0]["scores"]) > 0

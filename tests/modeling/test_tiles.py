@@ -1,0 +1,195 @@
+"""Convolutions at places against the same convolutions of the whole map."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tensormask.modeling import tiles
+from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.mask_head import MaskHead
+
+
+@pytest.fixture
+def always_tiles(monkeypatch) -> None:
+    """Tiles whatever the work, and on small maps."""
+    monkeypatch.setattr(tiles, "_WORTH_IT", 1e9)
+    monkeypatch.setattr(tiles, "_LEAST_CELLS", 0)
+
+
+def make_convs(num_convs: int) -> list[nn.Conv2d]:
+    torch.manual_seed(0)
+    channels = [3, *range(4, 4 + num_convs)]
+    convs = [
+        nn.Conv2d(*channels[i : i + 2], 3, padding=1, dtype=torch.float64) for i in range(num_convs)
+    ]
+    for conv in convs:
+        nn.init.normal_(conv.bias)  # what is beyond the border would not stay zero by itself
+    return convs
+
+
+def whole_map(convs, x, n, row, column):
+    for conv in convs[:-1]:
+        x = conv(x).relu()
+    return convs[-1](x)[n, :, row, column]
+
+
+@pytest.mark.parametrize("num_convs", [1, 2, 5])
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param([(0, 20, 20)], id="one"),
+        pytest.param([(1, 0, 0), (0, 0, 40), (1, 44, 0), (0, 44, 40)], id="corners"),
+        pytest.param(
+            [(1, 7, 7), (1, 8, 8), (0, 7, 8), (1, 7, 7)], id="borders of tiles, one twice"
+        ),
+        pytest.param([], id="none"),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_map(num_convs, places, always_tiles) -> None:
+    convs = make_convs(num_convs)
+    x = torch.randn(2, 3, 45, 41, dtype=torch.float64, requires_grad=True)
+    n, row, column = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
+    wanted = [x, *(weight for conv in convs for weight in (conv.weight, conv.bias))]
+    results = []
+    for function in (whole_map, tiles.convolve_at):
+        values = function(convs, x, n, row, column)
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        results.append([values, *torch.autograd.grad(values, wanted, grad)])
+    assert results[0][0].shape == (len(places), 3 + num_convs)
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("side", [1, 5, 16])
+def test_maps_smaller_than_a_tile_and_its_surroundings(side, always_tiles) -> None:
+    convs = make_convs(3)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    places = torch.ones(1, side, side).nonzero().T
+    assert_close(tiles.convolve_at(convs, x, *places), whole_map(convs, x, *places))
+
+
+def test_work_follows_the_places() -> None:
+    """Few places: convolutions of tiles. Places everywhere: the map, once."""
+    convs = make_convs(2)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    sizes: list[tuple[int, ...]] = []
+
+    def convolve(x, weight, bias=None, *args):
+        sizes.append(tuple(x.shape))
+        return original(x, weight, bias, *args)
+
+    original = nn.functional.conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "conv2d", convolve)
+        tiles.convolve_at(convs, x, *torch.tensor([[0, 0], [9, 9], [9, 10]]))
+        assert sizes == [(1, 3, 12, 12), (1, 4, 10, 10)]
+        sizes.clear()
+        tiles.convolve_at(convs, x, *torch.ones(1, 64, 64).nonzero().T)
+        assert sizes == [(1, 3, 64, 64), (1, 4, 64, 64)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_deltas_at_windows_are_the_dense_ones(checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    head = ClassBoxHead(6, 2, 3, bbox_channels=5, init="he", checkpointed=checkpointed)
+    x = torch.randn(2, 6, 40, 56)
+    _, (dense,) = head([x])
+    n, size, row, column = torch.tensor([[1, 1, 3, 9], [0, 0, 39, 55], [1, 0, 3, 9]]).T
+    expected = dense.unflatten(1, (2, 4))[n, size, :, row, column]
+    assert_close(head.deltas_at(x, n, size, row, column), expected)
+    assert head([x], dense_boxes=False)[1] is None
+
+
+@pytest.mark.parametrize("side", [8, 100])
+def test_tiles_that_boxes_touch(side: int) -> None:
+    """Against every box and tile compared; boxes reach beyond the map."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(-20, 90, (12, 2), generator=generator)
+    boxes = torch.cat([corner, corner + torch.randint(0, side, (12, 2), generator=generator)], 1)
+    boxes = boxes[(boxes[:, 2:] >= 0).all(1) & (boxes[:, :2] < torch.tensor([50, 70])).all(1)]
+    n = torch.arange(len(boxes)) % 2
+    expected = {
+        (image, row, column)
+        for image, (y0, x0, y1, x1) in zip(n.tolist(), boxes.tolist(), strict=True)
+        for row in range(7)
+        for column in range(9)
+        if y0 < 8 * row + 8 and y1 >= 8 * row and x0 < 8 * column + 8 and x1 >= 8 * column
+    }
+    found = tiles.Tiles.touching(torch.zeros(2, 1, 50, 70), n, boxes)
+    assert 0 < len(expected) < 2 * 7 * 9
+    assert set(zip(*(t.tolist() for t in found), strict=True)) == expected
+
+
+def test_masks_at_windows_from_tiles_are_those_of_the_map(monkeypatch) -> None:
+    """Values and gradients, with windows in the middle, at the borders and in the corners."""
+    torch.manual_seed(0)
+    head = MaskHead(6, [11, 15], (4, 8, 16), channels=5, init="he").double()
+    for pred in head.mask_pred:
+        nn.init.normal_(pred.weight, std=0.5)
+        nn.init.normal_(pred.bias)
+    shapes = [(104, 136), (52, 68), (26, 34)]
+    features = [torch.randn(2, 6, *s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    groups = [
+        (level, size, torch.tensor([[0, 0, 0], [1, h - 1, w - 1], [1, h // 2, w // 3]]))
+        for level, (h, w) in enumerate(shapes)
+        for size in range(2)
+    ]
+    wanted = [*features, *head.parameters()]
+    results, num_tiles = [], []
+    original = tiles.Tiles.put
+
+    def put(self, values, x):
+        num_tiles.append(len(values))
+        return original(self, values, x)
+
+    monkeypatch.setattr(tiles.Tiles, "put", put)
+    for worth_it in (-1, 1e9):
+        monkeypatch.setattr(tiles, "_WORTH_IT", worth_it)
+        masks = head(features, groups)
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(m.shape, generator=generator, dtype=m.dtype) for m in masks]
+        results.append([*masks, *torch.autograd.grad(masks, wanted, grads)])
+    assert len(num_tiles) == len(groups)
+    assert max(num_tiles[:2]) < 2 * 13 * 17  # of the finest level only a part
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
+def test_a_model_trains_the_same_with_tiles(head, always_tiles, monkeypatch) -> None:
+    """Losses and weights over several steps, one image without objects; in float64.
+
+    In float32 a model this small lets one rounding grow to percents in six steps.
+    """
+    images = [tiny.make_image(96, 128, seed) for seed in range(3)]
+    boxes = [[], [[8.0, 8.0, 40.0, 52.0], [50.0, 20.0, 120.0, 90.0]], [[70.0, 40.0, 90.0, 60.0]]]
+    targets = [tiny.target(96, 128, of_image) for of_image in boxes]
+    results = []
+    for worth_it in (1e9, -1):
+        monkeypatch.setattr(tiles, "_WORTH_IT", worth_it)
+        model = tiny.build(head).double().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
+        for step in range(6):
+            optimizer.zero_grad()
+            both = [step % 3, (step + 1) % 3]
+            losses = model([images[i] for i in both], [targets[i] for i in both])
+            sum(losses.values()).backward()
+            optimizer.step()
+        results.append([*losses.values(), *model.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_image_of_a_batch_costs_what_it_costs_alone(monkeypatch) -> None:
+    """Candidates everywhere: the box tower convolves each image once, not all for each."""
+    model = tiny.build(opts=["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.0]).eval()
+    convolved = []
+    model.head.bbox_pred.register_forward_hook(
+        lambda module, inputs, output: convolved.append(tuple(inputs[0].shape))
+    )
+    with torch.inference_mode():
+        model([tiny.make_image(64, 64, seed) for seed in range(3)])
+    assert convolved == [(1, 16, s, s) for s in (16, 8, 4, 2, 1, 1)] * 3

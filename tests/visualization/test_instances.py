@@ -1,0 +1,199 @@
+"""Drawing: what changes, what stays, and in which size it comes out."""
+
+import colorsys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tensormask.visualization.instances import (
+    class_name,
+    draw_instances,
+    instance_colour,
+    magnification,
+    save_image,
+    unique_stem,
+)
+
+
+def grey(height=400, width=500, value=100):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def square(x0, y0, x1, y1, height=400, width=500):
+    mask = np.zeros((height, width), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def test_the_input_is_untouched_and_only_the_object_changes():
+    image = grey()
+    mask = square(100, 150, 200, 250)
+    drawn = draw_instances(image, [[100, 150, 200, 250]], [0], mask[None])
+    assert (image == 100).all()
+    assert drawn.dtype == np.uint8
+    assert drawn.shape == image.shape
+    changed = (drawn != image).any(2)
+    assert changed[mask].all()
+    changed[mask] = False
+    rows, columns = np.nonzero(changed)
+    # Outside the mask there is the text only, right above the box.
+    assert rows.min() > 120
+    assert rows.max() < 150
+    assert columns.min() >= 100
+    assert columns.max() < 200
+
+
+def test_an_outline_in_full_colour_around_a_lighter_tint():
+    mask = square(100, 150, 200, 250)
+    drawn = draw_instances(grey(), [[0, 0, 0, 0]], [0], mask[None], draw_boxes=False)
+    colour = np.array(instance_colour(0))
+    assert (drawn[200, 100] == colour).all()
+    assert (drawn[200, 101] == colour).all()
+    assert (drawn[200, 150] == np.round(0.55 * 100 + 0.45 * colour)).all()
+    assert (drawn[200, 99] == 100).all()
+
+
+def test_touching_objects_have_outlines_of_two_colours():
+    masks = np.stack([square(100, 150, 200, 250), square(200, 150, 300, 250)])
+    drawn = draw_instances(grey(), np.zeros((2, 4)), [0, 0], masks, draw_boxes=False)
+    assert (drawn[200, 199] == instance_colour(0)).all()
+    assert (drawn[200, 200] == instance_colour(1)).all()
+
+
+def test_holes_stay_open_and_are_outlined():
+    mask = square(100, 150, 200, 250) & ~square(130, 180, 170, 220)
+    drawn = draw_instances(grey(), np.zeros((1, 4)), [0], mask[None], draw_boxes=False)
+    assert (drawn[200, 150] == 100).all()
+    assert (drawn[200, 129] == instance_colour(0)).all()
+
+
+def test_a_small_object_is_seen_on_a_large_one_whatever_their_order():
+    masks = np.stack([square(200, 200, 210, 210), square(100, 100, 300, 300)])
+    drawn = draw_instances(grey(), np.zeros((2, 4)), [0, 0], masks, draw_boxes=False)
+    assert (drawn[205, 200] == instance_colour(0)).all()
+
+
+def test_small_images_are_magnified_by_whole_factors():
+    assert [magnification(64, side) for side in (128, 256, 341, 342, 5000)] == [4, 2, 2, 1, 1]
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    empty = draw_instances(image, np.zeros((0, 4)), [], np.zeros((0, 96, 128)))
+    assert np.array_equal(empty, image.repeat(4, 0).repeat(4, 1))
+    mask = square(20, 30, 40, 60, 96, 128)
+    drawn = draw_instances(image, [[20, 30, 40, 60]], [0], mask[None])
+    assert (drawn[4 * 45, 4 * 20] == instance_colour(0)).all()
+    assert draw_instances(image, [[2, 3, 4, 6]], [0], None, magnify=1).shape == (96, 128, 3)
+
+
+def test_boxes_only():
+    drawn = draw_instances(grey(), [[100, 150, 200, 250]], [0], None, draw_boxes=False)
+    assert (drawn[200, 100] == instance_colour(0)).all()
+    assert (drawn[200, 199] == instance_colour(0)).all()
+    assert (drawn[200, 150] == 100).all()
+    assert (drawn[200, 200] == 100).all()
+
+
+def test_names_and_scores_are_written():
+    box, mask = [[100, 150, 200, 250]], square(100, 150, 200, 250)[None]
+    drawings = [
+        draw_instances(grey(), box, [0], mask),
+        draw_instances(grey(), box, [0], mask, class_names=["star"]),
+        draw_instances(grey(), box, [0], mask, [0.5], ["star"]),
+        draw_instances(grey(), box, [0], mask, [0.75], ["star"]),
+    ]
+    for i, one in enumerate(drawings):
+        for other in drawings[:i]:
+            assert (one != other).any()
+
+
+def test_texts_do_not_cover_each_other():
+    """Five objects in one place: three texts find room, the others are left out."""
+    box = [100, 150, 200, 250]
+    rows_with_text = [
+        (draw_instances(grey(), [box] * n, [0] * n, None) == 32).all(2).any(1).sum()
+        for n in (1, 2, 3, 5)
+    ]
+    assert np.array_equal(rows_with_text, np.array([1, 2, 3, 3]) * rows_with_text[0])
+
+
+def test_crowded_images_have_no_texts():
+    boxes = [[10 * i, 10, 10 * i + 8, 20] for i in range(41)]
+    assert (draw_instances(grey(), boxes, [0] * 41, None)[:10] == 100).all()
+    assert (draw_instances(grey(), boxes[:40], [0] * 40, None)[22:40] != 100).any()
+
+
+def test_tensors_are_taken():
+    mask = square(100, 150, 200, 250)[None]
+    arrays = draw_instances(grey(), np.array([[100, 150, 200, 250]]), np.array([3]), mask, [0.5])
+    tensors = draw_instances(
+        grey(),
+        torch.tensor([[100.0, 150, 200, 250]], requires_grad=True),
+        torch.tensor([3]),
+        torch.from_numpy(mask),
+        torch.tensor([0.5]),
+    )
+    assert np.array_equal(arrays, tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (40, 3)])
+def test_images_and_objects_of_any_form(shape):
+    masks = np.ones((2, *shape), bool)
+    masks[1] = False
+    boxes = [[-50, -50, 5000, 5000], [float("nan"), 0, float("inf"), 0]]
+    drawn = draw_instances(np.zeros((*shape, 3), np.uint8), boxes, [0, 1], masks, [1.0, 0.0])
+    assert drawn.shape == (*(side * magnification(*shape) for side in shape), 3)
+
+
+@pytest.mark.parametrize(
+    "image, labels, masks, message",
+    [
+        (np.zeros((8, 8, 3)), [0], None, "uint8"),
+        (np.zeros((8, 8), np.uint8), [0], None, "uint8"),
+        (np.zeros((3, 8, 8), np.uint8), [0], None, "uint8"),
+        (np.zeros((0, 8, 3), np.uint8), [0], None, "uint8"),
+        (np.zeros((8, 9, 3), np.uint8), [0], np.zeros((1, 9, 8)), "8 x 9"),
+        (np.zeros((8, 9, 3), np.uint8), [0], np.zeros((2, 8, 9)), "1 labels"),
+        (np.zeros((8, 9, 3), np.uint8), [0, 1], None, "2 labels, 1 boxes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(image, labels, masks, message):
+    with pytest.raises(ValueError, match=message):
+        draw_instances(image, [[0, 0, 4, 4]], labels, masks)
+
+
+def test_class_names_fall_back_to_numbers():
+    assert class_name(1, ["a", "b"]) == "b"
+    assert class_name(3, ["a", "b"]) == "class 3"
+    assert class_name(-1, ["a", "b"]) == "class -1"
+    assert class_name(3, None) == "class 3"
+
+
+def test_colours_are_fixed_and_far_apart():
+    colours = [instance_colour(i) for i in range(12)]
+    assert colours == [instance_colour(i) for i in range(12)]
+    hues = sorted(colorsys.rgb_to_hsv(*(part / 255 for part in colour))[0] for colour in colours)
+    gaps = np.diff([*hues, hues[0] + 1])
+    assert gaps.min() > 0.03  # evenly spread they would be 1/12 = 0.083 apart
+
+
+def test_saved_images_are_rgb(tmp_path):
+    image = grey()
+    image[..., 0] = 250
+    path = tmp_path / "new folder" / "é.png"
+    save_image(path, image)
+    stored = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(stored, image)
+    with pytest.raises(ValueError, match="xyz"):
+        save_image(tmp_path / "a.xyz", image)
+
+
+def test_unique_stem():
+    taken = set()
+    assert [unique_stem(stem, taken) for stem in ("a", "b", "a", "a_2", "a")] == [
+        "a",
+        "b",
+        "a_2",
+        "a_2_2",
+        "a_3",
+    ]

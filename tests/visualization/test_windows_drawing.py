@@ -1,0 +1,91 @@
+"""Images of scores and masks: what stands at which place, and in which colour."""
+
+import itertools
+
+import numpy as np
+
+from tensormask.visualization.grid import TILE_GAP
+from tensormask.visualization.windows import (
+    MARK,
+    aligned_view,
+    grid_through,
+    mask_colours,
+    natural_view,
+    score_view,
+    spread,
+    window_crop,
+)
+
+
+def framed_part(view: np.ndarray) -> np.ndarray:
+    """The tile in the green frame."""
+    rows, columns = np.nonzero((view == MARK).all(2))
+    edge = TILE_GAP - 1
+    return view[
+        rows.min() + edge : rows.max() + 1 - edge, columns.min() + edge : columns.max() + 1 - edge
+    ]
+
+
+def test_a_tile_is_the_mask_of_its_window():
+    masks = np.random.default_rng(0).random((2, 3, 5, 5))
+    for place in itertools.product((1, 4), (0, 3, 6)):
+        tile = framed_part(natural_view(masks, [1, 4], [0, 3, 6], 10, {place: MARK}))
+        mask = masks[(place[0] - 1) // 3, place[1] // 3]
+        assert np.array_equal(tile, mask_colours(mask).repeat(2, 0).repeat(2, 1))
+
+
+def test_marks_are_at_their_places():
+    maps = np.zeros((2, 2, 20, 30))
+    offsets = [-1, 1]
+    plain = aligned_view(maps, (offsets, offsets), 60)
+    marked = aligned_view(maps, (offsets, offsets), 60, ([4, 9], [5, 25]))
+    rows, columns = np.nonzero((plain != marked).any(2))
+    assert len(rows)
+    # Tiles of 40 x 60 pixels at the rim's end.
+    top, left = plain.shape[0] - 2 * 40 - 2 * TILE_GAP, plain.shape[1] - 2 * 60 - 2 * TILE_GAP
+    for row, y in enumerate([4, 9]):
+        for column, x in enumerate([5, 25]):
+            centre = (
+                top + row * (40 + TILE_GAP) + 2 * y + 1,
+                left + column * (60 + TILE_GAP) + 2 * x + 1,
+            )
+            distance = np.hypot(rows - centre[0], columns - centre[1])
+            assert ((distance > 3) & (distance < 7)).sum() > 30
+            assert (marked[centre] == plain[centre]).all()
+
+
+def test_colours():
+    low, undecided, high = mask_colours(np.array([0.0, 0.5, 1.0])).tolist()
+    assert undecided == [255, 255, 255]
+    assert low[2] > 2 * low[0]
+    assert high[0] > 2 * high[2]
+    view = score_view(np.array([[0.0, 0.2], [0.4, 0.4]]), 0.4, 10, [(1, 0, MARK)])
+    assert view.shape == (20, 20, 3)
+    brightness = view.astype(int).sum(2)
+    assert brightness[5, 5] < 30 < brightness[5, 15] < brightness[15, 15]
+    assert (view[15, 0] == MARK).all()
+
+
+def test_which_tiles_are_shown():
+    for extents, most in itertools.product(((7, 11), (32, 32), (200, 336), (1, 1)), (5, 8)):
+        for place in ((0, 0), tuple(e - 1 for e in extents), tuple(e // 3 for e in extents)):
+            rows, columns = grid_through(place, extents, most)
+            assert place[0] in rows
+            assert place[1] in columns
+            assert max(len(rows), len(columns)) <= most
+            assert max(rows) < extents[0]
+            assert max(columns) < extents[1]
+    assert spread(15, 5) == [1, 4, 7, 10, 13]
+    assert spread(11, 5) == [1, 3, 5, 7, 9]
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(1, 5) == [0]
+
+
+def test_a_crop_is_black_beyond_the_image():
+    rgb = np.full((10, 20, 3), 200, np.uint8)
+    crop = window_crop(rgb, (-4.0, -4.0, 4.0, 4.0), 8)
+    assert (crop[4:, 4:] == 200).all()
+    assert (crop[:4] == 0).all()
+    assert (crop[:, :4] == 0).all()
+    assert not window_crop(rgb, (-20.0, -20.0, -10.0, -10.0), 8).any()
+    assert window_crop(rgb, (2.0, 2.0, 8.0, 8.0), 12).shape == (12, 12, 3)
