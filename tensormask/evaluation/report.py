@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tensormask.utils.errors import UserError
+from tensormask.utils.tables import format_table
 
 OVERALL_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_PREFIX = "AP-"
@@ -78,17 +79,6 @@ def verify_results(
             f"{num_failed} of {len(expected)} results are not as TEST.EXPECTED_RESULTS has them\n"
             + format_table(rows)
         )
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts in aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _class_table(rows: Mapping[str, Mapping[str, float]], num_blocks: int = 3) -> str:
