@@ -10,14 +10,15 @@ PATH = Path(__file__).parent.parent / "MODEL_ZOO.md"
 TEXT = """\
 # Model zoo
 
-`python dev/make_model_zoo.py` makes this file from the table in
-[tensormask/model_zoo.py](tensormask/model_zoo.py): change that.
+`python dev/make_model_zoo.py` writes this file from the table in
+[tensormask/model_zoo.py](tensormask/model_zoo.py). Change the table, not this file.
 
-**The files were never seen here**, since there was no network: reading them was tested with seeded
-weights in the same formats. The numbers are those of their publishers, and were not measured again.
+**These files were not downloaded here**, because there was no network. Reading them was tested with
+seeded weights in the same formats. The metrics are those of the publishers and were not measured
+again.
 
-A name stands wherever weights are given: `MODEL.WEIGHTS` in a YAML file or on a command line,
-`tensormask.load_weights(model, name)`, `tensormask.Predictor(cfg, name)`. Its file is downloaded on
+Use a name wherever weights are expected: `MODEL.WEIGHTS` in a YAML file or on a command line,
+`tensormask.load_weights(model, name)`, `tensormask.Predictor(cfg, name)`. The file is downloaded on
 first use.
 
 ## TensorMask on COCO
@@ -26,8 +27,8 @@ first use.
 |---|---|---|---|---|---|---|
 {models}
 
-To evaluate them (COCO lies in `$TENSORMASK_DATASETS`, else `$DETECTRON2_DATASETS`, else
-`./datasets`):
+To evaluate them, with COCO in `$TENSORMASK_DATASETS`, else `$DETECTRON2_DATASETS`, else
+`./datasets`:
 
 ```
 {evaluate}
@@ -42,14 +43,14 @@ from tensormask import model_zoo
 predictor = tensormask.Predictor(model_zoo.get_config("tensormask_R_50_FPN_6x"))
 ```
 
-## Backbones to start from
+## Backbones
 
 | name | ImageNet top-1 | published by | weights | SHA-256 begins |
 |---|---|---|---|---|
 {backbones}
 
-The COCO configs start from MSRA's. To start from torchvision's, which see RGB on another scale and
-have their stride in the 3x3 convolutions:
+The COCO configs start from MSRA's weights. torchvision's expect RGB on another scale and have the
+stride in the 3x3 convolutions. To start from them:
 
 ```
 python tools/train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml \\
@@ -59,18 +60,18 @@ python tools/train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml \\
 
 ## Other weights
 
-| given | what is read |
+| value of `MODEL.WEIGHTS` | file |
 |---|---|
-| `path/to/model.pth` | that file |
-| `https://host/folder/model.pkl`, `http://...` | the file there |
+| `path/to/model.pth` | the local file |
+| `https://host/folder/model.pkl`, `http://...` | the file at this URL |
 | `detectron2://X` | `https://dl.fbaipublicfiles.com/detectron2/X` |
-| `torchvision://ResNet50_Weights.IMAGENET1K_V2` | torchvision's, with 18, 34, 50 or 101 layers |
-| `torchvision://resnet50` | their `IMAGENET1K_V1`, as in torchvision's detection models |
+| `torchvision://ResNet50_Weights.IMAGENET1K_V2` | torchvision's ResNet with 18, 34, 50 or 101 layers |
+| `torchvision://resnet50` | its `IMAGENET1K_V1`, as in torchvision's detection models |
 | `file:///folder/model.pth` | `/folder/model.pth` |
 
-Downloads are kept in `$TENSORMASK_CACHE`, else in the user's cache folder (on Linux
-`$XDG_CACHE_HOME/tensormask`, else `~/.cache/tensormask`), in a folder for each address. A file
-appears there once it came whole and, where digits of its SHA-256 are known, has them.
+Downloads are stored in `$TENSORMASK_CACHE`, else in the user's cache folder (on Linux
+`$XDG_CACHE_HOME/tensormask`, else `~/.cache/tensormask`), with one folder per URL. A file appears
+there after its download is complete and its SHA-256 begins with the known digits, if any.
 """
 
 
@@ -89,7 +90,7 @@ def _row(model: ZooModel, metrics: tuple[str, ...]) -> str:
     config = [] if model.config is None else [f"[{Path(model.config).name}]({model.config})"]
     numbers = [f"{model.metrics[m]:.1f}" if m in model.metrics else "–" for m in metrics]
     weights = "none released" if model.url is None else f"[{Path(model.url).name}]({model.url})"
-    sha256 = "–" if model.url is None else "not known" if model.sha256 is None else model.sha256
+    sha256 = "–" if model.url is None else "unknown" if model.sha256 is None else model.sha256
     cells = [f"`{model.name}`", *config, *numbers, model.source, weights, sha256]
     return f"| {' | '.join(cells)} |"
 
