@@ -1,27 +1,30 @@
-"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), on the CPU.
+"""3x3 convolutions on the CPU with a quarter of the multiplications: Winograd's F(4x4, 3x3).
 
-Of a tile of 4x4 results and the 6x6 values ``d`` that it reads, Lavin and Gray (arXiv 1509.09308)
-make the results by ``A^T [(G w G^T) * (B^T d B)] A``, where ``*`` multiplies 36 pairs of values, in
-place of 144. Summed over the channels the products are 36 products of matrices. The same three
-matrices give the gradients. In float32 rounding reaches 1e-5 of the largest result, a few times
+Lavin and Gray (arXiv 1509.09308) compute a tile of 4x4 results from the 6x6 inputs ``d`` that it
+reads: ``A^T [(G w G^T) * (B^T d B)] A``, where ``*`` multiplies 36 pairs of values instead of 144.
+Summed over the channels, the 36 products are 36 matrix products. The same three matrices give the
+gradients. The rounding error in float32 is at most about 1e-5 of the largest result, a few times
 that of a direct convolution.
 
-The tiles are cut and put together by the operators of ``csrc/winograd_cpu.cpp``.
+The operators in ``csrc/winograd_cpu.cpp`` cut a feature map into tiles and assemble it from them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from tensormask.layers import _native
 
-_TILE = 4  # side of the results of a tile, which reads _TILE + 2 in each direction
-_TILES_AT_ONCE = 168  # 12 MB of them with 256 channels in and out: they stay in the caches
-# Below, a direct convolution is as fast: places, channels in and out, and the more of the two.
-_FEWEST_PLACES, _FEWEST_CHANNELS, _FEWEST_OF_THE_MORE = 1500, 32, 128
+_TILE = 4  # side of a tile of results; it reads _TILE + 2 inputs in each direction
+_TILES_AT_ONCE = 168  # 12 MB with 256 channels in and out: they stay in the caches
+# Below these numbers of locations, of channels in and out, and of the larger of the two, a direct
+# convolution is as fast.
+_MIN_LOCATIONS, _MIN_CHANNELS, _MIN_LARGER_CHANNELS = 1500, 32, 128
 _G = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -36,44 +39,60 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+    padding: str | Sequence[int] = (0, 0),
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, by Winograd's algorithm where that is faster.
+    """Compute `torch.nn.functional.conv2d`, by Winograd's algorithm where that is faster.
 
     That is on the CPU, in float32 and float64 outside of autocast, for 3x3 kernels of stride 1 and
-    padding 0 or 1, 32 channels in and out or more and 128 on one side, and 1500 places or more.
-    Everything else, and a compiled model, gets PyTorch's.
+    padding 0 or 1, with at least 32 channels in and out, 128 on one side, and 1500 locations.
+    Everything else gets PyTorch's convolution, and so do compiled, traced and exported models, the
+    transforms of `torch.func`, and forward-mode differentiation.
+
+    Results of Winograd's algorithm are in channels_last memory format, whatever the format of
+    ``x``. They can be differentiated once.
     """
-    if _is_faster(x, weight, tuple(stride), tuple(padding)):
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if _is_eager(inputs) and _is_faster(x, weight, stride, padding):
         return _Winograd.apply(x, weight, bias, padding[0])
     return F.conv2d(x, weight, bias, stride, padding)
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` of one group and no dilation, run by `conv2d`."""
+    """`torch.nn.Conv2d` with one group and no dilation, computed by `conv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+def _is_eager(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the inputs hold values, and nothing but reverse-mode autograd records the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()  # vmap, grad, jvp, ...
+        and torch._C._len_torch_dispatch_stack() == 0  # make_fx, FakeTensorMode, ...
+        and all(type(x) in (Tensor, nn.Parameter) for x in inputs)  # not fx.Proxy, FakeTensor, ...
+        and all(forward_ad.unpack_dual(x).tangent is None for x in inputs)
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, inputs))  # is_grads_batched
+    )
+
+
 def _is_faster(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: str | Sequence[int]
 ) -> bool:
     return (
-        not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dim() == 4
         and x.shape[1] == weight.shape[1]
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and weight.shape[2:] == (3, 3)
-        and stride == (1, 1)
-        and padding in ((0, 0), (1, 1))
-        and min(weight.shape[:2]) >= _FEWEST_CHANNELS
-        and max(weight.shape[:2]) >= _FEWEST_OF_THE_MORE
-        and x[:, 0].numel() >= _FEWEST_PLACES
+        and tuple(stride) == (1, 1)
+        and tuple(padding) in ((0, 0), (1, 1))
+        and min(weight.shape[:2]) >= _MIN_CHANNELS
+        and max(weight.shape[:2]) >= _MIN_LARGER_CHANNELS
+        and x[:, 0].numel() >= _MIN_LOCATIONS
         and not torch.is_autocast_enabled("cpu")
         and _native.use_native("cpu")
     )
@@ -81,27 +100,31 @@ def _is_faster(
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.padding = padding
         return _convolve(x, weight, bias, padding)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        needed, padding = ctx.needs_input_grad[:3], ctx.padding
+        if not _is_eager((grad,)):  # a batch of gradients
+            arguments = (len(weight),), (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, needed
+            return *torch.ops.aten.convolution_backward(grad, x, weight, *arguments), None
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _convolve(grad, weight.flip(2, 3).transpose(0, 1), None, 2 - ctx.padding)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(x, grad, ctx.padding)
-        if ctx.needs_input_grad[2]:
+        if needed[0]:
+            grad_x = _convolve(grad, weight.flip(2, 3).transpose(0, 1), None, 2 - padding)
+        if needed[1]:
+            grad_weight = _weight_gradient(x, grad, padding)
+        if needed[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """(N, C, H, W), (C', C, 3, 3) and (C',) to (N, C', H', W'), in channels_last."""
+    """Convolve (N, C, H, W) with (C', C, 3, 3), add a bias (C'): (N, C', H', W'), channels_last."""
     num, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     g = x.new_tensor(_G)
@@ -119,7 +142,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, padding: int) -> Tensor:
-    """Of maps (N, C, H, W) and gradients (N, C', H', W'): (C', C, 3, 3)."""
+    """Return (C', C, 3, 3), from the input (N, C, H, W) and the gradient (N, C', H', W')."""
     x = x.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
     grid, chunks = _chunks(grad.shape)
@@ -135,11 +158,11 @@ def _weight_gradient(x: Tensor, grad: Tensor, padding: int) -> Tensor:
 
 
 def _chunks(size: Sequence[int]) -> tuple[tuple[int, int, int], list[tuple[int, int]]]:
-    """How results (N, C, H, W) are worked on.
+    """Divide results (N, C, H, W) into chunks of tiles.
 
     Returns:
         the tiles of a chunk, (images, rows, columns), and for each chunk its first image and its
-        first row of results. The last may reach beyond them.
+        first row of results. The last chunk may reach beyond the results.
     """
     num, _, height, width = size
     rows, columns = -(-height // _TILE), -(-width // _TILE)
@@ -152,6 +175,6 @@ def _chunks(size: Sequence[int]) -> tuple[tuple[int, int, int], list[tuple[int, 
 
 
 def _even_part(count: int, largest: int) -> int:
-    """The size of equal parts of ``count`` of which none has more than ``largest``, or than 1."""
+    """Divide ``count`` into parts of equal size, at most ``largest`` (or 1); return the size."""
     parts = -(-count // max(1, largest))
     return -(-count // parts)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tensormask.layers import _native, op_backend, winograd
 
@@ -13,9 +16,9 @@ pytestmark = pytest.mark.skipif("cpu" not in _native.DEVICES, reason="no compile
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also small maps of few channels are convolved by Winograd's algorithm, few tiles at once."""
-    monkeypatch.setattr(winograd, "_FEWEST_PLACES", 1)
-    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "_FEWEST_OF_THE_MORE", 1)
+    monkeypatch.setattr(winograd, "_MIN_LOCATIONS", 1)
+    monkeypatch.setattr(winograd, "_MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "_MIN_LARGER_CHANNELS", 1)
     monkeypatch.setattr(winograd, "_TILES_AT_ONCE", 6)
 
 
@@ -173,7 +176,6 @@ def test_is_not_used_in_other_precisions_or_if_the_reference_is_asked_for(
             assert conv(x).dtype == torch.bfloat16
         with op_backend("reference"):
             conv(x)
-        torch.jit.trace(conv, x, check_trace=False)
         conv.bfloat16()(x.bfloat16())
         assert not calls
         conv.float()(x)
@@ -196,12 +198,64 @@ def test_is_made_where_its_input_is(calls: list[Tensor]) -> None:
     assert len(calls) == 1
 
 
-def test_a_compiled_module_has_pytorchs_convolution(calls: list[Tensor]) -> None:
+def forward_mode(conv: nn.Module, x: Tensor, of: str) -> Tensor:
+    """The tangent of the result where one input of the convolution, named ``of``, has a tangent."""
+    inputs = {"x": x, **{name: p.detach() for name, p in conv.named_parameters()}}
+    with forward_ad.dual_level():
+        inputs[of] = forward_ad.make_dual(inputs[of], torch.ones_like(inputs[of]))
+        result = torch.func.functional_call(conv, inputs, (inputs.pop("x"),))
+        return forward_ad.unpack_dual(result).tangent
+
+
+TRANSFORMS = {
+    "vmap": lambda conv, x: torch.func.vmap(conv)(torch.stack([x, -x])),
+    "grad": lambda conv, x: torch.func.grad(lambda x: conv(x).square().sum())(x),
+    "jvp": lambda conv, x: torch.func.jvp(conv, (x,), (x + 1,))[1],
+    "forward mode, x": lambda conv, x: forward_mode(conv, x, "x"),
+    "forward mode, weight": lambda conv, x: forward_mode(conv, x, "weight"),
+    "forward mode, bias": lambda conv, x: forward_mode(conv, x, "bias"),
+    "symbolic_trace": lambda conv, x: fx.symbolic_trace(nn.Sequential(conv))(x),
+    "make_fx": lambda conv, x: make_fx(conv)(x)(x),
+    "jit.trace": lambda conv, x: torch.jit.trace(conv, x, check_trace=False)(x),
+    "export": lambda conv, x: torch.export.export(conv, (x,)).module()(x),
+    "export, strict": lambda conv, x: torch.export.export(conv, (x,), strict=True).module()(x),
+    "compile": lambda conv, x: torch.compile(conv, backend="eager", fullgraph=True)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_and_traces_get_pytorchs_convolution(calls: list[Tensor], transform) -> None:
     conv = winograd.Conv2d(128, 128, 3, padding=1)
-    x = torch.zeros(LARGE["shape"])
-    with torch.no_grad():
-        torch.compile(conv, backend="eager", fullgraph=True)(x)
+    direct = nn.Conv2d(128, 128, 3, padding=1)
+    direct.load_state_dict(conv.state_dict())
+    x = torch.randn(LARGE["shape"], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(transform(conv, x), transform(direct, x))
     assert not calls
+
+
+def test_fake_tensors_get_a_shape(calls: list[Tensor]) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        assert winograd.Conv2d(128, 128, 3)(torch.empty(LARGE["shape"])).shape == (1, 128, 38, 38)
+    assert not calls
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("padding", [0, 1])
+def test_batches_of_gradients(padding: int) -> None:
+    inputs = [tensor.requires_grad_() for tensor in case((2, 3, 6, 7), 4, torch.float64)]
+    batches = []
+    for function in (winograd.conv2d, F.conv2d):
+        result = function(*inputs, (1, 1), (padding, padding))
+        grads = torch.stack([result.detach(), torch.ones_like(result)])
+        batches.append(torch.autograd.grad(result, inputs, grads, is_grads_batched=True))
+    torch.testing.assert_close(*batches)
+
+
+def test_results_are_in_channels_last() -> None:
+    with torch.no_grad():
+        result = winograd.Conv2d(128, 128, 3)(torch.zeros(LARGE["shape"]))
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
