@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; `sets` holds the names of sets, `opts` the `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
         description="Check data sets in COCO's format: their issues, what is in them, and which "
-        "windows own their objects.",
+        "objects match a window.",
         epilog="The exit code is 0 where all is sound, 1 where there are issues, and 2 where "
         "something is wrong with the command. Objects are measured at the size of INPUT."
         "MIN_SIZE_TEST and MAX_SIZE_TEST. Example: check_dataset.py annotations.json@images/ "
@@ -156,24 +156,26 @@ def describe_issues(dataset: CocoDataset, *, fast: bool) -> list[str]:
 
 
 def describe_coverage(cfg: CfgNode, windows: Windows, coverage: Coverage) -> list[str]:
-    """What each level and window size owns, and why the rest is not owned."""
+    """Format how many objects match the windows of each level and size, and why others do not."""
     total = coverage.num_objects
     shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     lines = [
         "",
         f"Windows of the config at INPUT.MIN_SIZE_TEST {shortest}, MAX_SIZE_TEST {longest}: "
-        f"{_share(coverage.num_owned, total)} of the objects are owned",
-        "  level  window       owns  of the objects     windows",
+        f"{_share(coverage.num_matched, total)} of the objects match a window",
+        "  level  window    matched  of the objects     windows",
     ]
     for level, name in enumerate(windows.level_names):
         for size, side in enumerate(windows.sizes[level]):
-            owned, places = coverage.objects[level, size], coverage.windows[level, size]
-            share = owned / total if total else 0
-            lines.append(f"  {name:5}  {side:4g} px  {owned:9d}  {share:14.1%}  {places:10d}")
+            matched, num_windows = coverage.objects[level, size], coverage.windows[level, size]
+            share = matched / total if total else 0
+            lines.append(
+                f"  {name:5}  {side:4g} px  {matched:9d}  {share:14.1%}  {num_windows:10d}"
+            )
     by_size = (f"{size} {_share(*counts)}" for size, counts in coverage.by_size.items())
-    lines.append("  An object may be owned by several. Owned by size: " + ", ".join(by_size))
-    if coverage.num_owned < total:
-        lines.append(f"  Objects that no window owns: {total - coverage.num_owned}")
+    lines.append("  An object can match several windows. Matched by size: " + ", ".join(by_size))
+    if coverage.num_matched < total:
+        lines.append(f"  Unmatched objects: {total - coverage.num_matched}")
         lines += [f"  {count:7d}  {why}" for why, count in coverage.reasons.items() if count]
     return lines
 
@@ -190,12 +192,12 @@ def describe_proposal(
     own, wanted = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     lines = ["", f"Classes: {own}" + ("" if own == wanted else f", and {wanted} in the config")]
     if proposed == given:
-        lines.append("Windows: those of the config; none that were tried own more")
+        lines.append("Windows: those of the config; none that were tried match more objects")
     else:
         total = coverage.num_objects
         lines.append(
-            f"Windows, proposed: {_share(proposed_coverage.num_owned, total)} owned, against "
-            f"{_share(coverage.num_owned, total)}; {proposed.num_levels} levels, "
+            f"Windows, proposed: {_share(proposed_coverage.num_matched, total)} matched, against "
+            f"{_share(coverage.num_matched, total)}; {proposed.num_levels} levels, "
             f"against {given.num_levels}"
         )
     if proposed != given or own != wanted:

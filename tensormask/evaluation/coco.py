@@ -1,4 +1,4 @@
-"""COCO's box and mask AP of a model on a data set: runs the model, and has `scoring` do the rest.
+"""Evaluate a model on a data set: run it, write its detections, and score them by COCO's AP.
 
 Letters: K detections or objects.
 """
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
-from tensormask.evaluation.drawing import evenly_spread, write_images
+from tensormask.evaluation.predictions import evenly_spread, write_images
 from tensormask.evaluation.results import (
     Detections,
     ResultsWriter,
@@ -25,7 +25,7 @@ from tensormask.evaluation.results import (
     merge_results,
     read_results,
 )
-from tensormask.evaluation.scoring import Metrics, metrics_and_curves_of
+from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
 from tensormask.utils.errors import UserError
@@ -46,16 +46,16 @@ def evaluate(
     num_visualized: int = 0,
     submission_name: str = "tensormask",
     rank: int = 0,
-    gather: Callable[[Any], list[Any]] = lambda found: [found],
+    gather: Callable[[Any], list[Any]] = lambda summary: [summary],
 ) -> dict[str, Metrics]:
-    """Runs `model` over `loader` and scores its detections against `dataset`'s annotations.
+    """Run `model` over `loader` and score its detections against the annotations of `dataset`.
 
-    Detections become run-length codes object by object and go to a file image by image, from
-    which they are read for scoring: while the model runs, memory does not grow.
+    Masks become run-length codes one at a time. The detections of each image are written to a
+    file, from which they are read for scoring: memory does not grow while the model runs.
 
-    Several processes may have a part of the images each, `loader` that of `image_ids[rank ::
-    number of processes]`. Each writes a file of its own into `output_dir`, which must be the same
-    folder for all; rank 0 makes one of them, scores it, and alone has results to return.
+    Several processes can share the images: each has a `loader` of `image_ids[rank :: number of
+    processes]` and writes its own file to `output_dir`, which must be the same folder for all.
+    Rank 0 merges the files, scores them, and is the only one that returns results.
 
     The model runs in evaluation mode; the mode of each of its modules is restored afterwards.
 
@@ -63,19 +63,19 @@ def evaluate(
         model: a `TensorMask`, or anything that is called as `model(images, output_sizes=[(height,
             width), ...])` and returns per image `boxes (K, 4)`, `scores (K,)`, `labels (K,)` and,
             unless it has no mask head, bool `masks (K, height, width)`.
-        loader: yields lists of samples with `image`, `image_id`, `height` and `width`. Those whose
-            `image` is None, since it cannot be read, are left out: their objects count as missed.
-        dataset: a `CocoDataset`; all of its `image_ids` count, seen or not.
-        output_dir: where `coco_instances_results.json`, `precision_recall.json` (of
-            `precision_curves`), `images/` and `montage.png` go, and the files for COCO's
-            server (`write_submission`) if the data set has no annotations; None writes nothing but
-            a temporary file.
+        loader: yields lists of samples with `image`, `image_id`, `height` and `width`. Samples
+            whose `image` is None (unreadable files) are skipped: their objects count as missed.
+        dataset: a `CocoDataset`; all of its `image_ids` count, also those that the loader omits.
+        output_dir: the folder for `coco_instances_results.json`, `precision_recall.json` (see
+            `precision_curves`), `images/` and `montage.png`, and the files for COCO's server
+            (`write_submission`) if the data set has no annotations. None: only a temporary file is
+            written.
         max_dets: detections per image and class for `AP@<max_dets>` and `AR@<max_dets>`, which
             are added when it is not 100.
         num_visualized: how many images are drawn, spread evenly over the data set.
         submission_name: the name of the method in the files for COCO's server.
         rank: the number of this process, from 0.
-        gather: gives what each process has called it with, by rank, once all of them have.
+        gather: returns the values that all processes have passed to it, ordered by rank.
 
     Returns:
         `{"bbox": metrics, "segm": metrics}` as of `evaluate_results`; without "segm" for a model
@@ -83,8 +83,8 @@ def evaluate(
 
     Raises:
         ValueError: a label that the data set has no category for; boxes or scores that are not
-            finite; masks of another size than their image; an image that comes twice, or is not
-            of the data set.
+            finite; masks whose size is not their image's; an image that comes twice, or is not in
+            the data set.
     """
     with contextlib.ExitStack() as stack:
         if output_dir is None:
@@ -93,25 +93,28 @@ def evaluate(
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
 
-        found = gather(_write_detections(model, loader, dataset, _part(folder, rank), rank == 0))
+        part = _part_path(folder, rank)
+        summaries = gather(_write_detections(model, loader, dataset, part, rank == 0))
         if rank > 0:
             return {}
         path = folder / RESULTS_FILE
-        _join(found, dataset, path)
+        _merge_parts(path, len(summaries), dataset.image_ids)
+        _warn_of_missing_images(summaries, dataset)
         if output_dir is not None:
-            seen = {image_id for each in found for image_id in each.seen}
+            processed = {image_id for summary in summaries for image_id in summary.processed}
             chosen = evenly_spread(dataset.image_ids, num_visualized)
-            write_images(folder, dataset, [i for i in chosen if i in seen], path)
-            logger.info("%d detections written to %s", sum(f.num_results for f in found), path)
+            write_images(folder, dataset, [i for i in chosen if i in processed], path)
+            num_results = sum(summary.num_results for summary in summaries)
+            logger.info("%d detections written to %s", num_results, path)
         if not dataset.has_annotations:
-            logger.warning("%s has no annotations: nothing is scored", dataset.name)
+            logger.warning("%s has no annotations: the detections are not scored", dataset.name)
             if output_dir is not None:
                 write_submission(path, dataset.name, submission_name)
             return {}
         coco_gt = dataset.to_coco()
         metrics, curves = {}, {}
-        for iou_type in ("bbox", "segm") if all(f.has_masks for f in found) else ("bbox",):
-            metrics[iou_type], curves[iou_type] = metrics_and_curves_of(
+        for iou_type in ("bbox", "segm") if all(s.has_masks for s in summaries) else ("bbox",):
+            metrics[iou_type], curves[iou_type] = metrics_and_curves(
                 coco_gt,
                 read_results(path),
                 iou_type,
@@ -125,17 +128,13 @@ def evaluate(
         return metrics
 
 
-class _Found(NamedTuple):
-    """What a process says of the detections that it has written."""
+class _Summary(NamedTuple):
+    """What one process has written."""
 
     num_results: int
     has_masks: bool
-    seen: list[Identity]  # the images that the model has had
+    processed: list[Identity]  # ids of the images that the model has run on
     unreadable: list[Identity]
-
-
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f".{RESULTS_FILE}.part{rank}"
 
 
 def _write_detections(
@@ -144,17 +143,17 @@ def _write_detections(
     dataset: Any,
     path: Path,
     show_progress: bool,
-) -> _Found:
-    """Writes the detections in all images of a loader to a file."""
+) -> _Summary:
+    """Run the model on all images of a loader and write the detections to a file."""
     has_masks = True
     expected = set(dataset.image_ids)
-    seen: list[Identity] = []
+    processed: list[Identity] = []
     unreadable: list[Identity] = []
     # disable=None: on a terminal only.
     progress = tqdm(loader, desc="evaluation", disable=None if show_progress else True, leave=False)
-    with evaluation_mode(model), torch.inference_mode(), ResultsWriter(path) as writer:
+    with _evaluation_mode(model), torch.inference_mode(), ResultsWriter(path) as writer:
         for samples in progress:
-            _take_from(expected, samples, dataset.name)
+            _check_off(expected, samples, dataset.name)
             unreadable += [sample["image_id"] for sample in samples if sample["image"] is None]
             samples = [sample for sample in samples if sample["image"] is not None]
             if not samples:
@@ -165,21 +164,28 @@ def _write_detections(
                 has_masks &= bool({"masks", "window_masks"} & detections.keys())
                 image_id = sample["image_id"]
                 writer.add(coco_results(detections, image_id, dataset.category_ids, size))
-                seen.append(image_id)
-    return _Found(writer.num_results, has_masks, seen, unreadable)
+                processed.append(image_id)
+    return _Summary(writer.num_results, has_masks, processed, unreadable)
 
 
-def _join(found: Sequence[_Found], dataset: Any, path: Path) -> None:
-    """Makes one file of the processes' own, and says which images are missing in it."""
-    parts = [_part(path.parent, rank) for rank in range(len(found))]
-    if len(parts) == 1:
+def _part_path(folder: Path, rank: int) -> Path:
+    return folder / f".{RESULTS_FILE}.part{rank}"
+
+
+def _merge_parts(path: Path, num_parts: int, image_ids: Sequence[Identity]) -> None:
+    """Merge the files of all processes into `path`, and delete them."""
+    parts = [_part_path(path.parent, rank) for rank in range(num_parts)]
+    if num_parts == 1:
         parts[0].replace(path)
     else:
-        merge_results(parts, path, dataset.image_ids)
+        merge_results(parts, path, image_ids)
     for leftover in path.parent.glob(f".*{RESULTS_FILE}.part*"):  # also of killed evaluations
         leftover.unlink()
-    unreadable = [image_id for each in found for image_id in each.unreadable]
-    missing = set(dataset.image_ids).difference(unreadable, *(each.seen for each in found))
+
+
+def _warn_of_missing_images(summaries: Sequence[_Summary], dataset: Any) -> None:
+    unreadable = [image_id for summary in summaries for image_id in summary.unreadable]
+    missing = set(dataset.image_ids).difference(unreadable, *(s.processed for s in summaries))
     for ids, reason in ((unreadable, "cannot be read"), (missing, "did not come from the loader")):
         if ids:
             logger.warning(
@@ -192,29 +198,28 @@ def _join(found: Sequence[_Found], dataset: Any, path: Path) -> None:
             )
 
 
-def _take_from(expected: set[Identity], samples: list[dict[str, Any]], name: str) -> None:
-    """Takes the samples' ids out of those that are still to come."""
+def _check_off(expected: set[Identity], samples: list[dict[str, Any]], name: str) -> None:
+    """Remove the ids of samples from those that are still expected."""
     for image_id in (sample["image_id"] for sample in samples):
         if image_id not in expected:
             raise UserError(
-                f"the loader gave image {image_id!r}, which {name} does not have "
-                "or which came before"
+                f"the loader gave image {image_id!r} twice, or {name} does not have this image"
             )
         expected.remove(image_id)
 
 
 def _detect(
     model: nn.Module, images: list[Tensor], output_sizes: list[tuple[int, int]]
-) -> list[Detections]:
-    """Detections, with masks in their windows if the model can: in frames they take more memory."""
+) -> Sequence[Detections]:
+    """Return detections; those of a `TensorMask` have masks in windows, which take less memory."""
     if isinstance(model, TensorMask):
         return model.detect(images, output_sizes)
     return model(images, output_sizes=output_sizes)
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode, and every module back into its own mode at the end."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch `model` to evaluation mode, and restore the mode of each module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

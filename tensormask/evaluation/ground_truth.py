@@ -1,4 +1,4 @@
-"""Annotations in the form that pycocotools' evaluation needs."""
+"""Convert COCO annotations to the form that pycocotools' evaluation needs."""
 
 import logging
 import math
@@ -15,42 +15,42 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.segmentation import polygon_issue, segmentation_to_rle
 from tensormask.utils.errors import UserError
 
-Numbers = Mapping[Identity, int]
+IndexOf = Mapping[Identity, int]
 
 logger = logging.getLogger(__name__)
 
 
-def numbered(ids: Iterable[Identity]) -> dict[Identity, int]:
-    """A number from 0 for each id, in ascending order, numbers before strings.
+def contiguous_ids(ids: Iterable[Identity]) -> dict[Identity, int]:
+    """Map ids to 0, 1, ... in ascending order, numbers before strings.
 
-    COCOeval sorts ids by NumPy, which makes strings of all of them if one is a string, and floats
-    of large ones; neither is then found in its tables.
+    COCOeval sorts ids with NumPy, which converts all of them to strings if one is a string, and
+    large ones to floats; its tables then do not contain them.
     """
-    return {identity: number for number, identity in enumerate(sorted(set(ids), key=sort_key))}
+    return {identity: index for index, identity in enumerate(sorted(set(ids), key=sort_key))}
 
 
-def scorable_copy(
-    coco_gt: COCO, image_numbers: Numbers, category_numbers: Numbers, iou_type: str
+def build_ground_truth(
+    coco_gt: COCO, image_indices: IndexOf, category_indices: IndexOf, iou_type: str
 ) -> COCO:
-    """A copy for COCOeval, which writes into the annotations: training may share the originals.
+    """Build the ground truth for COCOeval, which writes into it: training can share the original.
 
-    It has those images and categories that are given a number, under this number, and those of
-    their annotations that have a mask for the `iou_type` "segm", or a box or a mask for "bbox"; how
-    many have not is logged.
+    It contains the images and categories that have an index, with this index as id, and their
+    annotations that have a mask (`iou_type` "segm"), or a box or a mask ("bbox"). The number of
+    other annotations is logged.
 
-    Annotations are numbered from 1, since COCOeval takes one with the id 0 for "not found" and two
-    with the same id for one object.
+    Annotations are numbered from 1: COCOeval reads the id 0 as "not matched", and two annotations
+    with the same id as one object.
 
     Raises:
         ValueError: an RLE is not of its image's size, or its counts do not add up.
     """
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     num_left_out = 0
     for annotation in coco_gt.dataset.get("annotations", []):
         image_id, category_id = annotation["image_id"], annotation["category_id"]
-        if image_id not in image_numbers or category_id not in category_numbers:
+        if image_id not in image_indices or category_id not in category_indices:
             continue
-        completed = _completed(annotation, coco_gt.imgs[image_id], iou_type)
+        completed = _complete(annotation, coco_gt.imgs[image_id], iou_type)
         if completed is None:
             num_left_out += 1
             continue
@@ -58,45 +58,46 @@ def scorable_copy(
             completed
             | {
                 "id": len(annotations) + 1,
-                "image_id": image_numbers[image_id],
-                "category_id": category_numbers[category_id],
+                "image_id": image_indices[image_id],
+                "category_id": category_indices[category_id],
             }
         )
     if num_left_out:
-        logger.warning("%d annotations have nothing to score as %s", num_left_out, iou_type)
-    copy = COCO()
-    copy.dataset = {
+        logger.warning("%d annotations have no region to score as %s", num_left_out, iou_type)
+    ground_truth = COCO()
+    ground_truth.dataset = {
         "images": [
-            {**coco_gt.imgs[image_id], "id": number} for image_id, number in image_numbers.items()
+            {**coco_gt.imgs[image_id], "id": index} for image_id, index in image_indices.items()
         ],
-        "categories": [{"id": number} for number in category_numbers.values()],
+        "categories": [{"id": index} for index in category_indices.values()],
         "annotations": annotations,
     }
-    copy.createIndex()
-    return copy
+    ground_truth.createIndex()
+    return ground_truth
 
 
 def has_box(entry: Mapping[str, Any]) -> bool:
-    """Whether an annotation or a result has a `bbox` of four finite numbers."""
+    """Return whether an annotation or a result has a `bbox` of four finite numbers."""
     box = entry.get("bbox")
-    is_box = isinstance(box, Sequence | np.ndarray) and len(box) == 4
-    return is_box and all(map(is_finite_number, box))
+    return (
+        isinstance(box, Sequence | np.ndarray) and len(box) == 4 and all(map(is_finite_number, box))
+    )
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number, and neither NaN nor infinite."""
+    """Return whether a value is a number, and neither NaN nor infinite."""
     try:
         return isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the floats
+    except OverflowError:  # an integer larger than any float
         return False
 
 
-def _completed(
+def _complete(
     annotation: Mapping[str, Any], image: Mapping[str, Any], iou_type: str
 ) -> dict[str, Any] | None:
-    """A shallow copy with the keys that COCOeval insists on and that hand-made files lack.
+    """Return a shallow copy with the keys that COCOeval needs and hand-made files can lack.
 
-    For "segm" its mask is a run-length code. None if there is nothing to score.
+    For "segm" its mask is a run-length code. The result is None if no region can be scored.
     """
     completed = {**annotation, "iscrowd": int(bool(annotation.get("iscrowd", 0)))}
     box, area = has_box(annotation), is_finite_number(annotation.get("area"))
@@ -117,7 +118,7 @@ def _completed(
 
 
 def _mask_code(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """The mask as a run-length code, from an RLE or sound polygons; None if there is neither."""
+    """Return the mask as a run-length code, from an RLE or valid polygons; None without them."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):
         segmentation = [p for p in segmentation if polygon_issue(p, size) is None]

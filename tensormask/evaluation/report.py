@@ -1,4 +1,4 @@
-"""Evaluation results as tables for people, and their comparison with what a config expects."""
+"""Format evaluation results as tables, and compare them with TEST.EXPECTED_RESULTS."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,25 @@ CLASS_PREFIX = "AP-"
 
 
 class UnexpectedResultsError(RuntimeError):
-    """Results are not what TEST.EXPECTED_RESULTS says; the message holds a table of all of them."""
+    """Results differ from TEST.EXPECTED_RESULTS; the message contains a table of all of them."""
 
 
 def results_table(
     results: Mapping[str, Mapping[str, float]], oracle: Mapping[str, float] | None = None
 ) -> str:
-    """Results of `evaluate` as text: overall and by size, then by class.
+    """Format the results of `evaluate`: overall and by object size, then by class.
 
     Args:
         results: metrics in percent of each task ("bbox", "segm").
-        oracle: mask metrics of the true masks seen through the windows, for a row of its own and a
-            column by class.
+        oracle: metrics of `evaluate_oracle`, which get a row and a column of the class table.
 
     Returns:
-        Lines without a newline at the end; NaN is shown as "-".
+        Lines without a final newline; NaN is shown as "-".
+
+    Example:
+        >>> print(results_table({"segm": {"AP": 35.4, "AP50": 57.3}}))
+                 AP   AP50  AP75  APs  APm  APl
+        segm  35.40  57.30     -    -    -    -
     """
     rows = dict(results)
     if oracle is not None:
@@ -47,18 +51,18 @@ def results_table(
 def verify_results(
     expected: Sequence[Sequence], results: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Compares results with a config's TEST.EXPECTED_RESULTS.
+    """Raise an error unless results are within the tolerances of a config's TEST.EXPECTED_RESULTS.
 
     Args:
         expected: rows `[task, metric, value, tolerance]`, such as `["segm", "AP", 30.0, 3.0]`.
         results: metrics of each task, as `evaluate` returns them.
 
     Raises:
-        UnexpectedResultsError: a metric is further than its tolerance from its value, or NaN, or
-            missing. All rows are in the message.
-        ValueError: a row that has another form.
+        UnexpectedResultsError: a metric differs from its value by more than its tolerance, is NaN
+            or is missing. The message contains all rows.
+        ValueError: a malformed row.
     """
-    rows = [["task", "metric", "expected", "tolerance", "found", ""]]
+    rows = [["task", "metric", "expected", "tolerance", "actual", ""]]
     num_failed = 0
     for row in expected:
         if len(row) != 4:
@@ -67,22 +71,22 @@ def verify_results(
                 f"['segm', 'AP', 30.0, 3.0]; given: {row!r}"
             )
         task, metric, value, tolerance = row
-        found = results.get(task, {}).get(metric)
-        # Written so that NaN fails.
-        passed = found is not None and abs(found - value) <= tolerance
+        actual = results.get(task, {}).get(metric)
+        # NaN fails this comparison.
+        passed = actual is not None and abs(actual - value) <= tolerance
         num_failed += not passed
-        shown = "missing" if found is None else f"{found:.4f}"
+        shown = "missing" if actual is None else f"{actual:.4f}"
         verdict = "ok" if passed else "FAILED"
         rows.append([task, metric, f"{value:g}", f"{tolerance:g}", shown, verdict])
     if num_failed:
         raise UnexpectedResultsError(
-            f"{num_failed} of {len(expected)} results are not as TEST.EXPECTED_RESULTS has them\n"
+            f"{num_failed} of {len(expected)} results differ from TEST.EXPECTED_RESULTS\n"
             + format_table(rows)
         )
 
 
 def _class_table(rows: Mapping[str, Mapping[str, float]], num_blocks: int = 3) -> str:
-    """AP by class, `num_blocks` classes beside each other so that 80 of them fit on a screen."""
+    """Format AP by class, `num_blocks` classes per line so that 80 classes fit on a screen."""
     keys = [name for metrics in rows.values() for name in metrics if name.startswith(CLASS_PREFIX)]
     keys = list(dict.fromkeys(keys))
     if not keys:

@@ -1,4 +1,4 @@
-"""Detections in COCO's results format: from tensors, into a file and back.
+"""Convert detections to COCO's results format, write them to a file, and read and check them.
 
 Letters: K detections, (H, W) the image, (V, U) a mask in its window.
 """
@@ -37,35 +37,45 @@ def coco_results(
     category_ids: Sequence[Identity],
     size: tuple[int, int] | None = None,
 ) -> list[Result]:
-    """One image's detections in COCO's results format, ready for JSON.
+    """Convert one image's detections to COCO's results format, as JSON values.
 
     Args:
         detections: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0,
             on any device; for masks `masks (K, H, W)` bool, or `windows (K, 4)` and `window_masks`,
             K tensors `(V, U)`, as of `TensorMask.detect`.
         category_ids: the COCO category id of each label.
-        size: `(height, width)` of the image in pixels, which `window_masks` need; `masks` are
-            compared with it if it is given.
+        size: `(height, width)` of the image in pixels: required with `window_masks`, optional with
+            `masks`, which must have this size.
 
     Returns:
-        K dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and, where
-        there are masks, `segmentation` as `{"size": [H, W], "counts": str}`.
+        K dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and, if the
+        detections have masks, `segmentation` as `{"size": [H, W], "counts": str}`.
 
     Raises:
         ValueError: a label outside `category_ids`; NaN or infinity in boxes or scores; masks of
             another size.
+
+    Example:
+        >>> detections = {
+        ...     "boxes": torch.tensor([[1.0, 0.0, 3.0, 2.0]]),
+        ...     "scores": torch.tensor([0.5]),
+        ...     "labels": torch.tensor([1]),
+        ... }
+        >>> coco_results(detections, image_id=7, category_ids=[17, 18])
+        [{'image_id': 7, 'category_id': 18, 'bbox': [1.0, 0.0, 2.0, 2.0], 'score': 0.5}]
     """
     labels = detections["labels"].tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
         raise UserError(
             f"image {image_id}: labels from {min(labels)} to {max(labels)} were detected, but the "
-            f"data set has {len(category_ids)} categories; set MODEL.TENSOR_MASK.NUM_CLASSES to it"
+            f"data set has {len(category_ids)} categories; set MODEL.TENSOR_MASK.NUM_CLASSES to "
+            f"{len(category_ids)}"
         )
     boxes, scores = detections["boxes"].double().cpu(), detections["scores"].tolist()
     if not (boxes.isfinite().all() and all(map(math.isfinite, scores))):
         raise UserError(
-            f"image {image_id}: NaN or infinity in the boxes or scores of its detections; are the "
-            "model's weights finite? A training that diverged needs a lower SOLVER.BASE_LR"
+            f"image {image_id}: NaN or infinity in the boxes or scores of the detections. Are the "
+            "model's weights finite? If the training diverged, lower SOLVER.BASE_LR"
         )
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     results = [
@@ -80,15 +90,15 @@ def coco_results(
 
 
 def detections_of(results: Sequence[Result], category_ids: Sequence[Identity]) -> Detections:
-    """The detections of one image that `coco_results` has written, as arrays.
+    """Convert one image's results of `coco_results` back to detections, as arrays.
 
     Returns:
-        `boxes (K, 4)` xyxy, `scores (K,)`, `labels (K,)` and, where there are any, bool `masks
-        (K, H, W)`.
+        `boxes (K, 4)` xyxy, `scores (K,)`, `labels (K,)` and, if the results have masks, bool
+        `masks (K, H, W)`.
     """
     boxes = np.array([result["bbox"] for result in results], dtype=float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    detections = {
+    detections: dict[str, np.ndarray] = {
         "boxes": boxes,
         "scores": np.array([result["score"] for result in results]),
         "labels": np.array([category_ids.index(result["category_id"]) for result in results], int),
@@ -100,18 +110,18 @@ def detections_of(results: Sequence[Result], category_ids: Sequence[Identity]) -
 
 
 def encode_mask(mask: Tensor) -> dict[str, Any]:
-    """COCO's compressed run-length code of a bool `mask (H, W)`, with `counts` a str for JSON."""
-    # Runs go down the columns. The transposed copy is of one mask only, made where the mask lies.
+    """Return COCO's compressed run-length code of a bool `mask (H, W)`, with `counts` as a str."""
+    # Runs go down the columns. Only one mask is transposed at a time, on its device.
     columns = mask.bool().t().contiguous().cpu().numpy().view(np.uint8)
     return _as_json(rle_tools.encode(columns.T))
 
 
 def encode_region(region: Tensor, x0: int, y0: int, size: tuple[int, int]) -> dict[str, Any]:
-    """As `encode_mask` of a mask that is empty but for a region, without making the mask.
+    """Return the code of a mask that is empty outside of a region, without making the mask.
 
     Args:
-        region: bool `(h, w)`, all of it inside the image.
-        x0, y0: the region's corner in the image, in pixels.
+        region: bool `(h, w)`, completely inside the image.
+        x0, y0: the region's top left corner in the image, in pixels.
         size: `(height, width)` of the image.
     """
     height, width = size
@@ -122,24 +132,24 @@ def encode_region(region: Tensor, x0: int, y0: int, size: tuple[int, int]) -> di
     padded[:, :-1] = region.t().contiguous().cpu().numpy()
     edges = np.flatnonzero(columns[1:] != columns[:-1])  # start, end, start, end, ...
     column, row = np.divmod(edges, region_height + 1)
-    places = (x0 + column) * height + y0 + row
-    # Where the region is as high as the image, a run may go on at the top of the next column.
-    goes_on = places[1:-1:2] == places[2::2]
-    whole = np.ones(len(places), dtype=bool)
-    whole[1:-1:2] &= ~goes_on
-    whole[2::2] &= ~goes_on
-    places = places[whole]
-    if len(places) == 0 or places[-1] < height * width:
-        places = np.append(places, height * width)
-    counts = np.diff(places, prepend=0)
+    position = (x0 + column) * height + y0 + row  # in the image
+    # If the region is as high as the image, a run can continue at the top of the next column.
+    continues = position[1:-1:2] == position[2::2]
+    keep = np.ones(len(position), dtype=bool)
+    keep[1:-1:2] &= ~continues
+    keep[2::2] &= ~continues
+    position = position[keep]
+    if len(position) == 0 or position[-1] < height * width:
+        position = np.append(position, height * width)
+    counts = np.diff(position, prepend=0)
     return _as_json(rle_tools.frPyObjects({"size": list(size), "counts": counts}, height, width))
 
 
 class ResultsWriter:
-    """Writes results to a JSON list while they come in; none of them stays in memory.
+    """Context manager that writes results to a JSON list, one per line, without keeping them.
 
-    A context manager. The file has a temporary name until the block is left, and an error in the
-    block leaves no file, or the one that was there before. There is one result to a line.
+    The file has a temporary name until the block ends. After an error in the block the temporary
+    file is deleted, and an older file at `path` is unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,7 +167,7 @@ class ResultsWriter:
             self.add_text(json.dumps(result))
 
     def add_text(self, result: str) -> None:
-        """Write a result that is JSON already."""
+        """Write a result that is already JSON."""
         self._file.write(",\n" if self.num_results else "\n")
         self._file.write(result)
         self.num_results += 1
@@ -177,7 +187,7 @@ class ResultsWriter:
 
 
 def read_results(path: Path) -> Iterator[Result]:
-    """Results of a file by `ResultsWriter`, one at a time."""
+    """Yield the results of a file that `ResultsWriter` has written."""
     return map(json.loads, _read_texts(path))
 
 
@@ -189,25 +199,26 @@ def _read_texts(path: Path) -> Iterator[str]:
 
 
 def merge_results(parts: Sequence[Path], path: Path, image_ids: Sequence[Identity]) -> None:
-    """Make one file of those of several processes, the same to the byte as one would have written.
+    """Merge the files of several processes into the file that one process would have written.
 
-    One result at a time is in memory.
+    Only one result at a time is in memory.
 
     Args:
-        parts: files by `ResultsWriter`; the images of part r are `image_ids[r :: len(parts)]`,
-            in this order, but for those without results.
-        image_ids: all images, in the order in which one process takes them.
+        parts: files by `ResultsWriter`; part r has the results of `image_ids[r :: len(parts)]` in
+            this order. Images can be without results.
+        image_ids: all images, in the order of a single process.
     """
     with ResultsWriter(path) as writer:
-        # Per part (id, texts) of each image, as they come.
+        # Per part, an iterator over (image id, JSON texts).
         images = [groupby(_read_texts(part), _image_id_of) for part in parts]
-        waiting = [next(each, None) for each in images]
-        for place, image_id in enumerate(image_ids):
-            part = place % len(parts)
-            if waiting[part] is not None and waiting[part][0] == image_id:
-                for text in waiting[part][1]:
+        following = [next(part, (None, iter(()))) for part in images]
+        for index, image_id in enumerate(image_ids):
+            part = index % len(parts)
+            next_id, texts = following[part]
+            if next_id == image_id:
+                for text in texts:
                     writer.add_text(text)
-                waiting[part] = next(images[part], None)
+                following[part] = next(images[part], (None, iter(())))
 
 
 def _image_id_of(text: str) -> Identity:
@@ -217,22 +228,24 @@ def _image_id_of(text: str) -> Identity:
 def checked_results(
     results: Sequence[Mapping[str, Any]], coco_gt: COCO, iou_types: Sequence[str]
 ) -> list[Result]:
-    """Results of any origin as pycocotools can take them: it reads wild memory for some RLEs.
+    """Check results from any source, and convert them so that pycocotools can read them safely.
 
-    Those of a category that `coco_gt` does not have never count; their number is logged.
+    pycocotools reads out of bounds for some invalid RLEs. Results of categories that `coco_gt` does
+    not have never count; their number is logged.
 
     Raises:
         ValueError: a result of an image that `coco_gt` does not have, or without the region that
-            an IoU type needs; a box or a score that is not finite; an RLE that is not sound.
+            an IoU type needs; a box or a score that is not finite; an invalid RLE.
     """
-    for place, result in enumerate(results):
+    for index, result in enumerate(results):
         missing = [key for key in ("image_id", "category_id", "score") if key not in result]
         if missing:
-            raise UserError(f"result {place} has no {', '.join(missing)}")
+            raise UserError(f"result {index} has no {', '.join(missing)}")
     unknown = {result["image_id"] for result in results} - coco_gt.imgs.keys()
     if unknown:
         raise UserError(
-            f"the results are of another data set: it has no image {sorted(unknown, key=str)[:5]}"
+            f"the results are of another data set: this one has no images with the ids "
+            f"{sorted(unknown, key=str)[:5]}"
         )
     for iou_type in iou_types:
         region = REGION_KEYS[iou_type]
@@ -241,15 +254,15 @@ def checked_results(
     categories = {result["category_id"] for result in results} - coco_gt.cats.keys()
     if categories:
         logger.warning(
-            "%d of %d results do not count, since the ground truth has no category %s",
+            "%d of %d results do not count: the ground truth has no categories with the ids %s",
             sum(result["category_id"] in categories for result in results),
             len(results),
             sorted(categories, key=str)[:5],
         )
     checked = []
-    for place, result in enumerate(results):
+    for index, result in enumerate(results):
         image = coco_gt.imgs[result["image_id"]]
-        name = f"result {place}, of image {result['image_id']}"
+        name = f"result {index}, of image {result['image_id']}"
         if not is_finite_number(result["score"]):
             raise UserError(f"{name}: the score must be a finite number, got {result['score']!r}")
         if "bbox" in iou_types and not has_box(result):
@@ -271,16 +284,16 @@ def checked_results(
 def _encoded_masks(
     detections: Detections, size: tuple[int, int] | None
 ) -> Iterator[dict[str, Any]] | None:
-    """The code of each mask, made one at a time; None for detections without masks."""
+    """Yield the code of each mask; None for detections without masks."""
     if "masks" in detections:
         masks = detections["masks"]
         if size is not None and masks.shape[1:] != size:
-            raise UserError(f"masks of shape {tuple(masks.shape)} for an image of {size}")
+            raise UserError(f"masks of shape {tuple(masks.shape)} for an image of size {size}")
         return map(encode_mask, masks)
     if "window_masks" not in detections:
         return None
     if size is None:
-        raise UserError("masks in windows need the size of the image")
+        raise UserError("window_masks need the size of the image")
     regions = paste_regions(detections["window_masks"], detections["windows"], size)
     return (encode_region(region, x0, y0, size) for x0, y0, region in regions)
 

@@ -1,4 +1,4 @@
-"""COCO's metrics of detections in its results format, by pycocotools."""
+"""Score detections in COCO's results format with pycocotools, and summarize COCO's metrics."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
-from tensormask.evaluation.ground_truth import numbered, scorable_copy
+from tensormask.evaluation.ground_truth import build_ground_truth, contiguous_ids
 from tensormask.evaluation.results import REGION_KEYS, Result, checked_results
 from tensormask.utils.errors import UserError
 
@@ -33,40 +33,55 @@ def evaluate_results(
     iou_types: Sequence[str] = ("bbox", "segm"),
     max_dets: int = 100,
 ) -> dict[str, Metrics]:
-    """Scores detections in COCO's results format. Neither `coco_gt` nor `results` is changed.
+    """Score detections in COCO's results format, without changing `coco_gt` or `results`.
 
     Args:
         class_names: name of each category, in the order of `category_ids`.
-        category_ids: the categories that count; None is all of them, by ascending id.
-        image_ids: the images that count; None is all of them.
+        category_ids: the categories to score; None for all, by ascending id.
+        image_ids: the images to score; None for all.
         iou_types: "bbox", "segm" or both; "segm" needs a `segmentation` in each result.
-        max_dets: see `evaluate`.
+        max_dets: as of `evaluate`.
 
     Returns:
-        Per IoU type, in percent, NaN where there is no object to find: `AP`, `AP50`, `AP75`, `APs`,
+        Per IoU type, in percent, NaN without ground-truth objects: `AP`, `AP50`, `AP75`, `APs`,
         `APm`, `APl` and `AP-<class>` at 100 detections per image and class, and `AP@<max_dets>`
         and `AR@<max_dets>` when `max_dets` is not 100.
 
     Raises:
-        ValueError: names and categories of unequal number, images or categories that `coco_gt`
-            does not have, results that cannot be scored (see `checked_results`), or an RLE of the
-            ground truth that is not sound.
+        ValueError: different numbers of names and categories, images or categories that `coco_gt`
+            does not have, invalid results (see `checked_results`), or an invalid RLE in the ground
+            truth.
+
+    Example:
+        >>> from pycocotools.coco import COCO
+        >>> coco_gt = COCO()
+        >>> coco_gt.dataset = {
+        ...     "images": [{"id": 1, "height": 80, "width": 100}],
+        ...     "categories": [{"id": 3, "name": "cell"}],
+        ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 20]}],
+        ... }
+        >>> coco_gt.createIndex()  # doctest: +ELLIPSIS
+        creating index...
+        >>> found = [{"image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 14], "score": 0.9}]
+        >>> metrics = evaluate_results(coco_gt, found, ["cell"], iou_types=["bbox"])
+        >>> [round(metrics["bbox"][name], 1) for name in ("AP", "AP50", "AP75")]
+        [50.0, 100.0, 0.0]
     """
     unknown = set(iou_types) - REGION_KEYS.keys()
     if unknown:
         raise UserError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
     given = {"categories": (category_ids, coco_gt.cats), "images": (image_ids, coco_gt.imgs)}
-    for what, (ids, known) in given.items():
+    for kind, (ids, known) in given.items():
         missing = [identity for identity in ids or [] if identity not in known]
         if missing:
-            raise UserError(f"the ground truth has no {what} with the ids {missing[:5]}")
+            raise UserError(f"the ground truth has no {kind} with the ids {missing[:5]}")
     category_ids = sorted(coco_gt.cats, key=sort_key) if category_ids is None else category_ids
     image_ids = list(coco_gt.imgs) if image_ids is None else image_ids
     if len(class_names) != len(category_ids):
         raise UserError(f"{len(class_names)} class names for {len(category_ids)} categories")
     results = checked_results(results, coco_gt, iou_types)
     return {
-        iou_type: metrics_and_curves_of(
+        iou_type: metrics_and_curves(
             coco_gt,
             results,
             iou_type,
@@ -79,7 +94,7 @@ def evaluate_results(
     }
 
 
-def metrics_and_curves_of(
+def metrics_and_curves(
     coco_gt: COCO,
     results: Iterable[Result],
     iou_type: str,
@@ -89,11 +104,11 @@ def metrics_and_curves_of(
     image_ids: Sequence[Identity],
     max_dets: int,
 ) -> tuple[Metrics, Curves]:
-    """The metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
+    """Return the metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
 
-    The results are such as pycocotools can take.
+    The results must be valid (see `checked_results`).
     """
-    coco_eval = score(
+    coco_eval = run_cocoeval(
         coco_gt,
         results,
         iou_type,
@@ -106,7 +121,7 @@ def metrics_and_curves_of(
     return metrics, precision_curves(coco_eval)
 
 
-def score(
+def run_cocoeval(
     coco_gt: COCO,
     results: Iterable[Result],
     iou_type: str,
@@ -115,28 +130,28 @@ def score(
     image_ids: Sequence[Identity],
     max_dets: int = 100,
 ) -> COCOeval:
-    """pycocotools' accumulated evaluation of `results`; the rest as in `evaluate_results`.
+    """Run pycocotools' evaluation of `results`, and accumulate it.
 
-    In it images and categories have numbers for ids, see `numbered`. Its `params.maxDets` holds
-    1, 10, 100 and `max_dets`.
+    Its ids of images and categories are those of `contiguous_ids`. Its `params.maxDets` contains 1,
+    10, 100 and `max_dets`. The arguments are those of `evaluate_results`.
     """
     if max_dets < 1:
         raise UserError(f"max_dets must be 1 or more, got {max_dets}")
-    images, categories = numbered(image_ids), numbered(category_ids)
-    found = [
+    images, categories = contiguous_ids(image_ids), contiguous_ids(category_ids)
+    renumbered = [
         {
             "image_id": images[result["image_id"]],
             "category_id": categories[result["category_id"]],
             "score": result["score"],
-            # One kind of region only: loadRes takes areas from the box wherever there is one.
+            # Only one kind of region: loadRes computes areas from the box if it is present.
             REGION_KEYS[iou_type]: result[REGION_KEYS[iou_type]],
         }
         for result in results
         if result["image_id"] in images and result["category_id"] in categories
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
-        ground_truth = scorable_copy(coco_gt, images, categories, iou_type)
-        coco_eval = COCOeval(ground_truth, _loaded(ground_truth, found), iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        ground_truth = build_ground_truth(coco_gt, images, categories, iou_type)
+        coco_eval = COCOeval(ground_truth, _load_results(ground_truth, renumbered), iou_type)
         coco_eval.params.imgIds = list(images.values())
         coco_eval.params.catIds = list(categories.values())
         coco_eval.params.maxDets = sorted({*STANDARD_MAX_DETS, max_dets})
@@ -145,11 +160,11 @@ def score(
     return coco_eval
 
 
-def _loaded(ground_truth: COCO, results: list[Result]) -> COCO:
-    """Results as a COCO object; they are written into."""
+def _load_results(ground_truth: COCO, results: list[Result]) -> COCO:
+    """Convert results to a COCO object; they are changed."""
     if results:
         return ground_truth.loadRes(results)
-    empty = COCO()  # loadRes looks at the first one
+    empty = COCO()  # loadRes reads the first result
     empty.dataset = ground_truth.dataset | {"annotations": []}
     empty.createIndex()
     return empty
@@ -162,10 +177,10 @@ def summarize(
     *,
     max_dets: int = 100,
 ) -> Metrics:
-    """The metrics of `evaluate_results` from an accumulated evaluation.
+    """Return the metrics of `evaluate_results` from an accumulated evaluation.
 
-    COCOeval's own summary knows three limits of detections only and reads the third for most
-    numbers, hence this one; at 100 detections both give the same bits.
+    COCOeval's own summary supports only three limits of detections, and reads the third for most
+    metrics. At 100 detections both summaries are bit-identical.
     """
     params = coco_eval.params
     precision = coco_eval.eval["precision"]  # (thresholds, recalls, classes, areas, limits)
@@ -182,19 +197,19 @@ def summarize(
         recall = coco_eval.eval["recall"]  # (thresholds, classes, areas, limits)
         metrics[f"AP@{max_dets}"] = _mean_percent(precision[:, :, :, 0, limit])
         metrics[f"AR@{max_dets}"] = _mean_percent(recall[:, :, 0, limit])
-    numbers = numbered(category_ids)  # also their places in COCOeval's arrays
+    class_index = contiguous_ids(category_ids)  # also the index in COCOeval's arrays
     for name, category in zip(class_names, category_ids, strict=True):
-        metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, numbers[category], 0])
+        metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, class_index[category], 0])
     return metrics
 
 
 def precision_curves(coco_eval: COCOeval) -> Curves:
-    """Precision over recall, whose means are the APs of the same names, but from 0 to 1.
+    """Return precision over recall, from 0 to 1; the mean of a curve is the AP of its name.
 
     Returns:
         `{"AP", "AP50", "AP75"}`, each a list of 101 precisions at the recalls 0, 0.01, ... 1: means
-        over the classes, and over the thresholds of IoU, at 100 detections. Lists are empty where
-        there is no object to find.
+        over the classes, and over the IoU thresholds, at 100 detections. Lists are empty without
+        ground-truth objects.
     """
     params = coco_eval.params
     at_100 = coco_eval.eval["precision"][:, :, :, 0, params.maxDets.index(100)]
@@ -208,13 +223,13 @@ def precision_curves(coco_eval: COCOeval) -> Curves:
 
 
 def _mean_percent(values: np.ndarray) -> float:
-    """100 times the mean of COCOeval's values; -1 marks those without objects, NaN is none left."""
+    """Return 100 times the mean of COCOeval's values, without those of -1 (no objects), or NaN."""
     defined = values[values > -1]
     return 100 * float(np.mean(defined)) if defined.size else float("nan")
 
 
 def _distinct_names(class_names: Sequence[str], category_ids: Sequence[Identity]) -> list[str]:
-    """Names as they are, with the category id added to those that several categories share."""
+    """Append the category id to names that several categories share."""
     counts = Counter(class_names)
     return [
         name if counts[name] == 1 else f"{name} (id {category})"

@@ -48,7 +48,7 @@ def test_a_sound_set(drawn, tmp_path, capsys):
     num_objects = len(content["annotations"])
     assert records[name]["contents"]["objects"] == num_objects
     assert records[name]["issues"] == {}
-    assert f"{num_objects} of {num_objects} (100.00%) of the objects are owned" in printed
+    assert f"{num_objects} of {num_objects} (100.00%) of the objects match a window" in printed
     assert "No issues." in printed
     assert "Windows: those of the config" in printed
     assert "Overrides" not in printed
@@ -65,8 +65,8 @@ def test_proposed_overrides_can_be_pasted(drawn, tmp_path, capsys):
     code, records, printed = run(arguments, tmp_path, capsys)
     assert code == 0
     (found,) = records.values()
-    assert found["coverage"]["not_owned"]["larger than the largest window"] > 0
-    assert found["proposal"]["owned"] > found["coverage"]["owned"]
+    assert found["coverage"]["unmatched"]["larger than the largest window"] > 0
+    assert found["proposal"]["matched"] > found["coverage"]["matched"]
     assert f"  {found['proposal']['overrides']}\n" in printed
     assert "Classes: 6, and 80 in the config" in printed
 
@@ -77,11 +77,11 @@ def test_proposed_overrides_can_be_pasted(drawn, tmp_path, capsys):
     cfg.MODEL.DEVICE = "cpu"
     model = tensormask.build_model(cfg)
     assert cfg.MODEL.TENSOR_MASK.NUM_CLASSES == 6
-    # Checked with them, the same objects are owned.
+    # Checked with them, the same number of objects is matched.
     pasted = [word.strip('"') for word in overrides]
     _, records, _ = run([name_of(drawn), *QUICKSTART, *pasted], tmp_path, capsys)
     (again,) = records.values()
-    assert again["coverage"]["owned"] == found["proposal"]["owned"]
+    assert again["coverage"]["matched"] == found["proposal"]["matched"]
     assert again["coverage"]["windows"] == [list(sizes) for sizes in model.windows.sizes]
 
 
@@ -115,7 +115,7 @@ def test_what_is_no_issue_is_said(tmp_path, capsys):
     assert "Files that several images are in: 000002.png\n" in printed
     assert re.search(r"Classes without objects: .*hexagon", printed)
     assert re.search(r"TEST.DETECTIONS_PER_IMAGE and TEST.MAX_DETS to 1\d\d or more", printed)
-    assert "claimed by another object" in printed
+    assert "match several objects" in printed
 
 
 def test_mistakes_are_said_in_one_line(drawn, tmp_path, capsys):

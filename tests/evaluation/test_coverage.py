@@ -1,4 +1,4 @@
-"""Which objects the windows own, why others are not owned, and proposed windows."""
+"""Which objects match a window, why others do not, and proposed windows."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from tensormask.data import shapes
 from tensormask.data.catalog import get_dataset
 from tensormask.data.transforms import Augmentation
 from tensormask.evaluation.coverage import (
-    CONTESTED,
+    AMBIGUOUS,
+    BORDER,
     NO_FIT,
-    RIM,
     TOO_LARGE,
     InputObjects,
     input_objects,
@@ -39,8 +39,8 @@ def objects_of(*boxes_per_image, size=(256, 256), coco_size="small"):
 
 
 def test_an_object_by_hand():
-    # A square of 40 px centred on a window of p2: 44 px hold it there and, 2 px off on one axis at
-    # most, nowhere else; 60 px do one stride off, too. 88 - 8 = 80 is twice as large and no more.
+    # A square of 40 px centered on a window of p2. 44 px contain it only there, since the next
+    # windows are more than 2 px off; 60 px also one stride off. 88 - 8 = 80 is exactly twice 40.
     coverage = measure_coverage(objects_of([square(128, 128, 40)]), TWO_LEVELS)
     assert coverage.windows.tolist() == [[1, 5], [5, 0]]
     assert coverage.objects.tolist() == [[1, 1], [1, 0]]
@@ -52,25 +52,25 @@ def test_reasons():
     boxes = [
         square(128, 128, 121),  # larger than 120
         square(48, 200, 20),
-        square(48, 200, 20),  # the same: each window is claimed twice
-        square(204, 130, 59),  # 60 px hold it if centred within half a pixel; 130 is 2 off
+        square(48, 200, 20),  # the same: each window matches both
+        square(204, 130, 59),  # 60 px contain it if centered within half a pixel; 130 is 2 off
     ]
     narrow = Windows(strides=(4, 8), sizes=((44, 60), (132, 180)))
     at = measure_coverage(objects_of(boxes), narrow)
-    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 1, RIM: 0, CONTESTED: 2}
-    assert (at.num_owned, at.num_objects) == (1, 4)
+    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 1, BORDER: 0, AMBIGUOUS: 2}
+    assert (at.num_matched, at.num_objects) == (1, 4)
     at = measure_coverage(objects_of(boxes), TWO_LEVELS)
-    assert at.reasons == {TOO_LARGE: 1, NO_FIT: 0, RIM: 0, CONTESTED: 2}
+    assert at.reasons == {TOO_LARGE: 1, NO_FIT: 0, BORDER: 0, AMBIGUOUS: 2}
 
 
-def test_the_rim():
-    # The windows of a 32 px image end at 28, and the corner is more than a stride from the last.
+def test_the_border():
+    # The last window of a 32 px image is centered at 28, more than a stride from the corner.
     windows = Windows(strides=(4,), sizes=((8,),))
     corner = [[31.0, 31.0, 32.0, 32.0]]
     at = measure_coverage(objects_of(corner, size=(32, 32)), windows)
-    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 0, RIM: 1, CONTESTED: 0}
+    assert at.reasons == {TOO_LARGE: 0, NO_FIT: 0, BORDER: 1, AMBIGUOUS: 0}
     # A higher image is padded to 64.
-    assert measure_coverage(objects_of(corner, size=(40, 32)), windows).num_owned == 1
+    assert measure_coverage(objects_of(corner, size=(40, 32)), windows).num_matched == 1
 
 
 def test_chunks_are_the_same_as_single_images():
@@ -87,19 +87,19 @@ def test_chunks_are_the_same_as_single_images():
         [["small"] * len(b) for b in boxes],
     )
     found = measure_coverage(objects, TWO_LEVELS)
-    num_windows = num_owned = 0
+    num_windows = num_matched = 0
     for b, size in zip(objects.boxes, sizes, strict=True):
-        owned = assign([b], TWO_LEVELS, TWO_LEVELS.grids(size))
-        num_windows += len(owned.object)
-        num_owned += len(owned.object.unique())
+        assignment = assign([b], TWO_LEVELS, TWO_LEVELS.grids(size))
+        num_windows += len(assignment.object)
+        num_matched += len(assignment.object.unique())
     assert found.windows.sum() == num_windows
-    assert found.num_owned == num_owned
+    assert found.num_matched == num_matched
     assert (
-        found.num_owned + sum(found.reasons.values()) == found.num_objects == sum(map(len, boxes))
+        found.num_matched + sum(found.reasons.values()) == found.num_objects == sum(map(len, boxes))
     )
 
 
-def test_nothing_to_own():
+def test_a_set_without_objects():
     empty = objects_of([], [])
     coverage = measure_coverage(empty, PAPER)
     assert coverage.share == 1
@@ -128,14 +128,14 @@ def test_proposals_can_be_built(units, num_sizes):
     assert model.windows == windows
 
 
-def test_a_proposal_owns_what_was_too_large():
+def test_a_proposal_matches_objects_that_were_too_large():
     rng = np.random.default_rng(1)
     boxes = [square(*rng.uniform(60, 200, 2), rng.uniform(10, 200)) for _ in range(15)]
     objects = objects_of(*([box] for box in boxes))
     given = measure_coverage(objects, TWO_LEVELS)
     assert given.reasons[TOO_LARGE] > 0
     proposed, coverage = propose_sizes(objects, TWO_LEVELS)
-    assert coverage.num_owned > given.num_owned
+    assert coverage.num_matched > given.num_matched
     assert coverage.reasons[TOO_LARGE] == 0
     assert measure_coverage(objects, proposed).as_record() == coverage.as_record()
 
@@ -147,7 +147,7 @@ def test_a_proposal_drops_levels_without_objects():
     assert coverage.share == 1
 
 
-def test_good_windows_are_kept():
+def test_good_windows_are_unchanged():
     objects = objects_of([square(100, 100, 25), square(40, 60, 90)])
     assert propose_sizes(objects, TWO_LEVELS)[0] is TWO_LEVELS
 

@@ -198,7 +198,7 @@ def test_unsound_codes_of_annotations_do_not_reach_pycocotools(code) -> None:
         ({"bbox": [0, 0, float("nan"), 4]}, "four finite numbers"),
         ({"bbox": [0, 0, 5]}, "four finite numbers"),
         ({"bbox": None}, "four finite numbers"),
-        ({"image_id": "1"}, r"no image \['1'\]"),
+        ({"image_id": "1"}, r"ids \['1'\]"),
     ],
 )
 def test_results_that_cannot_be_scored_are_refused(change, message) -> None:

@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle_tools
-from torch import Tensor
 
 from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.segmentation import segmentation_to_rle
-from tensormask.evaluation.results import Detections, Result, detections_of, read_results
-from tensormask.layers import paste_masks
+from tensormask.evaluation.results import Result, detections_of, read_results
 from tensormask.visualization.grid import montage, shrink, side_by_side
 from tensormask.visualization.instances import draw_instances, save_image, unique_stem
 
@@ -37,7 +35,14 @@ def write_images(
     for image_id, results in drawn.items():
         rgb, _ = dataset.load(image_id)
         detections = detections_of(results, dataset.category_ids)
-        predicted = draw_predictions(rgb, detections, dataset.class_names)
+        predicted = draw_instances(
+            rgb,
+            detections["boxes"],
+            detections["labels"],
+            detections.get("masks"),
+            detections["scores"],
+            dataset.class_names,
+        )
         truth, num_crowds = draw_ground_truth(rgb, dataset, image_id)
         truth_title = "ground truth"
         if num_crowds:
@@ -59,36 +64,6 @@ def evenly_spread(items: Sequence, count: int) -> list:
         return []
     places = np.linspace(0, len(items) - 1, count).round().astype(int)
     return [items[place] for place in places]
-
-
-def draw_predictions(
-    rgb: np.ndarray,
-    detections: Detections,
-    class_names: Sequence[str],
-    min_score: float = DRAWN_SCORE,
-) -> np.ndarray:
-    """`rgb (H, W, 3)` with the detections that score at least `min_score` drawn into it."""
-    keep = detections["scores"] >= min_score
-    return draw_instances(
-        rgb,
-        detections["boxes"][keep],
-        detections["labels"][keep],
-        _masks_of(detections, keep, rgb.shape[:2]),
-        detections["scores"][keep],
-        class_names,
-    )
-
-
-def _masks_of(detections: Detections, keep: Tensor, size: tuple[int, int]) -> Tensor | None:
-    """The masks of chosen detections, bool `(K, H, W)`; None for detections without masks."""
-    if "masks" in detections:
-        return detections["masks"][keep]
-    if "window_masks" not in detections:
-        return None
-    masks = [
-        mask for mask, kept in zip(detections["window_masks"], keep.tolist(), strict=True) if kept
-    ]
-    return paste_masks(masks, detections["windows"][keep], size)
 
 
 def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: Identity) -> tuple[np.ndarray, int]:
