@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import chain, zip_longest
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -125,13 +126,10 @@ def _crop_to_windows(mask: Tensor, windows: Tensor, sides: list[int]) -> list[Te
     Where a mask pixel is a block of whole image pixels, these are counted: it is much faster.
     """
     # ROIAlign repeats the border of the image once.
-    padded = np.pad(mask.numpy(), 1, mode="edge")
-    rows, columns = padded.any(1), padded.any(0)
-    top, left = int(rows.argmax()), int(columns.argmax())
-    bottom, right = len(rows) - rows[::-1].argmax(), len(columns) - columns[::-1].argmax()
-    height, width = bottom - top, right - left
-    sums = np.zeros((height + 1, width + 1), np.int32)
-    sums[1:, 1:] = padded[top:bottom, left:right].cumsum(0, dtype=np.int32).cumsum(1)
+    padded = np.pad(mask.byte().numpy(), 1, mode="edge")
+    left, top, width, height = cv2.boundingRect(padded)
+    width, height = max(width, 1), max(height, 1)  # OpenCV refuses an empty array.
+    sums = cv2.integral(padded[top : top + height, left : left + width])
     crops = []
     for window, side in zip(windows, sides, strict=True):
         x0, y0, x1, _ = map(int, window.tolist())

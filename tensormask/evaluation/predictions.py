@@ -1,4 +1,4 @@
-"""Images of an evaluation: predictions beside ground truth, and a montage of them."""
+"""Draw predictions beside ground truth: one file per image, and a montage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,25 +14,25 @@ from tensormask.visualization.grid import montage, shrink, side_by_side
 from tensormask.visualization.instances import draw_instances, save_image, unique_stem
 
 DRAWN_SCORE = 0.3
-SHEET_COLUMNS = 2
-SHEET_CELL_WIDTH = 800
+MONTAGE_COLUMNS = 2
+MONTAGE_CELL_WIDTH = 800
 
 
 def write_images(
     output_dir: Path, dataset: Any, image_ids: Sequence[Identity], results_file: Path
 ) -> None:
-    """Draw the detections of some images from a file of `ResultsWriter`.
+    """Draw the detections of some images, which are read from a file of `ResultsWriter`.
 
-    `<output_dir>/images/<stem>.png` has each beside its ground truth, and
+    `<output_dir>/images/<stem>.png` shows each image beside its ground truth, and
     `<output_dir>/montage.png` small copies of all.
     """
-    drawn: dict[Identity, list[Result]] = {image_id: [] for image_id in image_ids}
-    for result in read_results(results_file) if drawn else ():
-        if result["image_id"] in drawn and result["score"] >= DRAWN_SCORE:
-            drawn[result["image_id"]].append(result)
+    results_of: dict[Identity, list[Result]] = {image_id: [] for image_id in image_ids}
+    for result in read_results(results_file) if results_of else ():
+        if result["image_id"] in results_of and result["score"] >= DRAWN_SCORE:
+            results_of[result["image_id"]].append(result)
     stems: set[str] = set()
-    sheet = []
-    for image_id, results in drawn.items():
+    thumbnails = []
+    for image_id, results in results_of.items():
         rgb, _ = dataset.load(image_id)
         detections = detections_of(results, dataset.category_ids)
         predicted = draw_instances(
@@ -51,23 +51,25 @@ def write_images(
         panel = side_by_side(predicted, truth, titles)
         stem = unique_stem(Path(dataset.image(image_id)["file_name"]).stem, stems)
         save_image(output_dir / "images" / f"{stem}.png", panel)
-        sheet.append(shrink(panel, SHEET_CELL_WIDTH))
-    if sheet:
-        sheet = montage(sheet, columns=SHEET_COLUMNS)
-        save_image(output_dir / "montage.png", sheet)
+        thumbnails.append(shrink(panel, MONTAGE_CELL_WIDTH))
+    if thumbnails:
+        save_image(output_dir / "montage.png", montage(thumbnails, MONTAGE_COLUMNS))
 
 
 def evenly_spread(items: Sequence, count: int) -> list:
-    """`count` of `items` (all of them if there are fewer), from the first to the last, in order."""
+    """Return `count` of `items`, or all if there are fewer, evenly from the first to the last."""
     count = min(count, len(items))
     if count == 0:
         return []
-    places = np.linspace(0, len(items) - 1, count).round().astype(int)
-    return [items[place] for place in places]
+    indices = np.linspace(0, len(items) - 1, count).round().astype(int)
+    return [items[index] for index in indices]
 
 
 def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: Identity) -> tuple[np.ndarray, int]:
-    """`rgb (H, W, 3)` with its annotated objects, and the number of crowds, which are left out."""
+    """Draw the annotated objects on a copy of `rgb (H, W, 3)`; return it and the number of crowds.
+
+    Crowds are not drawn.
+    """
     annotations = dataset.annotations(image_id)
     objects = [a for a in annotations if not a["iscrowd"] and (a["bbox"] or a["segmentation"])]
     masks = np.zeros((len(objects), *rgb.shape[:2]), bool)
