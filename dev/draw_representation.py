@@ -17,7 +17,7 @@ from pycocotools import mask as rle_tools
 from torch import Tensor
 
 from tensormask.data.checks.segmentation import segmentation_to_rle
-from tensormask.data.shapes import draw_image
+from tensormask.data.shapes import generate_image
 from tensormask.layers import crop_masks, nat2align, up_align2nat, up_bilinear
 from tensormask.modeling.windows import Windows
 from tensormask.visualization.grid import (
@@ -31,7 +31,7 @@ from tensormask.visualization.grid import (
 from tensormask.visualization.windows import (
     MARK,
     aligned_view,
-    mask_colours,
+    mask_colors,
     natural_view,
     window_crop,
 )
@@ -52,7 +52,7 @@ LARGE_IMAGE, LARGE_OBJECT, LARGE_SCALE, LARGE_STRIDE, LARGE_WINDOW = 18, 1, 4, 3
 
 def read_scene(image: int, scale: int) -> tuple[np.ndarray, Tensor]:
     """An image of shapes_val, `scale` times as large, and its objects' masks, bool (M, H, W)."""
-    rgb, annotations = draw_image("val", image)
+    rgb, annotations = generate_image("val", image)
     rgb = enlarge(rgb, scale)
     masks = []
     for annotation in annotations:
@@ -87,7 +87,7 @@ def draw_natural(rgb: np.ndarray, natural: Tensor) -> np.ndarray:
         x0, y0, x1, y1 = (factor * edge for edge in box)
         cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), colour, 2)
         cv2.circle(image, ((x0 + x1) // 2, (y0 + y1) // 2), 4, colour, cv2.FILLED)
-        mask = enlarge(mask_colours(natural[:, :, y, x].numpy()), 6)
+        mask = enlarge(mask_colors(natural[:, :, y, x].numpy()), 6)
         pair = side_by_side(window_crop(rgb, box, len(mask)), mask)
         cv2.rectangle(pair, (0, 0), (len(mask) - 1, len(mask) - 1), colour, 2)
         pairs.append(titled(pair, f"window y {y}, x {x}; its mask"))
@@ -151,7 +151,7 @@ def draw_bipyramid(rgb: np.ndarray, mask: Tensor) -> np.ndarray:
 
 
 def large(mask: Tensor) -> np.ndarray:
-    return fit(mask_colours(mask.numpy()), 240)
+    return fit(mask_colors(mask.numpy()), 240)
 
 
 def iou(mask: Tensor, truth: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Drawing: instances, image grids, and the views of 4D tensors."""
+"""Draw instances, image grids, and the views of 4D tensors."""

@@ -1,6 +1,6 @@
-"""Arranges images: titles, captions, grids of tiles, montages.
+"""Arrange images: titles, captions, grids of tiles, montages.
 
-Images are uint8 RGB arrays `(H, W, 3)`, in and out; what is given is never changed.
+Images are uint8 RGB arrays `(H, W, 3)`, in and out; inputs are not changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from tensormask.utils.errors import UserError
 
 WHITE, DARK = (255, 255, 255), (32, 32, 32)
 FONT, FONT_SCALE, FONT_MARGIN = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 3
-GAP = 8  # pixels between images that are arranged beside each other
-TILE_GAP = 4  # the same for the tiles of a grid; the frames of tiles lie in it
+GAP = 8  # pixels between images
+TILE_GAP = 4  # pixels between the tiles of a grid, which can contain a frame
 
 
 def side_by_side(
     left: np.ndarray, right: np.ndarray, titles: tuple[str, str] | None = None
 ) -> np.ndarray:
-    """Two images on white, tops aligned, each under its title."""
+    """Arrange two images on white, aligned at the top, each below its title."""
     images = [left, right]
     if titles is not None:
         images = [titled(image, title) for image, title in zip(images, titles, strict=True)]
@@ -27,19 +27,19 @@ def side_by_side(
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
-    """`image` under a white strip with `title`; widened to hold it."""
+    """Add a white strip with `title` above `image`, which is widened if the title is longer."""
     check_image(image)
     (text_width, text_height), _ = cv2.getTextSize(title, FONT, FONT_SCALE, 1)
-    strip = text_size("p")[1] + 2 * FONT_MARGIN  # as high without tails of letters
+    strip = text_size("p")[1] + 2 * FONT_MARGIN  # equally high without descenders
     height, width = image.shape[:2]
-    titled = np.full((strip + height, max(width, text_width + 2 * FONT_MARGIN), 3), 255, np.uint8)
-    titled[strip:, :width] = image
-    write(titled, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
-    return titled
+    result = np.full((strip + height, max(width, text_width + 2 * FONT_MARGIN), 3), 255, np.uint8)
+    result[strip:, :width] = image
+    write(result, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
+    return result
 
 
 def captioned(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """`image` above a white strip with texts, as many in a line as there is room for."""
+    """Add a white strip with texts below `image`, as many texts per line as fit."""
     check_image(image)
     lines: list[str] = []
     for text in texts:
@@ -59,15 +59,23 @@ def captioned(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def montage(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Images of any sizes in rows of `columns` on white.
+    """Arrange images of any sizes in rows of `columns` on white.
 
-    Columns are as wide as their widest image and rows as high as their highest.
+    A column is as wide as its widest image, and a row as high as its highest.
 
     Raises:
         ValueError: no images, or fewer than one column.
+
+    Example:
+        >>> images = [np.zeros((height, 20, 3), np.uint8) for height in (10, 30, 50)]
+        >>> montage(images, columns=2).shape  # 8 pixels between images
+        (88, 48, 3)
     """
     if not images or columns < 1:
-        raise UserError(f"{len(images)} images in {columns} columns make no montage")
+        raise UserError(
+            f"a montage needs at least 1 image and 1 column, got {len(images)} images and "
+            f"{columns} columns"
+        )
     for image in images:
         check_image(image)
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
@@ -75,28 +83,28 @@ def montage(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     widths = [max(image.shape[1] for image in images[c::columns]) for c in range(len(rows[0]))]
     tops = np.cumsum([0, *(height + GAP for height in heights)])
     lefts = np.cumsum([0, *(width + GAP for width in widths)])
-    sheet = np.full((tops[-1] - GAP, lefts[-1] - GAP, 3), 255, np.uint8)
+    canvas = np.full((tops[-1] - GAP, lefts[-1] - GAP, 3), 255, np.uint8)
     for top, row in zip(tops, rows, strict=False):
         for x, image in zip(lefts, row, strict=False):
-            sheet[top : top + image.shape[0], x : x + image.shape[1]] = image
-    return sheet
+            canvas[top : top + image.shape[0], x : x + image.shape[1]] = image
+    return canvas
 
 
 def tile_grid(
     tiles: Sequence[Sequence[np.ndarray]],
     row_names: Sequence[str],
     column_names: Sequence[str],
-    framed: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
+    frames: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
 ) -> np.ndarray:
-    """Rows and columns of small images of one size, close together, with names at the rim.
+    """Arrange small images of one size in rows and columns with names.
 
     Args:
         tiles: R rows of C images.
         row_names, column_names: R and C texts, before the rows and above the columns.
-        framed: RGB colour of a frame around the tile at ``(row, column)``.
+        frames: RGB color of a frame around the tile at ``(row, column)``.
 
     Raises:
-        ValueError: no tiles, tiles of several sizes, or another number of names.
+        ValueError: no tiles, tiles of different sizes, or a wrong number of names.
     """
     shapes = {tile.shape for row in tiles for tile in row}
     if len(shapes) != 1 or [len(row) for row in tiles] != [len(column_names)] * len(row_names):
@@ -109,26 +117,26 @@ def tile_grid(
     top = text_size("p")[1] + FONT_MARGIN
     step_y, step_x = height + TILE_GAP, width + TILE_GAP
     size = (top + len(row_names) * step_y + TILE_GAP, left + len(column_names) * step_x + TILE_GAP)
-    sheet = np.full((*size, 3), 255, np.uint8)
+    canvas = np.full((*size, 3), 255, np.uint8)
     for row, name in enumerate(row_names):
         y = top + TILE_GAP + row * step_y
-        write(sheet, name, FONT_MARGIN, y + (height + text_size(name)[1]) // 2 - FONT_MARGIN, DARK)
+        write(canvas, name, FONT_MARGIN, y + (height + text_size(name)[1]) // 2 - FONT_MARGIN, DARK)
     for column, name in enumerate(column_names):
         x = left + TILE_GAP + column * step_x
-        write(sheet, name, x + max(0, width - text_size(name)[0]) // 2, top - FONT_MARGIN, DARK)
+        write(canvas, name, x + max(0, width - text_size(name)[0]) // 2, top - FONT_MARGIN, DARK)
     for row, in_row in enumerate(tiles):
         for column, tile in enumerate(in_row):
             y, x = top + TILE_GAP + row * step_y, left + TILE_GAP + column * step_x
-            colour = (framed or {}).get((row, column))
-            if colour is not None:
+            color = (frames or {}).get((row, column))
+            if color is not None:
                 corners = (x - TILE_GAP + 1, y - TILE_GAP + 1), (x + step_x - 2, y + step_y - 2)
-                cv2.rectangle(sheet, *corners, colour, cv2.FILLED)
-            sheet[y : y + height, x : x + width] = tile
-    return sheet
+                cv2.rectangle(canvas, *corners, color, cv2.FILLED)
+            canvas[y : y + height, x : x + width] = tile
+    return canvas
 
 
 def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
-    """A copy that is at most `max_width` pixels wide, of the same proportions."""
+    """Return a copy that is at most `max_width` pixels wide, with the same aspect ratio."""
     height, width = image.shape[:2]
     if width <= max_width:
         return image.copy()
@@ -137,36 +145,37 @@ def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
 
 
 def fit(image: np.ndarray, side: int) -> np.ndarray:
-    """A copy whose longer side is at most `side`: enlarged by a whole factor, or shrunk."""
+    """Return a copy whose longer side is at most `side`: shrunk, or enlarged by a whole factor."""
     check_image(image)
     factor = side // max(image.shape[:2])
     if factor:
         return enlarge(image, factor)
     scale = side / max(image.shape[:2])
-    size = tuple(max(1, round(extent * scale)) for extent in image.shape[1::-1])
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    height, width = (max(1, round(extent * scale)) for extent in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    """A copy with each pixel as `factor` x `factor` of them; any `(H, W, ...)`."""
+    """Repeat each pixel `factor` x `factor` times; any `(H, W, ...)`."""
     return np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
 def check_image(image: np.ndarray) -> None:
-    """Raise ValueError unless `image` is an image with pixels."""
-    form = (getattr(image, "dtype", type(image)), getattr(image, "shape", None))
-    if form[0] != np.uint8 or len(form[1]) != 3 or form[1][2] != 3 or 0 in form[1]:
+    """Raise ValueError unless `image` is a uint8 array `(H, W, 3)` with pixels."""
+    dtype = getattr(image, "dtype", type(image))
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise UserError(
-            f"expected an image as a uint8 array (H, W, 3); given {form[0]} of shape {form[1]}"
+            f"expected an image as a uint8 array (H, W, 3), got {dtype} of shape {shape}"
         )
 
 
 def text_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of a line, tails of letters included."""
+    """Return width and height of a line in pixels, including descenders."""
     (width, height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
     return width, height + baseline
 
 
-def write(image: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
-    """Writes a line into `image` itself, with its left end and foot at `(x, y)`."""
-    cv2.putText(image, text, (x, y), FONT, FONT_SCALE, colour, 1, cv2.LINE_AA)
+def write(image: np.ndarray, text: str, x: int, y: int, color: tuple[int, int, int]) -> None:
+    """Write a line into `image` in place, with the left end of its baseline at `(x, y)`."""
+    cv2.putText(image, text, (x, y), FONT, FONT_SCALE, color, 1, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""Images that are arranged: titles, captions, grids of tiles, montages."""
+"""Arranged images: titles, captions, grids of tiles, montages."""
 
 import numpy as np
 import pytest
@@ -35,13 +35,13 @@ def test_side_by_side():
 
 def test_montage():
     images = [grey(10, 20, 1), grey(30, 40, 2), grey(50, 60, 3)]
-    sheet = montage(images, columns=2)
-    assert sheet.shape == (30 + 8 + 50, 60 + 8 + 40, 3)
-    assert (sheet[:10, :20] == 1).all()
-    assert (sheet[:30, 68:] == 2).all()
-    assert (sheet[38:, :60] == 3).all()
+    arranged = montage(images, columns=2)
+    assert arranged.shape == (30 + 8 + 50, 60 + 8 + 40, 3)
+    assert (arranged[:10, :20] == 1).all()
+    assert (arranged[:30, 68:] == 2).all()
+    assert (arranged[38:, :60] == 3).all()
     painted = 10 * 20 + 30 * 40 + 50 * 60
-    assert (sheet != 255).all(2).sum() == painted
+    assert (arranged != 255).all(2).sum() == painted
     assert montage(images[:1], columns=4).shape == (10, 20, 3)
     with pytest.raises(ValueError, match="0 images"):
         montage([], columns=2)
@@ -53,7 +53,7 @@ def test_shrink():
     assert shrink(grey(1, 4000), 100).shape == (1, 100, 3)
 
 
-def test_captions_are_broken_into_lines():
+def test_captions_are_wrapped():
     image = grey(50, 200)
     assert captioned(image, []).shape == image.shape
     one = captioned(image, ["p2", "p3"])
@@ -79,22 +79,22 @@ def test_fit():
 def test_tile_grid():
     green, red = (0, 255, 0), np.uint8([255, 0, 0])  # no grey, which texts are
     tiles = [[grey(10, 20, 3 * row + column) + red for column in range(3)] for row in range(2)]
-    sheet = tile_grid(tiles, ["y 0", "y 10"], ["a", "b", "c"], {(1, 2): green})
-    framed = np.nonzero((sheet == green).all(2))
+    arranged = tile_grid(tiles, ["y 0", "y 10"], ["a", "b", "c"], {(1, 2): green})
+    framed = np.nonzero((arranged == green).all(2))
     for row, column in np.ndindex(2, 3):
-        rows, columns = np.nonzero((sheet == tiles[row][column][0, 0]).all(2))
+        rows, columns = np.nonzero((arranged == tiles[row][column][0, 0]).all(2))
         assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (10, 20)
         if (row, column) == (1, 2):
             assert (framed[0].min(), framed[0].max()) == (rows.min() - 3, rows.max() + 3)
             assert (framed[1].min(), framed[1].max()) == (columns.min() - 3, columns.max() + 3)
-    first = np.argwhere((sheet == tiles[0][0][0, 0]).all(2))[0]
-    assert (sheet[: first[0], first[1] :] < 128).all(2).any()  # names above
-    assert (sheet[first[0] :, : first[1]] < 128).all(2).any()  # and before
+    first = np.argwhere((arranged == tiles[0][0][0, 0]).all(2))[0]
+    assert (arranged[: first[0], first[1] :] < 128).all(2).any()  # names above
+    assert (arranged[first[0] :, : first[1]] < 128).all(2).any()  # and before
     for bad in (tiles[:1], [], [[grey(10, 20), grey(11, 20)]] * 2):
         with pytest.raises(ValueError, match="do not make a grid"):
             tile_grid(bad, ["y 0", "y 10"], ["a", "b"])
 
 
-def test_titles_are_as_high_with_and_without_tails():
+def test_titles_have_the_same_height_with_and_without_descenders():
     heights = {titled(grey(50, 80), title).shape[0] for title in ("aaa", "pqy, (j)", "A1")}
     assert len(heights) == 1

@@ -1,4 +1,4 @@
-"""Drawing: what changes, what stays, and in which size it comes out."""
+"""Drawn objects: which pixels change, texts, sizes, and invalid input."""
 
 import colorsys
 
@@ -10,7 +10,7 @@ import torch
 from tensormask.visualization.instances import (
     class_name,
     draw_instances,
-    instance_colour,
+    instance_color,
     magnification,
     save_image,
     unique_stem,
@@ -38,41 +38,41 @@ def test_the_input_is_untouched_and_only_the_object_changes():
     assert changed[mask].all()
     changed[mask] = False
     rows, columns = np.nonzero(changed)
-    # Outside the mask there is the text only, right above the box.
+    # Outside of the mask only the text is drawn, directly above the box.
     assert rows.min() > 120
     assert rows.max() < 150
     assert columns.min() >= 100
     assert columns.max() < 200
 
 
-def test_an_outline_in_full_colour_around_a_lighter_tint():
+def test_an_outline_in_full_color_around_a_lighter_tint():
     mask = square(100, 150, 200, 250)
     drawn = draw_instances(grey(), [[0, 0, 0, 0]], [0], mask[None], draw_boxes=False)
-    colour = np.array(instance_colour(0))
-    assert (drawn[200, 100] == colour).all()
-    assert (drawn[200, 101] == colour).all()
-    assert (drawn[200, 150] == np.round(0.55 * 100 + 0.45 * colour)).all()
+    color = np.array(instance_color(0))
+    assert (drawn[200, 100] == color).all()
+    assert (drawn[200, 101] == color).all()
+    assert (drawn[200, 150] == np.round(0.55 * 100 + 0.45 * color)).all()
     assert (drawn[200, 99] == 100).all()
 
 
-def test_touching_objects_have_outlines_of_two_colours():
+def test_touching_objects_have_outlines_of_two_colors():
     masks = np.stack([square(100, 150, 200, 250), square(200, 150, 300, 250)])
     drawn = draw_instances(grey(), np.zeros((2, 4)), [0, 0], masks, draw_boxes=False)
-    assert (drawn[200, 199] == instance_colour(0)).all()
-    assert (drawn[200, 200] == instance_colour(1)).all()
+    assert (drawn[200, 199] == instance_color(0)).all()
+    assert (drawn[200, 200] == instance_color(1)).all()
 
 
 def test_holes_stay_open_and_are_outlined():
     mask = square(100, 150, 200, 250) & ~square(130, 180, 170, 220)
     drawn = draw_instances(grey(), np.zeros((1, 4)), [0], mask[None], draw_boxes=False)
     assert (drawn[200, 150] == 100).all()
-    assert (drawn[200, 129] == instance_colour(0)).all()
+    assert (drawn[200, 129] == instance_color(0)).all()
 
 
-def test_a_small_object_is_seen_on_a_large_one_whatever_their_order():
+def test_a_small_object_is_drawn_on_a_large_one_in_any_order():
     masks = np.stack([square(200, 200, 210, 210), square(100, 100, 300, 300)])
     drawn = draw_instances(grey(), np.zeros((2, 4)), [0, 0], masks, draw_boxes=False)
-    assert (drawn[205, 200] == instance_colour(0)).all()
+    assert (drawn[205, 200] == instance_color(0)).all()
 
 
 def test_small_images_are_magnified_by_whole_factors():
@@ -82,14 +82,14 @@ def test_small_images_are_magnified_by_whole_factors():
     assert np.array_equal(empty, image.repeat(4, 0).repeat(4, 1))
     mask = square(20, 30, 40, 60, 96, 128)
     drawn = draw_instances(image, [[20, 30, 40, 60]], [0], mask[None])
-    assert (drawn[4 * 45, 4 * 20] == instance_colour(0)).all()
+    assert (drawn[4 * 45, 4 * 20] == instance_color(0)).all()
     assert draw_instances(image, [[2, 3, 4, 6]], [0], None, magnify=1).shape == (96, 128, 3)
 
 
 def test_boxes_only():
     drawn = draw_instances(grey(), [[100, 150, 200, 250]], [0], None, draw_boxes=False)
-    assert (drawn[200, 100] == instance_colour(0)).all()
-    assert (drawn[200, 199] == instance_colour(0)).all()
+    assert (drawn[200, 100] == instance_color(0)).all()
+    assert (drawn[200, 199] == instance_color(0)).all()
     assert (drawn[200, 150] == 100).all()
     assert (drawn[200, 200] == 100).all()
 
@@ -108,7 +108,7 @@ def test_names_and_scores_are_written():
 
 
 def test_texts_do_not_cover_each_other():
-    """Five objects in one place: three texts find room, the others are left out."""
+    """Five objects with the same box: three texts fit, the others are omitted."""
     box = [100, 150, 200, 250]
     rows_with_text = [
         (draw_instances(grey(), [box] * n, [0] * n, None) == 32).all(2).any(1).sum()
@@ -123,7 +123,7 @@ def test_crowded_images_have_no_texts():
     assert (draw_instances(grey(), boxes[:40], [0] * 40, None)[22:40] != 100).any()
 
 
-def test_tensors_are_taken():
+def test_tensors_are_accepted():
     mask = square(100, 150, 200, 250)[None]
     arrays = draw_instances(grey(), np.array([[100, 150, 200, 250]]), np.array([3]), mask, [0.5])
     tensors = draw_instances(
@@ -137,7 +137,7 @@ def test_tensors_are_taken():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (40, 3)])
-def test_images_and_objects_of_any_form(shape):
+def test_images_and_objects_of_any_shape(shape):
     masks = np.ones((2, *shape), bool)
     masks[1] = False
     boxes = [[-50, -50, 5000, 5000], [float("nan"), 0, float("inf"), 0]]
@@ -157,7 +157,7 @@ def test_images_and_objects_of_any_form(shape):
         (np.zeros((8, 9, 3), np.uint8), [0, 1], None, "2 labels, 1 boxes"),
     ],
 )
-def test_what_does_not_fit_is_refused(image, labels, masks, message):
+def test_inconsistent_arguments_are_refused(image, labels, masks, message):
     with pytest.raises(ValueError, match=message):
         draw_instances(image, [[0, 0, 4, 4]], labels, masks)
 
@@ -169,10 +169,10 @@ def test_class_names_fall_back_to_numbers():
     assert class_name(3, None) == "class 3"
 
 
-def test_colours_are_fixed_and_far_apart():
-    colours = [instance_colour(i) for i in range(12)]
-    assert colours == [instance_colour(i) for i in range(12)]
-    hues = sorted(colorsys.rgb_to_hsv(*(part / 255 for part in colour))[0] for colour in colours)
+def test_colors_are_fixed_and_far_apart():
+    colors = [instance_color(i) for i in range(12)]
+    assert colors == [instance_color(i) for i in range(12)]
+    hues = sorted(colorsys.rgb_to_hsv(*(part / 255 for part in color))[0] for color in colors)
     gaps = np.diff([*hues, hues[0] + 1])
     assert gaps.min() > 0.03  # evenly spread they would be 1/12 = 0.083 apart
 

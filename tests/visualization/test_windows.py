@@ -1,4 +1,4 @@
-"""Images of scores and masks: what stands at which place, and in which colour."""
+"""Drawings of scores and masks: their positions and colors."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from tensormask.visualization.windows import (
     MARK,
     aligned_view,
     grid_through,
-    mask_colours,
+    mask_colors,
     natural_view,
     score_view,
     spread,
@@ -28,34 +28,34 @@ def framed_part(view: np.ndarray) -> np.ndarray:
 
 def test_a_tile_is_the_mask_of_its_window():
     masks = np.random.default_rng(0).random((2, 3, 5, 5))
-    for place in itertools.product((1, 4), (0, 3, 6)):
-        tile = framed_part(natural_view(masks, [1, 4], [0, 3, 6], 10, {place: MARK}))
-        mask = masks[(place[0] - 1) // 3, place[1] // 3]
-        assert np.array_equal(tile, mask_colours(mask).repeat(2, 0).repeat(2, 1))
+    for y, x in itertools.product((1, 4), (0, 3, 6)):
+        tile = framed_part(natural_view(masks, [1, 4], [0, 3, 6], 10, {(y, x): MARK}))
+        mask = masks[(y - 1) // 3, x // 3]
+        assert np.array_equal(tile, mask_colors(mask).repeat(2, 0).repeat(2, 1))
 
 
-def test_marks_are_at_their_places():
-    maps = np.zeros((2, 2, 20, 30))
+def test_marks_are_at_their_locations():
+    slices = np.zeros((2, 2, 20, 30))
     offsets = [-1, 1]
-    plain = aligned_view(maps, (offsets, offsets), 60)
-    marked = aligned_view(maps, (offsets, offsets), 60, ([4, 9], [5, 25]))
+    plain = aligned_view(slices, (offsets, offsets), 60)
+    marked = aligned_view(slices, (offsets, offsets), 60, ([4, 9], [5, 25]))
     rows, columns = np.nonzero((plain != marked).any(2))
     assert len(rows)
-    # Tiles of 40 x 60 pixels at the rim's end.
+    # Tiles of 40 x 60 pixels, at the bottom right of the image.
     top, left = plain.shape[0] - 2 * 40 - 2 * TILE_GAP, plain.shape[1] - 2 * 60 - 2 * TILE_GAP
     for row, y in enumerate([4, 9]):
         for column, x in enumerate([5, 25]):
-            centre = (
+            center = (
                 top + row * (40 + TILE_GAP) + 2 * y + 1,
                 left + column * (60 + TILE_GAP) + 2 * x + 1,
             )
-            distance = np.hypot(rows - centre[0], columns - centre[1])
+            distance = np.hypot(rows - center[0], columns - center[1])
             assert ((distance > 3) & (distance < 7)).sum() > 30
-            assert (marked[centre] == plain[centre]).all()
+            assert (marked[center] == plain[center]).all()
 
 
-def test_colours():
-    low, undecided, high = mask_colours(np.array([0.0, 0.5, 1.0])).tolist()
+def test_colors():
+    low, undecided, high = mask_colors(np.array([0.0, 0.5, 1.0])).tolist()
     assert undecided == [255, 255, 255]
     assert low[2] > 2 * low[0]
     assert high[0] > 2 * high[2]
@@ -67,14 +67,14 @@ def test_colours():
 
 
 def test_which_tiles_are_shown():
-    for extents, most in itertools.product(((7, 11), (32, 32), (200, 336), (1, 1)), (5, 8)):
-        for place in ((0, 0), tuple(e - 1 for e in extents), tuple(e // 3 for e in extents)):
-            rows, columns = grid_through(place, extents, most)
-            assert place[0] in rows
-            assert place[1] in columns
-            assert max(len(rows), len(columns)) <= most
-            assert max(rows) < extents[0]
-            assert max(columns) < extents[1]
+    for shape, max_num in itertools.product(((7, 11), (32, 32), (200, 336), (1, 1)), (5, 8)):
+        for index in ((0, 0), tuple(n - 1 for n in shape), tuple(n // 3 for n in shape)):
+            rows, columns = grid_through(index, shape, max_num)
+            assert index[0] in rows
+            assert index[1] in columns
+            assert max(len(rows), len(columns)) <= max_num
+            assert max(rows) < shape[0]
+            assert max(columns) < shape[1]
     assert spread(15, 5) == [1, 4, 7, 10, 13]
     assert spread(11, 5) == [1, 3, 5, 7, 9]
     assert spread(3, 5) == [0, 1, 2]
