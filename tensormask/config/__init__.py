@@ -1,4 +1,4 @@
-"""Options: their defaults, and the files and `KEY VALUE` pairs that change them."""
+"""Config options: the tree with its defaults, merged with YAML files and `KEY VALUE` pairs."""
 
 from tensormask.config.defaults import get_cfg
 from tensormask.config.node import CfgNode

@@ -1,8 +1,7 @@
-"""Every option: its default, unit and meaning.
+"""All config options with default, unit and meaning.
 
-Names and defaults are detectron2's where it has the key, but for ``MODEL.DEVICE``. How files and
-``KEY VALUE`` pairs change the tree, and what becomes of detectron2's other keys, is in
-``config_node.py``.
+Names and defaults equal detectron2's if it has the key, except ``MODEL.DEVICE``. ``config.node``
+merges files and ``KEY VALUE`` pairs into the tree.
 """
 
 from __future__ import annotations
@@ -12,244 +11,255 @@ from typing import Any
 from tensormask.config.node import CfgNode
 
 _DEFAULTS: dict[str, Any] = {
-    # Generation of the key names. detectron2's current one; no other is read.
+    # Version of the key names; only detectron2's current version, 2, is supported.
     "VERSION": 2,
     "MODEL": {
-        # "auto" (the GPU where there is one, else the CPU), "cpu", "cuda", "cuda:1", ...
+        # "auto" (the GPU if one is available, else the CPU), "cpu", "cuda", "cuda:1", ...
         "DEVICE": "auto",
-        # Must be "TensorMask" to build a model; detectron2's default names its Mask R-CNN.
+        # Set it to "TensorMask" to build a model; the default is detectron2's, its Mask R-CNN.
         "META_ARCHITECTURE": "GeneralizedRCNN",
-        # Path of the weights to start from or to evaluate; "" for none.
+        # Path, URL or model zoo name of the weights to start from or to evaluate; "" for none.
         "WEIGHTS": "",
-        # Images are padded to multiples of this, in pixels: 32 (detectron2's), or a multiple of
-        # it, which makes fewer input sizes to compile for.
+        # Images are padded to multiples of this number of pixels: 32 (detectron2's) or a multiple
+        # of it. A larger one gives fewer input sizes to compile for.
         "SIZE_DIVISOR": 32,
-        # Lay tensors out as (N, H, W, C), which tensor cores work in.
+        # Use the channels_last memory format (N, H, W, C), which suits tensor cores.
         "CHANNELS_LAST": False,
-        # Compile backbone, pyramid, class and box head, anew for each input size: "" (no), or
-        # torch.compile's mode, "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
+        # Compile backbone, feature pyramid, class and box head, once for each input size: "" (no),
+        # or torch.compile's mode, "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
         "COMPILE": "",
-        # Whether to predict masks; off leaves classes and boxes.
+        # Predict masks; if False, only classes and boxes.
         "MASK_ON": False,
-        # Each channel loses its mean, then is divided by its std. On the 0..255 scale, in the
+        # Mean and standard deviation that normalise each channel: on the 0..255 scale, in the
         # channel order of INPUT.FORMAT.
         "PIXEL_MEAN": [103.53, 116.28, 123.675],
         "PIXEL_STD": [1.0, 1.0, 1.0],
         "BACKBONE": {
-            # Stages that are not trained: 0 none, 1 the stem, 2 the stem and res2, ... 5 all.
+            # Number of stages that are not trained: 0 none, 1 the stem, 2 the stem and res2, ...,
+            # 5 all.
             "FREEZE_AT": 2,
         },
         "RESNETS": {
-            # Layers: 18, 34, 50 or 101.
+            # Number of layers: 18, 34, 50 or 101.
             "DEPTH": 50,
-            # "FrozenBN" (constants), "BN", "SyncBN" (over processes) or "GN" (32 groups).
+            # Normalisation: "FrozenBN" (constant), "BN", "SyncBN" (over all processes) or "GN" (32
+            # groups).
             "NORM": "FrozenBN",
-            # Where a block has its stride 2: in the first 1x1 convolution (MSRA weights), or, when
-            # off, in the 3x3 (torchvision's weights).
+            # Put the stride of a block in its first 1x1 convolution (MSRA weights); if False, in
+            # the 3x3 convolution (torchvision's weights).
             "STRIDE_IN_1X1": True,
-            # Stages whose output is kept: "res2" .. "res5", strides 4 .. 32.
+            # Stages that are outputs: "res2" to "res5", of strides 4 to 32.
             "OUT_FEATURES": ["res4"],
         },
         "FPN": {
-            # Stages that the pyramid is built on, fine to coarse.
+            # Input stages of the pyramid, from fine to coarse.
             "IN_FEATURES": [],
-            # Channels of each pyramid level.
+            # Number of channels of each pyramid level.
             "OUT_CHANNELS": 256,
-            # "" (none) or "GN".
+            # Normalisation: "" (none) or "GN".
             "NORM": "",
-            # How the coarser level joins the finer one: "sum" or "avg".
+            # How a coarser level is merged into the next finer one: "sum" or "avg".
             "FUSE_TYPE": "sum",
         },
         "ANCHOR_GENERATOR": {
-            # Side of the square windows in pixels of the network's input: a list for each level.
+            # Side of the square windows in pixels of the network's input: a list per level.
             "SIZES": [[32, 64, 128, 256, 512]],
-            # Height / width of the windows. TensorMask's are square: [[1.0]].
+            # Height / width of the windows; TensorMask needs square ones, [[1.0]].
             "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         },
         "TENSOR_MASK": {
-            # Pyramid levels that carry windows, fine to coarse; p2 has stride 4.
+            # Pyramid levels with windows, from fine to coarse; p2 has stride 4.
             "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6", "p7"],
-            # 3x3 convolutions in each of the three towers, and their channels.
+            # Number of 3x3 convolutions in each of the three towers, and of their channels.
             "NUM_CONVS": 4,
             "CLS_CHANNELS": 256,
             "BBOX_CHANNELS": 128,
             "MASK_CHANNELS": 128,
-            # Classes of objects; the background is none of them.
+            # Number of object classes, without background.
             "NUM_CLASSES": 80,
-            # Scores at or below this are no candidates.
+            # Candidates need a score above this.
             "SCORE_THRESH_TEST": 0.05,
-            # Best (window, class) pairs of an image, over all levels, that reach NMS.
+            # Number of best (window, class) pairs of an image, over all levels, that enter NMS.
             "TOPK_CANDIDATES_TEST": 6000,
-            # Intersection over union above which NMS removes the lower of two boxes of a class.
+            # NMS removes the lower-scored of two boxes of a class whose IoU is above this.
             "NMS_THRESH_TEST": 0.5,
-            # Factors on the box deltas (dx, dy, dw, dh).
+            # Factors of the box deltas (dx, dy, dw, dh).
             "BBOX_REG_WEIGHTS": (1.5, 1.5, 0.75, 0.75),
-            # Steepness, and weight of the positives, in the class loss FL*.
+            # Focusing exponent, and weight of the positives, in the classification loss FL*.
             "FOCAL_LOSS_GAMMA": 3.0,
             "FOCAL_LOSS_ALPHA": 0.3,
-            # Factor on the mask loss, and on the pixels of it that are foreground.
+            # Factor of the mask loss, and of its foreground pixels.
             "MASK_LOSS_WEIGHT": 2.0,
             "POSITIVE_WEIGHT": 1.5,
-            # The mask head: "simple_natural", "simple_aligned", "upscale_natural",
-            # "upscale_aligned", "bipyramid", or "auto": what detectron2's two switches below say.
-            # A file or command line that names a head also sets the switches, and one that names a
-            # switch sets this to "auto": what is said last counts.
+            # Mask head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned",
+            # "bipyramid", or "auto", the head of detectron2's two switches below. A file or command
+            # line that sets a head also sets the switches, and one that sets a switch sets this to
+            # "auto": the last one counts.
             "HEAD": "auto",
-            # detectron2's: masks in the aligned representation, and on the tensor bipyramid.
+            # detectron2's switches: aligned representation, and tensor bipyramid.
             "ALIGNED_ON": False,
             "BIPYRAMID_ON": False,
             # How many times coarser an upscale head predicts its masks, such as 1.5, 3 or 5, and
-            # how it makes them finer, "bilinear" or "nearest". Other heads leave both as they are.
+            # how it upscales them, "bilinear" or "nearest". Other heads need these defaults.
             "UPSCALE_LAMBDA": 1.0,
             "UPSCALE_MODE": "bilinear",
-            # Whether boxes are regressed; off, a detection has the box of its mask.
+            # Regress boxes; if False, a detection has the bounding box of its mask.
             "BOX_ON": True,
-            # The boxes that NMS compares: the regressed "boxes", or those of the "masks", for which
-            # the masks of all candidates are made.
+            # Boxes that NMS compares: the regressed "boxes", or those of the "masks", which needs
+            # the masks of all candidates.
             "NMS_ON": "boxes",
-            # Start of the towers: "normal" (std 0.01, detectron2's) or "he" (for narrow towers).
+            # Initialisation of the towers: "normal" (std 0.01, detectron2's) or "he" (for towers of
+            # few channels).
             "INIT": "normal",
-            # Keep no activations of the heads for the backward pass: less memory, and their forward
-            # pass once more.
+            # Recompute the activations of the heads in the backward pass: less memory, more time.
             "CHECKPOINT_ACTIVATIONS": False,
         },
     },
     "INPUT": {
-        # Shorter side in training, in pixels: one of these ("choice"), or uniform from the first to
-        # the second ("range").
+        # Shorter side in training, in pixels: one of these values ("choice"), or uniform from the
+        # first to the second ("range").
         "MIN_SIZE_TRAIN": (800,),
         "MIN_SIZE_TRAIN_SAMPLING": "choice",
-        # The image shrinks further where its longer side would pass this, in pixels.
+        # Upper limit of the longer side in training, in pixels; it makes the image smaller.
         "MAX_SIZE_TRAIN": 1333,
-        # The same in evaluation; 0 leaves images at their size.
+        # The same in evaluation; a MIN_SIZE_TEST of 0 keeps the images' sizes.
         "MIN_SIZE_TEST": 800,
         "MAX_SIZE_TEST": 1333,
-        # Flip half of the training images: "horizontal", "vertical" or "none".
+        # Flip of a random half of the training images: "horizontal", "vertical" or "none".
         "RANDOM_FLIP": "horizontal",
-        # Channel order that the network is fed: "BGR" (MSRA weights) or "RGB".
+        # Channel order of the network's input: "BGR" (MSRA weights) or "RGB".
         "FORMAT": "BGR",
-        # detectron2's "polygon" or "bitmask"; both end in bitmaps here.
+        # detectron2's "polygon" or "bitmask"; both are read as bitmaps here.
         "MASK_FORMAT": "polygon",
     },
     "DATASETS": {
-        # Names: registered ones, coco_2017_train, shapes_train, annotations.json@images, ...
+        # Names of data sets: registered ones, coco_2017_train, shapes_train,
+        # annotations.json@images, ...
         "TRAIN": (),
         "TEST": (),
-        # Whether an issue in a set (data/checks/issues.py) is an error; off, what has one is
-        # left out, and issues are counted in the log and in metrics.json.
+        # Make an issue of a data set (data/checks/issues.py) an error. If False, issues are counted
+        # in the log and in metrics.json, and the entries are left out or corrected.
         "STRICT": False,
     },
     "DATALOADER": {
-        # Processes that read images; 0 reads them in the training process.
+        # Number of worker processes that read images; 0 reads them in the training process.
         "NUM_WORKERS": 4,
-        # Batches hold upright or lying images only, which saves padding.
+        # Do not mix wide and high images in a batch, which saves padding.
         "ASPECT_RATIO_GROUPING": True,
-        # Leave images without objects out of training.
+        # Train only on images with objects.
         "FILTER_EMPTY_ANNOTATIONS": True,
     },
     "SOLVER": {
-        # "SGD" or "AdamW".
+        # Optimizer: "SGD" or "AdamW".
         "OPTIMIZER": "SGD",
-        # "WarmupMultiStepLR" (STEPS, GAMMA) or "WarmupCosineLR" (down to BASE_LR_END).
+        # Schedule: "WarmupMultiStepLR" (STEPS, GAMMA) or "WarmupCosineLR" (to BASE_LR_END).
         "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-        # Optimiser steps in all, and images in each, over all processes.
+        # Total number of iterations, and of images in each, over all processes.
         "MAX_ITER": 40000,
         "IMS_PER_BATCH": 16,
-        # Processes that this config is meant for: with another number of them, IMS_PER_BATCH and
-        # BASE_LR are multiplied, MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
-        # TEST.EVAL_PERIOD divided, by how many times more there are. 0: everything as written.
+        # Number of processes that this config is written for. With n times as many, IMS_PER_BATCH
+        # and BASE_LR are multiplied by n, and MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
+        # TEST.EVAL_PERIOD are divided by n. 0 changes nothing.
         "REFERENCE_WORLD_SIZE": 0,
-        # Parts that each batch goes through the model in, one after the other: less memory. The
-        # gradient is the average of theirs.
+        # Number of parts of a batch that are processed one after the other, which saves memory. The
+        # gradient is the average over the parts.
         "ACCUMULATE_STEPS": 1,
         "AMP": {
-            # Half precision in forward pass and losses; weights and their updates stay float32.
+            # Mixed precision in training: forward pass and losses in half precision, weights and
+            # their updates in float32.
             "ENABLED": False,
-            # "float16" (with a loss scale that adapts itself), or "bfloat16" (needs none; GPUs from
-            # Ampere on, and CPUs).
+            # "float16" (with dynamic loss scaling) or "bfloat16" (without; for CPUs, and GPUs since
+            # Ampere).
             "DTYPE": "float16",
         },
         "EMA": {
-            # Keep moving averages of the weights, evaluated and saved beside them.
+            # Exponential moving average of the weights, evaluated and saved in addition to them.
             "ENABLED": False,
-            # The share of the averages that a step leaves, in place of the new weights.
+            # Decay: the share of the old average in an update.
             "DECAY": 0.9998,
         },
-        # Find the module where NaN or infinity arises, by a look at every tensor: for a repeat of
-        # a run that stopped, as it is slow.
+        # Check all tensors to find the module that first returns NaN or infinity. Slow: use it to
+        # repeat a run that has stopped.
         "DETECT_ANOMALY": False,
-        # Learning rate after the warm-up, and at the end of a cosine.
+        # Learning rate after the warm-up, and at the end of a cosine schedule.
         "BASE_LR": 0.001,
         "BASE_LR_END": 0.0,
-        # SGD's.
+        # Momentum of SGD, and whether it is Nesterov's.
         "MOMENTUM": 0.9,
         "NESTEROV": False,
-        # Weight decay: of weights, of normalisation parameters, and of biases (None: as weights).
+        # Weight decay of weights, of normalisation parameters, and of biases (None: as weights).
         "WEIGHT_DECAY": 0.0001,
         "WEIGHT_DECAY_NORM": 0.0,
         "WEIGHT_DECAY_BIAS": None,
-        # Factor on the learning rate of biases.
+        # Factor of the learning rate of biases.
         "BIAS_LR_FACTOR": 1.0,
         # The learning rate is multiplied by GAMMA at each of these iterations.
         "GAMMA": 0.1,
         "STEPS": (30000,),
-        # First factor on the learning rate, iterations until it is 1, and "linear" or "constant".
+        # Warm-up: first factor of the learning rate, iterations until the factor is 1, and its
+        # form, "linear" or "constant".
         "WARMUP_FACTOR": 0.001,
         "WARMUP_ITERS": 1000,
         "WARMUP_METHOD": "linear",
-        # Iterations between checkpoints.
+        # Number of iterations between checkpoints.
         "CHECKPOINT_PERIOD": 5000,
-        # How many of them stay, the last ones; 0 for all.
+        # Number of last checkpoints that are kept; 0 for all.
         "CHECKPOINT_MAX_TO_KEEP": 0,
-        # Metric of metrics.json, such as "segm/AP" (of averaged weights "ema/segm/AP"): the weights
-        # that are best by it in the evaluations of a run stay as model_best.pth; "" for none.
+        # Metric that selects the weights in model_best.pth among the evaluations of a run, such as
+        # "segm/AP" ("ema/segm/AP" for averaged weights); "" for no such file.
         "CHECKPOINT_BEST": "",
         "CLIP_GRADIENTS": {
-            # Bound the gradients before each step.
+            # Clip the gradients before each step.
             "ENABLED": False,
-            # "value" (each element), "norm" (each parameter) or "full_model" (all as one vector).
+            # "value" (of each element), "norm" (of each parameter) or "full_model" (norm of all).
             "CLIP_TYPE": "value",
             # The largest value or norm.
             "CLIP_VALUE": 1.0,
-            # p of the norm; .inf for the largest element.
+            # The p of the p-norm; .inf for the largest element.
             "NORM_TYPE": 2.0,
         },
     },
     "TEST": {
-        # Rows [task, metric, value, tolerance], such as ["segm", "AP", 35.8, 0.3]: a run whose last
-        # evaluation lies outside fails. In percent; for one set in DATASETS.TEST.
+        # Rows [task, metric, value, tolerance] in percent, such as ["segm", "AP", 35.8, 0.3]: a run
+        # fails if its last evaluation is outside. Needs exactly one set in DATASETS.TEST.
         "EXPECTED_RESULTS": [],
-        # Iterations between evaluations; 0 evaluates at the end only.
+        # Number of iterations between evaluations; 0 evaluates only at the end.
         "EVAL_PERIOD": 0,
         "AMP": {
-            # Detect in half precision, and in which: "bfloat16" or "float16".
+            # Mixed precision in inference, and its half-precision type: "bfloat16" or "float16".
             "ENABLED": False,
             "DTYPE": "bfloat16",
         },
-        # Most detections that an image gets.
+        # Maximum number of detections of an image.
         "DETECTIONS_PER_IMAGE": 100,
-        # Most detections of an image that the AP counts; above 100, AP at 100 is printed too.
+        # Maximum number of detections of an image that AP counts; above 100, AP at 100 is reported
+        # as well.
         "MAX_DETS": 100,
-        # Images that an evaluation draws beside their ground truth.
+        # Number of images that an evaluation draws next to their ground truth.
         "NUM_VISUALIZED": 8,
-        # Print what true masks score through assignment, crop and paste, beside the model's AP.
+        # Also report the oracle: the AP of ground-truth masks after assignment, crop and paste.
         "ORACLE_ON": False,
     },
-    # Folder of the run: config, log, metrics, checkpoints, results.
+    # Folder for config, log, metrics, checkpoints and results of the run.
     "OUTPUT_DIR": "./output",
-    # Governs all randomness; negative draws one.
+    # Seed of all random numbers; a negative one is replaced by a random seed.
     "SEED": -1,
-    # Let cuDNN try its algorithms on each new input size.
+    # Let cuDNN time its algorithms for each new input size.
     "CUDNN_BENCHMARK": False,
-    # Same bits in each run on a GPU too, at the cost of slower algorithms; what has none that is
-    # deterministic is an error. On the CPU that is so anyway.
+    # Make runs on a GPU bit-identical, with slower algorithms; an operation without a deterministic
+    # one is an error. Runs on a CPU are always deterministic.
     "DETERMINISTIC": False,
-    # Products of float32: "highest" (float32), "high" (TF32 on a GPU), "medium" (bfloat16's too),
-    # or "" for PyTorch's default, TF32 in convolutions only.
+    # Precision of float32 products: "highest" (float32), "high" (TF32 on GPUs), "medium" (also
+    # bfloat16), or "" for PyTorch's default, TF32 in convolutions only.
     "FLOAT32_PRECISION": "",
 }
 
 
 def get_cfg() -> CfgNode:
-    """A fresh tree with every option at its default."""
+    """Return a new tree with every option at its default.
+
+    Example:
+        >>> get_cfg().MODEL.TENSOR_MASK.NUM_CLASSES
+        80
+    """
     return CfgNode(_DEFAULTS)

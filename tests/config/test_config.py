@@ -1,4 +1,4 @@
-"""The config tree: defaults, files, overrides, and what they refuse."""
+"""The config tree: defaults, files, overrides, errors."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tensormask.config import CfgNode, get_cfg
+from tensormask.config.node import leaves
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -24,18 +25,10 @@ def load(name: str) -> CfgNode:
     return cfg
 
 
-def keys(node: CfgNode, prefix: str = "") -> set[str]:
-    found = set()
-    for name, value in node.items():
-        inner = isinstance(value, CfgNode)
-        found |= keys(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}"}
-    return found
-
-
 # --------------------------------------------------------------------------------------- the tree
 
 
-def test_defaults_are_detectron2s():
+def test_defaults_equal_detectron2s():
     cfg = get_cfg()
     assert (cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE) == ("auto", "GeneralizedRCNN")
     assert cfg.MODEL.MASK_ON is False
@@ -49,7 +42,7 @@ def test_defaults_are_detectron2s():
     assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
 
 
-def test_each_config_is_its_own():
+def test_configs_share_no_values():
     first = get_cfg()
     first.MODEL.PIXEL_MEAN.append(1.0)
     first.SOLVER.MAX_ITER = 1
@@ -57,21 +50,19 @@ def test_each_config_is_its_own():
     assert get_cfg().SOLVER.MAX_ITER == 40000
 
 
-def test_every_key_stands_below_a_comment():
-    """A comment explains the run of keys under it; a group explains nothing, its keys do."""
-    lines = (
-        (ROOT / "tensormask" / "config" / "defaults.py").read_text(encoding="utf-8").splitlines()
-    )
-    explained, seen = False, 0
-    for line in map(str.strip, lines):
+def test_every_key_is_below_a_comment():
+    """A comment explains the keys that follow it, up to the next group."""
+    text = (ROOT / "tensormask" / "config" / "defaults.py").read_text(encoding="utf-8")
+    explained, num_keys = False, 0
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("#"):
             explained = True
         elif line.startswith('"') and line.endswith("{"):
             explained = False
         elif line.startswith('"') and '": ' in line:
             assert explained, line
-            seen += 1
-    assert seen == len(keys(get_cfg()))
+            num_keys += 1
+    assert num_keys == len(dict(leaves(get_cfg())))
 
 
 def test_assigning_an_unknown_name_is_refused():
@@ -80,7 +71,7 @@ def test_assigning_an_unknown_name_is_refused():
         cfg.SOLVER.MAX_ITERS = 10
 
 
-def test_a_frozen_config_does_not_change():
+def test_a_frozen_config_cannot_be_changed():
     cfg = get_cfg()
     cfg.freeze()
     with pytest.raises(AttributeError):
@@ -140,7 +131,7 @@ def test_values_take_the_type_of_the_key(key, given, expected):
     assert type(node[leaf]) is type(expected)
 
 
-def test_an_optional_value_goes_and_comes_back():
+def test_an_optional_key_takes_a_value_and_none():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.WEIGHT_DECAY_BIAS", 0.5])
     cfg.merge_from_list(["SOLVER.WEIGHT_DECAY_BIAS", "None"])
@@ -148,7 +139,7 @@ def test_an_optional_value_goes_and_comes_back():
 
 
 @pytest.mark.parametrize(
-    "key, given, wanted, kind",
+    "key, given, expected, kind",
     [
         ("SOLVER.MAX_ITER", "abc", "int", "str"),
         ("SOLVER.MAX_ITER", "1.5", "int", "float"),
@@ -159,16 +150,16 @@ def test_an_optional_value_goes_and_comes_back():
         ("SOLVER.BASE_LR", "None", "float", "NoneType"),
         ("INPUT.MIN_SIZE_TRAIN", "800", "tuple", "int"),
         ("DATASETS.TRAIN", "coco_2017_train", "tuple", "str"),
-        ("SOLVER.STEPS", "(None,)", "numbers and texts", "NoneType"),
-        ("SOLVER.STEPS", "[[[1]]]", "numbers and texts", "list"),
+        ("SOLVER.STEPS", "(None,)", "numbers and strings", "NoneType"),
+        ("SOLVER.STEPS", "[[[1]]]", "numbers and strings", "list"),
     ],
 )
-def test_a_wrong_type_names_key_wanted_and_given(key, given, wanted, kind):
-    with pytest.raises(ValueError, match=rf"^{key} takes {wanted}, got {kind} "):
+def test_a_wrong_type_names_key_expected_and_given_type(key, given, expected, kind):
+    with pytest.raises(ValueError, match=rf"^{key} takes {expected}, got {kind} "):
         get_cfg().merge_from_list([key, given])
 
 
-def test_a_lone_value_for_a_tuple_is_told_how_to_write_it():
+def test_a_single_value_for_a_tuple_shows_how_to_write_it():
     with pytest.raises(ValueError, match=r"write \('shapes_train',\)"):
         get_cfg().merge_from_list(["DATASETS.TRAIN", "shapes_train"])
 
@@ -189,7 +180,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
     nested = 1
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    message = rf"^{key} is no config key; the nearest one is {nearest}$"
+    message = rf"^{key} is not a config key; the nearest one is {nearest}$"
     with pytest.raises(ValueError, match=message):
         get_cfg().merge_from_list([key, "1"])
     with pytest.raises(ValueError, match=message):
@@ -224,7 +215,7 @@ def test_merging_another_tree():
 # ------------------------------------------------------------------------------------------ files
 
 
-def test_bases_are_relative_and_lie_below(tmp_path):
+def test_bases_are_relative_and_overridden(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path, "SEED: 1\nSOLVER: {MAX_ITER: 10, BASE_LR: 0.5}\n", "grand.yaml")
     write(tmp_path, "_BASE_: grand.yaml\nSEED: 2\n", "parent.yaml")
@@ -243,11 +234,11 @@ def test_bases_are_relative_and_lie_below(tmp_path):
         ("_BASE_: 3\n", "a path or a list of paths, got int 3"),
         ("_BASE_: config.yaml\n", "leads back to it"),
         ("_BASE_: other.yaml\nSEED: {A: 1}\n", "SEED"),
-        ("[" * 5000, "not plain YAML|nested too deeply"),
+        ("[" * 1000, "nested too deeply"),
         ("VERSION: 1\n", "VERSION is 1"),
     ],
 )
-def test_a_bad_file_is_a_clear_error(tmp_path, text, message):
+def test_an_invalid_file_is_a_clear_error(tmp_path, text, message):
     write(tmp_path, "SEED: 1\n", "other.yaml")
     with pytest.raises(ValueError, match=message):
         get_cfg().merge_from_file(write(tmp_path, text))
@@ -268,8 +259,8 @@ def test_a_missing_file_is_named(tmp_path):
     ],
 )
 @pytest.mark.parametrize("in_base", [False, True])
-def test_a_yaml_with_objects_is_refused_and_runs_nothing(tmp_path, value, in_base):
-    marker = tmp_path / "was_run"
+def test_a_yaml_with_objects_is_refused_and_not_executed(tmp_path, value, in_base):
+    marker = tmp_path / "executed"
     path = write(tmp_path, f"OUTPUT_DIR: {value.format(marker=marker)}\n", "evil.yaml")
     if in_base:
         path = write(tmp_path, "_BASE_: evil.yaml\n")
@@ -281,7 +272,7 @@ def test_a_yaml_with_objects_is_refused_and_runs_nothing(tmp_path, value, in_bas
 
 
 def test_an_override_is_never_evaluated(tmp_path):
-    marker = tmp_path / "was_run"
+    marker = tmp_path / "executed"
     text = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     cfg = get_cfg()
     cfg.merge_from_list(["OUTPUT_DIR", text])
@@ -289,7 +280,7 @@ def test_an_override_is_never_evaluated(tmp_path):
     assert not marker.exists()
 
 
-def test_aliases_that_explode_are_refused_at_once(tmp_path):
+def test_exponential_aliases_are_refused_at_once(tmp_path):
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     text = "TEST:\n  EXPECTED_RESULTS: *a29\n"

@@ -1,4 +1,4 @@
-"""detectron2's config files load here, and our YAML files say what its and the paper's do."""
+"""detectron2's config files load, and our YAML files equal its files and the paper's settings."""
 
 import logging
 from pathlib import Path
@@ -24,8 +24,8 @@ def load(name: str | Path) -> CfgNode:
     return cfg
 
 
-# What a config.yaml dumped by detectron2 for its TensorMask has, and our tree has not.
-FOREIGN = """
+# Keys of a config.yaml that detectron2 dumps for its TensorMask, and that our tree lacks.
+DETECTRON2_ONLY = """
 DATALOADER: {REPEAT_SQRT: true, REPEAT_THRESHOLD: 0.0, SAMPLER_TRAIN: TrainingSampler}
 DATASETS:
   PRECOMPUTED_PROPOSAL_TOPK_TEST: 1000
@@ -68,7 +68,7 @@ VERSION: 2
 VIS_PERIOD: 0
 """
 
-OURS_ALONE = {
+OURS_ONLY = {
     "DETERMINISTIC",
     "MODEL.CHANNELS_LAST",
     "MODEL.COMPILE",
@@ -104,9 +104,9 @@ def overlay(low: dict, high: dict) -> dict:
 
 
 def detectron2_dump(cfg: CfgNode) -> dict:
-    """What detectron2 would dump for the same settings."""
-    dump = overlay(yaml.safe_load(cfg.dump()), yaml.safe_load(FOREIGN))
-    for key in OURS_ALONE:
+    """Return the content of detectron2's dump of the same settings."""
+    dump = overlay(yaml.safe_load(cfg.dump()), yaml.safe_load(DETECTRON2_ONLY))
+    for key in OURS_ONLY:
         *groups, leaf = key.split(".")
         node = dump
         for group in groups:
@@ -115,7 +115,7 @@ def detectron2_dump(cfg: CfgNode) -> dict:
     return dump
 
 
-def test_a_dump_of_detectron2_loads_with_one_line(tmp_path, caplog):
+def test_a_dump_of_detectron2_loads_with_one_line_in_the_log(tmp_path, caplog):
     settings = load("tensormask_R_50_FPN_6x.yaml")
     settings.MODEL.DEVICE = "cuda"
     path = write(tmp_path, yaml.safe_dump(detectron2_dump(settings)))
@@ -131,8 +131,8 @@ def test_a_dump_of_detectron2_loads_with_one_line(tmp_path, caplog):
     assert "VERSION" not in named
 
 
-def test_detectron2s_way_of_writing_its_yaml_files(tmp_path):
-    """Tuples in texts, and a backbone by name."""
+def test_syntax_of_detectron2s_files(tmp_path):
+    """Tuples as strings, and the backbone by name."""
     text = """
 MODEL:
   BACKBONE: {NAME: "build_retinanet_resnet_fpn_backbone"}
@@ -150,7 +150,7 @@ INPUT:
     assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
 
 
-# The settings of detectron2's three files, tuples as texts, as it writes them.
+# The settings of detectron2's three files, with tuples as strings.
 DETECTRON2_BASE = {
     **{
         "VERSION": 2,
@@ -199,7 +199,7 @@ def nested(settings: dict) -> dict:
         ("tensormask_R_50_FPN_6x.yaml", DETECTRON2_6X),
     ],
 )
-def test_detectron2s_files_say_what_ours_of_the_same_name_say(tmp_path, name, settings):
+def test_detectron2s_files_equal_ours_of_the_same_name(tmp_path, name, settings):
     for file, content in (("Base-TensorMask.yaml", DETECTRON2_BASE), (name, settings)):
         (tmp_path / file).write_text(yaml.safe_dump(nested(content)))
     theirs, ours = get_cfg(), load(name)
@@ -238,7 +238,7 @@ def test_a_head_sets_the_switches_and_a_switch_the_head():
         ("SEED: 3", ("bipyramid", True, True)),
     ],
 )
-def test_a_file_over_its_base_is_said_last(tmp_path, text, expected):
+def test_a_file_overrides_the_head_of_its_base(tmp_path, text, expected):
     path = write(tmp_path, f"_BASE_: {CONFIGS / 'Base-TensorMask.yaml'}\n{text}\n")
     cfg = get_cfg()
     cfg.merge_from_file(path)
@@ -248,11 +248,11 @@ def test_a_file_over_its_base_is_said_last(tmp_path, text, expected):
     assert again == cfg
 
 
-def test_both_in_one_source_are_taken_at_their_word():
+def test_head_and_switch_in_one_source_are_both_kept():
     cfg = get_cfg()
     words = ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.ALIGNED_ON", "False"]
     cfg.merge_from_list(words)
-    assert head_of(cfg) == ("bipyramid", False, False)  # which no model can be built from
+    assert head_of(cfg) == ("bipyramid", False, False)  # build_model refuses this
 
 
 @pytest.mark.parametrize(
@@ -263,13 +263,13 @@ def test_a_head_in_a_malformed_file(tmp_path, text):
         get_cfg().merge_from_file(write(tmp_path, text))
 
 
-def test_our_own_files_drop_nothing(caplog):
+def test_our_files_have_no_ignored_keys(caplog):
     for path in CONFIGS.rglob("*.yaml"):
         load(path.relative_to(CONFIGS))
     assert not caplog.records
 
 
-def test_overrides_drop_and_say_so(caplog):
+def test_ignored_overrides_are_logged(caplog):
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", "3", "VIS_PERIOD", "0", "SEED", "5"])
     assert cfg.SEED == 5
@@ -295,8 +295,8 @@ def test_overrides_drop_and_say_so(caplog):
         ("VIS_PERIOD", "100"),
     ],
 )
-def test_a_feature_that_is_not_there_is_refused(tmp_path, key, value):
-    message = rf"^{key} is .*does not exist here"
+def test_an_unsupported_feature_is_refused(tmp_path, key, value):
+    message = rf"^{key} is .*not supported here"
     with pytest.raises(ValueError, match=message):
         get_cfg().merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
@@ -306,7 +306,7 @@ def test_a_feature_that_is_not_there_is_refused(tmp_path, key, value):
 # ------------------------------------------------------------------------------------- YAML files
 
 
-def test_base_holds_what_the_paper_fixes():
+def test_base_has_the_common_settings_of_the_paper():
     cfg = load("Base-TensorMask.yaml")
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == ("TensorMask", True)
     assert cfg.MODEL.FPN.FUSE_TYPE == "avg"
@@ -326,7 +326,7 @@ def test_base_holds_what_the_paper_fixes():
         ("tensormask_R_101_FPN_6x", 101, (480000, 520000), 540000, (640, 800), "range"),
     ],
 )
-def test_the_published_schedules(name, depth, steps, max_iter, sizes, sampling):
+def test_published_schedules(name, depth, steps, max_iter, sizes, sampling):
     cfg = load(f"{name}.yaml")
     assert cfg.MODEL.RESNETS.DEPTH == depth
     assert cfg.MODEL.WEIGHTS == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
@@ -335,7 +335,7 @@ def test_the_published_schedules(name, depth, steps, max_iter, sizes, sampling):
     assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == (sizes, sampling)
 
 
-def test_quickstart_fits_the_shapes():
+def test_quickstart_trains_on_shapes():
     cfg = load("quickstart.yaml")
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("shapes_train",), ("shapes_val",))
     assert cfg.MODEL.TENSOR_MASK.NUM_CLASSES == 6
@@ -344,7 +344,7 @@ def test_quickstart_fits_the_shapes():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_file_opens_with_the_command_that_runs_it(path):
+def test_a_file_begins_with_the_command_that_runs_it(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     if path.stem == "quickstart":
         assert first == "# make quickstart"
