@@ -1,7 +1,7 @@
-"""Damages a copy of a COCO-format set in every way that `checks/issues.py` has a name for.
+"""Damage a copy of a COCO data set in ways that cause every kind of issue in `checks/issues.py`.
 
-`python tests/damage.py annotations.json images/ out/` writes `out/annotations.json`, `out/images/`
-and prints what was done.
+`python tests/damage.py annotations.json images/ out/` writes `out/annotations.json` and
+`out/images/`, and prints the ids by kind.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-# What takes an annotation of an image and spoils it; {kind of issue: [one or more ways]}.
 POLYGON = [1, 1, 5, 1, 5, 5]
+
+
+# Each of these functions returns a function that damages an annotation of an image.
 
 
 def _set(**fields):
@@ -38,57 +40,58 @@ def _rle(size_change=0, counts=None):
 
 
 ANNOTATION_DAMAGES = {
-    "annotation_unknown_image": [_set(image_id=987654321), _set(image_id=None)],
-    "annotation_unknown_category": [_set(category_id=987654), _set(category_id=[1])],
+    "annotation_malformed": [
+        *(_set(image_id=987654321), _set(image_id=None)),
+        *(_set(category_id=987654), _set(category_id=[1])),
+    ],
     "iscrowd_malformed": [_set(iscrowd="0"), _set(iscrowd=2)],
     "area_malformed": [_set(area="large"), _set(area=-4.0), _set(area=math.nan)],
-    "box_malformed": [_set(bbox=[1, 2, 3]), _set(bbox=None), _set(bbox="1 2 3 4")],
-    "box_not_finite": [_set(bbox=[math.nan, 1, 5, 5]), _set(bbox=[1, 1, math.inf, 5])],
-    "box_negative": [_box(lambda x, y, w, h, *_: [x, y, -w, h])],
-    "box_empty": [_box(lambda x, y, w, h, *_: [x, y, w, 0])],
-    "box_outside": [
+    "box_malformed": [
+        *(_set(bbox=[1, 2, 3]), _set(bbox=None), _set(bbox="1 2 3 4")),
+        *(_set(bbox=[math.nan, 1, 5, 5]), _set(bbox=[1, 1, math.inf, 5])),
+        _box(lambda x, y, w, h, *_: [x, y, -w, h]),
+    ],
+    "box_empty": [
+        _box(lambda x, y, w, h, *_: [x, y, w, 0]),
         _box(lambda x, y, w, h, width, _: [width + 3, y, w, h]),
         _box(lambda x, y, w, h, *_: [-w - 3, y, w, h]),
     ],
     "box_beyond": [_box(lambda x, y, w, h, *_: [-20, y, x + w + 20, h])],
     "box_mask_disagree": [_box(lambda x, y, w, h, width, height: [0, 0, width, height])],
     "mask_missing": [_set(segmentation=[]), _set(segmentation=None)],
-    "mask_malformed": [_set(segmentation="polygon"), _set(segmentation={"size": [1, 1]})],
-    "mask_size": [_rle(1, counts=lambda pixels: [0, pixels])],
-    "mask_counts": [
+    "mask_malformed": [
+        *(_set(segmentation="polygon"), _set(segmentation={"size": [1, 1]})),
+        _rle(1, counts=lambda pixels: [0, pixels]),
         _rle(counts=lambda pixels: [0, pixels + 1]),
         _rle(counts=lambda pixels: [pixels + 5, -5]),
         _rle(counts=lambda pixels: [2**62, 2**62, 2**62, 2**62, pixels]),
         _rle(counts=lambda pixels: [1.5, pixels]),
-        _rle(counts=lambda pixels: "P" * 50),  # every character says that another one follows
+        _rle(counts=lambda pixels: "P" * 50),  # each character announces another one
         _rle(counts=lambda pixels: "0é0"),
         _rle(counts=lambda pixels: "oooooooo0"),
         _rle(counts=lambda pixels: 7),
     ],
     "mask_empty": [
         _rle(counts=lambda pixels: [pixels]),
-        # Only who draws it knows; its box is right.
+        # Valid with a correct box, but too small to cover a pixel.
         _set(segmentation=[[1.2, 1.2, 1.4, 1.2, 1.4, 1.4]], bbox=[1.2, 1.2, 0.2, 0.2]),
     ],
-    "polygon_malformed": [_set(segmentation=[1, 1, 5, 1, 5, 5]), _set(segmentation=[["a"] * 6])],
-    "polygon_short": [_set(segmentation=[[1, 1, 5, 5]]), _set(segmentation=[[]])],
-    "polygon_odd": [_set(segmentation=[[*POLYGON, 7]])],
-    "polygon_not_finite": [
-        _set(segmentation=[[*POLYGON, math.nan, 2]]),
-        _set(segmentation=[[*POLYGON, math.inf, -math.inf]]),
+    "polygon_malformed": [
+        *(_set(segmentation=[1, 1, 5, 1, 5, 5]), _set(segmentation=[["a"] * 6])),
+        *(_set(segmentation=[[1, 1, 5, 5]]), _set(segmentation=[[]])),
+        _set(segmentation=[[*POLYGON, 7]]),
+        *(_set(segmentation=[[*POLYGON, value, -value]]) for value in (math.nan, math.inf, 1e9)),
     ],
-    "polygon_far_outside": [_set(segmentation=[[*POLYGON, 1e9, 2]])],
 }
-# What of these can still be trained on.
 STILL_TRAINABLE = {"box_beyond", "box_mask_disagree", "iscrowd_malformed", "area_malformed"}
 
 
 def damage(json_file, image_root, out):
-    """Writes a damaged copy to the folder `out`.
+    """Write a damaged copy to the folder `out`.
 
     Returns:
-        `{kind: [ids]}` of what was damaged; annotations that are no objects and entries without an
-        id by their place, as in "images[12]".
+        `{kind: [ids]}` of the damaged entries; entries without an id are named by their location,
+        as in "images[12]".
     """
     out = Path(out)
     shutil.copytree(image_root, out / "images")
@@ -103,15 +106,15 @@ def damage(json_file, image_root, out):
 
 def _damage_annotations(content, done):
     images = {image["id"]: image for image in content["images"]}
-    # Small objects inside their image, whose box can be moved and enlarged noticeably.
-    usable = [
+    # Small objects, whose box can be moved and enlarged noticeably.
+    small = [
         annotation
         for annotation in content["annotations"]
         if not annotation.get("iscrowd")
         and annotation["bbox"][2] < images[annotation["image_id"]]["width"] / 2
         and annotation["bbox"][3] >= 4
     ]
-    rest = iter(usable)
+    rest = iter(small)
     for kind, ways in ANNOTATION_DAMAGES.items():
         for way in ways:
             annotation = next(rest)
@@ -121,10 +124,10 @@ def _damage_annotations(content, done):
     later = max(one, other, key=content["annotations"].index)
     other["id"] = one["id"]
     done["annotation_duplicate_id"] = [later["id"]]
-    for nothing in (None, 7, ["bbox"]):
-        content["annotations"].append(nothing)
+    for value in (None, 7, ["bbox"]):
+        content["annotations"].append(value)
         number = len(content["annotations"]) - 1
-        done.setdefault("annotation_malformed", []).append(f"annotations[{number}]")
+        done["annotation_malformed"].append(f"annotations[{number}]")
 
 
 def _damage_entries(content, done):
@@ -144,36 +147,35 @@ def _damage_entries(content, done):
 
 
 def _damage_images(content, out, done):
-    """Spoils files of images, taken from the end of the list of whole entries."""
+    """Damage the files of images whose annotations are undamaged."""
     bad = {*done["image_duplicate_id"], *done["image_malformed"]}
-    spoilt = {i for ids in done.values() for i in ids}
-    # Images of which no annotation has been damaged.
+    damaged = {i for ids in done.values() for i in ids}
     touched = {
-        a["image_id"] for a in content["annotations"] if isinstance(a, dict) and a["id"] in spoilt
+        a["image_id"] for a in content["annotations"] if isinstance(a, dict) and a["id"] in damaged
     }
     entries = [i for i in content["images"] if isinstance(i, dict) and i.get("id") not in bad]
     rest = iter([i for i in entries if i["id"] not in touched])
-    # Images of which nobody may see a pixel: they lie beside the image root.
-    for leading_out in (
+    # Images outside of the image root, which must not be opened.
+    for file_name in (
         "../secret.png",
         str((out / "secret.png").absolute()),
         "a/../../secret.png",
     ):
         image = next(rest)
         Image.new("RGB", (image["width"], image["height"]), (255, 0, 0)).save(out / "secret.png")
-        image["file_name"] = leading_out
-        done.setdefault("image_outside_root", []).append(image["id"])
+        image["file_name"] = file_name
+        done.setdefault("image_missing", []).append(image["id"])
     image = next(rest)
     (out / "images" / image["file_name"]).unlink()
-    done["image_missing"] = [image["id"]]
-    for spoil in (
+    done["image_missing"].append(image["id"])
+    for change in (
         lambda data: b"",
         lambda data: b"no image",
         lambda data: data[: len(data) // 2],
     ):
         image = next(rest)
         path = out / "images" / image["file_name"]
-        path.write_bytes(spoil(path.read_bytes()))
+        path.write_bytes(change(path.read_bytes()))
         done.setdefault("image_broken", []).append(image["id"])
     image = next(rest)
     path = out / "images" / image["file_name"]

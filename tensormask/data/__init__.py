@@ -1,4 +1,4 @@
-"""Data sets, transforms and loaders."""
+"""Data sets, their checks, transforms and loaders."""
 
 from tensormask.data.catalog import get_dataset, register_coco_instances
 from tensormask.data.checks.issues import IssueReporter

@@ -1,4 +1,4 @@
-"""The names of data sets, and where their files lie."""
+"""Names of data sets, and the paths of their files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensormask.data import shapes
 from tensormask.data.coco import CocoDataset
 from tensormask.utils.errors import UserError
 
-# Name -> annotations and images under the data root, as in detectron2.
+# Annotations and images of each name, below `<data root>/coco`, as in detectron2.
 _COCO_FILES = {
     "coco_2014_train": ("instances_train2014.json", "train2014"),
     "coco_2014_val": ("instances_val2014.json", "val2014"),
@@ -36,17 +36,20 @@ def register_coco_instances(
     json_file: str | os.PathLike[str],
     image_root: str | os.PathLike[str],
 ) -> None:
-    """Gives a name to a data set in COCO's format; the files are read at first use.
+    """Register a data set in COCO's format under a name; its files are read at first use.
 
     Args:
-        name: what `DATASETS.TRAIN` and `DATASETS.TEST` call it.
-        metadata: may hold `thing_classes`, the class names that the file is expected to have; the
-            rest is not used.
+        name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        metadata: may hold `thing_classes`, the class names that the file must have; other entries
+            are not used.
         json_file: the annotations.
         image_root: the folder that the annotations' `file_name` is relative to.
 
     Raises:
-        ValueError: the name stands for another data set.
+        ValueError: another data set has this name.
+
+    Example:
+        >>> register_coco_instances("cells_train", {}, "cells/train.json", "cells/images")
     """
     entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
     if name in _COCO_FILES or name in _SHAPES or _registered.get(name, entry) != entry:
@@ -55,17 +58,17 @@ def register_coco_instances(
 
 
 def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDataset:
-    """The data set of a name; read once and kept.
+    """Return the data set of a name; the set is read once and cached.
 
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
-            (drawn at first use), or `path/to/annotations.json@path/to/images`.
-        root: the folder of COCO and shapes; left out, it is `$TENSORMASK_DATASETS`, else
+            (generated at first use), or `path/to/annotations.json@path/to/images`.
+        root: the folder of COCO and shapes; default `$TENSORMASK_DATASETS`, else
             `$DETECTRON2_DATASETS`, else `./datasets`.
 
     Raises:
-        ValueError: there is no such name, or the class names are not those registered.
-        FileNotFoundError: the annotations or the folder of images are not there.
+        ValueError: the name is unknown, or the file has other classes than were registered.
+        FileNotFoundError: the annotations or the folder of images do not exist.
     """
     metadata, json_file, image_root = _locate(name, _data_root(root))
     dataset = _load(name, os.path.abspath(json_file), os.path.abspath(image_root))
@@ -79,10 +82,13 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
 
 def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
-    """Metadata, annotations and folder of images of a name."""
+    """Return metadata, annotations and folder of images of a name."""
     if name in _SHAPES:
         return {}, *shapes.ensure_shapes(_SHAPES[name], root)
-    metadata, hint = {}, ""
+    json_file: str | Path
+    image_root: str | Path
+    metadata: dict[str, Any] = {}
+    hint = ""
     separator = re.search(r"\.json@", name, re.IGNORECASE)
     if name in _registered:
         metadata, json_file, image_root = _registered[name]
@@ -97,10 +103,10 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
         raise UserError(_unknown_name(name))
-    for path, what in ((json_file, "annotations"), (image_root, "images")):
+    for path, part in ((json_file, "annotations"), (image_root, "images")):
         if not Path(path).exists():
             raise FileNotFoundError(
-                f"the {what} of {name} are not at {Path(path).absolute()}.{hint}"
+                f"the {part} of {name} are not at {Path(path).absolute()}.{hint}"
             )
     return metadata, json_file, image_root
 
@@ -109,8 +115,8 @@ def _unknown_name(name: str) -> str:
     known = [*_registered, *_SHAPES, *_COCO_FILES]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
-        f"there is no data set named {name!r}; the nearest known name is {nearest!r}. "
-        f"Write one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
+        f"unknown data set {name!r}; the nearest known name is {nearest!r}. "
+        f"Use one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
         "or a name given to register_coco_instances."
     )
 

@@ -1,7 +1,7 @@
-"""Data sets in COCO's format: images, annotations, contiguous labels.
+"""`CocoDataset`: a data set in COCO's format, with its images, annotations and labels.
 
-The file is read once, every entry is checked (`annotations`), and what is sound is kept in one
-packed buffer that worker processes share.
+The file is read once and each entry is checked (`checks.annotations`). The valid entries are stored
+in one packed buffer that worker processes share.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ from tensormask.utils.errors import UserError
 
 
 class CocoDataset:
-    """Annotations in COCO's format and the folder of their images.
+    """The annotations of a COCO file and the folder of their images.
 
     Args:
-        name: what the set is called in configs and logs.
+        name: name of the set in configs and logs.
         json_file: the annotations.
         image_root: the folder that `file_name` is relative to.
 
     Attributes:
-        image_ids: ids of all images, ascending. An image's *place* is its number in this list.
+        image_ids: ids of all images, ascending. The *index* of an image counts in this list.
         category_ids: the COCO id of each label; labels count from 0 in the order of the ids.
         class_names: the name of each label.
-        issues: what is wrong with the set, as far as it is known.
-        sizes: int32 `(N, 2)`, (height, width) of each image in pixels, by place, as the
-            annotations say.
-        num_trainable: int32 `(N,)`, the objects that can be trained on, by place.
-        has_file: bool `(N,)`, whether there is a file to open, by place.
-        has_annotations: whether the file has any, usable or not; COCO's test sets have none.
-        num_annotations: all that are kept, crowds too.
-        num_crowds: those of them that are crowds.
+        issues: the issues of the set that are known so far.
+        sizes: int32 `(N, 2)`, (height, width) of each image in pixels as the annotations state it.
+        num_trainable: int32 `(N,)`, the number of objects of each image that can be trained on.
+        has_file: bool `(N,)`, whether the image has a file to open.
+        has_annotations: whether the file has any, valid or not; COCO's test sets have none.
+        num_annotations: number of valid annotations, crowds included.
+        num_crowds: number of crowds among them.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or not COCO's, or has no usable image or category.
+        ValueError: the file is not JSON, not in COCO's format, or has no valid image or category.
     """
 
     def __init__(
@@ -66,16 +65,16 @@ class CocoDataset:
         content = _read_json(json_file)
         images = check_images(content["images"], self.issues)
         categories = check_categories(content["categories"], self.issues)
-        for what, found in (("images", images), ("categories", categories)):
-            if not found:
+        for key, valid in (("images", images), ("categories", categories)):
+            if not valid:
                 raise UserError(
-                    f"{os.fspath(json_file)} has no usable {what}.\n{self.issues.table()}".strip()
+                    f"{os.fspath(json_file)} has no valid {key}.\n{self.issues.table()}".strip()
                 )
         self.image_ids: list[Identity] = sorted(images, key=sort_key)
         self.category_ids: list[Identity] = sorted(categories, key=sort_key)
         self.class_names: list[str] = [categories[i] for i in self.category_ids]
         self._label_of = {category: label for label, category in enumerate(self.category_ids)}
-        self._place_of = {image_id: place for place, image_id in enumerate(self.image_ids)}
+        self._index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
 
         self.has_annotations = bool(content["annotations"])
         per_image: dict[Identity, list[Annotation]] = {image_id: [] for image_id in images}
@@ -102,78 +101,75 @@ class CocoDataset:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def record(self, place: int) -> tuple[ImageEntry, list[Annotation]]:
-        """The image at a place and its annotations, crowds too: `image` and `annotations`."""
-        return self._records[place]
+    def record(self, index: int) -> tuple[ImageEntry, list[Annotation]]:
+        """Return `image` and `annotations` of the image with this index in `image_ids`."""
+        return self._records[index]
 
     def image(self, image_id: Identity) -> ImageEntry:
-        """`id`, `file_name`, `height` and `width` of an image, as the file has them."""
-        return self.record(self._place_of[image_id])[0]
+        """Return `id`, `file_name`, `height` and `width` of an image, as the file states them."""
+        return self.record(self._index_of[image_id])[0]
 
     def annotations(self, image_id: Identity) -> list[Annotation]:
-        """The annotations of an image, as `annotations.check_annotation` returns them."""
-        return self.record(self._place_of[image_id])[1]
+        """Return the annotations of an image, crowds included (see `check_annotation`)."""
+        return self.record(self._index_of[image_id])[1]
 
     def training_annotations(self, image_id: Identity) -> list[Annotation]:
-        """The annotations that can be trained on: no crowds, and with a sound box and mask."""
-        image, annotations = self.record(self._place_of[image_id])
+        """Return the annotations that can be trained on: with valid box and mask, no crowds."""
+        image, annotations = self.record(self._index_of[image_id])
         return [annotation for annotation in annotations if is_trainable(annotation, image)]
 
     def image_size(self, image_id: Identity) -> tuple[int, int]:
-        """(height, width) in pixels, as the annotations state it."""
-        height, width = self.sizes[self._place_of[image_id]].tolist()
+        """Return the (height, width) in pixels that the annotations state."""
+        height, width = self.sizes[self._index_of[image_id]].tolist()
         return height, width
 
     def file_name(self, image_id: Identity) -> str:
-        """The full path of an image."""
+        """Return the full path of an image."""
         return self.path(self.image(image_id))
 
     def path(self, image: ImageEntry) -> str:
-        """The full path of an image's entry."""
+        """Return the full path of an image's entry."""
         return os.path.join(self.image_root, image["file_name"])
 
     def label_of(self, annotation: Annotation) -> int:
-        """The contiguous label, from 0, of an annotation."""
+        """Return the contiguous label, from 0, of an annotation."""
         return self._label_of[annotation["category_id"]]
 
     def load(self, image_id: Identity) -> tuple[np.ndarray, list[Annotation]]:
-        """Reads an image.
-
-        Returns:
-            The image, uint8 RGB `(H, W, 3)`, and all annotations of it.
+        """Read an image, uint8 RGB `(H, W, 3)`, and return it with all of its annotations.
 
         Raises:
-            ImageError: as of `load_image`.
+            ImageError: see `load_image`.
         """
-        image, annotations = self.record(self._place_of[image_id])
+        image, annotations = self.record(self._index_of[image_id])
         return self.load_image(image), annotations
 
     def load_image(self, image: ImageEntry) -> np.ndarray:
-        """Reads the image of an entry as uint8 RGB `(H, W, 3)`.
+        """Read the image of an entry as uint8 RGB `(H, W, 3)`.
 
         Raises:
-            ImageError: the file leads out of the image root, is not there, is no image, or is
-                of another size than the entry says; its `kind` tells which.
+            ImageError: the file is missing or outside of the image root, is not an image, or has
+                another size than the entry states; its `kind` tells which.
         """
         path = self.path(image)
         if not _is_inside(self.image_root, os.path.dirname(path)):
-            raise ImageError("image_outside_root", path, f"leads out of {self.image_root}")
+            raise ImageError("image_missing", path, f"is outside of {self.image_root}")
         rgb = read_image(path)
         (height, width), stated = rgb.shape[:2], (image["height"], image["width"])
         if (height, width) != stated:
             hint = ""
             if (width, height) == stated:
-                hint = " (is it turned by an EXIF tag that the annotations do not know of?)"
+                hint = " (does an EXIF tag rotate it, which the annotations ignore?)"
             raise ImageError(
                 "image_size",
                 path,
-                f"is {width} x {height} pixels (width x height), but the annotations of "
-                f"{self.name} say {stated[1]} x {stated[0]}{hint}: correct them or the file",
+                f"has {width} x {height} pixels (width x height), but the annotations of "
+                f"{self.name} state {stated[1]} x {stated[0]}{hint}: correct them or the file",
             )
         return rgb
 
     def to_coco(self) -> COCO:
-        """A pycocotools object of the kept annotations, for scoring; made anew at each call."""
+        """Return a new pycocotools object of the valid annotations, for scoring."""
         records = list(self._records)
         coco = COCO()
         coco.dataset = {
@@ -189,49 +185,49 @@ class CocoDataset:
         return coco
 
     def _find_files(self, images: list[ImageEntry]) -> np.ndarray:
-        """Which images have a file inside the image root, bool `(N,)`; the others are issues."""
+        """Return which images have a file in the image root, bool `(N,)`; the rest are issues."""
         has_file = np.zeros(len(images), dtype=bool)
         listings: dict[str, set[str]] = {}
-        for place, image in enumerate(images):
+        for index, image in enumerate(images):
             folder, name = os.path.split(self.path(image))
             if not _is_inside(self.image_root, folder):
-                self.issues.add("image_outside_root", image["id"])
+                self.issues.add("image_missing", image["id"], "outside of the image root")
                 continue
-            # One listing of a folder costs less than a look at each of its files; but a file
-            # system may know a name in another spelling than its listing has.
+            # Listing a folder costs less than checking each of its files. But a file system may
+            # accept a name in another spelling than its listing has, so the rest is checked.
             if folder not in listings:
                 listings[folder] = _list_folder(folder)
-            has_file[place] = name in listings[folder] or os.path.exists(self.path(image))
-            if not has_file[place]:
+            has_file[index] = name in listings[folder] or os.path.exists(self.path(image))
+            if not has_file[index]:
                 self.issues.add("image_missing", image["id"])
         return has_file
 
 
 def _read_json(json_file: str | os.PathLike[str]) -> dict[str, list[Any]]:
-    """The lists `images`, `categories` and `annotations` of a file; the last may be missing."""
+    """Return the lists `images`, `categories` and `annotations`; the file may lack the last."""
     path = os.fspath(json_file)
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, dict):
-        hint = " (a file of results? Annotations are wanted)" if isinstance(content, list) else ""
+        hint = " (results instead of annotations?)" if isinstance(content, list) else ""
         raise UserError(
-            f"{path} is not COCO's: it holds a {type(content).__name__}{hint}, not an object with "
-            "images, annotations and categories."
+            f"{path} is not in COCO's format: it holds a {type(content).__name__}{hint}, not an "
+            "object with images, annotations and categories."
         )
     content = {"annotations": [], **content}
     for key in ("images", "categories", "annotations"):
         if not isinstance(content.get(key), list):
             raise UserError(
-                f"{path} is not COCO's: it has no list {key!r}, "
+                f"{path} is not in COCO's format: it has no list {key!r}, "
                 f"its keys are {', '.join(sorted(map(repr, content)))[:200]}."
             )
     return content
 
 
 def _is_inside(root: Path, folder: str) -> bool:
-    """Whether a folder is the root or below it, as it is written; links are the owner's affair."""
+    """Return whether a folder is the root or below it by its path; links are followed."""
     root_path, folder = os.path.abspath(root), os.path.abspath(folder)
     return folder == root_path or folder.startswith(os.path.join(root_path, ""))
 
@@ -239,5 +235,5 @@ def _is_inside(root: Path, folder: str) -> bool:
 def _list_folder(folder: str) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except OSError:  # not there, or not to be read
+    except OSError:  # missing or not readable
         return set()

@@ -1,9 +1,9 @@
-"""Reads image files of every kind as 8-bit RGB.
+"""Reads image files of any format as 8-bit RGB.
 
-Ordinary images get the pixels of detectron2's reader: what PIL's `convert("RGB")` makes of them
-after they are turned upright, so that transparency is dropped and palettes are looked up. Grey
-images of more than 8 bits, which PIL would clip at 255, are stretched (`stretch_to_8_bits`). Of
-a file with several frames the first is taken.
+Ordinary images get the same pixels as in detectron2: they are rotated by their EXIF orientation and
+converted by PIL's `convert("RGB")`, which drops transparency and looks up palettes. Grey images of
+more than 8 bits, which PIL would clip at 255, are stretched (`stretch_to_8_bits`). The first frame
+of a file with several frames is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tensormask.utils.errors import UserError
 
-# EXIF's orientation, and what turns an image of it upright.
+# EXIF's orientation, and the transpose that turns such an image upright.
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,8 +29,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What is read whatever a file is called. PIL knows more formats; some of them, EPS and WMF, it has
-# other programs read, which nobody wants for images from anywhere.
+# The formats that are read, whatever the file's suffix. PIL knows more; for some, EPS and WMF, it
+# runs other programs, which is not safe for untrusted images.
 _FORMATS = (
     *("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "GIF", "BMP", "DIB", "PPM", "JPEG2000"),
     *("TGA", "ICO", "PCX", "SGI", "PSD", "DDS", "IM", "PFM"),
@@ -43,13 +43,13 @@ class ImageError(UserError):
     """An image that cannot be read.
 
     Args:
-        kind: what is wrong, one of the image kinds of `issues.ISSUES`.
+        kind: one of the image kinds of `issues.ISSUES`.
         path: the file.
-        reason: what is the matter with it, to be read after the path.
+        reason: the rest of the message, which begins with the path.
     """
 
     def __init__(self, kind: str, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(kind, path, reason)  # the arguments: errors of workers are pickled
+        super().__init__(kind, path, reason)  # as arguments, so that workers can pickle it
         self.kind = kind
         self.path = os.fspath(path)
         self.reason = reason
@@ -59,18 +59,18 @@ class ImageError(UserError):
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image as uint8 RGB `(H, W, 3)`, turned as its EXIF orientation says.
+    """Read an image as uint8 RGB `(H, W, 3)`, rotated by its EXIF orientation.
 
     Raises:
-        ImageError: there is no such file (`kind` "image_missing"), or it is no file, or no
-            whole image, or states more pixels than PIL takes for honest, 179 million
+        ImageError: the file does not exist (`kind` "image_missing"), or it is not a regular file,
+            not a complete image, or states more pixels than PIL accepts, 179 million
             ("image_broken").
     """
     try:
-        # Anything but a file could keep the reader waiting for ever.
+        # A pipe or device could block the reader for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageError("image_broken", path, "is no file")
-        # PIL warns of odd metadata and of large images; neither keeps them from being read.
+            raise ImageError("image_broken", path, "is not a regular file")
+        # PIL warns of odd metadata and of large images, both of which can be read.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_formats()) as image:
@@ -78,9 +78,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("image_missing", path, "is not there") from None
-    except UnidentifiedImageError:  # its text is the path once more
-        raise ImageError("image_broken", path, "is no image of a kind that PIL knows") from None
+        raise ImageError("image_missing", path, "does not exist") from None
+    except UnidentifiedImageError:  # its text repeats the path
+        raise ImageError("image_broken", path, "is not an image that PIL can read") from None
     except Exception as error:  # PIL fails in many ways on broken files
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageError("image_broken", path, f"cannot be read: {reason}") from error
@@ -88,18 +88,22 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `_FORMATS` that this PIL was built with."""
+    """Return the formats of `_FORMATS` that this PIL was built with."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of any range as uint8, dark and bright ends of the image as 0 and 255.
+    """Scale grey values of any range to uint8, so that the image uses 0 to 255.
 
-    Linear from the 0.1th to the 99.9th percentile of the finite values, and clipped there: of 16
-    bits a microscope often uses few, and single hot pixels should not decide. Where nearly all
-    values are the same it goes from the lowest to the highest; an image of one value is black.
+    The scale is linear from the 0.1th to the 99.9th percentile of the finite values, and clips
+    there: a microscope often uses few of 16 bits, and single hot pixels must not set the scale. If
+    the two percentiles are equal, lowest and highest value are used; a constant image is black.
     Infinities become 0 and 255, NaN becomes 0.
+
+    Example:
+        >>> stretch_to_8_bits(np.array([100, 150, 200])).tolist()
+        [0, 128, 255]
     """
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
@@ -108,24 +112,24 @@ def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
         low, high = np.percentile(finite, (_DARK_PERCENTILE, _BRIGHT_PERCENTILE))
         if low == high:
             low, high = finite.min(), finite.max()
-    # The span of an image of one value does not matter; 0 would divide by nothing.
+    # `or 1` avoids a division by zero in a constant image.
     stretched = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low or 1)
     return np.round(stretched.clip(0, 1) * 255).astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    image.load()  # before the orientation: PIL turns TIFFs by itself, and then resets it
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    image.load()  # before the orientation is read: PIL rotates a TIFF itself and resets the tag
+    upright = _UPRIGHT.get(_orientation(image))
+    if upright is not None:
+        image = image.transpose(upright)
     if image.mode in _DEEP_GREY_MODES or image.mode.startswith("I;16"):
         grey = stretch_to_8_bits(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # broken metadata of an image that is whole
-        return None
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # the metadata are broken, but not the image
+        return 1

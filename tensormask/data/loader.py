@@ -1,9 +1,4 @@
-"""Batches for training and evaluation.
-
-All randomness of training is a function of (seed, position): `position` counts the images shown
-since the first iteration. So a batch does not depend on the number of workers, and a resumed run
-continues with the batches that it would have had.
-"""
+"""Builds the loaders: batches of samples for training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,11 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tensormask.config import CfgNode
 from tensormask.data.catalog import get_dataset
 from tensormask.data.checks.annotations import Annotation, ImageEntry, is_trainable
 from tensormask.data.checks.issues import Identity
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
+from tensormask.data.samplers import AUGMENTATION, REPLACEMENT, BatchSampler, random_stream
 from tensormask.data.transforms import (
     Augmentation,
     build_test_transform,
@@ -29,45 +26,42 @@ from tensormask.data.transforms import (
     transform_annotations,
     transform_image,
 )
-from tensormask.data.workers import outlive_signals
+from tensormask.data.workers import leave_signals_to_parent
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
-# Families of random streams of one seed: the order of an epoch, the augmentation of a sample, and
-# the images that stand in for one that cannot be read.
-_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
-# So many draws of images that cannot be read are no accident.
-_MAX_REPLACEMENTS = 100
+_MAX_REPLACEMENTS = 100  # of an image that cannot be read, before the sample is given up
 
 
 def build_train_loader(
-    cfg: Any, start_iteration: int = 0, *, rank: int = 0, world_size: int = 1
+    cfg: CfgNode, start_iteration: int = 0, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Sample]]:
-    """Training batches from `DATASETS.TRAIN` without end, from number `start_iteration` on.
+    """Yield training batches from `DATASETS.TRAIN` endlessly, starting at `start_iteration`.
 
-    Each batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`) and depends on
-    `SEED`, its number and the files alone. Process `rank` of `world_size` gets an equal share of
-    it, from each of `SOLVER.ACCUMULATE_STEPS` parts: together they have what one would have.
+    A batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`). It depends only on
+    `SEED`, its iteration and the files. Process `rank` of `world_size` gets an equal share of each
+    of the `SOLVER.ACCUMULATE_STEPS` parts, so all processes together have the batch of one process.
 
     Raises:
-        ValueError: the batch does not divide into these shares, the seed is negative (draw one
-            first), there is nothing to train on, the classes of the sets differ from each other or
-            from `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has issues and `DATASETS.STRICT` is on.
+        ValueError: the batch does not divide into these shares, the seed is negative, no image can
+            be trained on, the classes of the sets differ from each other or from
+            `MODEL.TENSOR_MASK.NUM_CLASSES`, or a set has issues and `DATASETS.STRICT` is on.
     """
     batch_size, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
-    if num_parts < 1:
-        raise UserError(f"SOLVER.ACCUMULATE_STEPS is {num_parts}; it must be 1 or more.")
+    for key, number in (("IMS_PER_BATCH", batch_size), ("ACCUMULATE_STEPS", num_parts)):
+        if number < 1:
+            raise UserError(f"SOLVER.{key} is {number}; it must be 1 or more.")
     num_shares = world_size * num_parts
     if batch_size % num_shares:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size} images over all processes, which does not "
-            f"divide by {world_size} processes x {num_parts} (SOLVER.ACCUMULATE_STEPS): set it to "
+            f"SOLVER.IMS_PER_BATCH is {batch_size} images over all processes, not a multiple of "
+            f"{world_size} processes x {num_parts} (SOLVER.ACCUMULATE_STEPS): set it to "
             f"{math.ceil(batch_size / num_shares) * num_shares}."
         )
     if cfg.SEED < 0:
-        raise UserError(f"SEED is {cfg.SEED}; the loader needs a drawn seed, 0 or more.")
+        raise UserError(f"SEED is {cfg.SEED}; the loader needs a seed of 0 or more.")
     datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
     if not datasets:
         raise UserError(
@@ -79,7 +73,7 @@ def build_train_loader(
             raise UserError(
                 f"{datasets[0].name} and {dataset.name} have different classes, "
                 f"{datasets[0].class_names} and {dataset.class_names}; "
-                "sets that are trained on together need the same."
+                "data sets that are trained on together need the same classes."
             )
     training_set = TrainingSet(
         datasets,
@@ -94,35 +88,33 @@ def build_train_loader(
         seed=cfg.SEED,
         start=start_iteration,
     )
-    # Of each part in which a batch is accumulated a share: a part's loss is over what is in it.
+    # A share of each accumulated part, because the loss of a part is normalised over all processes.
     size = batch_size // num_shares
-    firsts = range(rank * size, batch_size, world_size * size)
-    own = ([key for i in firsts for key in batch[i : i + size]] for batch in sampler)
-    return iter(_data_loader(cfg, training_set, batch_sampler=own))
+    starts = range(rank * size, batch_size, world_size * size)
+    shares = ([key for i in starts for key in batch[i : i + size]] for batch in sampler)
+    return iter(_data_loader(cfg, training_set, batch_sampler=shares))
 
 
 def build_test_loader(
-    cfg: Any, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
+    cfg: CfgNode, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """All images of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
+    """Load all images of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
 
-    Of several processes, `world_size`, each takes the images from its `rank` on in steps of their
-    number: each image comes once.
+    Process `rank` of `world_size` loads every `world_size`-th image, starting at image `rank`.
 
     Raises:
-        ValueError: as of `check_dataset`.
+        ValueError: see `check_dataset`.
     """
     check_dataset(cfg, dataset)
     test_set = TestSet(dataset, build_test_transform(cfg))
-    places = range(rank, len(test_set), world_size)
-    return _data_loader(cfg, test_set, batch_size=1, sampler=places)
+    indices = range(rank, len(test_set), world_size)
+    return _data_loader(cfg, test_set, batch_size=1, sampler=indices)
 
 
-def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
-    """Raises ValueError if a set does not have the config's number of classes, or has issues.
+def check_dataset(cfg: CfgNode, dataset: CocoDataset) -> None:
+    """Raise ValueError if a set has another number of classes than the config, or has issues.
 
-    Issues are an error with `DATASETS.STRICT` only, those that are known before an image is
-    opened; or if no annotation is whole.
+    Issues known so far are an error if `DATASETS.STRICT` is on, or if no annotation is valid.
     """
     expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     if expected != given:
@@ -134,26 +126,26 @@ def check_dataset(cfg: Any, dataset: CocoDataset) -> None:
         dataset.issues.check_strict(dataset.name)
     if dataset.has_annotations and not dataset.num_annotations:
         raise UserError(
-            f"{dataset.name}: no annotation can be used.\n{dataset.issues.table()}\n"
-            "A set for testing only, such as test-dev, has none at all."
+            f"{dataset.name}: no annotation is valid.\n{dataset.issues.table()}\n"
+            "Correct them, or remove all annotations from a set for testing, such as test-dev."
         )
 
 
 class TrainingSet(Dataset):
     """Augmented samples of one or more data sets.
 
-    Indexed by (position, index): `index` counts through the sets one after the other,
-    `position` seeds the augmentation, and the draw of another image for one that cannot be read.
-    A sample is a dict of
+    The key is (position, index): `index` counts through all images of the sets, and `position`
+    seeds the augmentation and the choice of a replacement for an image that cannot be read. A
+    sample is a dict of
 
-        image: uint8 tensor (3, H, W), RGB; None where a hundred draws cannot be read
+        image: uint8 tensor (3, H, W), RGB; None if 100 replacements cannot be read either
         target: boxes (K, 4) float32, (x0, y0, x1, y1) in pixels; labels (K,) int64 from 0; masks
             (K, H, W) bool
         dataset: name of the set
-        image_id: the file's
-        file_name: the full path
-        height, width: the original image's, in pixels
-        issues: list of (name of the set, kind, id) of what was found on the way
+        image_id: id in the COCO file
+        file_name: full path
+        height, width: size of the original image in pixels
+        issues: list of (name of the set, kind, id) of the issues of this sample
     """
 
     def __init__(
@@ -167,30 +159,30 @@ class TrainingSet(Dataset):
         self.datasets = list(datasets)
         self.augmentation = augmentation
         self.seed = seed
-        kept_per_set = []
+        indices_per_set = []
         for dataset in self.datasets:
-            kept = dataset.has_file & ((dataset.num_trainable > 0) | (not filter_empty))
-            kept_per_set.append(np.flatnonzero(kept))
-            _log_contents(dataset, kept)
+            used = dataset.has_file & ((dataset.num_trainable > 0) | (not filter_empty))
+            indices_per_set.append(np.flatnonzero(used))
+            _log_contents(dataset, used)
         # Arrays, not lists of objects: workers share them without copying (see `packed`).
-        self._set_of = np.repeat(np.arange(len(self.datasets)), [len(k) for k in kept_per_set])
-        self._place_of = np.concatenate(kept_per_set)
+        self._set_of = np.repeat(np.arange(len(self.datasets)), list(map(len, indices_per_set)))
+        self._index_in_set = np.concatenate(indices_per_set)
         if not any(dataset.num_trainable[dataset.has_file].any() for dataset in self.datasets):
             issues = "\n".join(dataset.issues.table() for dataset in self.datasets)
             raise UserError(
-                f"there is nothing to train on in {', '.join(d.name for d in datasets)}: "
-                f"no image has an object that is no crowd, with a box and a mask.\n{issues}"
+                f"no image of {', '.join(d.name for d in datasets)} can be trained on: none has a "
+                f"file and an object with valid box and mask that is not a crowd.\n{issues}"
             )
 
     def __len__(self) -> int:
-        return len(self._place_of)
+        return len(self._index_in_set)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
         issues: list[tuple[str, str, Identity]] = []
-        for candidate in self._candidates(index, position):
-            dataset = self.datasets[self._set_of[candidate]]
-            image, annotations = dataset.record(self._place_of[candidate])
+        for attempt in self._attempts(index, position):
+            dataset = self.datasets[self._set_of[attempt]]
+            image, annotations = dataset.record(self._index_in_set[attempt])
             try:
                 rgb = dataset.load_image(image)
             except ImageError as error:
@@ -199,18 +191,17 @@ class TrainingSet(Dataset):
             return self._sample(dataset, image, annotations, rgb, position, issues)
         return {"image": None, "issues": issues}
 
-    def _candidates(self, index: int, position: int) -> Iterator[int]:
-        """The image, and then those that are drawn in its place."""
+    def _attempts(self, index: int, position: int) -> Iterator[int]:
+        """Yield the index of the image, then those of random replacements."""
         yield index
-        yield from _rng(self.seed, _REPLACEMENT, position).integers(
-            len(self), size=_MAX_REPLACEMENTS
-        )
+        rng = random_stream(self.seed, REPLACEMENT, position)
+        yield from rng.integers(len(self), size=_MAX_REPLACEMENTS)
 
     def aspect_groups(self) -> list[int]:
-        """The group of each image: 0 if it is wider than high, else 1."""
+        """Return the group of each image: 0 if it is wider than high, else 1."""
         sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
         first = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])[self._set_of]
-        height, width = sizes[first + self._place_of].T
+        height, width = sizes[first + self._index_in_set].T
         return np.where(width > height, 0, 1).tolist()
 
     def _sample(
@@ -222,16 +213,17 @@ class TrainingSet(Dataset):
         position: int,
         issues: list[tuple[str, str, Identity]],
     ) -> Sample:
-        geometry = self.augmentation.draw(rgb.shape[:2], _rng(self.seed, _AUGMENTATION, position))
+        rng = random_stream(self.seed, AUGMENTATION, position)
+        geometry = self.augmentation.draw(rgb.shape[:2], rng)
         annotations = [a for a in annotations if is_trainable(a, image)]
         labels = [dataset.label_of(annotation) for annotation in annotations]
-        target, kept = transform_annotations(annotations, labels, geometry)
-        gone = [a["id"] for a, is_kept in zip(annotations, kept, strict=True) if not is_kept]
+        target, included = transform_annotations(annotations, labels, geometry)
+        too_small = [annotations[i]["id"] for i in np.flatnonzero(~included)]
         return {
             **_describe(dataset, image),
             "image": image_to_tensor(transform_image(rgb, geometry)),
             "target": target,
-            "issues": issues + [(dataset.name, "object_too_small", identity) for identity in gone],
+            "issues": issues + [(dataset.name, "object_too_small", i) for i in too_small],
         }
 
 
@@ -241,7 +233,7 @@ class TestSet(Dataset):
     An image that cannot be read has None for its `image`.
     """
 
-    __test__ = False  # the name makes pytest take it for a class of tests
+    __test__ = False  # for pytest: the name begins like that of a class of tests
 
     def __init__(self, dataset: CocoDataset, augmentation: Augmentation) -> None:
         self.dataset = dataset
@@ -258,78 +250,8 @@ class TestSet(Dataset):
         except ImageError as error:
             sample["issues"].append((self.dataset.name, error.kind, image["id"]))
             return sample
-        geometry = self.augmentation.draw(rgb.shape[:2], _rng(0, _AUGMENTATION, index))
+        geometry = self.augmentation.draw(rgb.shape[:2], random_stream(0, AUGMENTATION, index))
         return {**sample, "image": image_to_tensor(transform_image(rgb, geometry))}
-
-
-class BatchSampler:
-    """Endless batches of (position, index), each from one group of images.
-
-    Every epoch shows each image once, in an order drawn from (seed, epoch). A group's images
-    are taken in that order, and a batch appears when its last image has come up; what is left of
-    a group at the end of an epoch begins its next batch. Where the sequence stands at batch
-    `start` follows from the groups' sizes by arithmetic, so that beginning late costs an epoch's
-    order at most.
-    """
-
-    def __init__(
-        self, groups: Sequence[int], *, batch_size: int, seed: int, start: int = 0
-    ) -> None:
-        if len(groups) == 0 or batch_size < 1 or start < 0:
-            raise UserError(
-                f"cannot batch {len(groups)} images by {batch_size} beginning with batch {start}."
-            )
-        self.groups = np.asarray(groups)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # At the start of this epoch at most `start` batches have appeared: groups only hold
-        # batches back.
-        epoch = self.start * self.batch_size // len(self.groups)
-        skip = self.start - self._num_batches_before(epoch)
-        while True:
-            batches = self._epoch_batches(epoch)
-            yield from batches[skip:]
-            skip = max(0, skip - len(batches))
-            epoch += 1
-
-    def _num_batches_before(self, epoch: int) -> int:
-        sizes = np.unique(self.groups, return_counts=True)[1]
-        return sum(epoch * int(size) // self.batch_size for size in sizes)
-
-    def _epoch_batches(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """The batches that are filled in an epoch, in the order in which they are."""
-        batches = []
-        for group in np.unique(self.groups):
-            stream = np.concatenate([self._left_over(epoch, group), self._stream(epoch, group)])
-            whole = len(stream) // self.batch_size * self.batch_size
-            batches.extend(stream[:whole].reshape(-1, self.batch_size, 2).tolist())
-        batches.sort(key=lambda batch: batch[-1][0])
-        return [[(position, index) for position, index in batch] for batch in batches]
-
-    def _stream(self, epoch: int, group: int) -> np.ndarray:
-        """Rows (position, index) of a group in the order of an epoch."""
-        num_images = len(self.groups)
-        order = _rng(self.seed, _ORDER, epoch).permutation(num_images)
-        places = np.flatnonzero(self.groups[order] == group)
-        return np.stack([epoch * num_images + places, order[places]], axis=1)
-
-    def _left_over(self, epoch: int, group: int) -> np.ndarray:
-        """The rows of a group from before an epoch that no batch before it has taken."""
-        size = np.count_nonzero(self.groups == group)
-        missing = epoch * size % self.batch_size
-        parts: list[np.ndarray] = [np.empty((0, 2), dtype=np.int64)]
-        while missing > 0:
-            epoch -= 1
-            parts.append(self._stream(epoch, group)[-missing:])
-            missing -= len(parts[-1])
-        return np.concatenate(parts[::-1])
-
-
-def _rng(seed: int, family: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, family, number]))
 
 
 def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:
@@ -342,28 +264,28 @@ def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:
     }
 
 
-def _data_loader(cfg: Any, dataset: Dataset, **batching: Any) -> DataLoader:
+def _data_loader(cfg: CfgNode, dataset: Dataset, **batching: Any) -> DataLoader:
     num_workers = cfg.DATALOADER.NUM_WORKERS
     return DataLoader(
         dataset,
         **batching,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=leave_signals_to_parent,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
-        # Its own generator: the default takes a number from torch's global one, and later draws
-        # would depend on that.
+        # Without a generator, the loader draws a number from torch's global one, which would change
+        # later draws.
         generator=torch.Generator(),
     )
 
 
-def _log_contents(dataset: CocoDataset, kept: np.ndarray) -> None:
+def _log_contents(dataset: CocoDataset, used: np.ndarray) -> None:
     logger.info(
         "%s: %d of %d images are trained on; objects: %d, crowds: %d",
         dataset.name,
-        np.count_nonzero(kept),
+        np.count_nonzero(used),
         len(dataset),
-        dataset.num_trainable[kept].sum(),
+        dataset.num_trainable[used].sum(),
         dataset.num_crowds,
     )

@@ -1,7 +1,7 @@
 """A list of Python objects in one buffer, which worker processes share instead of copying.
 
-Objects of a list are copied into every worker sooner or later, although nobody writes to them:
-each has a reference count, and counting writes to its page of memory. Bytes have none.
+Forked workers copy the objects of a plain list even if they only read them: reading changes an
+object's reference count, which writes to its page of memory. The bytes of a buffer have no counts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ import torch
 
 
 class PackedList(Sequence):
-    """An unchanging list whose items are pickled, one after the other, in a uint8 tensor.
+    """An immutable list that stores its items pickled in a uint8 tensor.
 
-    An item is made anew at each access. As tensors, the buffers are inherited by forked workers
-    and handed to spawned ones through shared memory.
+    Each access unpickles a new object. Forked workers inherit the tensors, and spawned workers
+    receive them through shared memory.
+
+    Example:
+        >>> packed = PackedList([{"a": 1}, "b"])
+        >>> len(packed), packed[-1]
+        (2, 'b')
     """
 
     def __init__(self, items: Iterable[Any]) -> None:
@@ -27,16 +32,16 @@ class PackedList(Sequence):
         for item in items:
             buffer += pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
             ends.append(len(buffer))
-        # An empty bytearray cannot be a tensor's memory.
+        # A tensor cannot use an empty bytearray as its memory.
         self._buffer = torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)
         self._ends = torch.tensor(ends)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no item {index} in a list of {len(self)}")
+            raise IndexError(f"index {index} is out of range for a list of {len(self)} items")
         index %= len(self)
         start, end = self._ends[index : index + 2].tolist()
         return pickle.loads(np.asarray(self._buffer[start:end]).data)

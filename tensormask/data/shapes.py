@@ -1,18 +1,18 @@
-"""The embedded data set `shapes_train` and `shapes_val`: drawn shapes in COCO's format.
+"""The synthetic data set `shapes_train` and `shapes_val`: geometric shapes in COCO's format.
 
-3,000 and 200 images of 128 x 128 with one to five objects of six classes each. The outline alone
-tells the class: star and crescent are concave, the ring has a hole, and colours, textures,
-rotation and stretch are drawn without regard to it. An object's longer side is log-uniform in 8 to
-110 pixels.
+The splits have 3,000 and 200 images of 128 x 128 pixels, each with one to five objects of six
+classes. Only the outline tells the class: star and crescent are concave and the ring has a hole,
+while colour, texture, rotation and stretch are independent of the class. The longer side of an
+object is log-uniform in 8 to 110 pixels.
 
-Objects overlap. The later drawn one hides the earlier, and an annotation has what remains visible:
-its mask, with `bbox` and `area` of that mask. An object is drawn only where it leaves every other
-object, and has itself, at least a quarter of its pixels and at least 16 of them; so all that can
-be seen is annotated. Whole objects without a hole are annotated as polygons, the others as
-compressed RLE.
+Objects overlap. A later object hides the earlier ones, and an annotation describes the visible
+part: its mask, with the `bbox` and `area` of that mask. An object is placed only where at least a
+quarter of its pixels and at least 16 pixels of each object, itself included, stay visible. So every
+visible object is annotated. Completely visible objects without a hole are annotated as polygons,
+all others as compressed RLE.
 
-Image i is a function of (split, i) alone. Outlines are rounded to 0.01 pixel and rasterised by
-pycocotools, and colours are made with elementary arithmetic, so that machines agree on the set.
+Image i is a function of (split, i) only. Outlines are rounded to 0.01 pixel and rasterised by
+pycocotools, and colours use elementary arithmetic, so that all machines generate the same set.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from tensormask.utils.errors import UserError
-
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "star", "ring", "crescent")
@@ -50,43 +48,43 @@ _WHOLE = slice(0, IMAGE_SIZE)
 
 
 def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draws a split under `root` unless it is there.
+    """Generate a split in `<root>/shapes/<split>/` unless it exists.
 
-    The set appears whole or not at all: it is drawn in a temporary folder beside its place and
-    renamed. Where another process was faster, its set is kept.
+    The set is complete or missing, never partial: it is written to a temporary folder, which is
+    renamed at the end. If another process was faster, its set is used.
 
     Args:
         split: "train" or "val".
-        root: the folder of all data sets; the set lies in `<root>/shapes/<split>/`.
+        root: the folder of all data sets.
 
     Returns:
         The path of the annotations and the folder of the images.
     """
     if split not in NUM_IMAGES:
-        raise UserError(f"shapes has the splits {sorted(NUM_IMAGES)}, not {split!r}.")
+        raise ValueError(f"shapes has the splits {sorted(NUM_IMAGES)}, not {split!r}.")
     folder = Path(root) / "shapes" / split
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
         try:
             start = time.perf_counter()
-            logger.info("Drawing shapes_%s (%d images) in %s", split, NUM_IMAGES[split], folder)
+            logger.info("Generating shapes_%s (%d images) in %s", split, NUM_IMAGES[split], folder)
             write_split(split, NUM_IMAGES[split], temporary)
-            temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
-            _rename_unless_there(temporary, folder)
-            logger.info("Drew shapes_%s in %.1f s", split, time.perf_counter() - start)
+            temporary.chmod(0o755)  # only its owner can read what mkdtemp creates
+            _rename_unless_exists(temporary, folder)
+            logger.info("Generated shapes_%s in %.1f s", split, time.perf_counter() - start)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder / "annotations.json", folder / "images"
 
 
 def write_split(split: str, num_images: int, folder: Path) -> None:
-    """Writes the first `num_images` of a split: `annotations.json` and `images/` in `folder`."""
+    """Write the first `num_images` of a split: `annotations.json` and `images/` in `folder`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
-        image, objects = draw_image(split, index)
+        image, objects = generate_image(split, index)
         image_id = index + 1
         file_name = f"{image_id:06d}.png"
         Image.fromarray(image).save(folder / "images" / file_name, compress_level=1)
@@ -96,7 +94,7 @@ def write_split(split: str, num_images: int, folder: Path) -> None:
         for fields in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **fields})
     data = {
-        "info": {"description": f"TensorMask's drawn shapes, {split}", "version": "1.0"},
+        "info": {"description": f"TensorMask's synthetic shapes, {split}", "version": "1.0"},
         "licenses": [],
         "images": images,
         "annotations": annotations,
@@ -108,12 +106,17 @@ def write_split(split: str, num_images: int, folder: Path) -> None:
     (folder / "annotations.json").write_text(json.dumps(data), encoding="utf-8")
 
 
-def draw_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Draws image `index` of a split, counted from 0.
+def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Generate image `index` of a split, counted from 0.
 
     Returns:
         The image, uint8 RGB `(128, 128, 3)`, and COCO annotations without `id` and `image_id`,
-        in drawing order.
+        from the first drawn object to the last.
+
+    Example:
+        >>> image, annotations = generate_image("val", 0)
+        >>> image.shape, [annotation["area"] for annotation in annotations]
+        ((128, 128, 3), [865])
     """
     rng = np.random.Generator(np.random.PCG64([_SPLIT_SEEDS[split], index]))
     base_colours = [rng.uniform(20.0, 235.0, 3)]
@@ -122,14 +125,13 @@ def draw_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]
     num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
     labels = rng.integers(0, len(CLASS_NAMES), num_objects)
     sides = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE), num_objects))
-    # Larger objects tend to lie behind: in quite random order they would hide most of the small
-    # ones.
+    # Larger objects tend to be drawn first: in a random order they would hide most small ones.
     order = np.argsort(-np.log(sides) + rng.normal(0.0, 0.5, num_objects))
 
     placed: list[dict[str, Any]] = []
     for label, side in zip(labels[order], sides[order], strict=True):
         outlines = [points * side for points in unit_outlines(rng, CLASS_NAMES[label])]
-        placement = _place(rng, outlines, placed)
+        placement = _find_position(rng, outlines, placed)
         if placement is None:
             continue
         outlines, mask = placement
@@ -150,10 +152,10 @@ def draw_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, Any]]
 
 
 def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
-    """The outline of a shape, and of its hole if it has one, each `(P, 2)` in (x, y).
+    """Return the outline of a shape, and of its hole if it has one, each `(P, 2)` in (x, y).
 
-    Stretched and rotated at random, with the centre of its bounding box at the origin and a longer
-    side of 1.
+    The shape is stretched and rotated at random. Its bounding box has its centre at the origin and
+    a longer side of 1.
     """
     arc = np.linspace(0.0, 2.0 * math.pi, 48, endpoint=False)
     circle = np.stack([np.cos(arc), np.sin(arc)], axis=1)
@@ -173,21 +175,21 @@ def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
     elif name == "crescent":
         outlines = [_crescent(rng.uniform(0.50, 0.70))]
     else:
-        raise UserError(f"no shape is named {name!r}; there are {CLASS_NAMES}.")
+        raise ValueError(f"unknown shape {name!r}; the shapes are {CLASS_NAMES}.")
 
     stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
     angle = rng.uniform(0.0, 2.0 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
-    turned = []
+    rotated = []
     for points in outlines:
         x, y = (points * stretch).T
-        turned.append(np.stack([x * cos - y * sin, x * sin + y * cos], axis=1))
-    low, high = turned[0].min(axis=0), turned[0].max(axis=0)
-    return [(points - (low + high) / 2) / (high - low).max() for points in turned]
+        rotated.append(np.stack([x * cos - y * sin, x * sin + y * cos], axis=1))
+    low, high = rotated[0].min(axis=0), rotated[0].max(axis=0)
+    return [(points - (low + high) / 2) / (high - low).max() for points in rotated]
 
 
 def _crescent(shift: float) -> np.ndarray:
-    """A unit disc without the disc of radius 0.9 whose centre lies `shift` to the right."""
+    """Return a unit disc without the disc of radius 0.9 whose centre is `shift` to the right."""
     radius = 0.9
     x = (1.0 + shift * shift - radius * radius) / (2.0 * shift)  # where the two circles meet
     y = math.sqrt(1.0 - x * x)
@@ -202,10 +204,10 @@ def _crescent(shift: float) -> np.ndarray:
     )
 
 
-def _place(
+def _find_position(
     rng: np.random.Generator, outlines: list[np.ndarray], placed: list[dict[str, Any]]
 ) -> tuple[list[np.ndarray], np.ndarray] | None:
-    """Outlines moved to a random place in the image, and their mask; None if they fit nowhere."""
+    """Move outlines to a random position; return them and their mask, or None if none fits."""
     half = np.abs(outlines[0]).max(axis=0)
     for _ in range(_PLACEMENT_TRIES):
         centre = rng.uniform(half, IMAGE_SIZE - half)
@@ -219,14 +221,12 @@ def _place(
 
 def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
     num_visible = np.count_nonzero(visible)
-    return (
-        num_visible >= MIN_VISIBLE_PIXELS
-        and num_visible >= MIN_VISIBLE_SHARE * np.count_nonzero(full)
-    )
+    num_needed = max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * int(np.count_nonzero(full)))
+    return bool(num_visible >= num_needed)
 
 
 def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
-    """The bool mask `(128, 128)` inside the first outline and outside of the others."""
+    """Return the bool mask `(128, 128)` inside the first outline and outside of the others."""
     rles = mask_utils.frPyObjects(
         [points.ravel().tolist() for points in outlines], IMAGE_SIZE, IMAGE_SIZE
     )
@@ -258,7 +258,7 @@ def _annotation(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distinct_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndarray:
-    """A random colour that can be told from those used, or the most distinct of 32."""
+    """Return a random colour that differs clearly from those used, or the most distinct of 32."""
     candidates = rng.uniform(20.0, 235.0, (32, 3))
     differences = candidates[:, None] - np.stack(used)
     distances = np.sqrt((differences**2).sum(axis=2)).min(axis=1)
@@ -269,53 +269,55 @@ def _distinct_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.nda
 def _textured(
     rng: np.random.Generator, colour: np.ndarray, rows: slice, columns: slice
 ) -> np.ndarray:
-    """A part of a float32 image `(3, 128, 128)`: a colour with clouds, shading, stripes."""
-    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns) * _draw(rng, 10.0, 35.0)
-    field += _value_noise(rng, 64, rows, columns) * _draw(rng, 4.0, 16.0)
-    places = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE - np.float32(0.5)
-    shading = places[rows, None] * _draw(rng, -1.0, 1.0) + places[columns] * _draw(rng, -1.0, 1.0)
-    field += shading * _draw(rng, 0.0, 60.0)
+    """Return a part of a float32 image `(3, 128, 128)`: a colour with noise, shading, stripes."""
+    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns) * _uniform(
+        rng, 10.0, 35.0
+    )
+    field += _value_noise(rng, 64, rows, columns) * _uniform(rng, 4.0, 16.0)
+    ramp = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE - np.float32(0.5)
+    shading = ramp[rows, None] * _uniform(rng, -1.0, 1.0) + ramp[columns] * _uniform(rng, -1.0, 1.0)
+    field += shading * _uniform(rng, 0.0, 60.0)
     if rng.random() < 0.3:
-        # A triangle wave, since it needs nothing whose last bit differs between machines.
-        phase = shading * _draw(rng, 4.0, 20.0) + _draw(rng, 0.0, 1.0)
-        field += (np.abs(phase - np.rint(phase)) - np.float32(0.25)) * _draw(rng, 30.0, 100.0)
+        # A triangle wave: the last bit of a sine differs between machines.
+        phase = shading * _uniform(rng, 4.0, 20.0) + _uniform(rng, 0.0, 1.0)
+        field += (np.abs(phase - np.rint(phase)) - np.float32(0.25)) * _uniform(rng, 30.0, 100.0)
     tint = rng.uniform(0.5, 1.0, 3).astype(np.float32)
     return colour.astype(np.float32)[:, None, None] + field * tint[:, None, None]
 
 
 def _value_noise(rng: np.random.Generator, cells: int, rows: slice, columns: slice) -> np.ndarray:
-    """A part of smooth noise in -1..1: linear between `(cells + 1)` squared random values."""
+    """Return a part of smooth noise in -1..1: a random grid of `cells + 1`, interpolated."""
     grid = rng.uniform(-1.0, 1.0, (cells + 1, cells + 1)).astype(np.float32)
-    places = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(cells / IMAGE_SIZE)
-    low = places.astype(np.int64)
-    share = places - low.astype(np.float32)
-    y, y_share = low[rows], share[rows, None]
-    x, x_share = low[columns], share[columns]
-    between = grid[y] * (1 - y_share) + grid[y + 1] * y_share
-    return between[:, x] * (1 - x_share) + between[:, x + 1] * x_share
+    position = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(cells / IMAGE_SIZE)
+    low = position.astype(np.int64)
+    weight = position - low.astype(np.float32)
+    y, y_weight = low[rows], weight[rows, None]
+    x, x_weight = low[columns], weight[columns]
+    interpolated = grid[y] * (1 - y_weight) + grid[y + 1] * y_weight
+    return interpolated[:, x] * (1 - x_weight) + interpolated[:, x + 1] * x_weight
 
 
-def _draw(rng: np.random.Generator, low: float, high: float) -> np.float32:
+def _uniform(rng: np.random.Generator, low: float, high: float) -> np.float32:
     return np.float32(rng.uniform(low, high))
 
 
 def _extent(mask: np.ndarray) -> tuple[slice, slice]:
-    """The rows and the columns that a mask `(H, W)` with at least one pixel reaches over."""
+    """Return the extent in rows and in columns of a mask `(H, W)` that is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """A slight blur, (1, 2, 1) both ways: edges without it are sharper than any camera's."""
+    """Blur slightly with (1, 2, 1) in both directions: no camera has sharper edges."""
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = padded[:, :-2] * 0.25 + padded[:, 1:-1] * 0.5 + padded[:, 2:] * 0.25
     return rows[:, :, :-2] * 0.25 + rows[:, :, 1:-1] * 0.5 + rows[:, :, 2:] * 0.25
 
 
-def _rename_unless_there(temporary: Path, folder: Path) -> None:
+def _rename_unless_exists(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)
     except OSError:
         if not folder.is_dir():
             raise
-        logger.info("Another process has drawn %s meanwhile; its set is used.", folder)
+        logger.info("Another process has generated %s meanwhile; its set is used.", folder)

@@ -1,6 +1,6 @@
-"""What is in a data set: its images and objects in numbers, and the issues that only files show.
+"""Statistics of a data set, and the checks that open its image files.
 
-Nothing here needs a model; which windows own the objects is the matter of `evaluation.coverage`.
+Nothing here needs a model. `evaluation.coverage` counts the objects that the windows match.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from tensormask.data.checks.segmentation import segmentation_to_rle
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
 
-# COCO's sizes: the area of a mask in pixels of the original image, below each of these.
+# COCO's object sizes: the mask's area in pixels of the original image is below the limit.
 AREA_LIMITS = {"small": 32.0**2, "medium": 96.0**2, "large": float("inf")}
 _IMAGES_PER_TASK = 8
 
 
 @dataclass
 class Statistics:
-    """A data set in numbers. Objects are the annotations that can be trained on.
+    """Counts of a data set. Objects are the annotations that can be trained on.
 
     Attributes:
-        images: how many there are; how many of them have no object.
-        annotations: all that are kept, `crowds` and `objects` among them.
+        images: number of images.
+        images_without_objects: number of images without an object.
+        annotations: number of valid annotations, `crowds` and `objects` included.
+        crowds: number of crowds.
+        objects: number of objects.
         sizes: `{"height": [smallest, median, largest], "width": ...}` of the images in pixels.
         objects_per_image: [median, largest].
-        by_class: objects by class name and COCO size, in the order of the labels; a name that
-            stands for several classes holds those of all of them.
-        repeated_names: names that stand for several classes, and how many.
-        repeated_files: files that several images are in, and how many.
+        by_class: objects by class name and COCO size, in the order of the labels; classes of the
+            same name are counted together.
+        repeated_names: the number of classes by name, for names of several classes.
+        repeated_files: the number of images by file, for files of several images.
     """
 
     images: int
@@ -53,7 +56,7 @@ class Statistics:
 
     @property
     def by_size(self) -> dict[str, int]:
-        """Objects by COCO size."""
+        """Number of objects by COCO size."""
         return {
             size: sum(counts[size] for counts in self.by_class.values()) for size in AREA_LIMITS
         }
@@ -63,16 +66,16 @@ class Statistics:
         return [name for name, counts in self.by_class.items() if not any(counts.values())]
 
     def as_record(self) -> dict[str, Any]:
-        """All of it as a dict for JSON."""
+        """Return all fields and `by_size` as a dict for JSON."""
         return asdict(self) | {"by_size": self.by_size}
 
 
 def count_contents(dataset: CocoDataset) -> Statistics:
-    """Counts what is in a data set; no image is opened."""
+    """Count images and objects of a data set without opening an image."""
     by_class = {name: dict.fromkeys(AREA_LIMITS, 0) for name in dataset.class_names}
     files: Counter[str] = Counter()
-    for place, image_id in enumerate(dataset.image_ids):
-        image, _ = dataset.record(place)
+    for image_id in dataset.image_ids:
+        image = dataset.image(image_id)
         files[image["file_name"]] += 1
         for annotation in dataset.training_annotations(image_id):
             name = dataset.class_names[dataset.label_of(annotation)]
@@ -96,7 +99,7 @@ def count_contents(dataset: CocoDataset) -> Statistics:
 
 
 def mask_area(annotation: Annotation, image: ImageEntry) -> float:
-    """The area in pixels by which COCO's evaluation sorts an object: as stated, or the mask's."""
+    """Return an object's area in pixels, which decides its COCO size: stated, or the mask's."""
     if "area" in annotation:
         return float(annotation["area"])
     size = (image["height"], image["width"])
@@ -104,14 +107,19 @@ def mask_area(annotation: Annotation, image: ImageEntry) -> float:
 
 
 def area_size(area: float) -> str:
-    """ "small", "medium" or "large", as COCO's evaluation calls an area in pixels."""
+    """Return COCO's size of an area in pixels: "small", "medium" or "large".
+
+    Example:
+        >>> area_size(500.0), area_size(5000.0)
+        ('small', 'medium')
+    """
     return next(size for size, limit in AREA_LIMITS.items() if area < limit)
 
 
 class FileChecks(Dataset):
-    """Opens the image at a place and rasterises its masks; gives `(kind, id)` of what is wrong.
+    """Open the image of an index and rasterise its masks; return the issues as `(kind, id)`.
 
-    Images that are known to be missing are not looked for again.
+    Images that are known to be missing are skipped.
     """
 
     def __init__(self, dataset: CocoDataset) -> None:
@@ -120,36 +128,37 @@ class FileChecks(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: int) -> list[tuple[str, Identity]]:
-        image, annotations = self.dataset.record(place)
-        found: list[tuple[str, Identity]] = []
-        if self.dataset.has_file[place]:
+    def __getitem__(self, index: int) -> list[tuple[str, Identity]]:
+        image, annotations = self.dataset.record(index)
+        issues: list[tuple[str, Identity]] = []
+        if self.dataset.has_file[index]:
             try:
                 self.dataset.load_image(image)
             except ImageError as error:
-                found.append((error.kind, image["id"]))
+                issues.append((error.kind, image["id"]))
         size = (image["height"], image["width"])
         for annotation in annotations:
             polygons = annotation["segmentation"]
-            # An RLE without a pixel has been found when the file was read.
+            # An empty RLE was reported when the file was read.
             if isinstance(polygons, list) and not has_pixels(polygons, size):
-                found.append(("mask_empty", annotation["id"]))
-        return found
+                issues.append(("mask_empty", annotation["id"]))
+        return issues
 
 
 def has_pixels(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bool:
-    """Whether polygons cover any pixel of an image of (height, width)."""
+    """Return whether polygons cover any pixel of an image of (height, width)."""
     return bool(mask_utils.area(segmentation_to_rle(polygons, size)))
 
 
 def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
-    """Opens all images and rasterises all masks; what is wrong is added to `dataset.issues`.
+    """Open all images and rasterise all masks, and add the issues to `dataset.issues`.
 
     Args:
-        num_workers: processes that do it; 0 for this one.
+        dataset: the data set.
+        num_workers: number of worker processes; 0 works in this process.
 
     Yields:
-        How many images have been looked at since the last time.
+        The number of images checked since the last time.
     """
     loader = DataLoader(
         FileChecks(dataset),
@@ -158,11 +167,11 @@ def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
         collate_fn=list,
     )
     for batch in loader:
-        for kind, identity in (issue for found in batch for issue in found):
-            # A set is read once and kept, and may be checked again.
+        for kind, identity in (issue for issues in batch for issue in issues):
+            # `get_dataset` caches a set, so it may be checked again.
             dataset.issues.add_new(kind, identity)
         yield len(batch)
 
 
 def _repeated(counts: Counter[str]) -> dict[str, int]:
-    return {what: count for what, count in counts.items() if count > 1}
+    return {name: count for name, count in counts.items() if count > 1}

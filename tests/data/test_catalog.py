@@ -1,4 +1,4 @@
-"""Names of data sets, where they are looked for, and the errors about them."""
+"""Names of data sets, the paths of their files, and errors."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_registered_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mine", "coco_2017_val", "shapes_train"])
-def test_taken_names_are_refused(name):
+def test_a_name_cannot_be_registered_twice(name):
     register_coco_instances("mine", {}, "a.json", "images")
     with pytest.raises(ValueError, match="taken"):
         register_coco_instances(name, {}, "b.json", "images")
@@ -85,7 +85,7 @@ def test_coco_names(tmp_path, name, json_name, folder):
     assert get_dataset(name, root=tmp_path / "data").name == name
 
 
-def test_order_of_the_roots(tmp_path, monkeypatch):
+def test_precedence_of_the_data_roots(tmp_path, monkeypatch):
     def classes():
         return get_dataset("coco_2017_val").class_names
 
@@ -100,7 +100,7 @@ def test_order_of_the_roots(tmp_path, monkeypatch):
     assert get_dataset("coco_2017_val", root=tmp_path / "datasets").class_names == ["datasets"]
 
 
-def test_missing_coco_says_where_and_what_to_set(tmp_path):
+def test_missing_coco_names_the_path_and_the_variable(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         get_dataset("coco_2017_val")
     message = str(error.value)
@@ -120,7 +120,7 @@ def test_unknown_names(written, nearest):
     assert "register_coco_instances" in message
 
 
-def test_shapes_are_drawn_at_first_use(tmp_path, monkeypatch):
+def test_shapes_are_generated_at_first_use(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.NUM_IMAGES, "val", 3)
     dataset = get_dataset("shapes_val")
     assert (tmp_path / "datasets" / "shapes" / "val" / "annotations.json").is_file()

@@ -1,4 +1,4 @@
-"""Images of every kind, whole and broken, against PIL and by hand."""
+"""read_image: formats against PIL, grey of 16 bits by hand, and files that cannot be read."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ def _warnings_are_errors():
 
 
 def colours(height=6, width=9):
-    """An image of 4 x 4 blocks, so that JPEG keeps their colours apart."""
+    """Return an image of 4 x 4 blocks, whose colours survive JPEG."""
     blocks = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((4 * width, 4 * height), Image.Resampling.NEAREST)
 
@@ -53,7 +53,7 @@ def with_transparency(image):
         ("ycc.tif", lambda image: image.convert("YCbCr")),
     ],
 )
-def test_ordinary_images_are_what_pil_makes_of_them(tmp_path, name, make):
+def test_ordinary_images_equal_pils(tmp_path, name, make):
     original = colours()
     make(original).save(tmp_path / name)
     pixels = read_image(tmp_path / name)
@@ -61,13 +61,13 @@ def test_ordinary_images_are_what_pil_makes_of_them(tmp_path, name, make):
         expected = np.asarray(image.convert("RGB"))
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, expected)
-    # PIL's own reading must be an image: brightness goes with the original's.
+    # PIL's result itself must be right: its brightness correlates with the original's.
     grey = np.asarray(original.convert("L")).ravel()
     assert np.corrcoef(grey, pixels.mean(axis=2).ravel())[0, 1] > 0.4
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 160, 10))])
-def test_a_palettes_transparency_is_dropped(tmp_path, transparency):
+def test_transparency_of_a_palette_is_dropped(tmp_path, transparency):
     image = colours().quantize(16)
     image.save(tmp_path / "a.png", transparency=transparency)
     expected = np.asarray(image.convert("RGB"))
@@ -89,15 +89,15 @@ def test_exif_orientation_by_hand(tmp_path):
     pixels = np.zeros((4, 6, 3), dtype=np.uint8)
     pixels[0, 0] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn clockwise by 90 degrees
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png")
-    assert turned.shape == (6, 4, 3)
-    assert turned[0, 3].tolist() == [255, 255, 255]
-    assert turned.sum() == 3 * 255
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "rotated.png", exif=exif)
+    rotated = read_image(tmp_path / "rotated.png")
+    assert rotated.shape == (6, 4, 3)
+    assert rotated[0, 3].tolist() == [255, 255, 255]
+    assert rotated.sum() == 3 * 255
 
 
-def test_broken_metadata_do_not_matter(tmp_path):
+def test_broken_metadata_are_ignored(tmp_path):
     colours().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing")
     assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
 
@@ -113,7 +113,7 @@ def test_broken_metadata_do_not_matter(tmp_path):
     ],
 )
 def test_deep_grey_is_stretched(tmp_path, name, dtype):
-    """12 of 16 bits, as microscopes write them: PIL would make nearly all of it white."""
+    """Microscopes use 12 of 16 bits; PIL would make nearly all of the image white."""
     values = np.linspace(100, 4000, 2000).reshape(40, 50)
     Image.fromarray(values.astype(dtype)).save(tmp_path / name)
     pixels = read_image(tmp_path / name)
@@ -122,7 +122,7 @@ def test_deep_grey_is_stretched(tmp_path, name, dtype):
     np.testing.assert_allclose(pixels[:, :, 0], (values - 100) / 3900 * 255, atol=1)
 
 
-def test_deep_grey_is_turned_upright(tmp_path):
+def test_deep_grey_is_rotated(tmp_path):
     values = np.zeros((4, 6), dtype=np.uint16)
     values[0, 0] = 1000
     exif = Image.Exif()
@@ -141,13 +141,13 @@ def test_stretch_by_hand():
     assert (np.diff(stretched.astype(int)) >= 0).all()
 
 
-def test_hot_pixels_do_not_decide_a_stretch():
+def test_hot_pixels_do_not_set_the_scale():
     values = np.random.default_rng(0).integers(200, 300, (100, 100))
     values[3, 4] = 65535
     assert 100 < stretch_to_8_bits(values).mean() < 150
 
 
-def test_few_bright_pixels_on_one_value_are_seen():
+def test_few_bright_pixels_on_a_constant_image_stay_visible():
     values = np.full((100, 100), 7)
     values[3, 4:6] = 107, 207
     stretched = stretch_to_8_bits(values)
@@ -155,17 +155,17 @@ def test_few_bright_pixels_on_one_value_are_seen():
 
 
 @pytest.mark.parametrize("value", [0.0, 255.0, -3.5, np.nan, np.inf])
-def test_a_image_of_one_value_is_uniform(value):
+def test_a_constant_image_is_uniform(value):
     assert len(np.unique(stretch_to_8_bits(np.full((3, 4), value)))) == 1
 
 
-def test_values_that_are_not_finite():
+def test_nan_and_infinity():
     values = np.array([[0.0, 0.25, 1.0, np.nan, np.inf, -np.inf]])
     stretched = stretch_to_8_bits(values)
     assert stretched.tolist() == [[0, 64, 255, 0, 255, 0]]
 
 
-def test_names_with_spaces_and_every_script(tmp_path):
+def test_file_names_with_spaces_and_unicode(tmp_path):
     folder = tmp_path / "sous dossier é" / "日本"
     folder.mkdir(parents=True)
     colours().save(folder / "Ωmega 🙂 #1%20.png")
@@ -173,7 +173,7 @@ def test_names_with_spaces_and_every_script(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
-def test_the_first_of_several_frames(tmp_path, suffix):
+def test_the_first_of_several_frames_is_read(tmp_path, suffix):
     first, second = (Image.new("RGB", (5, 4), colour) for colour in ("black", "white"))
     first.save(tmp_path / f"a{suffix}", save_all=True, append_images=[second])
     assert not read_image(tmp_path / f"a{suffix}").any()
@@ -191,26 +191,26 @@ def read_error(path):
 def test_truncated_files(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     colours().save(path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     for share in (0.02, 0.3, 0.7, 0.9):
-        path.write_bytes(whole[: int(share * len(whole))])
+        path.write_bytes(complete[: int(share * len(complete))])
         assert read_error(path) == "image_broken", share
 
 
 def test_damaged_files_are_read_or_refused(tmp_path):
-    """Nothing but ImageError, whatever the bytes, and no file is left open."""
+    """Any bytes give an image or an ImageError, and no file stays open."""
     rng = np.random.default_rng(0)
     num_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     kinds = []
     for suffix in (".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"):
         path = tmp_path / f"a{suffix}"
         colours().save(path)
-        whole = path.read_bytes()
+        complete = path.read_bytes()
         for _ in range(25):
-            damaged = bytearray(whole)
-            # Half of the damage to the header, where it does the most.
-            for end in (60, len(whole)):
-                damaged[rng.integers(min(end, len(whole)))] = rng.integers(256)
+            damaged = bytearray(complete)
+            # Half of the damage is in the header, where it matters most.
+            for end in (60, len(complete)):
+                damaged[rng.integers(min(end, len(complete)))] = rng.integers(256)
             path.write_bytes(damaged)
             try:
                 pixels = read_image(path)
@@ -225,7 +225,7 @@ def test_damaged_files_are_read_or_refused(tmp_path):
         assert len(os.listdir("/proc/self/fd")) == num_open
 
 
-def test_what_is_no_image(tmp_path):
+def test_other_files_than_images(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("no image\n" * 100)
     (tmp_path / "folder.jpg").mkdir()
@@ -235,8 +235,8 @@ def test_what_is_no_image(tmp_path):
         assert read_error(tmp_path / name) == "image_missing"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
-def test_a_pipe_is_not_waited_for(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes (POSIX)")
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     assert read_error(tmp_path / "pipe.png") == "image_broken"
 
@@ -257,7 +257,7 @@ def test_a_huge_stated_size_is_refused(tmp_path, side):
 
 
 def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
-    """PIL warns from its limit on, and refuses from twice that on."""
+    """PIL warns above its limit, and refuses above twice the limit."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     colours().save(tmp_path / "a.png")  # 864 pixels
     assert read_image(tmp_path / "a.png").shape == (24, 36, 3)
@@ -265,9 +265,9 @@ def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
     assert read_error(tmp_path / "a.png") == "image_broken"
 
 
-def test_image_errors_pass_between_processes():
-    error = ImageError("image_broken", Path("a b.jpg"), "is no image")
+def test_image_errors_can_be_pickled():
+    error = ImageError("image_broken", Path("a b.jpg"), "is not an image")
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, ValueError)
     assert (again.kind, again.path) == ("image_broken", "a b.jpg")
-    assert str(again) == "a b.jpg is no image."
+    assert str(again) == "a b.jpg is not an image."

@@ -1,10 +1,10 @@
-"""The issue log: names, counts, first ids."""
+"""The issue log and reporter: kinds, counts, ids, reasons."""
 
 import logging
 
 import pytest
 
-from tensormask.data.checks.issues import ISSUES, IssueLog, IssueReporter
+from tensormask.data.checks.issues import ISSUES, IssueLog, IssueReporter, current_kind
 
 
 def make_log(**ids_of_kind):
@@ -30,7 +30,36 @@ def test_counts_and_first_ids():
     assert ISSUES["mask_empty"].meaning in table[1]
 
 
-def test_a_known_issue_counts_once():
+def test_the_line_gives_the_reason_of_each_id():
+    log = IssueLog()
+    log.add("polygon_malformed", 3, "fewer than three points")
+    log.add("polygon_malformed", 4)
+    log.add("polygon_malformed", 5, "NaN or infinity")
+    assert log.line("polygon_malformed").endswith(
+        "Ids: 3 (fewer than three points), 4, 5 (NaN or infinity)"
+    )
+
+
+# The kinds that versions up to 6e0833d wrote into checkpoints, beside those of today.
+FORMER_KINDS = {
+    "image_missing": ["image_outside_root"],
+    "annotation_malformed": ["annotation_unknown_image", "annotation_unknown_category"],
+    "box_malformed": ["box_not_finite", "box_negative"],
+    "box_empty": ["box_outside"],
+    "mask_malformed": ["mask_size", "mask_counts"],
+    "polygon_malformed": [f"polygon_{x}" for x in ("short", "odd", "not_finite", "far_outside")],
+}
+
+
+def test_kinds_of_older_checkpoints_are_counted_under_the_merged_kind():
+    for current, formers in FORMER_KINDS.items():
+        assert {current_kind(former) for former in formers} == {current}
+        assert not set(formers) & set(ISSUES)
+    assert [current_kind(kind) for kind in ISSUES] == list(ISSUES)
+    assert len(ISSUES) + sum(map(len, FORMER_KINDS.values())) == 32
+
+
+def test_an_issue_is_counted_once():
     log = make_log(box_empty=[5])
     assert not log.add_new("box_empty", 5)
     assert log.add_new("box_empty", 6)
@@ -38,16 +67,18 @@ def test_a_known_issue_counts_once():
     assert log.counts == {"box_empty": 2, "mask_empty": 1}
 
 
-def test_an_unknown_kind_is_a_bug():
+def test_an_unknown_kind_is_an_error():
     with pytest.raises(KeyError, match="box_ugly"):
         IssueLog().add("box_ugly", 1)
 
 
-def test_a_long_id_is_shortened():
-    assert len(make_log(box_empty=["x" * 10000]).table()) < 300
+def test_long_ids_and_reasons_are_shortened():
+    log = IssueLog()
+    log.add("box_empty", "x" * 10000, "y" * 10000)
+    assert len(log.table()) < 300
 
 
-def test_strict():
+def test_strict_log():
     make_log(object_too_small=[1]).check_strict("cells")
     IssueLog().check_strict("cells")
     with pytest.raises(ValueError, match=r"(?s)cells has issues.*STRICT.*box_empty.*Ids: 1, 2"):
@@ -70,28 +101,44 @@ def test_reporter(caplog):
 
     caplog.clear()
     broken = ("other", "image_broken", 7)
-    reporter.take([sample(), sample(broken, ("other", "image_broken", 8))])
-    reporter.take([sample(broken)])
-    assert caplog.text.count("image_broken") == 1  # the first of a kind
+    reporter.add([sample(), sample(broken, ("other", "image_broken", 8))])
+    reporter.add([sample(broken)])
+    assert caplog.text.count("image_broken") == 1  # only the first issue of a kind is logged
     assert other.counts == {"image_broken": 2}
     assert reporter.pop_record() == known | {
         "other": {"image_broken": {"count": 2, "first_ids": [7, 8]}}
     }
 
 
-def test_a_watched_loader_gives_the_same_batches():
+def test_log_new_repeats_a_table_only_if_it_has_grown(caplog):
+    caplog.set_level(logging.WARNING)
+    reporter = IssueReporter({"cells": make_log(box_empty=[1])}, strict=False)
+    caplog.clear()
+    reporter.log_new()
+    assert not caplog.records
+    reporter.add([sample(("cells", "image_broken", 7))])
+    assert reporter.pop_new() == [("cells", "image_broken", 7)]
+    assert reporter.pop_new() == []
+    caplog.clear()
+    reporter.log_new()
+    reporter.log_new()
+    assert len(caplog.records) == 1
+    assert "cells has 2 issues by now" in caplog.text
+
+
+def test_a_wrapped_loader_yields_the_same_batches():
     log = IssueLog()
     batches = [[sample(("cells", "image_size", 3))], [sample()]]
-    watched = IssueReporter({"cells": log}, strict=False).watch(batches)
-    assert len(watched) == 2
-    assert list(watched) == batches
+    wrapped = IssueReporter({"cells": log}, strict=False).wrap(batches)
+    assert len(wrapped) == 2
+    assert list(wrapped) == batches
     assert log.first_ids == {"image_size": [3]}
 
 
-def test_a_strict_reporter():
+def test_strict_reporter():
     with pytest.raises(ValueError, match="cells has issues"):
         IssueReporter({"cells": make_log(box_empty=[1])}, strict=True)
     reporter = IssueReporter({"cells": IssueLog()}, strict=True)
-    reporter.take([sample(("cells", "object_too_small", 1))])
+    reporter.add([sample(("cells", "object_too_small", 1))])
     with pytest.raises(ValueError, match="image_broken"):
-        reporter.take([sample(("cells", "image_broken", 1))])
+        reporter.add([sample(("cells", "image_broken", 1))])

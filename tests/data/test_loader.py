@@ -1,4 +1,4 @@
-"""Loaders: batches as a function of (seed, number), resuming, grouping, filtering, errors."""
+"""Loaders: batches as a function of (seed, iteration), resuming, grouping, filtering, errors."""
 
 import itertools
 import json
@@ -12,9 +12,8 @@ from PIL import Image
 
 from tensormask.config import get_cfg
 from tensormask.data import build_test_loader, build_train_loader, get_dataset
-from tensormask.data.loader import BatchSampler
 
-# (height, width) of the images; the fourth has no objects, the fifth only a crowd.
+# (height, width) of the images; the fourth has no objects, the fifth has only a crowd.
 SIZES = [(20, 30), (30, 20), (24, 24), (20, 30), (20, 30), (18, 36), (36, 18), (20, 32)]
 
 
@@ -26,7 +25,7 @@ def square(image_id, annotation_id, **fields):
 
 @pytest.fixture
 def small_set(tmp_path):
-    """The name of a data set of eight images, two classes."""
+    """The name of a data set of eight images and two classes."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for image_id, (height, width) in enumerate(SIZES, start=1):
@@ -47,20 +46,9 @@ def make_cfg(*names, **overrides):
     cfg = get_cfg()
     cfg.merge_from_list(
         [
-            "DATASETS.TRAIN",
-            names,
-            "SEED",
-            3,
-            "SOLVER.IMS_PER_BATCH",
-            2,
-            "DATALOADER.NUM_WORKERS",
-            0,
-            "MODEL.TENSOR_MASK.NUM_CLASSES",
-            2,
-            "INPUT.MIN_SIZE_TRAIN",
-            (16, 32),
-            "INPUT.MIN_SIZE_TRAIN_SAMPLING",
-            "range",
+            *("DATASETS.TRAIN", names, "SEED", 3, "SOLVER.IMS_PER_BATCH", 2),
+            *("DATALOADER.NUM_WORKERS", 0, "MODEL.TENSOR_MASK.NUM_CLASSES", 2),
+            *("INPUT.MIN_SIZE_TRAIN", (16, 32), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
         ]
     )
     cfg.merge_from_list([part for item in overrides.items() for part in item])
@@ -85,7 +73,7 @@ def assert_same(batches, others):
             assert torch.equal(value, other["target"][key])
 
 
-def test_a_sample(small_set):
+def test_content_of_a_sample(small_set):
     sample = take(make_cfg(small_set), 1)[0][0]
     assert set(sample) == {
         *("image", "target", "dataset", "image_id", "file_name", "height", "width", "issues")
@@ -104,7 +92,7 @@ def test_a_sample(small_set):
 
 
 @pytest.mark.parametrize("grouping", [False, True])
-def test_workers_and_resuming_change_nothing(small_set, grouping):
+def test_batches_are_independent_of_workers_and_resuming(small_set, grouping):
     overrides = {"DATALOADER.ASPECT_RATIO_GROUPING": grouping}
     batches = take(make_cfg(small_set, **overrides), 12)
     assert_same(batches, take(make_cfg(small_set, **overrides), 12))
@@ -112,16 +100,16 @@ def test_workers_and_resuming_change_nothing(small_set, grouping):
     assert_same(batches[5:], take(make_cfg(small_set, **overrides), 7, start=5))
 
 
-def test_the_global_random_state_is_neither_read_nor_moved(small_set):
+def test_the_global_random_state_is_neither_read_nor_changed(small_set):
     batches = take(make_cfg(small_set), 3)
     torch.manual_seed(123)
-    np.random.seed(5)  # noqa: NPY002 - the legacy state is what is looked at
+    np.random.seed(5)  # noqa: NPY002 - the legacy state is tested
     before = torch.get_rng_state()
     assert_same(batches, take(make_cfg(small_set), 3))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_seeds_differ(small_set):
+def test_seeds_give_different_orders(small_set):
     first = [s["image_id"] for batch in take(make_cfg(small_set), 8) for s in batch]
     other = [s["image_id"] for batch in take(make_cfg(small_set, SEED=4), 8) for s in batch]
     assert first != other
@@ -147,38 +135,38 @@ def test_images_without_objects(small_set, filter_empty, caplog):
         assert len(sample["target"]["labels"]) == expected
 
 
-def test_objects_that_vanish_are_told(small_set):
+def test_objects_that_are_too_small_are_reported(small_set):
     cfg = make_cfg(small_set, **{"INPUT.MIN_SIZE_TRAIN": (1, 1)})
     samples = samples_of(take(cfg, 6))
     assert any(len(sample["target"]["labels"]) == 0 for sample in samples)
     for sample in samples:
-        gone = len(sample["target"]["labels"]) == 0
-        issue = (small_set, "object_too_small", sample["image_id"])  # ids are the same
-        assert sample["issues"] == ([issue] if gone else [])
+        lost = len(sample["target"]["labels"]) == 0
+        issue = (small_set, "object_too_small", sample["image_id"])  # image id = annotation id
+        assert sample["issues"] == ([issue] if lost else [])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_image_that_cannot_be_read_is_replaced_by_another(small_set, tmp_path, num_workers):
-    whole = samples_of(take(make_cfg(small_set), 40))
+def test_an_image_that_cannot_be_read_is_replaced(small_set, tmp_path, num_workers):
+    originals = samples_of(take(make_cfg(small_set), 40))
     (tmp_path / "2.png").write_text("no image")
-    (tmp_path / "3.png").unlink()  # once the set is read: a file that goes while training
+    (tmp_path / "3.png").unlink()  # after the set was read, as if deleted during training
     cfg = make_cfg(small_set, **{"DATALOADER.NUM_WORKERS": num_workers})
     samples = samples_of(take(cfg, 40))
-    stand_ins = Counter()
-    for sample, before in zip(samples, whole, strict=True):
+    replacements = Counter()
+    for sample, before in zip(samples, originals, strict=True):
         kinds = {2: "image_broken", 3: "image_missing"}
         if before["image_id"] in kinds:
             assert sample["issues"][0] == (small_set, kinds[before["image_id"]], before["image_id"])
-            stand_ins[sample["image_id"]] += 1
+            replacements[sample["image_id"]] += 1
         else:
             assert sample["issues"] == []
             assert sample["image_id"] == before["image_id"]
             assert torch.equal(sample["image"], before["image"])
-    assert set(stand_ins) == {1, 6, 7, 8}  # all of the others, in turn
+    assert set(replacements) == {1, 6, 7, 8}  # all others
     assert_same([samples[20:]], [samples_of(take(cfg, 30, start=10))])
 
 
-def test_no_image_can_be_read(small_set, tmp_path):
+def test_the_sample_is_given_up_if_no_image_can_be_read(small_set, tmp_path):
     loader = build_train_loader(make_cfg(small_set))
     for path in tmp_path.glob("*.png"):
         path.write_text("no image")
@@ -196,25 +184,27 @@ def test_a_test_image_that_cannot_be_read(small_set, tmp_path):
     assert [s["issues"] for s in samples if s["image_id"] != 2] == [[]] * 7
 
 
-def test_a_missing_image_is_never_drawn(small_set, tmp_path):
+def test_a_missing_image_is_never_loaded(small_set, tmp_path):
     (tmp_path / "2.png").unlink()
     samples = samples_of(take(make_cfg(small_set), 20))
     assert {sample["image_id"] for sample in samples} == {1, 3, 6, 7, 8}
     assert all(sample["issues"] == [] for sample in samples)
 
 
-def test_a_set_without_a_usable_annotation_is_refused(small_set, tmp_path):
+def test_a_set_without_a_valid_annotation_is_refused(small_set, tmp_path):
     data = json.loads((tmp_path / "set.json").read_text())
     for annotation in data["annotations"]:
         annotation["image_id"] = 99
     (tmp_path / "set.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"(?s)no annotation can be used.*unknown_image"):
+    with pytest.raises(
+        ValueError, match=r"(?s)no annotation is valid.*annotation_malformed.*unknown image_id 99"
+    ):
         build_test_loader(make_cfg(), get_dataset(small_set))
     (tmp_path / "info.json").write_text(json.dumps({**data, "annotations": []}))
     assert len(build_test_loader(make_cfg(), get_dataset(f"{tmp_path}/info.json@{tmp_path}"))) == 8
 
 
-def test_strict(small_set, tmp_path):
+def test_strict_refuses_known_issues(small_set, tmp_path):
     (tmp_path / "2.png").unlink()
     assert take(make_cfg(small_set), 1)
     strict = make_cfg(small_set, **{"DATASETS.STRICT": True})
@@ -259,75 +249,22 @@ def test_test_loader(small_set):
     assert batches[5][0]["image"].shape == (3, 30, 60)
 
 
-def test_number_of_classes_is_checked(small_set):
+def test_the_number_of_classes_is_checked(small_set):
     cfg = make_cfg(small_set, **{"MODEL.TENSOR_MASK.NUM_CLASSES": 80})
     for build in (build_train_loader, lambda cfg: build_test_loader(cfg, get_dataset(small_set))):
         with pytest.raises(ValueError, match=r"override: MODEL\.TENSOR_MASK\.NUM_CLASSES 2"):
             build(cfg)
 
 
-def test_impossible_loaders_are_refused(small_set, tmp_path):
+def test_invalid_configs_are_refused(small_set, tmp_path):
+    for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS"):
+        with pytest.raises(ValueError, match=rf"{key} is 0; it must be 1 or more"):
+            build_train_loader(make_cfg(small_set, **{key: 0}))
     with pytest.raises(ValueError, match="SEED is -1"):
         build_train_loader(make_cfg(small_set, SEED=-1))
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
         build_train_loader(make_cfg())
     data = json.loads((tmp_path / "set.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps({**data, "annotations": []}))
-    with pytest.raises(ValueError, match="nothing to train on"):
+    with pytest.raises(ValueError, match="can be trained on: none has"):
         build_train_loader(make_cfg(f"{tmp_path}/empty.json@{tmp_path}"))
-
-
-def slow_batches(groups, batch_size, count, orders):
-    """The stream image by image, as the docstring of BatchSampler tells it."""
-    waiting, batches, position = {}, [], 0
-    while len(batches) < count:
-        order = orders(position // len(groups))
-        image = int(order[position % len(groups)])
-        bucket = waiting.setdefault(groups[image], [])
-        bucket.append((position, image))
-        if len(bucket) == batch_size:
-            batches.append(waiting.pop(groups[image]))
-        position += 1
-    return batches
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize(
-    "groups", [[0], [0] * 5, [0, 1, 0, 0, 1, 0, 0], [1, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
-)
-def test_sampler_against_image_by_image(groups, batch_size):
-    def orders(epoch):
-        return np.random.Generator(np.random.PCG64([9, 0, epoch])).permutation(len(groups))
-
-    expected = slow_batches(groups, batch_size, 24, orders)
-    for start in range(0, 20):
-        sampler = BatchSampler(groups, batch_size=batch_size, seed=9, start=start)
-        assert list(itertools.islice(sampler, 4)) == expected[start : start + 4]
-
-
-def test_every_image_once_an_epoch():
-    sampler = BatchSampler([0] * 12, batch_size=4, seed=0)
-    for _ in range(3):
-        epoch = samples_of(itertools.islice(BatchSampler([0] * 12, batch_size=4, seed=0), 3))
-        assert sorted(image for _, image in epoch) == list(range(12))
-    orders = [tuple(image for _, image in b) for b in itertools.islice(sampler, 6)]
-    assert orders[:3] != orders[3:]
-
-
-def test_beginning_late_is_cheap(monkeypatch):
-    groups = ([0] * 7 + [1] * 3) * 100
-    sampler = BatchSampler(groups, batch_size=16, seed=0, start=500_000)
-    drawn = []
-    stream = BatchSampler._stream
-    monkeypatch.setattr(BatchSampler, "_stream", lambda *a: (drawn.append(a[1]), stream(*a))[1])
-    batch = next(iter(sampler))
-    assert len(batch) == 16
-    assert batch[-1][0] >= 500_000 * 16 - 16 * 2
-    assert len(drawn) <= 8
-
-
-@pytest.mark.parametrize("arguments", [([], 2, 0), ([0], 0, 0), ([0], 2, -1)])
-def test_impossible_samplers_are_refused(arguments):
-    groups, batch_size, start = arguments
-    with pytest.raises(ValueError, match="cannot batch"):
-        BatchSampler(groups, batch_size=batch_size, seed=0, start=start)

@@ -1,4 +1,4 @@
-"""PackedList: a list whose items lie in one buffer."""
+"""PackedList: a list whose items are stored in one buffer."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from tensormask.data.packed import PackedList
 ITEMS = [{"a": [1.5, None]}, "text", ("tuple", b"bytes"), []]
 
 
-def test_it_is_a_list():
+def test_length_iteration_and_indexing():
     packed = PackedList(iter(ITEMS))
     assert len(packed) == 4
     assert list(packed) == ITEMS
@@ -21,18 +21,18 @@ def test_it_is_a_list():
             packed[outside]
 
 
-def test_items_are_made_anew():
+def test_each_access_returns_a_new_object():
     packed = PackedList(ITEMS)
     packed[0]["a"].append("more")
     assert packed[0] == ITEMS[0]
 
 
-def test_an_empty_one():
+def test_empty_list():
     assert list(PackedList([])) == []
 
 
-def test_it_holds_tensors_only():
-    # These are what processes share: anything else would be copied into each.
+def test_all_attributes_are_tensors():
+    # Processes share tensors; anything else would be copied into each.
     packed = PackedList(ITEMS * 100)
     assert all(isinstance(value, torch.Tensor) for value in vars(packed).values())
     assert list(pickle.loads(pickle.dumps(packed))) == ITEMS * 100

@@ -1,4 +1,4 @@
-"""The embedded data set: statistics, masks, determinism, drawing that is never half done."""
+"""The synthetic data set: statistics, masks, determinism, complete files only."""
 
 import json
 
@@ -9,52 +9,52 @@ from pycocotools import mask as mask_utils
 
 from tensormask.data import CocoDataset, shapes
 
-NUM_IMAGES = 200
+NUM_IMAGES = 100
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     shapes.write_split("train", NUM_IMAGES, folder)
-    return CocoDataset("drawn", folder / "annotations.json", folder / "images")
+    return CocoDataset("shapes", folder / "annotations.json", folder / "images")
 
 
-def test_the_set_is_the_one_that_the_issue_names():
+def test_constants_of_the_data_set():
     assert shapes.NUM_IMAGES == {"train": 3000, "val": 200}
     assert len(shapes.CLASS_NAMES) == 6
     assert (shapes.IMAGE_SIZE, shapes.MIN_SIDE, shapes.MAX_SIDE) == (128, 8, 110)
 
 
-def test_it_is_a_coco_data_set(drawn):
-    assert len(drawn) == NUM_IMAGES
-    assert drawn.class_names == list(shapes.CLASS_NAMES)
-    for image_id in drawn.image_ids[:20]:
-        image, annotations = drawn.load(image_id)
+def test_it_is_a_valid_coco_data_set(dataset):
+    assert len(dataset) == NUM_IMAGES
+    assert dataset.class_names == list(shapes.CLASS_NAMES)
+    for image_id in dataset.image_ids[:20]:
+        image, annotations = dataset.load(image_id)
         assert image.shape == (128, 128, 3)
         assert image.dtype == np.uint8
         assert image.std() > 2
         assert 1 <= len(annotations) <= 5
-    assert not drawn.issues
+    assert not dataset.issues
 
 
-def test_masks_agree_with_boxes_and_areas_and_do_not_overlap(drawn):
-    coco = drawn.to_coco()
-    for image_id in drawn.image_ids:
-        claimed = np.zeros((128, 128), dtype=int)
-        for annotation in drawn.annotations(image_id):
+def test_masks_agree_with_boxes_and_areas_and_do_not_overlap(dataset):
+    coco = dataset.to_coco()
+    for image_id in dataset.image_ids:
+        num_masks = np.zeros((128, 128), dtype=int)
+        for annotation in dataset.annotations(image_id):
             mask = coco.annToMask(annotation)
             x0, y0, width, height = map(int, annotation["bbox"])
             assert mask.sum() == annotation["area"] >= shapes.MIN_VISIBLE_PIXELS
             assert mask[y0 : y0 + height, x0 : x0 + width].sum() == annotation["area"]
             assert mask[[y0, y0 + height - 1]].any(axis=1).all()
             assert mask[:, [x0, x0 + width - 1]].any(axis=0).all()
-            claimed += mask
-        assert claimed.max() == 1
+            num_masks += mask
+        assert num_masks.max() == 1
 
 
-def test_sizes_counts_and_classes_are_spread_as_stated(drawn):
-    annotations = drawn.to_coco().dataset["annotations"]
-    counts = [len(drawn.annotations(image_id)) for image_id in drawn.image_ids]
+def test_distribution_of_sizes_counts_and_classes(dataset):
+    annotations = dataset.to_coco().dataset["annotations"]
+    counts = [len(dataset.annotations(image_id)) for image_id in dataset.image_ids]
     assert 2.6 < np.mean(counts) < 3.2
     assert set(counts) == {1, 2, 3, 4, 5}
     per_class = np.bincount([annotation["category_id"] for annotation in annotations])[1:]
@@ -69,14 +69,14 @@ def test_sizes_counts_and_classes_are_spread_as_stated(drawn):
 
 def test_later_objects_hide_earlier_ones():
     hidden = 0
-    for index in range(60):
-        _, annotations = shapes.draw_image("train", index)
+    for index in range(30):
+        _, annotations = shapes.generate_image("train", index)
         hidden += sum(
             isinstance(a["segmentation"], dict)
             and shapes.CLASS_NAMES[a["category_id"] - 1] != "ring"
             for a in annotations
         )
-    assert hidden > 15
+    assert hidden > 7
 
 
 @pytest.mark.parametrize("name", shapes.CLASS_NAMES)
@@ -99,19 +99,19 @@ def test_star_and_crescent_are_concave_and_the_ring_has_a_hole(name):
     assert len(outlines) == (2 if name == "ring" else 1)
 
 
-def test_a_image_depends_on_split_and_index_alone():
-    first, objects = shapes.draw_image("val", 7)
-    shapes.draw_image("val", 3)
-    again, same_objects = shapes.draw_image("val", 7)
+def test_an_image_depends_only_on_split_and_index():
+    first, objects = shapes.generate_image("val", 7)
+    shapes.generate_image("val", 3)
+    again, same_objects = shapes.generate_image("val", 7)
     np.testing.assert_array_equal(first, again)
     assert objects == same_objects
-    assert not np.array_equal(first, shapes.draw_image("train", 7)[0])
-    assert not np.array_equal(first, shapes.draw_image("val", 8)[0])
+    assert not np.array_equal(first, shapes.generate_image("train", 7)[0])
+    assert not np.array_equal(first, shapes.generate_image("val", 8)[0])
 
 
-def test_the_drawing_has_not_changed():
-    """Masks of the first images as they were drawn when the expected results were measured."""
-    areas = [[a["area"] for a in shapes.draw_image("val", i)[1]] for i in range(4)]
+def test_images_have_not_changed():
+    """The expected results of the quickstart were measured on images with these masks."""
+    areas = [[a["area"] for a in shapes.generate_image("val", i)[1]] for i in range(4)]
     assert areas == [[865], [283, 1565, 731, 235, 503], [1323, 533, 680, 50], [446]]
 
 
@@ -120,17 +120,17 @@ def small_split(monkeypatch):
     monkeypatch.setitem(shapes.NUM_IMAGES, "val", 2)
 
 
-def test_drawing_leaves_the_set_and_nothing_else(tmp_path, small_split):
+def test_only_the_complete_set_remains(tmp_path, small_split):
     json_file, image_root = shapes.ensure_shapes("val", tmp_path)
     assert json_file == tmp_path / "shapes" / "val" / "annotations.json"
     assert [path.name for path in (tmp_path / "shapes").iterdir()] == ["val"]
     assert sorted(path.name for path in image_root.iterdir()) == ["000001.png", "000002.png"]
     with Image.open(image_root / "000001.png") as image:
-        np.testing.assert_array_equal(np.asarray(image), shapes.draw_image("val", 0)[0])
+        np.testing.assert_array_equal(np.asarray(image), shapes.generate_image("val", 0)[0])
     assert len(json.loads(json_file.read_text())["images"]) == 2
 
 
-def test_an_interrupted_drawing_leaves_nothing(tmp_path, small_split, monkeypatch):
+def test_an_interrupted_generation_leaves_no_files(tmp_path, small_split, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -142,7 +142,7 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, small_split, monkeypatc
     shapes.ensure_shapes("val", tmp_path)
 
 
-def test_the_set_of_a_faster_process_is_kept(tmp_path, small_split, monkeypatch):
+def test_the_set_of_a_faster_process_is_used(tmp_path, small_split, monkeypatch):
     write_split = shapes.write_split
 
     def slow(split, num_images, folder):
@@ -154,7 +154,7 @@ def test_the_set_of_a_faster_process_is_kept(tmp_path, small_split, monkeypatch)
     shapes.ensure_shapes("val", tmp_path)
     assert [path.name for path in (tmp_path / "shapes").iterdir()] == ["val"]
     assert (tmp_path / "shapes" / "val" / "mark").exists()
-    shapes.ensure_shapes("val", tmp_path)  # present: not drawn again
+    shapes.ensure_shapes("val", tmp_path)  # exists: not generated again
 
 
 def test_an_unknown_split_is_refused(tmp_path):

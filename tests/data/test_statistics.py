@@ -1,4 +1,4 @@
-"""A data set in numbers, and the checks that open its files."""
+"""Statistics of a data set, and the checks that open its files."""
 
 import json
 
@@ -21,7 +21,7 @@ def annotation(identity, image_id, category_id, x, y, side, **fields):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three images, two of which are one file; two classes of one name, one without objects."""
+    """Three images, two of the same file; four classes, two of the same name."""
     for name, size in (("a.png", (200, 120)), ("b.png", (64, 64))):
         Image.fromarray(np.zeros((*size[::-1], 3), np.uint8)).save(tmp_path / name)
     content = {
@@ -49,7 +49,7 @@ def dataset(tmp_path):
     return CocoDataset("things", tmp_path / "set.json", tmp_path)
 
 
-def test_contents(dataset):
+def test_statistics(dataset):
     found = count_contents(dataset)
     assert (found.images, found.images_without_objects) == (3, 1)
     assert (found.annotations, found.crowds, found.objects) == (6, 1, 5)
@@ -67,15 +67,15 @@ def test_contents(dataset):
     assert json.loads(json.dumps(found.as_record()))["by_size"] == found.by_size
 
 
-def test_area_sizes_are_those_of_the_evaluation():
-    # An area of exactly 32 * 32 counts as small and as medium there, here as the larger.
+def test_object_sizes_equal_cocos():
+    # COCO's evaluation counts an area of exactly 32 * 32 as small and as medium; here it is medium.
     assert [area_size(area) for area in (0, 1023.9, 1024, 9215, 9216, 1e9)] == [
         *("small", "small", "medium", "medium", "large", "large")
     ]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_files_are_opened_and_masks_drawn(dataset, num_workers):
+def test_check_files_opens_images_and_rasterises_masks(dataset, num_workers):
     assert not dataset.issues
     assert sum(check_files(dataset, num_workers)) == 3
     assert dataset.issues.first_ids == {"image_size": [3], "mask_empty": [6]}
@@ -83,7 +83,7 @@ def test_files_are_opened_and_masks_drawn(dataset, num_workers):
     assert dataset.issues.counts == {"image_size": 1, "mask_empty": 1}
 
 
-def test_missing_images_are_said_once(dataset):
+def test_missing_images_are_counted_once(dataset):
     (dataset.image_root / "a.png").unlink()
     again = CocoDataset("things", dataset.image_root / "set.json", dataset.image_root)
     list(check_files(again))

@@ -1,4 +1,4 @@
-"""Transforms: hand-computed values, PIL as an oracle, properties."""
+"""Transforms: values computed by hand, comparison with PIL, properties."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_resized_size(size, short, longest, expected):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1200), st.integers(1, 1600))
-def test_resized_size_is_detectron2s(height, width, short, longest):
+def test_resized_size_equals_detectron2s(height, width, short, longest):
     size = short * 1.0
     scale = size / min(height, width)
     new = (size, scale * width) if height < width else (scale * height, size)
@@ -85,7 +85,7 @@ def test_boxes_are_clipped_to_the_image():
 
 
 def test_polygons_are_scaled_before_they_are_rasterised():
-    # Half a pixel at the old size is five whole ones at the new.
+    # Half a pixel at the old size becomes five pixels at the new size.
     polygon = [0.5, 0.5, 1.0, 0.5, 1.0, 1.0, 0.5, 1.0]
     out = np.zeros((20, 20), dtype=bool)
     transform_polygons([polygon], Geometry((2, 2), (20, 20), "horizontal"), out)
@@ -124,7 +124,7 @@ def test_rle_is_resized_as_pil_does(geometry, seed, density):
     "counts",
     [[12], [0, 12], [12, 0], [11, 1], [0, 1, 11], [5, 0, 7], [5, 2, 5, 0], [5, 2, 5, 0, 0], [4, 8]],
 )
-def test_runs_at_the_edges(counts):
+def test_rle_runs_at_the_borders(counts):
     """Masks of 3 x 4 pixels: empty, full, one corner, and runs without a pixel."""
     rle = {"size": [3, 4], "counts": counts}
     expected = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(4, 3).T
@@ -135,7 +135,7 @@ def test_runs_at_the_edges(counts):
 
 
 @pytest.mark.parametrize("old, new", [(640, 427), (333, 800), (801, 800), (1000, 7)])
-def test_nearest_pixels_are_pils_at_photograph_sizes(old, new):
+def test_nearest_pixels_equal_pils_at_photograph_sizes(old, new):
     values = np.random.default_rng(0).integers(0, 256, (old, 3), dtype=np.uint8)
     rows, _ = nearest_pixels(Geometry((old, 3), (new, 3)))
     resized = np.asarray(Image.fromarray(values).resize((3, new), Image.NEAREST))
@@ -155,7 +155,7 @@ def test_rle_of_another_size_is_refused():
     geometries,
     st.lists(st.tuples(*[st.floats(-20, 60)] * 2, *[st.floats(0, 50)] * 2), min_size=0, max_size=5),
 )
-def test_targets_lie_inside_the_image_and_are_not_empty(geometry, rectangles):
+def test_targets_are_inside_the_image_and_not_empty(geometry, rectangles):
     annotations = [annotation(*rectangle) for rectangle in rectangles]
     target, _ = transform_annotations(annotations, list(range(len(annotations))), geometry)
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
@@ -172,7 +172,7 @@ def test_targets_lie_inside_the_image_and_are_not_empty(geometry, rectangles):
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.sampled_from(["horizontal", "vertical"]), st.integers(0, 2**31))
-def test_flipping_twice_changes_nothing(size, flip, seed):
+def test_two_flips_cancel(size, flip, seed):
     rng = np.random.default_rng(seed)
     geometry = Geometry(size, size, flip)
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -187,8 +187,8 @@ def test_flipping_twice_changes_nothing(size, flip, seed):
     np.testing.assert_allclose(twice, points, atol=1e-9)
 
 
-def test_image_boxes_and_masks_move_together():
-    """A white rectangle is where its box and both forms of its mask say, flipped or not."""
+def test_image_boxes_and_masks_are_transformed_alike():
+    """Box, polygon and RLE of a white rectangle agree with its pixels after resize and flip."""
     image = np.zeros((20, 30, 3), dtype=np.uint8)
     image[4:10, 6:21] = 255
     polygon = annotation(6, 4, 15, 6)
@@ -204,48 +204,48 @@ def test_image_boxes_and_masks_move_together():
             np.testing.assert_array_equal(mask, white)
 
 
-def test_emptied_objects_are_left_out_with_their_labels():
-    tiny = annotation(10.1, 10.1, 0.2, 0.2)  # its mask vanishes at a tenth of the size
+def test_empty_objects_are_left_out_with_their_labels():
+    tiny = annotation(10.1, 10.1, 0.2, 0.2)  # its mask is empty at a tenth of the size
     outside = annotation(120, 10, 20, 20)
-    whole = annotation(20, 20, 40, 40)
+    large = annotation(20, 20, 40, 40)
     target, _ = transform_annotations(
-        [tiny, outside, whole], [3, 4, 5], Geometry((100, 100), (10, 10))
+        [tiny, outside, large], [3, 4, 5], Geometry((100, 100), (10, 10))
     )
     assert target["labels"].tolist() == [5]
     assert target["masks"].sum() == 16
     np.testing.assert_allclose(target["boxes"], [[2, 2, 6, 6]])
 
 
-def test_a_image_without_objects():
+def test_an_image_without_objects():
     target, _ = transform_annotations([], [], Geometry((10, 10), (5, 7)))
     assert target["boxes"].shape == (0, 4)
     assert target["masks"].shape == (0, 5, 7)
     assert target["labels"].shape == (0,)
 
 
-def test_draws_are_spread_and_repeatable():
+def test_random_geometries_are_spread_and_repeatable():
     size = (480, 640)
     ranged = Augmentation((640, 800), 1333, sampling="range", flip="horizontal")
-    drawn = [ranged.draw(size, np.random.default_rng(i)) for i in range(400)]
-    assert drawn == [ranged.draw(size, np.random.default_rng(i)) for i in range(400)]
-    shorts = [geometry.new_size[0] for geometry in drawn]
+    sampled = [ranged.draw(size, np.random.default_rng(i)) for i in range(400)]
+    assert sampled == [ranged.draw(size, np.random.default_rng(i)) for i in range(400)]
+    shorts = [geometry.new_size[0] for geometry in sampled]
     assert min(shorts) < 650
     assert max(shorts) > 790
     assert 640 <= min(shorts) <= max(shorts) <= 800
-    assert 150 < sum(geometry.flip == "horizontal" for geometry in drawn) < 250
+    assert 150 < sum(geometry.flip == "horizontal" for geometry in sampled) < 250
     chosen = Augmentation((100, 200), 1333, flip="none")
-    drawn = [chosen.draw(size, np.random.default_rng(i)) for i in range(50)]
-    assert {geometry.new_size[0] for geometry in drawn} == {100, 200}
-    assert {geometry.flip for geometry in drawn} == {"none"}
+    sampled = [chosen.draw(size, np.random.default_rng(i)) for i in range(50)]
+    assert {geometry.new_size[0] for geometry in sampled} == {100, 200}
+    assert {geometry.flip for geometry in sampled} == {"none"}
 
 
-def test_range_reaches_both_ends():
+def test_a_range_includes_both_ends():
     ranged = Augmentation((7, 8), 100, sampling="range")
-    drawn = {ranged.draw((10, 10), np.random.default_rng(i)).new_size for i in range(30)}
-    assert drawn == {(7, 7), (8, 8)}
+    sampled = {ranged.draw((10, 10), np.random.default_rng(i)).new_size for i in range(30)}
+    assert sampled == {(7, 7), (8, 8)}
 
 
-def test_size_zero_leaves_images_as_they_are():
+def test_size_zero_keeps_the_size():
     geometry = Augmentation((0,), 100).draw((480, 640), np.random.default_rng(0))
     assert geometry.new_size == (480, 640)
 
@@ -254,18 +254,9 @@ def test_from_config():
     cfg = get_cfg()
     cfg.merge_from_list(
         [
-            "INPUT.MIN_SIZE_TRAIN",
-            (640, 800),
-            "INPUT.MIN_SIZE_TRAIN_SAMPLING",
-            "range",
-            "INPUT.MAX_SIZE_TRAIN",
-            1000,
-            "INPUT.RANDOM_FLIP",
-            "vertical",
-            "INPUT.MIN_SIZE_TEST",
-            700,
-            "INPUT.MAX_SIZE_TEST",
-            900,
+            *("INPUT.MIN_SIZE_TRAIN", (640, 800), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+            *("INPUT.MAX_SIZE_TRAIN", 1000, "INPUT.RANDOM_FLIP", "vertical"),
+            *("INPUT.MIN_SIZE_TEST", 700, "INPUT.MAX_SIZE_TEST", 900),
         ]
     )
     assert build_train_transform(cfg) == Augmentation((640, 800), 1000, "range", "vertical")
@@ -286,7 +277,7 @@ def test_from_config():
         {"min_sizes": (5,), "flip": "both"},
     ],
 )
-def test_impossible_augmentations_are_refused(arguments):
+def test_invalid_augmentations_are_refused(arguments):
     with pytest.raises(ValueError):
         Augmentation(max_size=10, **arguments)
 

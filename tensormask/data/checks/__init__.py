@@ -1,1 +1,1 @@
-"""What can be wrong with a data set: checks of its entries, and how issues are counted."""
+"""Checks of the entries of a data set, and the log that counts their issues."""

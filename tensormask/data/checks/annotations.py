@@ -1,6 +1,6 @@
-"""Checks the entries of a file in COCO's format, one at a time, and keeps what is sound of each.
+"""Checks the images, categories and annotations of a COCO file, entry by entry.
 
-What cannot be used is replaced by None or left out, and counted: the kinds are in `issues`.
+What is invalid is replaced by None or left out, and counted under a kind of `issues`.
 """
 
 from __future__ import annotations
@@ -12,36 +12,38 @@ from typing import Any
 from pycocotools import mask as mask_utils
 
 from tensormask.data.checks.issues import Identity, IssueLog
-from tensormask.data.checks.segmentation import (
-    check_rle,
-    has_size,
-    polygon_issue,
-    segmentation_to_rle,
-)
+from tensormask.data.checks.segmentation import check_rle, polygon_issue, segmentation_to_rle
 
 Annotation = dict[str, Any]
 ImageEntry = dict[str, Any]
+Finding = tuple[str, str]  # the kind of an issue and the exact reason
 
-# A box and the extent of its mask disagree beyond this many pixels and this share of the box.
+# A box disagrees with its mask if they differ by more than this many pixels and this share of the
+# longer side.
 _TOLERATED_PIXELS, _TOLERATED_SHARE = 2.0, 0.05
-_TOLERATED_BEYOND = 1.0  # pixels that a box may reach out of the image by rounding
-# Images are hardly larger than what PIL reads: masks of the stated size are made before they are
-# opened.
+_TOLERATED_BEYOND = 1.0  # pixels that a box may reach beyond the image by rounding
+# Masks of the stated size are allocated before an image is opened, so the size is limited: hardly
+# more than PIL reads.
 _MAX_SIDE, _MAX_PIXELS = 2**17, 2**28
-_MAX_LENGTH = 2**40  # what is longer is no number of pixels
-_MAX_AREA = 1e10  # COCO's evaluation ignores what is larger
+_MAX_LENGTH = 2**40  # a larger number is not a length in pixels
+_MAX_AREA = 1e10  # COCO's evaluation ignores larger objects
 
 
 def as_id(value: Any) -> Identity | None:
-    """An id of the file as an integer or a string; None for anything else. 7.0 is 7."""
+    """Return an id as an integer or a string, None for any other value.
+
+    Example:
+        >>> as_id(7.0), as_id("a"), as_id(True)
+        (7, 'a', None)
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    usable = isinstance(value, int) and not isinstance(value, bool)
-    return value if usable or is_text(value) else None
+    valid = isinstance(value, int) and not isinstance(value, bool)
+    return value if valid or is_text(value) else None
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a string that can be written: JSON may hold none, or half characters."""
+    """Return whether a value is a non-empty string that can be encoded (JSON allows others)."""
     if not isinstance(value, str) or not value:
         return False
     try:
@@ -52,22 +54,22 @@ def is_text(value: Any) -> bool:
 
 
 def sort_key(identity: Identity) -> tuple[bool, Identity]:
-    """Sorts numbers before strings."""
+    """Sort integer ids before string ids."""
     return isinstance(identity, str), identity
 
 
 def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEntry]:
-    """The sound entries of `images` by id, with `id`, `file_name`, `height` and `width` only."""
+    """Return the valid entries of `images` by id.
+
+    Only `id`, `file_name`, `height` and `width` are kept.
+    """
     images: dict[Identity, ImageEntry] = {}
     for number, entry in enumerate(entries):
-        entry = entry if isinstance(entry, dict) else {}
-        identity, file_name = as_id(entry.get("id")), entry.get("file_name")
-        # What as_id takes for an id it takes for a length, strings apart.
-        height, width = as_id(entry.get("height")), as_id(entry.get("width"))
-        usable_name = is_text(file_name) and file_name.strip("/.") and "\0" not in file_name
-        usable_size = all(isinstance(s, int) and 0 < s <= _MAX_SIDE for s in (height, width))
-        usable_size = usable_size and height * width <= _MAX_PIXELS
-        if identity is None or not usable_name or not usable_size:
+        fields = entry if isinstance(entry, dict) else {}
+        identity, file_name = as_id(fields.get("id")), fields.get("file_name")
+        height, width = _as_length(fields.get("height")), _as_length(fields.get("width"))
+        valid = _is_file_name(file_name) and 0 < height * width <= _MAX_PIXELS
+        if identity is None or not valid:
             issues.add("image_malformed", _name(identity, f"images[{number}]"))
         elif identity in images:
             issues.add("image_duplicate_id", identity)
@@ -82,11 +84,11 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
 
 
 def check_categories(entries: list[Any], issues: IssueLog) -> dict[Identity, str]:
-    """The names of the sound entries of `categories` by id."""
+    """Return the names of the valid entries of `categories` by id."""
     categories: dict[Identity, str] = {}
     for number, entry in enumerate(entries):
-        entry = entry if isinstance(entry, dict) else {}
-        identity, name = as_id(entry.get("id")), entry.get("name")
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        identity, name = as_id(fields.get("id")), fields.get("name", "")
         if identity is None or not is_text(name):
             issues.add("category_malformed", _name(identity, f"categories[{number}]"))
         elif identity in categories:
@@ -103,43 +105,49 @@ def check_annotation(
     categories: Mapping[Identity, str],
     issues: IssueLog,
 ) -> Annotation | None:
-    """What is sound of an entry of `annotations`.
+    """Return the valid part of an entry of `annotations`.
 
     Args:
-        number: its place in the file, which names it where it has no id.
+        annotation: the entry, of any type.
+        number: its index in the file, which names it if it has no id.
+        images: result of `check_images`.
+        categories: result of `check_categories`.
+        issues: counts what is invalid.
 
     Returns:
         A dict of `id`, `image_id`, `category_id`, `iscrowd` (0 or 1), `bbox` (four finite floats
-        x, y, width, height in pixels, or None), `segmentation` (usable polygons, a compressed RLE
-        that adds up, or None) and, where the file has it, `area`. None if the image or the
-        category is not known.
+        x, y, width, height in pixels, or None), `segmentation` (valid polygons, a valid compressed
+        RLE, or None) and, if the file has a valid one, `area`. None if the image or the category
+        is unknown.
     """
-    place = f"annotations[{number}]"
+    location = f"annotations[{number}]"
     if not isinstance(annotation, dict):
-        issues.add("annotation_malformed", place)
+        issues.add("annotation_malformed", location, "not a JSON object")
         return None
-    identity = _name(as_id(annotation.get("id")), place)
+    identity = _name(as_id(annotation.get("id")), location)
     image_id, category_id = (as_id(annotation.get(key)) for key in ("image_id", "category_id"))
-    if image_id not in images:
-        issues.add("annotation_unknown_image", identity)
+    if image_id is None or image_id not in images:
+        issues.add("annotation_malformed", identity, f"unknown image_id {image_id!r}")
         return None
     if category_id not in categories:
-        issues.add("annotation_unknown_category", identity)
+        issues.add("annotation_malformed", identity, f"unknown category_id {category_id!r}")
         return None
     size = images[image_id]["height"], images[image_id]["width"]
-    box, box_issues = check_box(annotation.get("bbox"), size)
-    segmentation, mask_issues = check_segmentation(annotation.get("segmentation"), size)
-    found = box_issues + mask_issues
-    if box and segmentation and not found and not _agree(box, segmentation, size):
-        found = ["box_mask_disagree"]
-    is_crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
+    box, box_findings = check_box(annotation.get("bbox"), size)
+    segmentation, mask_findings = check_segmentation(annotation.get("segmentation"), size)
+    findings = box_findings + mask_findings
+    if box and segmentation and not findings and not _agree(box, segmentation, size):
+        findings.append(("box_mask_disagree", ""))
+    is_crowd: Any = annotation.get("iscrowd", 0)
+    area: Any = annotation.get("area")
     if is_crowd not in (0, 1):  # True is 1
-        found, is_crowd = [*found, "iscrowd_malformed"], 0
-    has_area = _is_number(area) and 0 <= area <= _MAX_AREA  # not NaN, either
-    if area is not None and not has_area:
-        found = [*found, "area_malformed"]
-    for kind in found:
-        issues.add(kind, identity)
+        findings.append(("iscrowd_malformed", ""))
+        is_crowd = 0
+    valid_area = _is_number(area) and 0 <= area <= _MAX_AREA  # false for NaN, too
+    if area is not None and not valid_area:
+        findings.append(("area_malformed", ""))
+    for kind, reason in findings:
+        issues.add(kind, identity, reason)
     checked = {
         "id": identity,
         "image_id": image_id,
@@ -148,53 +156,62 @@ def check_annotation(
         "bbox": box,
         "segmentation": segmentation,
     }
-    if has_area:
+    if valid_area:
         checked["area"] = area
     return checked
 
 
-def check_box(box: Any, size: tuple[int, int]) -> tuple[list[float] | None, list[str]]:
-    """A box (x, y, width, height) in pixels as four finite floats, or None; and its issues.
+def check_box(box: Any, size: tuple[int, int]) -> tuple[list[float] | None, list[Finding]]:
+    """Return a box (x, y, width, height) in pixels as four finite floats or None; and its issues.
 
     Args:
+        box: the entry's `bbox`, of any type.
         size: (height, width) of the image.
+
+    Example:
+        >>> check_box([2, 2, 4, 0], (8, 12))
+        ([2.0, 2.0, 4.0, 0.0], [('box_empty', 'width or height is 0')])
     """
+    if box is None:
+        return None, [("box_malformed", "missing")]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return None, ["box_malformed"]
+        return None, [("box_malformed", "not four numbers")]
     if not all(map(math.isfinite, box)):
-        return None, ["box_not_finite"]
+        return None, [("box_malformed", "NaN or infinity")]
     x, y, width, height = box = [float(value) for value in box]
     if width < 0 or height < 0:
-        return None, ["box_negative"]
+        return None, [("box_malformed", "negative width or height")]
     if width == 0 or height == 0:
-        return box, ["box_empty"]
+        return box, [("box_empty", "width or height is 0")]
     if not _has_area_inside(box, size):
-        return box, ["box_outside"]
+        return box, [("box_empty", "outside of the image")]
     reach = max(-x, -y, x + width - size[1], y + height - size[0])
-    return box, ["box_beyond"] if reach > _TOLERATED_BEYOND else []
+    return box, [("box_beyond", "")] if reach > _TOLERATED_BEYOND else []
 
 
 def check_segmentation(
     segmentation: Any, size: tuple[int, int]
-) -> tuple[list[list[float]] | dict[str, Any] | None, list[str]]:
-    """The usable polygons of a segmentation, or its RLE compressed, or None; and its issues.
+) -> tuple[list[list[float]] | dict[str, Any] | None, list[Finding]]:
+    """Return the valid polygons of a segmentation, its RLE compressed, or None; and its issues.
 
     Args:
+        segmentation: the entry's `segmentation`, of any type.
         size: (height, width) of the image in pixels.
     """
     if isinstance(segmentation, dict):
         return _check_rle(segmentation, size)
     if not segmentation:
-        return None, ["mask_missing"]
+        return None, [("mask_missing", "")]
     if not isinstance(segmentation, list):
-        return None, ["mask_malformed"]
-    found = [polygon_issue(polygon, size) for polygon in segmentation]
-    usable = [polygon for polygon, issue in zip(segmentation, found, strict=True) if issue is None]
-    return usable or None, sorted({issue for issue in found if issue is not None})
+        return None, [("mask_malformed", f"a {type(segmentation).__name__}")]
+    reasons = [polygon_issue(polygon, size) for polygon in segmentation]
+    valid = [p for p, reason in zip(segmentation, reasons, strict=True) if reason is None]
+    distinct = sorted({reason for reason in reasons if reason is not None})
+    return valid or None, [("polygon_malformed", ", ".join(distinct))] if distinct else []
 
 
 def is_trainable(annotation: Annotation, image: ImageEntry) -> bool:
-    """Whether a checked annotation is no crowd, has a box inside the image, and a mask."""
+    """Return whether a checked annotation has a mask and a box in the image, and is not a crowd."""
     box = annotation["bbox"]
     return bool(
         not annotation["iscrowd"]
@@ -207,21 +224,17 @@ def is_trainable(annotation: Annotation, image: ImageEntry) -> bool:
 
 def _check_rle(
     rle: dict[str, Any], size: tuple[int, int]
-) -> tuple[dict[str, Any] | None, list[str]]:
-    if "size" not in rle or "counts" not in rle:
-        return None, ["mask_malformed"]
-    if not has_size(rle, size):
-        return None, ["mask_size"]
+) -> tuple[dict[str, Any] | None, list[Finding]]:
     try:
         runs = check_rle(rle, size)
-    except ValueError:
-        return None, ["mask_counts"]
-    # Scored all the same: who evaluates with pycocotools alone counts it as missed, too.
-    return segmentation_to_rle(rle, size), [] if runs[1::2].any() else ["mask_empty"]
+    except ValueError as error:
+        return None, [("mask_malformed", str(error).rstrip("."))]
+    # An empty mask is scored all the same: pycocotools counts it as missed, too.
+    return segmentation_to_rle(rle, size), [] if runs[1::2].any() else [("mask_empty", "")]
 
 
 def _agree(box: list[float], segmentation: Any, size: tuple[int, int]) -> bool:
-    """Whether the box is the extent of the mask, within the tolerance and the image."""
+    """Return whether the box is the extent of the mask in the image, within the tolerance."""
     if isinstance(segmentation, list):
         extent = (
             min(min(polygon[0::2]) for polygon in segmentation),
@@ -231,7 +244,7 @@ def _agree(box: list[float], segmentation: Any, size: tuple[int, int]) -> bool:
         )
         if _near(box, extent, size):
             return True
-    # The spike of a polygon may have no pixels, so its corners alone do not convict.
+    # The spike of a polygon may cover no pixel, so the corners do not decide against the box.
     x, y, width, height = mask_utils.toBbox(segmentation_to_rle(segmentation, size)).tolist()
     return _near(box, (x, y, x + width, y + height), size)
 
@@ -249,7 +262,7 @@ def _near(
 
 
 def _may_have_pixels(segmentation: Any) -> bool:
-    """Of polygons only rasterising could tell, which is done at the training size."""
+    """Return False if a mask is known to be empty; polygons are rasterised at training size."""
     if isinstance(segmentation, dict):
         return mask_utils.area(segmentation) > 0
     return bool(segmentation)
@@ -260,12 +273,22 @@ def _has_area_inside(box: list[float], size: tuple[int, int]) -> bool:
     return x < size[1] and y < size[0] and x + width > 0 and y + height > 0
 
 
+def _is_file_name(value: Any) -> bool:
+    return is_text(value) and bool(value.strip("/.")) and "\0" not in value
+
+
+def _as_length(value: Any) -> int:
+    """Return a height or width in pixels, 0 if it is not valid."""
+    length = as_id(value)
+    return length if isinstance(length, int) and 0 < length <= _MAX_SIDE else 0
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    # NaN and infinity pass: they are an issue of their own.
+    # NaN and infinity pass: they have a reason of their own.
     return not abs(value) > _MAX_LENGTH or value in (math.inf, -math.inf)
 
 
-def _name(identity: Identity | None, place: str) -> Identity:
-    return place if identity is None else identity
+def _name(identity: Identity | None, location: str) -> Identity:
+    return location if identity is None else identity

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: every kind of issue has a name, a count and its first ids."""
+"""The kinds of issues of a data set, and how they are counted and reported."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tensormask.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 NUM_FIRST_IDS = 5
-# A number or a string of the file; where there is none, a place in it, such as "annotations[12]".
+# An id of the file, or the location of an entry without an id, such as "annotations[12]".
 Identity = int | str
 
 
-class Issue(NamedTuple):
-    """A kind of issue: what it is, and what becomes of what has it."""
+class IssueKind(NamedTuple):
+    """A kind of issue: its meaning, and how the library handles it."""
 
     meaning: str
     outcome: str
@@ -26,86 +26,111 @@ class Issue(NamedTuple):
 
 _LEFT_OUT = "left out"
 _NOT_TRAINED_ON = "not trained on"
-_POLYGON_LEFT_OUT = "polygon left out; the object too if it was the last"
 _MISSED = "not trained on; when evaluated, its objects count as missed"
 
-# Those of images have ids of images, those of categories of categories, all others have ids of
-# annotations.
+# The ids are image ids for image_*, category ids for category_*, annotation ids for all others.
 ISSUES = {
-    "image_malformed": Issue(
-        "image without a usable id, file_name, width or height, or of over 268 million pixels",
+    "image_malformed": IssueKind(
+        "image without a valid id, file_name, width or height, or of over 268 million pixels",
         _LEFT_OUT,
     ),
-    "image_duplicate_id": Issue("image with the id of another one", "the first is taken"),
-    "image_outside_root": Issue("file_name leads out of the image root", _MISSED),
-    "image_missing": Issue("there is no such file", _MISSED),
-    "image_broken": Issue("the file cannot be read as an image", _MISSED),
-    "image_size": Issue("the file is of another size than the annotations say", _MISSED),
-    "category_malformed": Issue("category without a usable id or name", _LEFT_OUT),
-    "category_duplicate_id": Issue("category with the id of another one", "the first is taken"),
-    "annotation_malformed": Issue("annotation that is no JSON object", _LEFT_OUT),
-    "annotation_duplicate_id": Issue("annotation with the id of another one", "both are kept"),
-    "annotation_unknown_image": Issue("there is no image of this image_id", _LEFT_OUT),
-    "annotation_unknown_category": Issue("there is no category of this category_id", _LEFT_OUT),
-    "iscrowd_malformed": Issue("iscrowd is neither 0 nor 1", "taken for 0"),
-    "area_malformed": Issue("area is no number from 0 to 1e10", "the mask's area is taken"),
-    "box_malformed": Issue("bbox missing, or not four numbers", _NOT_TRAINED_ON),
-    "box_not_finite": Issue("bbox with NaN or infinity", _NOT_TRAINED_ON),
-    "box_negative": Issue("bbox of negative width or height", _NOT_TRAINED_ON),
-    "box_empty": Issue("bbox of no area", _NOT_TRAINED_ON),
-    "box_outside": Issue("bbox wholly outside of the image", _NOT_TRAINED_ON),
-    "box_beyond": Issue("bbox reaches more than a pixel out of the image", "clipped"),
-    "mask_missing": Issue("no segmentation", _NOT_TRAINED_ON),
-    "mask_malformed": Issue("segmentation is neither polygons nor an RLE", _NOT_TRAINED_ON),
-    "mask_size": Issue("RLE of another size than its image", _NOT_TRAINED_ON),
-    "mask_counts": Issue("RLE whose counts are no code, or do not add up", _NOT_TRAINED_ON),
-    "mask_empty": Issue("mask without a pixel", _NOT_TRAINED_ON),
-    "polygon_malformed": Issue("polygon that is no list of numbers", _POLYGON_LEFT_OUT),
-    "polygon_short": Issue("polygon of fewer than three points", _POLYGON_LEFT_OUT),
-    "polygon_odd": Issue("polygon with an x without a y", _POLYGON_LEFT_OUT),
-    "polygon_not_finite": Issue("polygon with NaN or infinity", _POLYGON_LEFT_OUT),
-    "polygon_far_outside": Issue(
-        "polygon more than 16 of the image's longer sides out of it, or more than 512 long",
-        _POLYGON_LEFT_OUT,
+    "image_duplicate_id": IssueKind("several images have this id", "the first is used"),
+    "image_missing": IssueKind("no such file inside the image root", _MISSED),
+    "image_broken": IssueKind("the file cannot be read as an image", _MISSED),
+    "image_size": IssueKind("the file has another size than the annotations state", _MISSED),
+    "category_malformed": IssueKind("category without a valid id or name", _LEFT_OUT),
+    "category_duplicate_id": IssueKind("several categories have this id", "the first is used"),
+    "annotation_malformed": IssueKind(
+        "annotation that is not a JSON object, or of an unknown image or category", _LEFT_OUT
     ),
-    "box_mask_disagree": Issue(
+    "annotation_duplicate_id": IssueKind("several annotations have this id", "all are used"),
+    "iscrowd_malformed": IssueKind("iscrowd is neither 0 nor 1", "0 is used"),
+    "area_malformed": IssueKind("area is not a number from 0 to 1e10", "the mask's area is used"),
+    "box_malformed": IssueKind(
+        "bbox is not four finite numbers, or its width or height is negative", _NOT_TRAINED_ON
+    ),
+    "box_empty": IssueKind("bbox without area inside the image", _NOT_TRAINED_ON),
+    "box_beyond": IssueKind("bbox reaches more than a pixel beyond the image", "clipped"),
+    "mask_missing": IssueKind("no segmentation", _NOT_TRAINED_ON),
+    "mask_malformed": IssueKind(
+        "segmentation is neither polygons nor a valid RLE of the image's size", _NOT_TRAINED_ON
+    ),
+    "mask_empty": IssueKind("mask without a pixel", _NOT_TRAINED_ON),
+    "polygon_malformed": IssueKind(
+        "polygon that is not at least three finite points in or near the image",
+        "polygon left out; the object too if no polygon remains",
+    ),
+    "box_mask_disagree": IssueKind(
         "bbox and the extent of the mask differ by more than 2 px and 5 % of the longer side",
-        "kept, each as it is",
+        "both are used unchanged",
     ),
-    "object_too_small": Issue(
+    "object_too_small": IssueKind(
         "box or mask is empty at the training size", "left out at that size", strict=False
     ),
 }
 
+# Kinds that checkpoints of earlier versions name, and the kinds that include them now.
+_FORMER_KINDS = {
+    "image_outside_root": "image_missing",
+    **dict.fromkeys(
+        ("annotation_unknown_image", "annotation_unknown_category"), "annotation_malformed"
+    ),
+    **dict.fromkeys(("box_not_finite", "box_negative"), "box_malformed"),
+    "box_outside": "box_empty",
+    **dict.fromkeys(("mask_size", "mask_counts"), "mask_malformed"),
+    **dict.fromkeys(
+        ("polygon_short", "polygon_odd", "polygon_not_finite", "polygon_far_outside"),
+        "polygon_malformed",
+    ),
+}
+
+
+def current_kind(name: str) -> str:
+    """Return the kind that counts an issue which an older checkpoint calls `name`.
+
+    Example:
+        >>> current_kind("polygon_short"), current_kind("image_broken")
+        ('polygon_malformed', 'image_broken')
+    """
+    return _FORMER_KINDS.get(name, name)
+
 
 class IssueLog:
-    """Counts the issues of a data set by kind.
+    """Count the issues of a data set by kind.
 
     Attributes:
-        counts: how many of each kind.
+        counts: number of issues of each kind.
         first_ids: the first few ids of each kind.
+
+    Example:
+        >>> log = IssueLog()
+        >>> log.add("mask_empty", 7)
+        >>> print(log.table().strip())
+        1  mask_empty: mask without a pixel; not trained on. Ids: 7
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.first_ids: dict[str, list[Identity]] = {}
+        self._reasons: dict[tuple[str, Identity], str] = {}  # of the first ids only
         self._seen: set[tuple[str, Identity]] = set()
 
-    def add(self, kind: str, identity: Identity) -> None:
-        """Counts an issue.
+    def add(self, kind: str, identity: Identity, reason: str = "") -> None:
+        """Count an issue; `reason` says what exactly is wrong where the kind does not.
 
         Raises:
-            KeyError: there is no such kind.
+            KeyError: the kind does not exist.
         """
         ISSUES[kind]
         self.counts[kind] += 1
         first = self.first_ids.setdefault(kind, [])
         if len(first) < NUM_FIRST_IDS:
             first.append(identity)
+            self._reasons[kind, identity] = reason
         self._seen.add((kind, identity))
 
     def add_new(self, kind: str, identity: Identity) -> bool:
-        """Counts an issue unless this one has been counted; tells whether it was new."""
+        """Count an issue unless it has been counted; return whether it was new."""
         new = (kind, identity) not in self._seen
         if new:
             self.add(kind, identity)
@@ -115,7 +140,7 @@ class IssueLog:
         return sum(self.counts.values())
 
     def as_record(self) -> dict[str, dict[str, Any]]:
-        """`{kind: {"count": n, "first_ids": [...]}}` for JSON, in the order of `ISSUES`."""
+        """Return `{kind: {"count": n, "first_ids": [...]}}` for JSON, in the order of `ISSUES`."""
         return {
             kind: {"count": self.counts[kind], "first_ids": list(self.first_ids[kind])}
             for kind in ISSUES
@@ -123,18 +148,19 @@ class IssueLog:
         }
 
     def table(self) -> str:
-        """A line for each kind: count, name, what it is, what becomes of it, and the first ids."""
+        """Return a line per kind: count, name, meaning, outcome, the first ids and reasons."""
         return "\n".join(self.line(kind) for kind in self.as_record())
 
     def line(self, kind: str) -> str:
-        """The line of `table` for a kind."""
-        ids = ", ".join(map(_shortened, self.first_ids[kind]))
-        more = ", ..." if self.counts[kind] > len(self.first_ids[kind]) else ""
+        """Return the line of `table` for a kind."""
+        first = self.first_ids[kind]
+        ids = ", ".join(_described(i, self._reasons.get((kind, i), "")) for i in first)
+        more = ", ..." if self.counts[kind] > len(first) else ""
         issue = ISSUES[kind]
         return f"{self.counts[kind]:7d}  {kind}: {issue.meaning}; {issue.outcome}. Ids: {ids}{more}"
 
     def check_strict(self, name: str) -> None:
-        """Raises ValueError if a data set has any issue that `DATASETS.STRICT` does not allow."""
+        """Raise UserError if the set `name` has an issue that `DATASETS.STRICT` does not allow."""
         if any(ISSUES[kind].strict for kind in self.counts):
             raise UserError(
                 f"{name} has issues, and DATASETS.STRICT is on; correct them or switch it off:\n"
@@ -143,72 +169,72 @@ class IssueLog:
 
 
 class IssueReporter:
-    """Says what is wrong with the data sets of a run, at its start and as samples come in.
+    """Log the issues of a run's data sets, at the start and as samples show new ones.
 
     Args:
-        logs: the issues of each set by its name; what samples bring is added to them.
+        logs: the issues of each set by its name; the issues of samples are added to them.
         strict: whether an issue is an error (`DATASETS.STRICT`).
 
     Raises:
-        ValueError: there are issues and `strict` is on.
+        UserError: a set has issues and `strict` is on.
     """
 
     def __init__(self, logs: Mapping[str, IssueLog], *, strict: bool) -> None:
         self.logs = dict(logs)
         self.strict = strict
-        self._reported = 0
-        self._found: list[tuple[str, str, Identity]] = []
-        self._said = {name: len(log) for name, log in self.logs.items()}
+        self._num_recorded = 0
+        self._new: list[tuple[str, str, Identity]] = []
+        self._num_logged = {name: len(log) for name, log in self.logs.items()}
         for name, log in self.logs.items():
             if log:
                 logger.warning("%s has %d issues:\n%s", name, len(log), log.table())
             if strict:
                 log.check_strict(name)
 
-    def take(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Adds the `issues` of samples, and logs the first of each kind.
+    def add(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Count the `issues` of samples, and log the first issue of each kind.
 
         Raises:
-            ValueError: there are issues and `strict` is on.
+            UserError: a sample has an issue and `strict` is on.
         """
         for name, kind, identity in (issue for sample in samples for issue in sample["issues"]):
             log = self.logs[name]
             first = kind not in log.counts
             if not log.add_new(kind, identity):
                 continue
-            self._found.append((name, kind, identity))
+            self._new.append((name, kind, identity))
             if first:
                 logger.warning("%s (further ones are counted):\n%s", name, log.line(kind))
             if self.strict:
                 log.check_strict(name)
 
-    def watch(self, loader: Iterable[list[Mapping[str, Any]]]) -> _Watched:
-        """A loader of the same batches that gives each to `take` on its way."""
-        return _Watched(loader, self)
+    def wrap(self, loader: Any) -> ReportingLoader:
+        """Return a loader of the same batches that passes each batch to `add` first."""
+        return ReportingLoader(loader, self)
 
-    def pop_found(self) -> list[tuple[str, str, Identity]]:
-        """The issues that samples have brought since the last call, each as they name it."""
-        found, self._found = self._found, []
-        return found
+    def pop_new(self) -> list[tuple[str, str, Identity]]:
+        """Return the (set, kind, id) that samples have added since the last call."""
+        new, self._new = self._new, []
+        return new
 
-    def log_found(self) -> None:
-        """Logs the issues of all sets again, if there are any that the start did not say."""
+    def log_new(self) -> None:
+        """Log the table of each set that has issues which no table in the log has yet."""
         for name, log in self.logs.items():
-            if len(log) > self._said[name]:
-                self._said[name] = len(log)
+            if len(log) > self._num_logged[name]:
+                self._num_logged[name] = len(log)
                 logger.warning("%s has %d issues by now:\n%s", name, len(log), log.table())
 
     def pop_record(self) -> dict[str, Any] | None:
-        """`{set: {kind: {"count", "first_ids"}}}`, or None if nothing is new since the last one."""
+        """Return `{set: {kind: {"count", "first_ids"}}}`, or None if it has not changed."""
         total = sum(map(len, self.logs.values()))
-        if total == self._reported:
+        if total == self._num_recorded:
             return None
-        self._reported = total
+        self._num_recorded = total
         return {name: log.as_record() for name, log in self.logs.items() if log}
 
 
-class _Watched:
-    """A loader whose batches a reporter sees."""
+class ReportingLoader:
+    """A loader that adds the issues of its samples to a reporter."""
 
     def __init__(self, loader: Any, reporter: IssueReporter) -> None:
         self.loader = loader
@@ -219,10 +245,14 @@ class _Watched:
 
     def __iter__(self) -> Iterator[list[Mapping[str, Any]]]:
         for samples in self.loader:
-            self.reporter.take(samples)
+            self.reporter.add(samples)
             yield samples
 
 
-def _shortened(identity: Identity, limit: int = 60) -> str:
-    text = repr(identity)
+def _described(identity: Identity, reason: str) -> str:
+    text = _shortened(repr(identity), 60)
+    return f"{text} ({_shortened(reason, 120)})" if reason else text
+
+
+def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
