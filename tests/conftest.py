@@ -1,4 +1,4 @@
-"""Fixtures that several files use."""
+"""Fixtures of several test files."""
 
 import logging
 from pathlib import Path
@@ -15,11 +15,11 @@ from tensormask.utils.random import preserved_random_states
 
 @pytest.fixture
 def nothing_left_behind():
-    """Whoever trains in a test leaves threads, random states and the log as they were."""
+    """Restore the number of threads, random states and the log after a test that trains."""
     package = logging.getLogger("tensormask")
     level = package.level
     threads = torch.get_num_threads()
-    # Tensors this small are slower on several threads, by far so on a busy machine.
+    # Tensors this small are slower with several threads, above all on a busy machine.
     torch.set_num_threads(1)
     with preserved_random_states():
         yield
@@ -32,7 +32,7 @@ def nothing_left_behind():
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Fake parts; `evaluations` lists the folders of the evaluations that were run."""
+    """Replace model, data and evaluation by fakes; `evaluations` lists the evaluated folders."""
     state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
 
     def fake_evaluate(model, loader, dataset, folder, **options):
@@ -45,7 +45,7 @@ def fakes(monkeypatch):
     content["issues"] = state.issues = IssueLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
     for module in (trainer, evaluator):
-        monkeypatch.setattr(module, "build_model", lambda cfg: FakeModel())
+        monkeypatch.setattr(module, "build_model", lambda cfg, **options: FakeModel())
     for module in (trainer, evaluator, run):
         monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
     monkeypatch.setattr(trainer, "build_train_loader", fake_loader)

@@ -1,9 +1,10 @@
 """A model and a loader of known behaviour, for tests of the loop; the fixture is in conftest.py.
 
-What they learn depends on the order of images, on dropout and on running statistics.
+The weights depend on the order of images, on dropout and on running statistics.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tensormask.engine.resume import load_checkpoint
 
 
 class FakeModel(nn.Module):
+    windows = SimpleNamespace(mask_sizes=())  # as `load_weights` needs
+
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
@@ -89,7 +92,7 @@ def interrupt_at(monkeypatch, iteration, error=Interrupted):
 
 
 def interrupted_run(cfg, monkeypatch, iteration):
-    go_on = interrupt_at(monkeypatch, iteration)
+    restore = interrupt_at(monkeypatch, iteration)
     with pytest.raises(Interrupted):
         trainer.train(cfg)
-    go_on()
+    restore()

@@ -1,16 +1,12 @@
 """Train or evaluate a config: `python tools/train_net.py --config-file configs/quickstart.yaml`.
 
-The options are detectron2's; `KEY VALUE` pairs at the end override the config. `--num-gpus` or
-`torchrun` start several processes.
+The options are detectron2's; `KEY VALUE` pairs at the end override the config. Several processes
+are started by `--num-gpus` or by `torchrun`.
 """
 
 import argparse
-import logging
 import sys
-import traceback
-from pathlib import Path
 
-import tensormask
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
@@ -22,41 +18,39 @@ from tensormask.evaluation import UnexpectedResultsError
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import DiskFullError
 
-logger = logging.getLogger("tensormask.commands.train")
-
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the trailing `KEY VALUE` words."""
+    """Parse the command line; `opts` is the list of trailing `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
-        description="Train a TensorMask, or evaluate one.",
+        description="Train or evaluate a TensorMask model.",
         epilog="example: train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
         "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005 OUTPUT_DIR output/small",
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint, and do not train",
+        help="do not train; evaluate MODEL.WEIGHTS, or with --resume the last checkpoint",
     )
     parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
         metavar="N",
-        help="processes on this machine, each on its own GPU, or with MODEL.DEVICE cpu on the CPU; "
-        '1: what MODEL.DEVICE says; 0: the CPU where MODEL.DEVICE is "auto" (default: 1)',
+        help="number of processes on this machine, each with its own GPU, or with MODEL.DEVICE cpu "
+        'on the CPU; 0: one process, on the CPU if MODEL.DEVICE is "auto" (default: 1)',
     )
     parser.add_argument(
-        "--num-machines", type=int, default=1, metavar="M", help="machines that take part"
+        "--num-machines", type=int, default=1, metavar="M", help="number of machines"
     )
     parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="R", help="which of them this is, from 0"
+        "--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0"
     )
     parser.add_argument(
         "--dist-url",
@@ -71,10 +65,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def setup_config(args: argparse.Namespace) -> CfgNode:
-    """Make the frozen config that the command line asks for.
+    """Build the frozen config of the command line.
 
     Raises:
-        ValueError: an option, a key or a value that is none.
+        UserError: an invalid option, key or value.
     """
     if args.num_gpus < 0:
         raise UserError(f"--num-gpus is {args.num_gpus}; give 0 or more")
@@ -89,15 +83,15 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
 
 
 def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Run this command again in each process that the options ask for; the exit code of all.
+    """Run this command in several processes, and return their common exit code.
 
     Raises:
-        ValueError: an option that makes no sense, or that contradicts `torchrun`.
+        UserError: an invalid option, or one that contradicts `torchrun`.
     """
     if distributed.is_launched():
         raise UserError(
-            "this process is one of several already (RANK and WORLD_SIZE are set), of torchrun or "
-            "the like, which says how many there are: leave out --num-gpus and --num-machines"
+            "this process was started by torchrun or the like (RANK and WORLD_SIZE are set), which "
+            "sets the number of processes: remove --num-gpus and --num-machines"
         )
     options = {
         "num_processes": max(1, args.num_gpus),
@@ -118,17 +112,16 @@ def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
     return launch([*command, *args.opts], **options)
 
 
-def is_for_the_user(error: Exception) -> bool:
-    """Tell a message that this package has for its user from a bug, there or in a library."""
-    if isinstance(error, OSError):
-        return True
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    package = Path(tensormask.__file__).resolve().parent
-    return package in raised_in.resolve().parents
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 1 for a failed run, 2 for a user's mistake."""
+    """Run the command.
+
+    Returns:
+        0; 1 for a failed run, 2 for a user's mistake, each with one line on stderr; 128 plus the
+        number of the signal that stopped the run.
+
+    Raises:
+        Exception: a bug, or a failure of the machine. Its traceback is also in `log.txt`.
+    """
     args = parse_arguments(arguments)
     try:
         cfg = setup_config(args)
@@ -139,16 +132,17 @@ def main(arguments: list[str] | None = None) -> int:
         run(cfg, resume=args.resume)
         distributed.stop()
     except (NonFiniteError, UnexpectedResultsError, DiskFullError) as error:
-        logger.error(error)
-        return EXIT_FAILED
+        return _fail(error, EXIT_FAILED)
+    except (UserError, OSError) as error:
+        return _fail(error, EXIT_MISTAKE)
     except TrainingStopped as stopped:
         return stopped.exit_code
-    except (ValueError, OSError) as error:
-        if not is_for_the_user(error):
-            raise
-        print(f"{distributed.rank_prefix()}error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
     return 0
+
+
+def _fail(error: Exception, exit_code: int) -> int:
+    print(f"{distributed.rank_prefix()}error: {error}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":  # a process that `launch_processes` started

@@ -1,8 +1,7 @@
-"""Numbers stay numbers: NaN and infinity are found in losses and gradients, and where they arise.
+"""Detection of NaN and infinity in losses, gradients and weights, and of their origin.
 
-Losses and the norm of the gradients are read in every iteration anyway, so they are always checked.
-Which module made the number is looked for only with `SOLVER.DETECT_ANOMALY`, which costs a look at
-every tensor between modules.
+Losses and the gradient norm are always checked, as they are read in every iteration. With
+`SOLVER.DETECT_ANOMALY`, every tensor between modules is checked, to find the module of origin.
 """
 
 import math
@@ -23,7 +22,7 @@ class NonFiniteError(FloatingPointError):
 def read_losses(
     losses: Mapping[str, Tensor], iteration: int, batch: list[dict]
 ) -> dict[str, float]:
-    """Read the losses as numbers.
+    """Return the losses as numbers.
 
     Raises:
         NonFiniteError: one is NaN or infinite.
@@ -39,7 +38,7 @@ def read_losses(
 
 
 def gradients_error(model: nn.Module, iteration: int, batch: list[dict]) -> NonFiniteError:
-    """The error to raise where the norm of the gradients is not finite."""
+    """Make the error for a gradient norm that is not finite."""
     names = [
         name
         for name, parameter in model.named_parameters()
@@ -47,33 +46,33 @@ def gradients_error(model: nn.Module, iteration: int, batch: list[dict]) -> NonF
     ]
     where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return NonFiniteError(
-        f"Gradient is not finite at iteration {iteration}, that of "
-        f"{where or 'no single parameter, but the norm of all'}" + _advice(batch)
+        f"Gradient is not finite at iteration {iteration}, for "
+        f"{where or 'no single parameter, but in the norm of all'}" + _advice(batch)
     )
 
 
 def _advice(batch: list[dict]) -> str:
     return (
         f". The batch: {', '.join(sample['file_name'] for sample in batch)}. "
-        "SOLVER.DETECT_ANOMALY True names the module where it arises. "
-        "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip the gradients "
+        "SOLVER.DETECT_ANOMALY True finds the module of origin. "
+        "Decrease SOLVER.BASE_LR, increase SOLVER.WARMUP_ITERS or clip the gradients "
         "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
     )
 
 
 def check_weights(model: nn.Module, where: str) -> None:
-    """Raise ValueError if a weight is NaN or infinite; `where` says where the weights are from."""
+    """Raise UserError if a weight is NaN or infinite; `where` names the file in the message."""
     names = [n for n, value in model.state_dict().items() if not value.isfinite().all()]
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise UserError(f"Not finite in {where}: {', '.join(names[:4])}{more}; take other weights")
+        raise UserError(f"Not finite in {where}: {', '.join(names[:4])}{more}; use other weights")
 
 
 def watch_modules(model: nn.Module) -> None:
-    """Have the model raise NonFiniteError, from now on, that names where a number goes bad.
+    """Add hooks to a model that raise NonFiniteError at the first number that is not finite.
 
-    That is, in this order, an image, a weight, the first module whose output is not finite, or in
-    the backward pass the last one for whose output the gradient is not.
+    They check, in this order, images, weights, the outputs of modules, and in the backward pass the
+    gradients of these outputs. The error names the image, weight or module.
     """
     model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
     for name, module in model.named_modules():
@@ -83,7 +82,7 @@ def watch_modules(model: nn.Module) -> None:
 def _check_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     for index, image in enumerate(args[0] if args else kwargs["images"]):
         if image.is_floating_point() and not image.isfinite().all():
-            raise NonFiniteError(f"Image {index} of the batch is not finite, as it was given")
+            raise NonFiniteError(f"Image {index} of the batch is not finite")
     for name, value in model.named_parameters():
         if not value.isfinite().all():
             raise NonFiniteError(f"The weight {name} is not finite before the iteration")
@@ -93,7 +92,7 @@ def _check_output(name: str, module: nn.Module, args: tuple, output: Any) -> Non
     for tensor in _floating(output):
         if not tensor.isfinite().all():
             raise NonFiniteError(
-                f"The output of {name} ({type(module).__name__}, {_counted(tensor)}) is the first "
+                f"The output of {name} ({type(module).__name__}, {_count(tensor)}) is the first "
                 "that is not finite"
             )
         if tensor.requires_grad:
@@ -103,18 +102,18 @@ def _check_output(name: str, module: nn.Module, args: tuple, output: Any) -> Non
 def _check_gradient(name: str, gradient: Tensor) -> None:
     if not gradient.isfinite().all():
         raise NonFiniteError(
-            f"The gradient of the loss by the output of {name} ({_counted(gradient)}) is the first "
-            "that is not finite: it arises in what comes after that module"
+            f"The gradient of the output of {name} ({_count(gradient)}) is the first that is not "
+            "finite: its origin is in the modules after this one"
         )
 
 
-def _counted(tensor: Tensor) -> str:
+def _count(tensor: Tensor) -> str:
     bad = int(tensor.numel() - tensor.isfinite().sum())
     return f"{bad} of {tensor.numel()} numbers of shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
 def _floating(value: Any) -> Iterator[Tensor]:
-    """The floating tensors in nested lists, tuples and dicts."""
+    """Yield the floating-point tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

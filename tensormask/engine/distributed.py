@@ -1,8 +1,7 @@
-"""Several processes with one model: how they join, and what they say to each other.
+"""Communication between the processes (ranks) of a run; `launch.py` starts the processes.
 
-A process that was started alone is rank 0 of 1, and every function here then does nothing or gives
-back what it was given, so that callers need not ask. All processes must come to the same calls in
-the same order. `launch.py` starts the processes.
+In a single process, every function here does nothing or returns its argument, so that callers need
+no special case. With several processes, all must make the same calls in the same order.
 """
 
 import ctypes
@@ -14,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,81 +21,92 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tensormask.config import CfgNode
+from tensormask.modeling import TensorMask
 from tensormask.modeling.build import resolve_device
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A process that dies is noticed at once, by its closed connections and by its launcher. This is for
-# one that hangs, and has to be longer than rank 0's scoring of a large data set.
+# Limits of the wait for a rank that hangs; a rank that dies ends the run at once, by its closed
+# connections and its launcher. Objects have a longer limit, since other ranks wait for them while
+# one rank works: while rank 0 scores a large data set, downloads a file or writes a checkpoint.
 TIMEOUT = timedelta(minutes=30)
-_PR_SET_PDEATHSIG = 1  # of Linux: a signal that comes when the parent dies
+OBJECTS_TIMEOUT = timedelta(days=2)
+_objects_group: dist.ProcessGroup | None = None  # None: the default group
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal to get when the parent dies
 
 
 def start(device: str) -> None:
-    """Join the processes of `torchrun` or `launch`, if one of them has started this one.
+    """Join the process group if `torchrun` or `launch` has started this process.
 
-    They say so in the environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and LOCAL_RANK, the
-    number on the own machine. Gloo connects processes on CPUs, NCCL those on GPUs, each of which
-    takes the GPU of its LOCAL_RANK.
+    They set the environment variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and LOCAL_RANK,
+    the rank on this machine. Gloo connects processes on CPUs; NCCL connects processes on GPUs, each
+    of which uses the GPU with the number LOCAL_RANK.
 
     Args:
         device: `MODEL.DEVICE`.
 
     Raises:
-        ValueError: one GPU is named for all processes, or there are fewer GPUs than processes.
+        UserError: `device` names a single GPU for all processes, or there are too few GPUs.
     """
+    global _objects_group
     if not is_launched():
         return
     rank, local_rank = int(os.environ["RANK"]), _local_rank()
     on_gpu = resolve_device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(_own_gpu(device, local_rank))
-    # Gloo besides NCCL: objects stay on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=OBJECTS_TIMEOUT)
+    _objects_group = cast(dist.ProcessGroup, group)
     sys.excepthook = _print_traceback
     if rank > 0:
-        _say_errors_only()
+        _log_errors_only()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # Without the agent, which would have stopped it, no process shall stay behind. Not SIGTERM,
-        # which would come for each thread of the agent.
+        # If the agent dies, which would stop this process, the kernel kills it. Not SIGTERM, which
+        # would be sent when any thread of the agent ends.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def is_launched() -> bool:
-    """Whether `torchrun`, `launch` or their like has started this process."""
+    """Return whether `torchrun`, `launch` or a similar launcher has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def stop() -> None:
-    """Leave the other processes, at the end of a run."""
+    """Leave the process group at the end of a run."""
+    global _objects_group
+    _objects_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def get_rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes, on all machines together."""
+    """Return the number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, the one that writes files and the log."""
+    """Return whether this is rank 0, which writes the files and the log."""
     return get_rank() == 0
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """The model whose backward averages the gradients over all processes; alone, `model` itself.
+    """Wrap a model such that its backward pass averages the gradients over all ranks.
 
-    Its parameters are those of `model`, from now on with rank 0's values. Every parameter must get
-    a gradient in every backward, on every rank. Buffers are not kept equal: see `sync_buffers`.
+    All parameters get rank 0's values. Every parameter must receive a gradient in every backward
+    pass on every rank. Buffers are not synchronised: see `sync_buffers`.
+
+    Returns:
+        A DistributedDataParallel model; in a single process, `model` itself.
 
     Raises:
-        ValueError: SyncBN, which exists on GPUs only, in a model on the CPU.
+        UserError: the model has SyncBN, which supports GPUs only, and is on the CPU.
     """
     if not dist.is_initialized():
         return model
@@ -107,19 +117,20 @@ def wrap(model: nn.Module) -> nn.Module:
             "to GN, BN or FrozenBN"
         )
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # in each forward; its argument has another name since 2.13
+    # Not an argument, which has another name since PyTorch 2.13.
+    wrapped.broadcast_buffers = False
     return wrapped
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model that `wrap` was given."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def unwrap(model: nn.Module) -> TensorMask:
+    """Return the model that was passed to `wrap`."""
+    return cast(TensorMask, model.module if isinstance(model, DistributedDataParallel) else model)
 
 
 def sync_buffers(model: nn.Module) -> None:
-    """Give all ranks rank 0's buffers: a batch norm's statistics are of its own process's batches.
+    """Copy rank 0's buffers to all ranks: each rank has batch norm statistics of its own images.
 
-    Training does not read them; an evaluation does, and a checkpoint holds rank 0's.
+    Training does not read them; an evaluation does, and a checkpoint has rank 0's.
     """
     if get_world_size() > 1:
         for buffer in model.buffers():
@@ -127,13 +138,13 @@ def sync_buffers(model: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all ranks call this, for up to `OBJECTS_TIMEOUT`."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=_objects_group)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on its device; `tensor` itself stays as it is."""
+    """Return the sum of a tensor over all ranks, on its device; `tensor` is not changed."""
     if not dist.is_initialized():
         return tensor
     total = tensor.detach().clone()
@@ -142,37 +153,37 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, on its device; `tensor` itself stays as it is."""
+    """Return the mean of a tensor over all ranks, on its device; `tensor` is not changed."""
     return all_reduce_sum(tensor) / get_world_size() if dist.is_initialized() else tensor
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process: the same answer in all of them."""
+    """Return in every rank whether the flag is set in any rank."""
     if not dist.is_initialized():
         return flag
-    # Over the network of the GPUs where there is one: this is asked in every iteration.
+    # Over NCCL where available: this is called in every iteration.
     on_gpu = "nccl" in dist.get_backend_config()
     return bool(all_reduce_sum(torch.tensor(float(flag), device="cuda" if on_gpu else "cpu")) > 0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each process has given, by rank, in all of them. Small plain objects only."""
+    """Gather a small picklable object from every rank; every rank gets the list, by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_objects_group)
     return values
 
 
 def gather_lists(items: list[Any]) -> list[Any]:
-    """The items of all processes, by rank, in all of them; quick where there are none."""
+    """Concatenate the lists of all ranks, ordered by rank; fast if all are empty."""
     if not any_rank(bool(items)):
         return []
     return [item for of_rank in gather_objects(items) for item in of_rank]
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raise ValueError in all processes unless all have given the same, a small plain object."""
+    """Raise UserError unless all ranks pass an equal `value`, a small picklable object."""
     for rank, other in enumerate(gather_objects(value)):
         if other != value:
             raise UserError(
@@ -182,20 +193,20 @@ def check_same(what: str, value: Any) -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What rank 0 has given, in all processes. Small plain objects only."""
+    """Return rank 0's `value`, a small picklable object, in every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_objects_group)
     return values[0]
 
 
 @contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Run a block in the first process of each machine, and only then in the others.
+    """Run a block in the first process of each machine, and then in its other processes.
 
-    For files that are made at first use: they are made once, and there when the others look. An
-    error of the first is no one's wait: the others then run into it themselves.
+    For files that are created at first use: one process creates them, the others find them. If the
+    block fails in the first process, the others do not wait, and fail themselves.
     """
     if _local_rank() > 0:
         barrier()
@@ -207,17 +218,17 @@ def first_on_machine() -> Iterator[None]:
 
 
 def scale_to_world_size(cfg: CfgNode) -> CfgNode:
-    """Fit a config to the number of processes if `SOLVER.REFERENCE_WORLD_SIZE` says its own.
+    """Scale a config from `SOLVER.REFERENCE_WORLD_SIZE` processes to the actual number.
 
-    As in detectron2, with s processes for each one of the reference: batch and learning rate are
-    multiplied by s; MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are
-    divided by it and rounded. The reference is then the number of processes.
+    As in detectron2, with s = actual / reference: batch size and learning rate are multiplied by s;
+    MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are divided by s and
+    rounded. REFERENCE_WORLD_SIZE becomes the actual number.
 
     Returns:
-        `cfg` itself where there is nothing to change, else a frozen copy.
+        A frozen copy; `cfg` itself if the reference is 0 (off) or the actual number.
 
     Raises:
-        ValueError: the reference is negative, or the batch does not divide by it.
+        UserError: the reference is negative, or does not divide the batch size.
     """
     reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, get_world_size()
     if reference in (0, world_size):
@@ -225,13 +236,13 @@ def scale_to_world_size(cfg: CfgNode) -> CfgNode:
     if reference < 0 or cfg.SOLVER.IMS_PER_BATCH % reference:
         raise UserError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must be 0 (off), or the number of "
-            f"processes that SOLVER.IMS_PER_BATCH, {cfg.SOLVER.IMS_PER_BATCH}, is meant for, and "
-            "divide it"
+            f"processes that the config is for, which must divide SOLVER.IMS_PER_BATCH, "
+            f"{cfg.SOLVER.IMS_PER_BATCH}"
         )
     scale = world_size / reference
 
     def shortened(iterations: int) -> int:
-        # What is on stays on: a period of 0 would mean never.
+        # At least 1, since 0 switches a period off.
         return max(1, round(iterations / scale)) if iterations > 0 else iterations
 
     cfg = cfg.clone()
@@ -248,7 +259,7 @@ def scale_to_world_size(cfg: CfgNode) -> CfgNode:
     solver.REFERENCE_WORLD_SIZE = world_size
     cfg.freeze()
     logger.info(
-        "The config is for %d processes and there are %d: SOLVER.IMS_PER_BATCH %d, BASE_LR %g, "
+        "Config scaled from %d processes to %d: SOLVER.IMS_PER_BATCH %d, BASE_LR %g, "
         "MAX_ITER %d, STEPS %s, WARMUP_ITERS %d, CHECKPOINT_PERIOD %d, TEST.EVAL_PERIOD %d",
         *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
         *(solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
@@ -263,25 +274,25 @@ def _local_rank() -> int:
 def _own_gpu(device: str, local_rank: int) -> int:
     if torch.device("cuda" if device == "auto" else device).index is not None:
         raise UserError(
-            f"MODEL.DEVICE is {device!r}, but each process has a GPU of its own: write 'cuda' or "
-            "'auto', and choose GPUs with CUDA_VISIBLE_DEVICES"
+            f"MODEL.DEVICE is {device!r}, but each process needs a GPU of its own: set it to "
+            "'cuda' or 'auto', and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise UserError(
-            f"process {local_rank + 1} of this machine finds no GPU, there are {num_gpus}: start "
-            "fewer (--num-gpus, torchrun's --nproc-per-node), or set MODEL.DEVICE to 'cpu'"
+            f"no GPU for process {local_rank + 1} of this machine, which has {num_gpus}: start "
+            "fewer processes (--num-gpus, torchrun's --nproc-per-node), or set MODEL.DEVICE 'cpu'"
         )
     return local_rank
 
 
 def rank_prefix() -> str:
-    """What a line of this process begins with where those of several come together."""
+    """Return "rank 1: " or the like, the prefix of console lines if there are several ranks."""
     return f"rank {get_rank()}: " if get_world_size() > 1 else ""
 
 
-def _say_errors_only() -> None:
-    """What goes well is said by rank 0; an error is said by who has it."""
+def _log_errors_only() -> None:
+    """Log errors of this rank to stderr; info comes from rank 0 only."""
     package = logging.getLogger("tensormask")
     package.setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
@@ -290,6 +301,6 @@ def _say_errors_only() -> None:
 
 
 def _print_traceback(*error: Any) -> None:
-    """A `sys.excepthook` whose lines say which process they are of."""
+    """Print a traceback with the rank before each line: a `sys.excepthook`."""
     lines = "".join(traceback.format_exception(*error)).splitlines()
     sys.stderr.write("".join(f"{rank_prefix()}{line}\n" for line in lines))

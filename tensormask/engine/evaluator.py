@@ -1,11 +1,10 @@
-"""Evaluation of a config: of weights by themselves, and of a model while it is trained."""
+"""Evaluation of a config's data sets: of a weights file, and of a model in training."""
 
 import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode
@@ -19,6 +18,7 @@ from tensormask.data import (
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine.distributed import (
+    barrier,
     broadcast_object,
     first_on_machine,
     gather_lists,
@@ -28,11 +28,11 @@ from tensormask.engine.distributed import (
     is_main_process,
     sync_buffers,
 )
-from tensormask.engine.events import append_issues, setup_logging
+from tensormask.engine.events import append_issues
+from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import checkpoint_to_resume, restore_model
-from tensormask.engine.run_folder import lock_folder
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
-from tensormask.modeling import build_model
+from tensormask.modeling import TensorMask, build_model
 from tensormask.utils.errors import UserError
 from tensormask.utils.random import preserved_random_states
 from tensormask.visualization.instances import unique_stem
@@ -40,60 +40,57 @@ from tensormask.visualization.instances import unique_stem
 logger = logging.getLogger(__name__)
 
 
-def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
-    """Evaluate the weights in `MODEL.WEIGHTS`, or with `resume` the last checkpoint's.
+def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Evaluate `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`.
 
     Returns:
-        The results, as `evaluate_all` gives them; with `resume` and `SOLVER.EMA` also those of the
-        checkpoint's averaged weights, under "ema".
+        The results of `evaluate_all`; with `resume` and `SOLVER.EMA` also those of the checkpoint's
+        averaged weights, under "ema".
 
     Raises:
-        ValueError: something in the config, the data or the weights does not fit, or a run uses the
-            folder.
-        UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
+        UserError: an invalid config, data set or weights file, or another run uses `OUTPUT_DIR`.
+        UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
-    with lock_folder(output_dir):
-        if is_main_process():
-            setup_logging(output_dir)
+    with open_output_dir(output_dir):
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
-        with first_on_machine():  # a set may be drawn now
+        with first_on_machine():  # this can draw a data set
             check_evaluation(cfg)
         reporter = build_issue_reporter(cfg, cfg.DATASETS.TEST)
         model = build_model(cfg)
         if checkpoint is not None:
             restore_model(checkpoint, model)
         elif cfg.MODEL.WEIGHTS:
-            with first_on_machine():  # a file may be downloaded now
+            with first_on_machine():  # this can download a file
                 loaded = load_weights(model, cfg.MODEL.WEIGHTS)
             check_complete(loaded, cfg.MODEL.WEIGHTS)
         else:
             raise UserError(
-                "There are no weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
-                "or --resume to take the last checkpoint in OUTPUT_DIR"
+                "No weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
+                "or --resume to use the last checkpoint in OUTPUT_DIR"
             )
         results = evaluate_all(cfg, model, output_dir, reporter)
         if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
-            logger.info("The same with averaged weights (SOLVER.EMA):")
+            logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
             restore_model(checkpoint["ema"], model)
             averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
             results = {**results, "ema": averaged}
         if is_main_process():
             append_issues(output_dir, reporter.pop_record())
-        reporter.log_found()
+        reporter.log_new()
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
         return results
 
 
 def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> None:
-    """Find mistakes that would else come up only in the evaluation, after hours of training.
+    """Check the evaluation's options and data sets, before hours of training.
 
     Args:
-        trained_on: the set whose classes the test sets must have; an evaluation by itself needs
-            no training data.
+        trained_on: the training set, whose classes the test sets must have; None to evaluate
+            without training.
 
     Raises:
-        ValueError: a test set or an option of the evaluation does not fit.
+        UserError: an invalid test set or option.
     """
     build_test_transform(cfg)
     if cfg.TEST.MAX_DETS < 1:
@@ -105,53 +102,52 @@ def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> Non
             continue
         if sorted(dataset.class_names) == sorted(trained_on.class_names):
             raise UserError(
-                f"{name} and {trained_on.name} have their classes in another order, "
+                f"{name} and {trained_on.name} have the same classes in different orders, "
                 f"{dataset.class_names} and {trained_on.class_names}: give them equal category ids"
             )
         logger.warning(
-            "%s and %s name their classes differently, %s and %s; they are matched by their order",
+            "%s and %s have different class names, %s and %s; they are matched by their order",
             *(name, trained_on.name, dataset.class_names, trained_on.class_names),
         )
 
 
 def evaluate_all(
-    cfg: CfgNode, model: nn.Module, output_dir: str | Path, reporter: IssueReporter
-) -> dict[str, dict[str, float]]:
-    """Evaluate on every set in `DATASETS.TEST`, and log the results.
+    cfg: CfgNode, model: TensorMask, output_dir: str | Path, reporter: IssueReporter
+) -> dict[str, Any]:
+    """Evaluate a model on every set in `DATASETS.TEST`, and log the results.
 
-    Several processes take a part of the images each; `output_dir` must be the same folder for
-    all. The results are the same in all of them.
-
-    The model's mode and the random generators are afterwards as they were before. Files go to
-    `output_dir/inference`, with several sets to a folder for each below it.
+    Each rank runs the model on its share of the images; `output_dir` must be the same folder for
+    all. Every rank returns the same results. The model's mode and the random generators are
+    restored. Files are written to `output_dir/inference`, for several sets to one subfolder each.
 
     Returns:
         `{"bbox": {"AP", ...}, "segm": {...}}` in percent, with `TEST.ORACLE_ON` also `"oracle"`:
-        what true masks score that are seen through the windows. With several sets this is nested
-        once more: `{set's name: {"bbox": ...}}`.
+        the score of ground-truth masks represented in the model's windows. Several sets add a
+        level: `{name of the set: {"bbox": ...}}`.
     """
     sync_buffers(model)
     names = list(dict.fromkeys(cfg.DATASETS.TEST))
-    results, taken = {}, set()
+    results: dict[str, Any] = {}
+    taken: set[str] = set()
     for name in names:
         folder = Path(output_dir) / "inference"
         if len(names) > 1:
             folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
-        # A run that is evaluated on the way must train like one that is not.
+        # Training must not depend on whether and when a run is evaluated.
         with preserved_random_states():
             results[name] = _evaluate_one(cfg, model, name, folder, reporter)
     return results[names[0]] if len(names) == 1 else results
 
 
 def _evaluate_one(
-    cfg: CfgNode, model: nn.Module, name: str, folder: Path, reporter: IssueReporter
-) -> dict[str, dict[str, float]]:
+    cfg: CfgNode, model: TensorMask, name: str, folder: Path, reporter: IssueReporter
+) -> dict[str, Any]:
     dataset = get_dataset(name)
     logger.info("Evaluating on %s: %d images", name, len(dataset))
     rank, world_size = get_rank(), get_world_size()
     results = evaluate(
         model,
-        reporter.watch(build_test_loader(cfg, dataset, rank=rank, world_size=world_size)),
+        reporter.wrap(build_test_loader(cfg, dataset, rank=rank, world_size=world_size)),
         dataset,
         folder,
         max_dets=cfg.TEST.MAX_DETS,
@@ -160,25 +156,32 @@ def _evaluate_one(
         rank=rank,
         gather=gather_objects,
     )
-    reporter.take([{"issues": gather_lists(reporter.pop_found())}])
-    if results:  # none: test-dev, where nothing is there to compare with, and above rank 0
-        oracle = None
-        if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON:
-            oracle = evaluate_oracle(
-                model, dataset, build_test_transform(cfg), max_dets=cfg.TEST.MAX_DETS
-            )["segm"]
+    barrier()  # Wait for rank 0's scoring, which can take longer than collectives on GPUs allow.
+    reporter.add([{"issues": gather_lists(reporter.pop_new())}])
+    oracle = None
+    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON and dataset.has_annotations:
+        oracle = evaluate_oracle(
+            model,
+            dataset,
+            build_test_transform(cfg),
+            max_dets=cfg.TEST.MAX_DETS,
+            rank=rank,
+            world_size=world_size,
+            gather=gather_objects,
+        ).get("segm")
+    if results:  # empty for test-dev, which has no annotations, and above rank 0
         logger.info("Results on %s\n%s", name, results_table(results, oracle))
         results = results if oracle is None else {**results, "oracle": oracle}
     return broadcast_object(results)
 
 
 def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:
-    """The reporter of the issues of some data sets; says those that are known already.
+    """Build the reporter of the data sets' issues, and log the known ones.
 
-    With `DATASETS.STRICT` all images are opened first.
+    With `DATASETS.STRICT`, all images are opened first.
 
     Raises:
-        ValueError: there are issues and `DATASETS.STRICT` is on.
+        UserError: a set has issues and `DATASETS.STRICT` is on.
     """
     datasets = {name: get_dataset(name) for name in names}
     if cfg.DATASETS.STRICT:

@@ -1,4 +1,4 @@
-"""What a run says of itself: the log, a console line, `metrics.json`, TensorBoard."""
+"""Logging of a run: console, `log.txt`, progress, `metrics.json` and TensorBoard."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -19,21 +20,16 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tensormask.engine.distributed import is_main_process
-from tensormask.utils.files import disk_full_explained, write_atomically
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from tensormask.utils.errors import UserError
+from tensormask.utils.files import reraise_disk_full, write_atomically
 
 logger = logging.getLogger(__name__)
 
 ETA_ITERATIONS = 200
-Results = Mapping[str, Mapping[str, float]]
 
 
 def setup_logging(output_dir: str | Path) -> None:
-    """Send the messages of this package to the console and, after what is there, to `log.txt`.
+    """Send this package's log messages to the console, and append them to `log.txt` in a folder.
 
     A second call moves the log to another folder.
     """
@@ -42,19 +38,35 @@ def setup_logging(output_dir: str | Path) -> None:
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
-    log_file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8")
-    # A full disk is said once, by the error of what needs the space, not by every line.
-    log_file.handleError = lambda record: None
     console = logging.StreamHandler(sys.stdout)
-    console.addFilter(lambda record: not (_is_progress(record) and sys.stderr.isatty()))
+    console.addFilter(lambda record: getattr(record, "on_console", True))
     form = logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%m/%d %H:%M:%S")
-    for handler in (console, log_file):
+    for handler in (console, _LogFile(Path(output_dir) / "log.txt", encoding="utf-8")):
         handler.setFormatter(form)
         package.addHandler(handler)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ignore a full disk: whatever needs the space raises it once, not every log line."""
+
+
+def log_error(error: Exception) -> None:
+    """Write the error that ends a run to `log.txt` only, with a traceback if it is no `UserError`.
+
+    The command or Python prints it on the console.
+    """
+    traceback = None if isinstance(error, UserError) else error
+    logger.error("%s", error, exc_info=traceback, extra={"on_console": False})
+
+
 def json_line(record: Mapping[str, object]) -> str:
-    """Write a record as one line of valid JSON; NaN and infinities become null."""
+    """Format a record as one line of valid JSON; NaN and infinities become null.
+
+    Example:
+        >>> json_line({"iteration": 19, "loss": math.nan})
+        '{"iteration": 19, "loss": null}\\n'
+    """
     valid = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
@@ -62,9 +74,14 @@ def json_line(record: Mapping[str, object]) -> str:
     return json.dumps(valid, allow_nan=False) + "\n"
 
 
-def flatten_results(results: Results) -> dict[str, float]:
-    """Name each number by its way through nested results: `{"bbox/AP": 40.0, ...}`."""
-    flat = {}
+def flatten_results(results: Mapping[str, Any]) -> dict[str, float]:
+    """Flatten nested results to `{"bbox/AP": 40.0, ...}`.
+
+    Example:
+        >>> flatten_results({"bbox": {"AP": 40.0}, "ema": {"bbox": {"AP": 41.0}}})
+        {'bbox/AP': 40.0, 'ema/bbox/AP': 41.0}
+    """
+    flat: dict[str, float] = {}
     for key, value in results.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}/{name}": number for name, number in flatten_results(value).items()}
@@ -74,7 +91,7 @@ def flatten_results(results: Results) -> dict[str, float]:
 
 
 def format_progress(iteration: int, max_iter: int, metrics: Mapping[str, float]) -> str:
-    """Make the console line of a training iteration from its metrics (`metrics.json`'s names)."""
+    """Format the console line of an iteration from its metrics (named as in `metrics.json`)."""
     eta = timedelta(seconds=round(metrics["eta_seconds"]))
     losses = "  ".join(f"{k}: {v:.4g}" for k, v in metrics.items() if _is_loss(k))
     times = "  ".join(f"{k}: {v:.4f}" for k, v in metrics.items() if k.endswith("time"))
@@ -90,17 +107,13 @@ def _is_loss(name: str) -> bool:
 
 
 def log_progress(line: str) -> None:
-    """Log a line that a terminal does not get, as it has `progress_bar`."""
-    logger.info(line, extra={"progress": True})
-
-
-def _is_progress(record: logging.LogRecord) -> bool:
-    return getattr(record, "progress", False)
+    """Log a line of progress; a terminal shows `progress_bar` instead."""
+    logger.info(line, extra={"on_console": not sys.stderr.isatty()})
 
 
 @contextmanager
 def progress_bar(start: int, max_iter: int) -> Iterator[tqdm]:
-    """A bar over the iterations on a terminal, which log lines pass above; nothing elsewhere."""
+    """Show a progress bar below the log lines if stderr is a terminal; else a disabled bar."""
     shown = sys.stderr.isatty() and is_main_process()
     loggers = [logging.getLogger("tensormask")] if shown else []
     with (
@@ -111,26 +124,28 @@ def progress_bar(start: int, max_iter: int) -> Iterator[tqdm]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has had, in MiB: tensors on a GPU, else all of it."""
+    """Return the peak memory of this process in MiB: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def format_summary(rows: Mapping[str, object]) -> str:
-    """The table at the end of a run."""
+    """Format the table at the end of a run."""
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 class RecentMetrics:
-    """Collects the metrics of the iterations since the last line, and foretells the end.
+    """Collect the metrics of the iterations since the last log line, and estimate the time left.
 
-    A line shows medians over its iterations, which a single slow or unlucky one does not move; the
-    time left is the mean of the last 200 iterations times those that are left.
+    A line shows medians over its iterations, since they ignore outliers. The time left is the mean
+    time of the last 200 iterations times the number of remaining ones.
     """
 
     def __init__(self) -> None:
@@ -138,14 +153,14 @@ class RecentMetrics:
         self._times: deque[float] = deque(maxlen=ETA_ITERATIONS)
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of one iteration; `time` is its length in seconds."""
+        """Add the metrics of one iteration; `time` is its duration in seconds."""
         for name, value in metrics.items():
             self._values.setdefault(name, []).append(value)
         self._times.append(metrics["time"])
 
     def pop_medians(self) -> dict[str, float]:
-        """Give the median of each metric since the last call, and start afresh."""
-        medians = {name: statistics.median(values) for name, values in self._values.items()}
+        """Return the median of each metric since the last call, without NaNs, and clear them."""
+        medians = {name: _median(values) for name, values in self._values.items()}
         self._values.clear()
         return medians
 
@@ -154,27 +169,33 @@ class RecentMetrics:
         return statistics.fmean(self._times) * iterations_left
 
 
-class MetricsWriter:
-    """Appends records to `metrics.json` and TensorBoard, each under its iteration (from 0).
+def _median(values: Sequence[float]) -> float:
+    """Return the median of the numbers that are not NaN; NaN if all are."""
+    return statistics.median([v for v in values if not math.isnan(v)] or [math.nan])
 
-    Of several processes only rank 0 writes.
+
+class MetricsWriter:
+    """Write records to `metrics.json` and TensorBoard, each with its iteration (from 0).
+
+    Only rank 0 writes.
 
     Raises:
-        DiskFullError: from any method, if there is no space left.
+        DiskFullError: from any method, if the disk is full.
     """
 
     def __init__(self, output_dir: str | Path, start_iteration: int) -> None:
         self._path = Path(output_dir) / "metrics.json"
-        self._file = self._board = None
+        self._file: IO[str] | None = None
+        self._board: SummaryWriter | None = None
         if is_main_process():
             drop_metrics_from(self._path, start_iteration)
             self._file = open(self._path, "a", encoding="utf-8")
-            # purge_step hides what a stopped run wrote beyond the checkpoint.
+            # purge_step hides the records that a stopped run wrote after its checkpoint.
             self._board = SummaryWriter(str(output_dir), purge_step=start_iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics, if any; `metrics.json` is flushed, so that a kill loses no line."""
-        if not metrics or self._file is None:
+        if not metrics or self._board is None:
             return
         self._write_line({"iteration": iteration, **metrics})
         for name, value in metrics.items():
@@ -183,57 +204,46 @@ class MetricsWriter:
 
     def write_issues(self, iteration: int, issues: Mapping[str, object] | None) -> None:
         """Append a line `{"iteration": ..., "issues": ...}` to `metrics.json`, if there are any."""
-        if issues is not None and self._file is not None:
+        if issues is not None:
             self._write_line({"iteration": iteration, "issues": issues})
 
     def write_evaluation(
         self, iteration: int, inference_dir: str | Path, *, drawn: bool, prefix: str = ""
     ) -> None:
-        """Show TensorBoard what an evaluation has left in its folder, or in those of its sets.
+        """Add the files of an evaluation, of one or more data sets, to TensorBoard.
 
-        That are the sheet of predictions beside ground truth, and the curves of precision over
-        recall, without the counts that TensorBoard would show with them.
+        These are the montage of predictions beside ground truth, and the precision-recall curves,
+        without the counts that TensorBoard usually shows with them.
 
         Args:
-            drawn: whether this evaluation has drawn images; those that are there may be of an
-                earlier one.
+            drawn: whether this evaluation has drawn images; existing ones may be of an earlier one.
         """
         if self._board is None:
             return
-        sheets = sorted(Path(inference_dir).glob("**/montage.png")) if drawn else []
-        for path in sheets:
+        montages = sorted(Path(inference_dir).glob("**/montage.png")) if drawn else []
+        for path in montages:
             tag = prefix + str(path.parent.relative_to(inference_dir) / "predictions")
-            image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-            self._board.add_image(tag, image, iteration, dataformats="HWC")
+            if (image := cv2.imread(str(path))) is not None:
+                self._board.add_image(tag, image[..., ::-1], iteration, dataformats="HWC")
         for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
             for task, curves in json.loads(path.read_text()).items():
                 for name, precision in curves.items():
                     tag = prefix + str(path.parent.relative_to(inference_dir) / task / name)
-                    self._write_curve(iteration, tag, precision)
-
-    def _write_curve(self, iteration: int, tag: str, precision: Sequence[float]) -> None:
-        if not precision:
-            return
-        # TensorBoard's order is that of thresholds on the score: recall falls.
-        falling, nothing = np.array(precision[::-1]), np.zeros(len(precision))
-        self._board.add_pr_curve_raw(
-            tag,
-            *(nothing, nothing, nothing, nothing),
-            precision=falling,
-            recall=np.linspace(1, 0, len(precision)),
-            global_step=iteration,
-            num_thresholds=len(precision),
-        )
+                    if precision:
+                        _write_curve(self._board, tag, precision, iteration)
 
     def _write_line(self, record: Mapping[str, object]) -> None:
-        with disk_full_explained(self._path):
-            self._file.write(json_line(record))
-            self._file.flush()
+        if self._file is not None:
+            with reraise_disk_full(self._path):
+                self._file.write(json_line(record))
+                self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            with disk_full_explained(self._path):
+        """Close the files."""
+        with reraise_disk_full(self._path):
+            if self._file is not None:
                 self._file.close()
+            if self._board is not None:
                 self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -243,25 +253,38 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, object]]:
-    """The records of a `metrics.json`, without a line that a killed run has left half written."""
+def _write_curve(board: SummaryWriter, tag: str, precision: list[float], iteration: int) -> None:
+    # TensorBoard orders a curve by threshold on the score: recall decreases.
+    no_counts = np.zeros(len(precision))
+    board.add_pr_curve_raw(
+        tag,
+        *(no_counts, no_counts, no_counts, no_counts),
+        precision=np.array(precision[::-1]),
+        recall=np.linspace(1, 0, len(precision)),
+        global_step=iteration,
+        num_thresholds=len(precision),
+    )
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the records of a `metrics.json`, without an incomplete line of a killed run."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
 
 
 def append_issues(output_dir: str | Path, issues: Mapping[str, object] | None) -> None:
-    """Append the issues that an evaluation by itself has found to `metrics.json`, if any."""
+    """Append the issues found by an evaluation without training to `metrics.json`, if any."""
     if issues is not None:
         with open(Path(output_dir) / "metrics.json", "a", encoding="utf-8") as file:
             file.write(json_line({"iteration": 0, "issues": issues}))
 
 
 def drop_metrics_from(path: str | Path, start_iteration: int) -> None:
-    """Keep the lines of a `metrics.json` before `start_iteration`, so that none comes up twice.
+    """Remove the records of a `metrics.json` from `start_iteration` on: the run repeats them.
 
-    A line that is no JSON, as a killed run leaves it at the end, goes too. What goes is counted in
-    the log.
+    Incomplete lines, which a killed run can leave, are removed too. The log has the number of
+    removed lines.
     """
     path = Path(path)
     if not path.is_file():
@@ -270,7 +293,7 @@ def drop_metrics_from(path: str | Path, start_iteration: int) -> None:
     kept = [line for line in lines if _iteration_of(line) < start_iteration]
     if len(kept) < len(lines):
         logger.info(
-            "%s: %d of %d lines of an earlier run dropped, from iteration %d on",
+            "%s: removed %d of %d lines of an earlier run, from iteration %d on",
             path,
             len(lines) - len(kept),
             len(lines),

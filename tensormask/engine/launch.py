@@ -1,7 +1,7 @@
-"""Starts a command once for each process of a run, with what `distributed.start` needs to know.
+"""Start the processes of a run, with the environment variables that `distributed.start` reads.
 
-The work is done by the agent behind `torchrun`: it watches the processes, stops all when one dies,
-and hands signals on.
+This uses `torchrun`'s agent, which monitors the processes, stops all if one dies, and forwards
+signals.
 """
 
 import re
@@ -24,17 +24,17 @@ AUTO = "auto"
 def check_launch(
     *, device: str, num_processes: int, num_machines: int, machine_rank: int, dist_url: str
 ) -> None:
-    """Find what is wrong with the numbers that `launch` takes.
+    """Check the arguments of `launch`.
 
     Args:
         device: `MODEL.DEVICE`.
-        num_processes: on each machine, each with its own GPU unless `device` is the CPU.
-        num_machines: that take part.
-        machine_rank: which of them this is, from 0.
-        dist_url: `tcp://host:port` of machine 0, or for one machine "auto", a free port.
+        num_processes: per machine; each process has its own GPU unless `device` is the CPU.
+        num_machines: number of machines.
+        machine_rank: number of this machine, from 0.
+        dist_url: `tcp://host:port` of machine 0; for a single machine also "auto", a free port.
 
     Raises:
-        ValueError: one of them is no such number or address, or there are not enough GPUs.
+        UserError: an invalid number or address, or too few GPUs.
     """
     if num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise UserError(
@@ -43,8 +43,8 @@ def check_launch(
         )
     if dist_url == AUTO and num_machines > 1:
         raise UserError(
-            "--dist-url auto is for one machine: give all of them the address of machine 0 and a "
-            "port that is free there, such as --dist-url tcp://10.0.0.1:29500"
+            "--dist-url auto is for one machine: give all machines the address of machine 0 and a "
+            "free port on it, such as --dist-url tcp://10.0.0.1:29500"
         )
     if dist_url != AUTO:
         _endpoint(dist_url)
@@ -52,7 +52,7 @@ def check_launch(
     on_cpu = resolve_device(device).type == "cpu"
     if num_processes > 1 and (device == AUTO if on_cpu else num_processes > num_gpus):
         raise UserError(
-            f"--num-gpus is {num_processes}, but this machine has {num_gpus} that can be used; "
+            f"--num-gpus is {num_processes}, but this machine has {num_gpus} available GPUs; "
             f"MODEL.DEVICE cpu starts {num_processes} processes on the CPU"
         )
 
@@ -67,26 +67,24 @@ def launch(
 ) -> int:
     """Run a command in `num_processes` processes of this machine, and wait for all of them.
 
-    The numbers are those of `check_launch`.
+    `check_launch` has the arguments.
 
     Returns:
-        0 if all processes gave it, the exit code of the first that did not (1 if a signal ended
-        it), or 128 and the number of the signal that ended the wait.
+        0 if all processes return 0; else the exit code of the first that fails (1 if a signal ended
+        it), or 128 plus the number of the signal that stopped this process.
 
     Raises:
-        ValueError: the machines, or the processes, do not find each other by `dist_url`.
+        UserError: the processes cannot connect through `dist_url`.
     """
-    if dist_url == AUTO:
-        rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    else:
-        rendezvous = {"rdzv_backend": "static", "rdzv_endpoint": _endpoint(dist_url)}
-        rendezvous["rdzv_configs"] = {"rank": machine_rank}
+    auto = dist_url == AUTO
     config = LaunchConfig(
         min_nodes=num_machines,
         max_nodes=num_machines,
         nproc_per_node=num_processes,
-        run_id="tensormask",  # the same on all machines; each run has a store of its own
-        **rendezvous,
+        run_id="tensormask",  # equal on all machines; each run has its own store
+        rdzv_backend="c10d" if auto else "static",
+        rdzv_endpoint="localhost:0" if auto else _endpoint(dist_url),
+        rdzv_configs={} if auto else {"rank": machine_rank},
         local_addr="localhost" if num_machines == 1 else None,
         max_restarts=0,
     )
@@ -94,8 +92,8 @@ def launch(
         launch_agent(config, command[0], list(command[1:]))
     except dist.DistError as error:
         raise UserError(
-            f"the processes cannot meet by --dist-url {dist_url}: {error}. Give the address of "
-            "machine 0, and a port that is free there and open to all machines"
+            f"the processes cannot connect through --dist-url {dist_url}: {error}. Give the "
+            "address of machine 0, and a free port on it that all machines can reach"
         ) from error
     except SignalException as stopped:
         return 128 + stopped.sigval
@@ -114,8 +112,8 @@ def launch(
 
 
 def _endpoint(dist_url: str) -> str:
-    """`host:port` of an address."""
-    found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([1-9][0-9]{0,4})/?", dist_url)
-    if not found or int(found[2]) > 65535:
-        raise UserError(f"--dist-url is {dist_url!r}: write auto, or tcp://host:port")
-    return f"{found[1]}:{found[2]}"
+    """Return `host:port` of an address."""
+    match = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([1-9][0-9]{0,4})/?", dist_url)
+    if not match or int(match[2]) > 65535:
+        raise UserError(f"--dist-url is {dist_url!r}; it must be auto or tcp://host:port")
+    return f"{match[1]}:{match[2]}"

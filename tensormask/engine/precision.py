@@ -1,4 +1,4 @@
-"""Number formats of training: half precision with its loss scale, and what float32 means."""
+"""Precision of training: autocast to half precision, loss scaling, and TF32."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,26 +11,27 @@ from tensormask.modeling.build import autocast_dtype
 from tensormask.utils.errors import UserError
 
 _FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
-# Below this scale float16 does not underflow any more: gradients that are not finite are an issue.
+# At this loss scale, scaling is not the reason for a gradient that is not finite.
 _MIN_SCALE = 1.0
 
 Autocast = Callable[[], AbstractContextManager]
 
 
 def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.amp.GradScaler]:
-    """The context for forward pass and losses that `SOLVER.AMP` asks for, and the loss scaler.
+    """Build the autocast context for forward pass and losses, and the loss scaler (`SOLVER.AMP`).
 
-    bfloat16 has float32's range and needs no scaler, so only float16's is enabled; a disabled one
-    hands everything through.
+    The scaler is enabled for float16 only, since bfloat16 has float32's range. A disabled scaler
+    changes nothing.
 
     Raises:
-        ValueError: an unknown `SOLVER.AMP.DTYPE`, or a GPU that does not have it.
+        UserError: an unknown `SOLVER.AMP.DTYPE`, or one that the GPU does not support.
     """
     dtype = autocast_dtype("SOLVER.AMP", cfg.SOLVER.AMP)
     if dtype == torch.bfloat16 and device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(
-                "SOLVER.AMP.DTYPE is 'bfloat16', which this GPU does not have: set it to 'float16'"
+                "SOLVER.AMP.DTYPE is 'bfloat16', which this GPU does not support: set it to "
+                "'float16'"
             )
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -38,19 +39,18 @@ def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.
 
 
 def may_skip(scaler: torch.amp.GradScaler) -> bool:
-    """Whether gradients that are not finite mean that the scale was too large, not an issue."""
+    """Return whether a gradient that is not finite means that the loss scale is too large."""
     return scaler.is_enabled() and scaler.get_scale() > _MIN_SCALE
 
 
 def set_float32_precision(precision: str) -> None:
-    """Choose the precision of float32 products (`FLOAT32_PRECISION`, detectron2's key).
+    """Set the precision of float32 matrix products and convolutions on a GPU (`FLOAT32_PRECISION`).
 
-    "highest" is float32 all through; "high" lets a GPU take TF32, of 10 bits, in products of
-    matrices and in convolutions, and "medium" lets it take less still. "" leaves PyTorch's choice:
-    TF32 in convolutions only.
+    "highest" is float32; "high" allows TF32, which has 10 bits of mantissa, in matrix products and
+    convolutions; "medium" allows less. "" is PyTorch's default: TF32 in convolutions only.
 
     Raises:
-        ValueError: another word.
+        UserError: another value.
     """
     if precision not in _FLOAT32_PRECISIONS:
         raise UserError(

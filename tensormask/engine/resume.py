@@ -1,25 +1,26 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints of a run: what is saved, and how a run resumes as if it had never stopped.
 
-A checkpoint is a plain dict in `torch.save`'s format, read as data (weight_files.py). Files appear
-under their name only when they are complete.
+A checkpoint is a dict of tensors and plain data in `torch.save`'s format. Files are written
+atomically, so that a file with its final name is complete.
 """
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import tensormask
 from tensormask.checkpoint.files import read_checkpoint
 from tensormask.config import CfgNode
 from tensormask.config.node import leaves
+from tensormask.data.checks.issues import Identity, current_kind
 from tensormask.engine.distributed import unwrap
 from tensormask.engine.step import TrainState
 from tensormask.utils.errors import UserError
@@ -35,6 +36,9 @@ FINAL_EMA = "model_final_ema.pth"
 KEYS = ("model", "optimizer", "scheduler", "iteration", "random_states", "config")
 _PERIODIC = re.compile(r"model_(\d{7,})\.pth")
 
+# An issue of a training sample: data set, kind, id.
+SampleIssue = tuple[str, str, Identity]
+
 
 def pack_checkpoint(
     state: TrainState,
@@ -42,20 +46,20 @@ def pack_checkpoint(
     iteration: int,
     config: str,
     class_names: list[str],
-    category_ids: list[int],
-    issues: Iterable[tuple] = (),
+    category_ids: Sequence[Identity],
+    issues: Iterable[SampleIssue] = (),
 ) -> dict[str, Any]:
-    """Make the checkpoint of a run: references to what it holds, no copies.
+    """Make the checkpoint of a run; its tensors are references, not copies.
 
-    The place in the data needs no entry of its own: batches are a function of the seed, which is
-    in the config, and of the iteration.
+    The position in the data needs no entry: batches are a function of the seed, which is in the
+    config, and of the iteration.
 
     Args:
-        iteration: index, from 0, of the last iteration that is in the weights; detectron2's
-            meaning, so `model_0000999.pth` holds 999 and training goes on with 1000.
+        iteration: index, from 0, of the last iteration that the weights include, as in detectron2:
+            `model_0000999.pth` has 999, and training continues with 1000.
         config: the run's config as YAML text.
-        class_names, category_ids: name and COCO id of each label, in their order.
-        issues: those found in training samples, as the samples have them.
+        class_names, category_ids: name and COCO id of each label, in order of the labels.
+        issues: the distinct issues of training samples so far.
     """
     ema = state.ema
     return {
@@ -66,7 +70,7 @@ def pack_checkpoint(
         "ema": ema and {"model": ema.module.state_dict(), "n_averaged": int(ema.n_averaged)},
         "iteration": iteration,
         "random_states": get_random_states(),
-        "issues": [list(issue) for issue in issues],
+        "issues": pack_issues(issues),
         "config": config,
         "class_names": list(class_names),
         "category_ids": list(category_ids),
@@ -78,8 +82,44 @@ def pack_checkpoint(
     }
 
 
+def pack_issues(issues: Iterable[SampleIssue]) -> dict[str, dict[str, Tensor | list[Identity]]]:
+    """Group issues as `{set: {kind: ids}}`; ids are an int64 tensor where all of them fit.
+
+    Example:
+        >>> pack_issues([("train", "box_empty", 7), ("train", "box_empty", 9)])
+        {'train': {'box_empty': tensor([7, 9])}}
+    """
+    groups: dict[str, dict[str, list[Identity]]] = {}
+    for name, kind, identity in issues:
+        groups.setdefault(name, {}).setdefault(kind, []).append(identity)
+    return {
+        name: {kind: _as_tensor(ids) for kind, ids in kinds.items()}
+        for name, kinds in groups.items()
+    }
+
+
+def unpack_issues(checkpoint: dict[str, Any]) -> list[SampleIssue]:
+    """Return the issues in a checkpoint, also of earlier versions (a list in "faults")."""
+    issues = [tuple(issue) for issue in checkpoint.get("faults", ())]
+    for name, kinds in checkpoint.get("issues", {}).items():
+        for kind, ids in kinds.items():
+            ids = ids.tolist() if isinstance(ids, Tensor) else ids
+            issues += [(name, kind, identity) for identity in ids]
+    return [(name, current_kind(kind), identity) for name, kind, identity in issues]
+
+
+def _as_tensor(ids: list[Identity]) -> Tensor | list[Identity]:
+    if all(type(i) is int and -(2**63) <= i < 2**63 for i in ids):
+        return torch.tensor(ids, dtype=torch.int64)
+    return ids
+
+
 def only_weights(checkpoint: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
-    """What `MODEL.WEIGHTS` and the predictor read of a checkpoint, its averages or the weights."""
+    """Return the part of a checkpoint that `MODEL.WEIGHTS` and the predictor read.
+
+    Args:
+        averaged: take the averaged weights.
+    """
     about = ("iteration", "config", "class_names", "category_ids", "versions")
     weights = checkpoint["ema"]["model"] if averaged else checkpoint["model"]
     return {"model": weights, **{key: checkpoint[key] for key in about}}
@@ -89,8 +129,8 @@ def save_checkpoint(output_dir: str | Path, name: str, checkpoint: dict[str, Any
     """Write the checkpoint `output_dir/name`, then point `last_checkpoint` to it.
 
     Raises:
-        DiskFullError: there is no space for it; `last_checkpoint` names the one before, which is
-            whole.
+        DiskFullError: the disk is full; `last_checkpoint` still names the previous checkpoint,
+            which is intact.
     """
     path = write_torch(Path(output_dir) / name, checkpoint)
     write_atomically(path.parent / LAST_CHECKPOINT, lambda file: file.write(name.encode()))
@@ -98,32 +138,32 @@ def save_checkpoint(output_dir: str | Path, name: str, checkpoint: dict[str, Any
 
 
 def write_torch(path: str | Path, content: dict[str, Any]) -> Path:
-    """Write a file of plain data in `torch.save`'s format, whole or not at all."""
+    """Write a file in `torch.save`'s format atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
     return Path(path)
 
 
 def remove_old_checkpoints(output_dir: str | Path, num_kept: int, iteration: int) -> None:
-    """Remove all `model_<iteration>.pth` but the last `num_kept` up to `iteration`; 0 keeps all.
+    """Remove all `model_<iteration>.pth` up to `iteration` but the last `num_kept`; 0 keeps all.
 
-    Later ones are of an earlier run and stay. So do the final and the best one, and the one that
-    `last_checkpoint` names.
+    Later ones belong to an earlier run and are kept. The final and the best checkpoint, and the one
+    that `last_checkpoint` names, are kept too.
     """
     if num_kept < 1:
         return
     matches = (_PERIODIC.fullmatch(path.name) for path in Path(output_dir).iterdir())
-    own = sorted((int(m[1]), m[0]) for m in matches if m and int(m[1]) <= iteration)
-    pointed = find_last_checkpoint(output_dir)
-    for _, name in own[:-num_kept]:
-        if pointed is None or name != pointed.name:
+    periodic = sorted((int(m[1]), m[0]) for m in matches if m and int(m[1]) <= iteration)
+    last = find_last_checkpoint(output_dir)
+    for _, name in periodic[:-num_kept]:
+        if last is None or name != last.name:
             (Path(output_dir) / name).unlink(missing_ok=True)
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Give the checkpoint that `output_dir/last_checkpoint` names; None without such a file.
+    """Return the checkpoint that `output_dir/last_checkpoint` names; None without such a file.
 
     Raises:
-        ValueError: the file names a checkpoint that is not there, or one of another folder.
+        UserError: the named checkpoint does not exist in this folder.
     """
     pointer = Path(output_dir) / LAST_CHECKPOINT
     if not pointer.is_file():
@@ -132,46 +172,47 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     path = pointer.parent / name
     if name != path.name or not path.is_file():
         raise UserError(
-            f"{pointer} names {name!r}, which is no file in {pointer.parent}: "
-            f"write the name of one of its checkpoints into it, or start without --resume"
+            f"{pointer} names {name!r}, which is not a file in {pointer.parent}: "
+            "write the name of an existing checkpoint into it, or start without --resume"
         )
     return path
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this library to the CPU, without running anything that it holds.
+    """Read a checkpoint of this library to the CPU, as data: no code in it is run.
 
     Raises:
-        ValueError: the file is broken, or lacks a part that resuming needs.
+        UserError: the file is damaged, or lacks an entry that resuming needs.
     """
-    checkpoint = read_checkpoint(path)
+    # Not mapped: the optimiser keeps these tensors, and the file may be replaced or removed.
+    checkpoint = read_checkpoint(path, mmap=False)
     missing = [key for key in KEYS if key not in checkpoint]
     if missing:
         raise UserError(
-            f"{path} is no checkpoint to resume from, it lacks {', '.join(missing)}: "
-            "give it as MODEL.WEIGHTS to start a new run from its weights"
+            f"{path} is not a checkpoint to resume from: it lacks {', '.join(missing)}. "
+            "Give it as MODEL.WEIGHTS to start a new run from its weights"
         )
     return checkpoint
 
 
 def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
-    """Put weights, optimiser, schedule, loss scale, averages and random states back.
+    """Restore weights, optimiser, schedule, loss scale, averages and random states.
 
     Returns:
-        The index of the iteration to go on with.
+        The index of the iteration to continue with.
 
     Raises:
-        ValueError: the checkpoint is of another model or another optimiser.
+        UserError: the checkpoint has another model or another optimiser.
     """
     restore_model(checkpoint, unwrap(state.model))
-    # PyTorch takes the state of another kind of optimiser, and fails in its first step.
+    # PyTorch accepts the state of another kind of optimiser, and then fails in its first step.
     saved, current = (
         optimizer["param_groups"]
         for optimizer in (checkpoint["optimizer"], state.optimizer.state_dict())
     )
     if [_layout(group) for group in saved] != [_layout(group) for group in current]:
         raise UserError(
-            "The checkpoint's optimiser does not fit this config: its kind, its groups or the "
+            "The checkpoint's optimiser does not match this config: its type, its groups or the "
             "frozen stages differ. Resume with the config.yaml beside the checkpoint"
         )
     state.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -185,19 +226,19 @@ def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
 
 
 def restore_ema(checkpoint: dict[str, Any], ema: AveragedModel) -> None:
-    """Put the averages back; without any in the checkpoint, they begin with its weights."""
+    """Restore the averaged weights; if the checkpoint has none, start from its weights."""
     saved = checkpoint.get("ema")
     if saved is None:
-        logger.warning("The checkpoint has no averages (SOLVER.EMA): they begin with its weights")
+        logger.warning("The checkpoint has no averages (SOLVER.EMA): they start from its weights")
         saved = {"model": checkpoint["model"], "n_averaged": 1}
     restore_model(saved, ema.module)
     ema.n_averaged.fill_(saved["n_averaged"])
 
 
 def warn_of_changes(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
-    """Say which keys a run resumes with that differ from the checkpoint's.
+    """Log which keys of the config differ from the checkpoint's.
 
-    With any of them it is not the continuation to the bit of the run that was stopped.
+    With any of them, the run is not bit-identical to an uninterrupted one.
     """
     saved, current = (dict(leaves(yaml.safe_load(t))) for t in (checkpoint["config"], cfg.dump()))
     changes = [
@@ -214,25 +255,25 @@ def _layout(group: dict[str, Any]) -> tuple[set[str], int]:
 
 
 def restore_model(checkpoint: dict[str, Any], model: nn.Module) -> None:
-    """Put the weights back; every one must be there and have its shape.
+    """Restore the weights; names and shapes must match.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        UserError: the checkpoint has another model.
     """
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(
-            "The checkpoint holds another model than this config describes; "
+            "The checkpoint has another model than this config describes; "
             f"resume with the config.yaml beside it. {error}"
         ) from error
 
 
 def checkpoint_to_resume(output_dir: str | Path) -> dict | None:
-    """Load the last checkpoint of a folder, and say which; None if there is none."""
+    """Load the last checkpoint of a folder, and log its name; None without one."""
     path = find_last_checkpoint(output_dir)
     if path is None:
-        logger.info("Nothing to resume in %s", output_dir)
+        logger.info("No checkpoint to resume from in %s", output_dir)
         return None
     logger.info("Resuming from %s", path)
     return load_checkpoint(path)

@@ -1,10 +1,11 @@
-"""What a run does beside its iterations: it saves, evaluates, keeps the best, and says so."""
+"""A run between its iterations: save checkpoints, evaluate, keep the best weights, log."""
 
 import logging
 import math
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 from tensormask.config import CfgNode
 from tensormask.data import IssueReporter, get_dataset
@@ -21,6 +22,7 @@ from tensormask.engine.resume import (
     BEST_CHECKPOINT,
     FINAL_CHECKPOINT,
     FINAL_EMA,
+    SampleIssue,
     only_weights,
     pack_checkpoint,
     remove_old_checkpoints,
@@ -29,25 +31,24 @@ from tensormask.engine.resume import (
 )
 from tensormask.engine.step import TrainState
 from tensormask.layers import _native
+from tensormask.modeling import TensorMask
 
 logger = logging.getLogger(__name__)
-
-Results = dict[str, dict[str, float]]
 
 
 @dataclass
 class Run:
-    """What the loop works with: the config, what it changes, and what it reports to."""
+    """Config, training state and reporting of a run."""
 
     cfg: CfgNode
     state: TrainState
     writer: MetricsWriter
     reporter: IssueReporter
-    issues: dict[tuple, None]  # those of training samples, in the order in which they were found
+    issues: dict[SampleIssue, None]  # of training samples, in order of their detection
 
 
 def save(run: Run, done: int) -> None:
-    """Write the checkpoint after `done` iterations, and remove those that are too many."""
+    """Write the checkpoint after `done` iterations, and remove the oldest ones."""
     if not distributed.is_main_process():
         return
     output_dir = run.cfg.OUTPUT_DIR
@@ -73,14 +74,15 @@ def _pack(run: Run, done: int) -> dict:
     )
 
 
-def evaluate(run: Run, done: int) -> Results:
-    """Evaluate the weights after `done` iterations, and the averaged ones under "ema"."""
+def evaluate(run: Run, done: int) -> dict[str, Any]:
+    """Evaluate the weights after `done` iterations; averaged weights, if any, under "ema"."""
     cfg, output_dir = run.cfg, Path(run.cfg.OUTPUT_DIR)
     model, ema = distributed.unwrap(run.state.model), run.state.ema
     results = evaluate_all(cfg, model, output_dir, run.reporter)
     if ema is not None:
-        logger.info("The same with averaged weights (SOLVER.EMA):")
-        averaged = evaluate_all(cfg, ema.module, output_dir / "ema", run.reporter)
+        logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
+        averages = cast(TensorMask, ema.module)
+        averaged = evaluate_all(cfg, averages, output_dir / "ema", run.reporter)
         results = {**results, "ema": averaged}
     for prefix in ("", "ema/") if ema is not None else ("",):
         folder = output_dir / prefix / "inference"
@@ -94,14 +96,14 @@ def evaluate(run: Run, done: int) -> Results:
 
 
 def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
-    """Write the weights to `model_best.pth` if they are the best so far by metrics.json."""
+    """Write `model_best.pth` if the metric is better than all earlier ones in metrics.json."""
     metric, output_dir = run.cfg.SOLVER.CHECKPOINT_BEST, Path(run.cfg.OUTPUT_DIR)
     if not metric or not distributed.is_main_process():
         return
     if metric not in metrics:
         logger.warning(
-            "SOLVER.CHECKPOINT_BEST is %r, which is no metric of this evaluation, so no checkpoint "
-            "is the best; there are %s",
+            "SOLVER.CHECKPOINT_BEST is %r, which is not a metric of this evaluation, so no best "
+            "checkpoint is saved; the metrics are %s",
             metric,
             ", ".join(metrics),
         )
@@ -115,15 +117,16 @@ def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
 
 
 def is_evaluated(run: Run, done: int) -> bool:
-    """Whether metrics.json has the results after `done` iterations: the answer of rank 0."""
-    found = any(
+    """Return whether metrics.json, as rank 0 reads it, has results after `done` iterations."""
+    evaluated = any(
         record["iteration"] == done - 1 and not {"total_loss", "issues"} & record.keys()
         for record in read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
     )
-    return distributed.broadcast_object(found)
+    return distributed.broadcast_object(evaluated)
 
 
 def log_start(run: Run, start: int) -> None:
+    """Log the iterations, the data and the size of the model."""
     cfg, parameters = run.cfg, list(run.state.model.parameters())
     logger.info(
         "Training iterations %d to %d, %d images each, on %s; %d images in %s; "
@@ -140,8 +143,8 @@ def log_start(run: Run, start: int) -> None:
     logger.info("swap_align2nat: %s", _native.describe(parameters[0].device.type))
 
 
-def log_summary(run: Run, results: Results, start: int, seconds: float) -> None:
-    """The table at the end of a run."""
+def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -> None:
+    """Log the table at the end of a run."""
     metrics = {k: f"{v:.2f}" for k, v in flatten_results(results).items() if k.endswith("/AP")}
     best = Path(run.cfg.OUTPUT_DIR) / BEST_CHECKPOINT
     rows = {

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run saves and leaves; told twice, it leaves at once."""
+"""SIGTERM and SIGINT: the first signal saves and stops a run, the second stops it at once."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tensormask.engine.distributed import any_rank, get_world_size
 
@@ -13,7 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingStopped(BaseException):
-    """A signal asks to leave. Like KeyboardInterrupt no `Exception`: nothing shall swallow it."""
+    """A signal stops the run. Not an `Exception`, as KeyboardInterrupt: no code may swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,48 +22,45 @@ class TrainingStopped(BaseException):
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or SIGINT asks the run to stop.
+    """A context in which the first SIGTERM or SIGINT requests a stop.
 
-    It is followed where the run calls `check`, or in the middle of an `interruptible` block, which
-    must not change what is to be saved. The second signal finds the system's own handler, which
-    ends the process wherever it is.
+    The stop happens when the run calls `check`, or at once in an `interruptible` block, which must
+    not change the state to be saved. The second signal has the system's default handler, which ends
+    the process immediately.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._interruptible = False
-        self._previous = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            self._previous = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # the only one with handlers
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.received = number
-        # Not by print or the log, which may be in the middle of a line of their own.
+        # Not by print or logging, which a signal can interrupt in the middle of a line.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
+        os.write(2, f"\n{name}: saving, then stopping; repeat to stop at once\n".encode())
         if self._interruptible:
             raise TrainingStopped(number)
 
     def check(self) -> None:
-        """Raise TrainingStopped if a signal has come.
-
-        Several processes must call this together: a signal to any of them stops all.
-        """
+        """Raise TrainingStopped if any rank has received a signal; all ranks must call this."""
         if any_rank(self.received is not None):
             raise TrainingStopped(self.received or signal.SIGTERM)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise TrainingStopped as soon as a signal comes, unless other processes wait for us."""
+        """Raise TrainingStopped as soon as a signal arrives, unless there are several ranks."""
         if get_world_size() > 1:
             yield
             return
@@ -73,6 +71,6 @@ class StopSignals:
         except Exception as error:
             if self.received is None:
                 raise
-            raise TrainingStopped(self.received) from error  # a library made its own error of it
+            raise TrainingStopped(self.received) from error  # a library changed it
         finally:
             self._interruptible = False

@@ -1,6 +1,6 @@
-"""Optimiser, schedule, clipping and averages of weights, with detectron2's groups and numbers.
+"""Optimiser, learning rate schedule, gradient clipping and averages of weights, as in detectron2.
 
-The `build_*` functions are the only readers of the config's `SOLVER` keys about them.
+The `build_*` functions are the only readers of their `SOLVER` keys.
 """
 
 import logging
@@ -46,12 +46,17 @@ def parameter_groups(
 ) -> list[dict]:
     """Group the trainable parameters by their learning rate and weight decay.
 
-    The rule is detectron2's: a parameter of a norm module takes `weight_decay_norm`; after that a
-    parameter named `bias`, of a norm module too, takes `weight_decay_bias` and `bias_lr_factor`.
-    None leaves the decay as it is. A shared parameter counts once, where it is met first.
+    As in detectron2: parameters of norm modules get `weight_decay_norm`; then parameters named
+    `bias`, also those of norm modules, get `weight_decay_bias` and `bias_lr_factor`. None does not
+    change the decay. A shared parameter is assigned once, by its first module.
 
     Returns:
-        Optimiser groups `{"params", "lr", "weight_decay"}` in the order in which they are met.
+        Optimiser groups `{"params", "lr", "weight_decay"}` in order of their first parameters.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(2, 1), lr=0.1, weight_decay=0.5, bias_lr_factor=2)
+        >>> [(group["lr"], group["weight_decay"]) for group in groups]
+        [(0.1, 0.5), (0.2, 0.5)]
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -74,10 +79,10 @@ def parameter_groups(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimiser that `SOLVER.OPTIMIZER` names over the trainable parameters of `model`.
+    """Build the optimiser `SOLVER.OPTIMIZER` for the trainable parameters of `model`.
 
     Raises:
-        ValueError: an unknown optimiser, or a model in which nothing is trainable.
+        UserError: an unknown optimiser, or a model without trainable parameters.
     """
     solver = cfg.SOLVER
     groups = parameter_groups(
@@ -100,26 +105,30 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def multi_step_factor(iteration: int, steps: Sequence[int], gamma: float) -> float:
-    """Give `gamma` to the power of the number of `steps` (ascending) reached at `iteration`."""
+    """Return `gamma` to the power of the number of `steps` (ascending) reached at `iteration`.
+
+    Example:
+        >>> [multi_step_factor(iteration, [3], 0.1) for iteration in (2, 3)]
+        [1.0, 0.1]
+    """
     return gamma ** bisect_right(steps, iteration)
 
 
 def cosine_factor(iteration: int, max_iter: int, end_factor: float) -> float:
-    """Give the half cosine that falls from 1 at iteration 0 to `end_factor` at `max_iter`."""
+    """Return a half cosine that decreases from 1 at iteration 0 to `end_factor` at `max_iter`."""
     return end_factor + 0.5 * (1 - end_factor) * (1 + math.cos(math.pi * iteration / max_iter))
 
 
 def with_warmup(
     factor: Callable[[int], float], *, iterations: int, start_factor: float, method: str
 ) -> Callable[[int], float]:
-    """Put a warm-up in front of a schedule that counts its iterations from 0 all the same.
+    """Replace the first `iterations` of a schedule by a warm-up.
 
-    A linear warm-up goes from `start_factor` times the schedule's first value to the value that
-    the schedule has where the warm-up ends, so that there is no jump even past a step. A constant
-    one stays at its start.
+    A linear warm-up increases from `start_factor` times the schedule's first value to the value
+    that the schedule has at the end of the warm-up. A constant one keeps its start value.
 
     Raises:
-        ValueError: `method` is neither "linear" nor "constant".
+        UserError: `method` is neither "linear" nor "constant".
     """
     if method not in ("linear", "constant"):
         raise UserError(f"SOLVER.WARMUP_METHOD is {method!r}; it must be 'linear' or 'constant'")
@@ -137,13 +146,13 @@ def with_warmup(
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Make the schedule that `SOLVER.LR_SCHEDULER_NAME` names; it is stepped every iteration.
+    """Build the schedule `SOLVER.LR_SCHEDULER_NAME`, which is stepped every iteration.
 
-    Every group's own learning rate is multiplied by the same factor. Steps at or after `MAX_ITER`
-    never come to pass; they are dropped with a warning.
+    The learning rate of each group is multiplied by the same factor. Steps at or after `MAX_ITER`
+    are ignored with a warning.
 
     Raises:
-        ValueError: an unknown name or warm-up method, steps that do not ascend from above 0, a
+        UserError: an unknown name or warm-up method, steps that are not positive and ascending, a
             `MAX_ITER` below 1, or a `BASE_LR_END` outside 0 to `BASE_LR`.
     """
     solver = cfg.SOLVER
@@ -184,26 +193,28 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
 def _steps_before(steps: Sequence[int], max_iter: int) -> list[int]:
     if list(steps) != sorted(set(steps)) or any(step <= 0 for step in steps):
         raise UserError(f"SOLVER.STEPS is {tuple(steps)}; the steps must be ascending, above 0")
-    kept = [step for step in steps if step < max_iter]
-    if len(kept) < len(steps):
+    reached = [step for step in steps if step < max_iter]
+    if len(reached) < len(steps):
         logger.warning(
             "SOLVER.STEPS %s: those at or after SOLVER.MAX_ITER %d are ignored",
             tuple(steps),
             max_iter,
         )
-    return kept
+    return reached
 
 
 def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
-    """Make the function that limits the gradients as `SOLVER.CLIP_GRADIENTS` says.
+    """Build the function that clips gradients according to `SOLVER.CLIP_GRADIENTS`.
 
-    "value" limits each number, "norm" the norm of each parameter's gradient, "full_model" the norm
-    of all gradients together. The function changes the gradients in place and returns the 2-norm
-    of all of them before that, a scalar tensor on their device; it also does so where clipping is
-    off, so that the norm can be watched.
+    "value" limits each element, "norm" the norm of each parameter's gradient, "full_model" the norm
+    of all gradients together.
+
+    Returns:
+        A function that clips the gradients of parameters in place. It returns the 2-norm of all
+        gradients before clipping, a scalar tensor on their device, also if clipping is off.
 
     Raises:
-        ValueError: an unknown `CLIP_TYPE`.
+        UserError: an unknown `CLIP_TYPE`.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
@@ -219,7 +230,8 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
         if clip.ENABLED and clip.CLIP_TYPE == "value":
             nn.utils.clip_grad_value_(parameters, limit)
         elif clip.ENABLED and clip.CLIP_TYPE == "full_model":
-            nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+            norm = total_norm if norm_type == 2 else nn.utils.get_total_norm(gradients, norm_type)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         elif clip.ENABLED:
             for parameter in parameters:
                 nn.utils.clip_grad_norm_(parameter, limit, norm_type)
@@ -229,13 +241,13 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
 
 
 def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
-    """The moving averages of a model's weights that `SOLVER.EMA` asks for; None if it is off.
+    """Build the moving averages of a model's weights, `SOLVER.EMA`; None if they are off.
 
-    After each step an average becomes `DECAY * average + (1 - DECAY) * weight`; the first step's
-    weights are the first averages. The statistics of batch norms are averaged as well.
+    After each step, an average becomes `DECAY * average + (1 - DECAY) * weight`. The weights after
+    the first step are the first averages. Statistics of batch norms are averaged as well.
 
     Raises:
-        ValueError: a decay outside 0 to 1.
+        UserError: a decay outside 0 to 1.
     """
     ema = cfg.SOLVER.EMA
     if not ema.ENABLED:

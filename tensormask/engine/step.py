@@ -1,4 +1,4 @@
-"""One step of training: forward, backward, clip, and what follows the new weights."""
+"""One training step: forward and backward pass, gradient clipping, update of the weights."""
 
 import contextlib
 import math
@@ -15,17 +15,16 @@ from tensormask.engine.anomaly import gradients_error, read_losses
 from tensormask.engine.distributed import mean_over_ranks, unwrap
 from tensormask.engine.precision import Autocast, may_skip
 from tensormask.engine.solver import GradientClipper
-from tensormask.utils.errors import UserError
 
 
 @dataclass
 class TrainState:
-    """What a step changes and a checkpoint holds."""
+    """The state of training, which a step updates and a checkpoint saves."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    scaler: torch.amp.GradScaler  # a disabled one hands everything through
+    scaler: torch.amp.GradScaler  # disabled: changes nothing
     ema: AveragedModel | None = None  # moving averages of the model's weights
 
 
@@ -38,30 +37,38 @@ def train_step(
     autocast: Autocast = contextlib.nullcontext,
     accumulate_steps: int = 1,
 ) -> dict[str, float]:
-    """Do one step on a batch of samples.
+    """Train one step on a batch.
 
-    With `accumulate_steps` the batch goes through the model in so many equal parts, each of which
-    leaves its activations behind before the next one comes. The gradient is the average of the
-    parts' gradients. That is the gradient of the undivided batch where all parts have the same
-    divisor: the losses are sums over a part divided by the number of windows that own an object in
-    it. Where the numbers differ, each part counts the same, and so a window in a part with few of
-    them counts more. Batch norm takes the statistics of each part.
+    With `accumulate_steps`, the model processes the batch in this number of equal parts, one after
+    the other, and so needs memory for one part only. The gradient is the mean of the parts'
+    gradients. It equals the gradient of the undivided batch if all parts have the same number of
+    positive windows, by which the losses of a part are divided. If the numbers differ, all parts
+    have the same weight, so that a window has more weight in a part with fewer positive windows.
+    Batch norm uses the statistics of each part.
+
+    Args:
+        state: is updated in place.
+        batch: samples, dicts with `image (3, H, W)`, `target` (as for the model) and `file_name`.
+        iteration: its index, for error messages.
+        clip_gradients: see `solver.build_gradient_clipper`.
+        autocast: makes the context of the forward pass and the losses.
+        accumulate_steps: number of parts.
 
     Returns:
         Means over the parts of the losses, and their sum `total_loss`; the learning rate `lr` of
         the step; `grad_norm`, the 2-norm of all gradients before clipping; `forward_time`,
-        `backward_time` and `optimizer_time` in seconds (a GPU works on after the last); with
-        float16 `loss_scale`. A step whose scale was too large has an infinite or NaN `grad_norm`
-        and leaves the weights alone.
+        `backward_time` and `optimizer_time` in seconds (a GPU is still busy after the last); with
+        float16 `loss_scale`. If the loss scale is too large, `grad_norm` is infinite or NaN, and
+        the weights are not changed.
 
     Raises:
-        ValueError: the batch does not divide into so many parts.
-        NonFiniteError: a loss or the gradient is NaN or infinite; the weights have not changed.
+        ValueError: the batch cannot be divided into equal parts.
+        NonFiniteError: a loss or the gradient is NaN or infinite; the weights are not changed.
     """
     if len(batch) % accumulate_steps:
-        raise UserError(
-            f"{len(batch)} images do not divide into {accumulate_steps} equal parts: change "
-            "SOLVER.IMS_PER_BATCH or SOLVER.ACCUMULATE_STEPS"
+        raise ValueError(
+            f"{len(batch)} images cannot be divided into accumulate_steps = {accumulate_steps} "
+            "equal parts"
         )
     size = len(batch) // accumulate_steps
     parts = [batch[first : first + size] for first in range(0, len(batch), size)]
@@ -70,10 +77,10 @@ def train_step(
     optimizer.zero_grad()
     clock = Stopwatch()
     for number, part in enumerate(parts, start=1):
-        with _gradients_kept(state.model, until_last=number < len(parts)):
+        with _gradient_sync(state.model, enabled=number == len(parts)):
             with autocast():
                 losses = state.model([s["image"] for s in part], [s["target"] for s in part])
-            for name, value in _read(losses, iteration, part).items():
+            for name, value in _mean_losses(losses, iteration, part).items():
                 sums[name] = sums.get(name, 0.0) + value
             clock.lap("forward_time")
             scaler.scale(sum(losses.values()) / len(parts)).backward()
@@ -81,7 +88,7 @@ def train_step(
 
     scaler.unscale_(optimizer)
     grad_norm = float(clip_gradients([p for g in optimizer.param_groups for p in g["params"]]))
-    clock.lap("backward_time")  # reading the norm has waited for the end of the backward pass
+    clock.lap("backward_time")  # float() waits for the end of the backward pass
     if not math.isfinite(grad_norm) and not may_skip(scaler):
         raise gradients_error(unwrap(state.model), iteration, batch)
     lr = optimizer.param_groups[0]["lr"]
@@ -99,27 +106,34 @@ def train_step(
 
 
 class Stopwatch:
-    """Adds up the seconds between laps by what was done in them."""
+    """Sum the seconds between laps by the names of the laps.
+
+    Attributes:
+        seconds: total of each name.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Add the time since the last lap to `name`."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
 
-def _read(losses: dict[str, torch.Tensor], iteration: int, part: list[dict]) -> dict[str, float]:
-    """The losses as numbers, means over all processes: what is logged, and stops them together."""
+def _mean_losses(
+    losses: dict[str, torch.Tensor], iteration: int, part: list[dict]
+) -> dict[str, float]:
+    """Return the means of the losses over all ranks, so that all ranks log and stop alike."""
     names = list(losses)
     means = mean_over_ranks(torch.stack([losses[name].detach() for name in names]))
     return read_losses(dict(zip(names, means, strict=True)), iteration, part)
 
 
-def _gradients_kept(model: nn.Module, *, until_last: bool) -> contextlib.AbstractContextManager:
-    """Have processes exchange the gradients of all parts at once, in the last part's backward."""
-    if until_last and isinstance(model, DistributedDataParallel):
+def _gradient_sync(model: nn.Module, *, enabled: bool) -> contextlib.AbstractContextManager:
+    """Let the backward pass average the sum of the gradients over the ranks, or only add to it."""
+    if not enabled and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Training of a config: read from `train` downwards."""
+"""The training loop: `train` sets up a run, `_run_iterations` is the loop."""
 
 import logging
 import secrets
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -23,17 +24,18 @@ from tensormask.engine.events import (
     log_progress,
     peak_memory,
     progress_bar,
-    setup_logging,
 )
+from tensormask.engine.output_dir import open_output_dir, record_environment
 from tensormask.engine.precision import build_autocast, set_float32_precision
 from tensormask.engine.resume import (
     LAST_CHECKPOINT,
+    SampleIssue,
     checkpoint_to_resume,
     restore_checkpoint,
+    unpack_issues,
     warn_of_changes,
 )
 from tensormask.engine.run import Run, evaluate, is_evaluated, log_start, log_summary, save
-from tensormask.engine.run_folder import lock_folder, record_environment
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.solver import (
     build_ema,
@@ -53,32 +55,29 @@ logger = logging.getLogger(__name__)
 LOG_PERIOD = 20
 
 
-def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
-    """Train the model of a config, evaluate it, and write everything to `OUTPUT_DIR`.
+def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Train the model of a config, evaluate it, and write all files to `OUTPUT_DIR`.
 
     Args:
-        resume: go on from the last checkpoint in `OUTPUT_DIR`; without one, start from the
-            beginning. A finished run is only evaluated.
+        resume: continue from the last checkpoint in `OUTPUT_DIR`; without a checkpoint, start from
+            the beginning. A finished run is only evaluated.
 
     Returns:
-        The results of the last evaluation, as `evaluate_all` gives them; with `SOLVER.EMA` also
-        those of the averaged weights, under "ema".
+        The results of the last evaluation (see `evaluate_all`); with `SOLVER.EMA` also those of the
+        averaged weights, under "ema".
 
     Raises:
-        ValueError: something in the config, the data or the checkpoint does not fit, or another
-            run uses the folder.
+        UserError: an invalid config, data set or checkpoint, or another run uses `OUTPUT_DIR`.
         NonFiniteError: a loss or a gradient is NaN or infinite.
-        TrainingStopped: SIGTERM or SIGINT has come, and the state is saved.
-        DiskFullError: there is no space for what is to be written; the checkpoints are whole.
-        UnexpectedResultsError: the results are not those of `TEST.EXPECTED_RESULTS`.
+        TrainingStopped: SIGTERM or SIGINT was received, and the state is saved.
+        DiskFullError: the disk is full; existing checkpoints are intact.
+        UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
     output_dir, started = Path(cfg.OUTPUT_DIR), time.perf_counter()
-    with lock_folder(output_dir), StopSignals() as stop:
-        if distributed.is_main_process():
-            setup_logging(output_dir)
+    with open_output_dir(output_dir), StopSignals() as stop:
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
         cfg = _with_seed(distributed.scale_to_world_size(cfg), checkpoint)
-        with distributed.first_on_machine():  # a set may be drawn now
+        with distributed.first_on_machine():  # this can draw a data set
             trained_on = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
             check_evaluation(cfg, trained_on[0] if trained_on else None)
         reporter = build_issue_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -87,25 +86,26 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         set_float32_precision(cfg.FLOAT32_PRECISION)
 
         state = build_state(cfg)
-        start, issues = 0, {}
+        start = 0
+        issues: dict[SampleIssue, None] = {}
         if checkpoint is not None:
             warn_of_changes(checkpoint, cfg)
             start = restore_checkpoint(checkpoint, state)
-            issues = dict.fromkeys(map(tuple, checkpoint.get("issues", ())))
-            reporter.take([{"issues": [issue for issue in issues if issue[0] in reporter.logs]}])
+            issues = dict.fromkeys(unpack_issues(checkpoint))
+            reporter.add([{"issues": [issue for issue in issues if issue[0] in reporter.logs]}])
             del checkpoint  # its memory
         elif cfg.MODEL.WEIGHTS:
-            with distributed.first_on_machine():  # a file may be downloaded now
+            with distributed.first_on_machine():  # this can download a file
                 load_weights(distributed.unwrap(state.model), cfg.MODEL.WEIGHTS)
             check_weights(state.model, cfg.MODEL.WEIGHTS)
         finished = start >= cfg.SOLVER.MAX_ITER
         distributed.check_same("config or checkpoint", (cfg.dump(), start))
-        batches = iter(())
+        batches: Iterator[list[dict]] = iter(())
         if not finished:
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
             batches = build_train_loader(cfg, start, rank=rank, world_size=world_size)
 
-        # A config that does not fit has failed by now, and what an earlier run left is still there.
+        # All checks of the config are done: an invalid one does not change an earlier run's files.
         if distributed.is_main_process():
             if start == 0:
                 (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
@@ -117,23 +117,23 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
                 _run_iterations(run, batches, stop, start)
             with stop.interruptible():
                 results = evaluate(run, cfg.SOLVER.MAX_ITER)
-            reporter.log_found()
+            reporter.log_new()
             log_summary(run, results, start, time.perf_counter() - started)
-    verify_results(cfg.TEST.EXPECTED_RESULTS, results)
+        verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
 
 
 def build_state(cfg: CfgNode) -> TrainState:
-    """Make the model, fresh, and all that belongs to its training."""
+    """Build a new model with its optimiser, schedule, loss scaler and averages."""
     if cfg.SOLVER.DETECT_ANOMALY and cfg.MODEL.COMPILE:
         raise UserError(
-            "SOLVER.DETECT_ANOMALY looks at every module, and compiled ones cannot be looked into: "
-            "set MODEL.COMPILE to ''"
+            "SOLVER.DETECT_ANOMALY checks the output of every module, but compiled modules do not "
+            "support this: set MODEL.COMPILE to ''"
         )
-    model = build_model(cfg)
+    model = build_model(cfg, sum_over_ranks=distributed.all_reduce_sum)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    ema = build_ema(cfg, model)  # a copy, which is not watched
+    ema = build_ema(cfg, model)  # a copy without the hooks of `watch_modules`
     if cfg.SOLVER.DETECT_ANOMALY:
         watch_modules(model)
     _, scaler = build_autocast(cfg, _device(model))
@@ -141,7 +141,7 @@ def build_state(cfg: CfgNode) -> TrainState:
 
 
 def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, start: int) -> None:
-    """Train from iteration `start` to the last, with what is due on the way."""
+    """Train from iteration `start` to the last; log, save and evaluate periodically."""
     cfg, state, max_iter = run.cfg, run.state, run.cfg.SOLVER.MAX_ITER
     device = _device(state.model)
     step = partial(
@@ -155,21 +155,21 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
     run.writer.write_issues(start, run.reporter.pop_record())
     recent = RecentMetrics()
     state.model.train()
-    done = saved = start  # iterations, of the run as a whole
+    done = saved = start  # iterations since the start of the run
     with progress_bar(start, max_iter) as bar:
         try:
             if start > 0 and _is_due(start, cfg.TEST.EVAL_PERIOD) and not is_evaluated(run, start):
-                with stop.interruptible():  # the run was stopped before or in it
+                with stop.interruptible():  # the run was stopped before or during it
                     evaluate(run, start)
             while done < max_iter:
                 started = time.perf_counter()
                 with stop.interruptible():
                     batch = next(batches)
-                found = [issue for sample in batch for issue in sample["issues"]]
-                found = distributed.gather_lists(found)
-                run.reporter.take([{"issues": found}])
+                new = [issue for sample in batch for issue in sample["issues"]]
+                new = distributed.gather_lists(new)
+                run.reporter.add([{"issues": new}])
                 _check_images(batch)
-                run.issues |= dict.fromkeys(found)
+                run.issues |= dict.fromkeys(new)
                 data_time = time.perf_counter() - started
                 metrics = step(batch, iteration=done)
                 done += 1
@@ -193,12 +193,12 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
         except TrainingStopped as stopped:
             if done > saved:
                 save(run, done)
-            logger.warning("%s after %d iterations; go on with --resume", stopped, done)
+            logger.warning("%s after %d iterations; continue with --resume", stopped, done)
             raise
 
 
 def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
-    """Give a copy of the config whose SEED is set: its own, the stopped run's, or a drawn one."""
+    """Return a copy with SEED set: the config's, else the checkpoint's, else a random one."""
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.SEED < 0 and checkpoint is not None:
@@ -211,13 +211,13 @@ def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
 
 
 def _check_images(batch: list[dict]) -> None:
-    """Raise ValueError if a sample has no image: too many in a row could not be read."""
+    """Raise UserError for a sample without an image: too many consecutive files are unreadable."""
     for sample in batch:
         if sample["image"] is None:
             raise UserError(
-                f"{len(sample['issues'])} images drawn in a row cannot be read; the last is "
+                f"{len(sample['issues'])} consecutive images cannot be read; the last one is "
                 f"{sample['issues'][-1]} (data set, issue, image id). "
-                "Is the folder of images there and readable?"
+                "Check that the folder of images exists and is readable"
             )
 
 

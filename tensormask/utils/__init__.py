@@ -1,1 +1,1 @@
-"""Files, random states and the environment: helpers that know nothing of the method."""
+"""Files, random states, the environment and the error for users: no knowledge of the method."""

@@ -1,4 +1,4 @@
-"""What is installed and what is loaded: ``python -m tensormask.utils.env``."""
+"""Versions, devices and the compiled op: `python -m tensormask.utils.env`, for bug reports."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 def describe() -> str:
-    """Versions, devices, and the compiled op, a line each; for reports of issues."""
+    """Return versions, devices and the state of the compiled op, one per line, for bug reports."""
     rows = [("python", f"{sys.version.split()[0]} on {platform.platform()}")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     rows += [

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what is said when the disk is full."""
+"""Atomic writes of files, and one error for a full disk."""
 
 import errno
 import os
@@ -13,23 +13,33 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 class DiskFullError(OSError):
-    """A file could not be written for want of space; what was there before is whole."""
+    """A file cannot be written because the disk is full; existing files are intact."""
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` holds, at any moment, all of the old content or of the new.
+    """Write a file such that `path` always holds either all of the old or all of the new content.
 
-    The content goes to a temporary name in the same folder, reaches the disk, and is renamed.
-    What fails on the way leaves `path` alone and no temporary file; what is killed on the way
-    leaves a temporary file that `remove_leftovers` finds.
+    The content is written to a temporary file in the same folder, synced to the disk, and renamed.
+    A failed write changes nothing. A killed one leaves a temporary file, which `remove_leftovers`
+    finds.
+
+    Args:
+        write: writes the content into the open file that it is called with.
 
     Raises:
-        DiskFullError: there is no space for it.
+        DiskFullError: the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "greeting.txt"
+        >>> write_atomically(path, lambda file: file.write(b"hello"))
+        >>> path.read_text()
+        'hello'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with disk_full_explained(path), open(temporary, "wb") as file:
+        with reraise_disk_full(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -40,37 +50,37 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 @contextmanager
-def disk_full_explained(path: str | Path) -> Iterator[None]:
-    """Turn the many ways in which a full disk shows while `path` is written into DiskFullError."""
+def reraise_disk_full(path: str | Path) -> Iterator[None]:
+    """Re-raise any error caused by a full disk while `path` is written as `DiskFullError`."""
     try:
         yield
     except Exception as error:
         if code := _no_space_code(error):
             raise DiskFullError(
                 code,
-                f"{os.strerror(code)}: the checkpoints that were there are whole; make space, then "
-                "go on with --resume",
+                f"{os.strerror(code)}: the existing checkpoints are intact; make space, then "
+                "continue with --resume",
                 str(path),
             ) from error
         raise
 
 
 def remove_leftovers(folder: str | Path) -> list[str]:
-    """Remove the temporary files that killed processes left in a folder.
+    """Remove the temporary files of killed processes from a folder.
 
-    Only for a process that nobody writes beside, see `lock_folder`.
+    Only for a process that no other process writes beside, see `output_dir.lock_output_dir`.
 
     Returns:
-        the names of those that were there.
+        The names of the removed files.
     """
-    found = [path for path in Path(folder).iterdir() if _TEMPORARY.fullmatch(path.name)]
-    for path in found:
+    leftovers = [path for path in Path(folder).iterdir() if _TEMPORARY.fullmatch(path.name)]
+    for path in leftovers:
         path.unlink(missing_ok=True)
-    return sorted(path.name for path in found)
+    return sorted(path.name for path in leftovers)
 
 
 def _no_space_code(error: BaseException | None) -> int | None:
-    # torch.save has an error of its own on the way out, with the system's somewhere behind it.
+    # torch.save raises its own error, with the system's somewhere in its chain.
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             return error.errno
@@ -79,7 +89,7 @@ def _no_space_code(error: BaseException | None) -> int | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without this a power cut can undo the rename. Windows has no such call.
+    # Without this, a power failure can undo the rename. Windows has no such call.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""One seed for all randomness, the states of the generators, and deterministic algorithms."""
+"""Seeds and states of the global random generators, and the choice of deterministic algorithms."""
 
 import logging
 import os
@@ -16,38 +16,38 @@ logger = logging.getLogger(__name__)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch, those of all GPUs included."""
+    """Seed the global generators of Python, NumPy and PyTorch, including those of all GPUs."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one)
     torch.manual_seed(seed)
 
 
 def set_determinism(*, deterministic: bool, benchmark: bool) -> None:
-    """Choose between algorithms that repeat their bits on a GPU and those that are fastest there.
+    """Choose between deterministic algorithms and the fastest ones on a GPU.
 
-    The CPU repeats its bits in both cases.
+    On the CPU, results are deterministic in both cases.
 
     Args:
-        deterministic: PyTorch takes algorithms that give the same bits every time, and raises
-            where it has none.
-        benchmark: cuDNN tries its algorithms on each new input size, and may choose otherwise in
-            the next run.
+        deterministic: let PyTorch use deterministic algorithms only, and raise for an operation
+            without one.
+        benchmark: let cuDNN time its algorithms on each new input size; the next run may choose
+            other ones.
 
     Raises:
-        ValueError: both are asked for.
+        UserError: both are True.
     """
     if deterministic and benchmark:
         raise UserError(
-            "DETERMINISTIC and CUDNN_BENCHMARK are both on, but cuDNN's trials choose by the "
-            "clock: set one of them to False"
+            "DETERMINISTIC and CUDNN_BENCHMARK are both on, but cuDNN's benchmark chooses "
+            "algorithms by their measured time: set one of them to False"
         )
     if deterministic:
-        # cuBLAS reads it when it starts: its workspaces are then of fixed sizes.
+        # cuBLAS reads this when it starts, and then uses workspaces of fixed sizes.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         logger.info(
-            "DETERMINISTIC: on a GPU, scattered sums and bilinear resizing take slower algorithms, "
-            "cuDNN is not free in its choice, and an operation that has no deterministic algorithm "
-            "is an error; on the CPU it only fills fresh memory"
+            "DETERMINISTIC: on a GPU, scattered sums, bilinear resizing and cuDNN use slower "
+            "algorithms, and an operation without a deterministic algorithm raises an error; on "
+            "the CPU, PyTorch only fills new memory"
         )
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
@@ -55,8 +55,10 @@ def set_determinism(*, deterministic: bool, benchmark: bool) -> None:
 
 
 def get_random_states() -> dict[str, Any]:
-    """Read the states of Python's, NumPy's and PyTorch's global generators as plain data."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the global one)
+    """Return the states of Python's, NumPy's and PyTorch's global generators as plain data."""
+    state = np.random.get_state(legacy=True)  # noqa: NPY002 (the global one)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
@@ -66,9 +68,9 @@ def get_random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put the global generators into `states`, as `get_random_states` gave them.
+    """Restore the states that `get_random_states` returned.
 
-    The states of GPUs are left out where this machine has another number of them.
+    The states of GPUs are ignored if this machine has another number of GPUs.
     """
     random.setstate(states["python"])
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -81,7 +83,15 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_states() -> Iterator[None]:
-    """Run a block whose use of the global generators leaves no trace after it."""
+    """Run a block, then restore the states of the global generators.
+
+    Example:
+        >>> seed_everything(0)
+        >>> with preserved_random_states():
+        ...     inside = torch.rand(())
+        >>> bool(torch.rand(()) == inside)
+        True
+    """
     states = get_random_states()
     try:
         yield

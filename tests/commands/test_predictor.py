@@ -1,4 +1,4 @@
-"""From an image's pixels to detections in its frame, and the demo's files."""
+"""`Predictor`: from an image to detections at its size; the demo's files."""
 
 import json
 import logging
@@ -22,7 +22,9 @@ CHANNELS = ("red", "green", "blue")
 
 
 class BrightModel(nn.Module):
-    """Finds where each channel is bright, as one object, and scales it to the output size."""
+    """Detect the bright pixels of each channel as one object, scaled to the output size."""
+
+    windows = SimpleNamespace(mask_sizes=())  # as `load_weights` needs
 
     def __init__(self):
         super().__init__()
@@ -67,7 +69,7 @@ def cfg():
 
 @pytest.fixture
 def model(monkeypatch):
-    """The model that `build_model` gives, whatever the config says."""
+    """The model that `build_model` returns for every config."""
     model = BrightModel()
     monkeypatch.setattr(predictor_module, "build_model", lambda cfg: model)
     return model
@@ -80,18 +82,18 @@ def checkpoint(tmp_path, **extra):
 
 
 def make_image(height=48, width=96):
-    """Black, with a red rectangle and a green one below it."""
+    """Return a black image with a red rectangle and a green one below it."""
     rgb = np.zeros((height, width, 3), np.uint8)
     rgb[6:18, 12:36, 0] = 255
     rgb[24:42, 48:84, 1] = 255
     return rgb
 
 
-def test_results_are_in_the_frame_of_the_image(tmp_path, cfg, model):
+def test_detections_are_in_pixels_of_the_image(tmp_path, cfg, model):
     predictor = Predictor(cfg, checkpoint(tmp_path, class_names=list(CHANNELS)))
     rgb = make_image()
     found = predictor(rgb)
-    # 64 for the shorter side would make the longer one 128, so 90 rules: 45 x 90.
+    # A shorter side of 64 would make the longer one 128, above its maximum of 90: 45 x 90.
     assert model.seen == [(3, 45, 90)]
     expected = torch.tensor([[12.0, 6, 36, 18], [48, 24, 84, 42]])
     assert torch.allclose(found["boxes"], expected, atol=2)
@@ -104,7 +106,7 @@ def test_results_are_in_the_frame_of_the_image(tmp_path, cfg, model):
     assert (model.bias == 1).all()
 
 
-def test_without_resizing_pixels_pass_as_they_are(tmp_path, cfg, model):
+def test_without_resizing_pixels_are_not_changed(tmp_path, cfg, model):
     cfg.INPUT.MIN_SIZE_TEST = 0
     found = Predictor(cfg, checkpoint(tmp_path))(make_image())
     assert model.seen == [(3, 48, 96)]
@@ -123,7 +125,7 @@ def test_paths_arrays_and_pil_images_give_the_same(tmp_path, cfg, model):
         assert torch.equal(array["masks"], other["masks"])
 
 
-def test_nothing_found(tmp_path, cfg, model):
+def test_an_image_without_objects(tmp_path, cfg, model):
     found = Predictor(cfg, checkpoint(tmp_path))(np.zeros((30, 20, 3), np.uint8))
     assert found["class_names"] == []
     assert found["masks"].shape == (0, 30, 20)
@@ -138,12 +140,12 @@ def test_nothing_found(tmp_path, cfg, model):
         np.zeros((0, 8, 3), np.uint8),
     ],
 )
-def test_arrays_of_another_form_are_refused(tmp_path, cfg, model, array):
+def test_arrays_of_another_dtype_or_shape_are_refused(tmp_path, cfg, model, array):
     with pytest.raises(ValueError, match=r"uint8 RGB \(H, W, 3\)"):
         Predictor(cfg, checkpoint(tmp_path))(array)
 
 
-def test_the_config_stays_as_it_is(tmp_path, cfg, model):
+def test_the_config_is_not_changed(tmp_path, cfg, model):
     cfg.MODEL.WEIGHTS = str(checkpoint(tmp_path))
     cfg.freeze()
     before = cfg.dump()
@@ -168,7 +170,7 @@ def test_a_yaml_file_and_a_device(tmp_path, monkeypatch):
     assert seen == [("cpu", 3)]
 
 
-def test_weights_are_needed_and_must_fit(tmp_path, cfg, model):
+def test_weights_are_required_and_must_match(tmp_path, cfg, model):
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
         Predictor(cfg)
     path = checkpoint(tmp_path)
@@ -213,7 +215,7 @@ def demo(monkeypatch):
 
 @pytest.fixture
 def run_demo(tmp_path, cfg, model, demo):
-    """Runs the command on a config file and weights; gives its exit code."""
+    """Run the command with a config file and weights; return its exit code."""
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
     weights = checkpoint(tmp_path, class_names=list(CHANNELS), category_ids=[7, 8, 9])
@@ -258,7 +260,7 @@ def test_demo_threshold_and_overrides(tmp_path, run_demo, model):
     assert model.seen == [(3, 24, 48), (3, 48, 96)]
 
 
-def test_demo_goes_on_after_broken_files_and_counts_them(tmp_path, run_demo, capsys, caplog):
+def test_demo_continues_after_broken_files_and_counts_them(tmp_path, run_demo, capsys, caplog):
     good, out = save(tmp_path / "good.png"), tmp_path / "out"
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:-60])
@@ -275,7 +277,7 @@ def test_demo_goes_on_after_broken_files_and_counts_them(tmp_path, run_demo, cap
     assert not (tmp_path / "none").exists()
 
 
-def test_demo_keeps_drawings_of_equal_names_apart(tmp_path, run_demo):
+def test_demo_draws_images_with_equal_names_to_different_files(tmp_path, run_demo):
     for name in ("x/a.png", "y/a.png", "y/a.bmp"):
         save(tmp_path / "in" / name)
     out = tmp_path / "out"
@@ -291,7 +293,7 @@ def test_demo_does_not_overwrite_its_input(tmp_path, run_demo, capsys):
     assert "--output" in capsys.readouterr().err
 
 
-def test_demo_says_mistakes_in_one_line(tmp_path, run_demo, capsys):
+def test_demo_mistakes_are_one_line(tmp_path, run_demo, capsys):
     path = save(tmp_path / "a.png")
     assert run_demo("--input", path, "--output", tmp_path / "out", "MODEL.DEVISE", "cpu") == 2
     assert capsys.readouterr().err.startswith("error: ")

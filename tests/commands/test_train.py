@@ -1,4 +1,4 @@
-"""The command `tools/train_net.py`: what it says, its exit codes, a run of all the real parts."""
+"""The command `tools/train_net.py`: its messages, exit codes and log, and a small real run."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tensormask
 from tensormask.commands import train as train_net
+from tensormask.engine import trainer
 from tensormask.engine.anomaly import NonFiniteError
+from tensormask.engine.signals import TrainingStopped
 from tensormask.evaluation import UnexpectedResultsError
+from tensormask.utils.errors import UserError
+from tensormask.utils.files import DiskFullError
 
 ROOT = Path(__file__).parents[2]
-
-
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
-def test_command_says_mistakes_in_one_line(tmp_path, capsys):
+def test_mistakes_are_one_line(tmp_path, capsys):
     for arguments in (
-        ["--config-file", str(tmp_path / "none.yaml")],
+        ["--config-file", str(tmp_path / "missing.yaml")],
         ["SOLVER.BASE_LRR", "1"],
         ["SOLVER.BASE_LR"],
         ["--num-gpus", "2"],
@@ -28,34 +31,76 @@ def test_command_says_mistakes_in_one_line(tmp_path, capsys):
         assert train_net.main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: "), arguments
-        assert "Traceback" not in error
+        assert error.count("\n") == 1, arguments
+
+
+def bug_in_the_package():
+    """Fail at a line that belongs to the package, by its traceback."""
+    code = compile("list(zip([1], [1, 2], strict=True))", tensormask.__file__, "exec")
+    exec(code)
 
 
 @pytest.mark.parametrize(
     "bug, error",
-    [(lambda: {}["x"], KeyError), (lambda: json.loads("{"), ValueError)],
-    ids=["ours", "of a library"],
+    [
+        (lambda: {}["x"], KeyError),
+        (lambda: json.loads("{"), ValueError),
+        (bug_in_the_package, ValueError),
+    ],
+    ids=["here", "in a library", "in the package"],
 )
-def test_command_keeps_the_traceback_of_a_bug(monkeypatch, bug, error):
+def test_a_bug_keeps_its_traceback(monkeypatch, bug, error):
     monkeypatch.setattr(train_net, "train", lambda cfg, resume: bug())
     with pytest.raises(error):
         train_net.main([])
 
 
-def test_command_exit_codes(monkeypatch):
-    def raising(error):
-        def run(cfg, resume):
-            raise error
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (UserError("a key"), 2),
+        (FileNotFoundError("a file"), 2),
+        (UnexpectedResultsError("AP"), 1),
+        (NonFiniteError("NaN"), 1),
+        (DiskFullError("full"), 1),
+        (TrainingStopped(15), 143),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_exit_codes(monkeypatch, capsys, error, code):
+    def run(cfg, resume):
+        raise error
 
-        return run
+    monkeypatch.setattr(train_net, "train", run)
+    assert train_net.main([]) == code
+    expected = "" if code == 143 else f"error: {error}\n"
+    assert capsys.readouterr().err == expected
 
-    for error in (UnexpectedResultsError("AP"), NonFiniteError("NaN")):
-        monkeypatch.setattr(train_net, "train", raising(error))
-        assert train_net.main([]) == 1
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), UserError("a mistake")])
+def test_the_error_that_ends_a_run_is_in_its_log(tmp_path, fakes, monkeypatch, capsys, error):
+    """With its traceback, unless it is a user's mistake; the console has it only once."""
+
+    def step(*args, **options):
+        raise error
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    opts = [*("OUTPUT_DIR", str(tmp_path), "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)")]
+    opts += ["MODEL.TENSOR_MASK.NUM_CLASSES", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    is_bug = not isinstance(error, UserError)
+    if is_bug:
+        with pytest.raises(ValueError, match="a bug"):
+            train_net.main(opts)
+    else:
+        assert train_net.main(opts) == 2
+    log = (tmp_path / "log.txt").read_text()
+    assert f"ERROR {error}" in log
+    assert ("Traceback" in log) is is_bug
+    assert str(error) not in capsys.readouterr().out
 
 
 def write_coco(folder, size=64):
-    """Two noisy images with a square each, in COCO's format; the name of the set."""
+    """Write two noisy images with a square each in COCO's format; return the set's name."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for i in (1, 2):
@@ -78,7 +123,7 @@ def write_coco(folder, size=64):
     return f"{folder / 'set.json'}@{folder}"
 
 
-def test_command_with_the_real_parts(tmp_path):
+def test_a_small_real_run(tmp_path):
     name = write_coco(tmp_path)
     arguments = [
         *("--config-file", str(ROOT / "configs" / "quickstart.yaml"), "--num-gpus", "0"),

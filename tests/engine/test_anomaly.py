@@ -1,4 +1,4 @@
-"""Where NaN and infinity arise is found and named."""
+"""NaN and infinity are detected, and the error names their origin."""
 
 import pytest
 import tiny
@@ -22,7 +22,7 @@ def losses_of(model, image=None):
     return model([image], [tiny.target(64, 64, BOX)])
 
 
-def test_a_sound_model_trains_as_before():
+def test_hooks_do_not_change_the_losses():
     expected = losses_of(tiny.build("bipyramid"))
     losses = losses_of(watched())
     assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
@@ -30,14 +30,14 @@ def test_a_sound_model_trains_as_before():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_image(value):
+def test_an_image(value):
     image = torch.zeros(3, 64, 64)
     image[1, 5, 7] = value
-    for arguments, named in (((image,), {}), ((), {"images": [image]})):
-        call = ([arguments[0]], [tiny.target(64, 64, BOX)]) if arguments else ()
-        named = named and {**named, "targets": [tiny.target(64, 64, BOX)]}
+    model, targets = nn.Identity(), [tiny.target(64, 64, BOX)]
+    watch_modules(model)
+    for args, kwargs in ((([image], targets), {}), ((), {"images": [image], "targets": targets})):
         with pytest.raises(NonFiniteError, match="Image 0 of the batch is not finite"):
-            watched()(*call, **named)
+            model(*args, **kwargs)
 
 
 def test_a_weight():
@@ -50,7 +50,7 @@ def test_a_weight():
 
 def test_the_output_of_a_module():
     model = watched()
-    # Finite weights whose products are not.
+    # Finite weights with infinite products.
     for conv in (model.backbone.res4[0].conv1, model.backbone.res3[0].conv1):
         conv.weight.data.fill_(3e38)
     with pytest.raises(NonFiniteError, match=r"output of backbone\.res3\.0\.conv1 \(Conv2d, \d+"):
@@ -58,7 +58,7 @@ def test_the_output_of_a_module():
 
 
 class Root(nn.Module):
-    """Its gradient at 0 is infinite, its value is not."""
+    """A module with an infinite gradient at 0, where its value is finite."""
 
     def forward(self, x):
         return x.sqrt()
@@ -72,11 +72,11 @@ def test_the_gradient_by_the_output_of_a_module():
     model(torch.ones(1, 2)).sum().backward()
     assert not model[2].bias.grad.isfinite().all()
     watch_modules(model)
-    with pytest.raises(NonFiniteError, match=r"output of 2 \(2 of 2.*arises in what comes after"):
+    with pytest.raises(NonFiniteError, match=r"output of 2 \(2 of 2.*origin is in"):
         model(torch.ones(1, 2)).sum().backward()
 
 
-def test_losses_are_read_once_for_all():
+def test_losses_that_are_not_finite():
     losses = {"loss_a": torch.tensor(1.5), "loss_b": torch.tensor(2.0)}
     assert read_losses(losses, 0, []) == {"loss_a": 1.5, "loss_b": 2.0}
     losses["loss_b"] /= 0
@@ -85,9 +85,9 @@ def test_losses_are_read_once_for_all():
         read_losses(losses, 7, batch)
 
 
-def test_weights_of_a_file():
+def test_weights_that_are_not_finite():
     model = nn.Linear(2, 2)
     check_weights(model, "x.pth")
     model.bias.data[1] = float("nan")
-    with pytest.raises(ValueError, match=r"Not finite in x\.pth: bias; take other weights"):
+    with pytest.raises(ValueError, match=r"Not finite in x\.pth: bias; use other weights"):
         check_weights(model, "x.pth")

@@ -1,28 +1,31 @@
-"""What several processes share out, each looked at by itself; real processes are in
-test_distributed_runs.py."""
+"""Communication and the division of work between ranks; whole runs in test_distributed_runs.py."""
 
 import re
+import time
+from datetime import timedelta
 
+import fork
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fakes import make_cfg as make_fake_cfg
 from grey import CATEGORY_IDS, FakeModel, GreyDataset, coco_json, detections, noisy_case, rectangle
 from torch import nn
 
 from tensormask.config import get_cfg
 from tensormask.data import build_test_loader, build_train_loader, get_dataset
 from tensormask.data.shapes import write_split
-from tensormask.engine import distributed, launch
+from tensormask.engine import distributed, evaluator, launch
 from tensormask.engine.distributed import scale_to_world_size
 from tensormask.evaluation import evaluate, results_table
 from tensormask.evaluation.results import ResultsWriter, detections_of, merge_results
 from tensormask.modeling.losses import foreground_normalizer
 
-# ---- a process alone ----
+# ---- a single process ----
 
 
-def test_alone_everything_stays_as_it_is():
+def test_a_single_process_changes_nothing():
     model, tensor = nn.Linear(2, 2), torch.ones(2)
     assert (distributed.get_rank(), distributed.get_world_size()) == (0, 1)
     assert distributed.is_main_process()
@@ -41,7 +44,7 @@ def test_alone_everything_stays_as_it_is():
     assert [foreground_normalizer(n, torch.device("cpu")) for n in (0, 7)] == [1, 7]
 
 
-# ---- a process in a group, of which it is the only one ----
+# ---- a group of one process ----
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def group():
     dist.destroy_process_group()
 
 
-def test_in_a_group_tensors_and_objects_go_around(group):
+def test_collectives_in_a_group(group):
     tensor = torch.ones(2)
     total = distributed.all_reduce_sum(tensor)
     assert total is not tensor
@@ -62,7 +65,8 @@ def test_in_a_group_tensors_and_objects_go_around(group):
     assert distributed.broadcast_object(["a"]) == ["a"]
     assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
     distributed.barrier()
-    counts = [foreground_normalizer(n, torch.device("cpu")) for n in (0, 7)]
+    total = distributed.all_reduce_sum
+    counts = [foreground_normalizer(n, torch.device("cpu"), total) for n in (0, 7)]
     assert counts == [1, 7]
 
 
@@ -75,6 +79,30 @@ def test_wrapped_models(group):
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(ValueError, match=r"SyncBN works on GPUs only.*RESNETS\.NORM"):
         distributed.wrap(nn.Sequential(nn.Conv2d(1, 1, 1), nn.SyncBatchNorm(1)))
+
+
+# ---- a rank that works for longer than the limit of collectives ----
+
+
+def test_ranks_wait_for_a_scoring_longer_than_the_timeout(fakes, tmp_path, monkeypatch, capfd):
+    """Rank 0 scores for twice the limit of collectives between tensors."""
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+
+    def evaluate(*args, rank, **options):
+        time.sleep(2 * (rank == 0))
+        return fakes.results if rank == 0 else {}
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+
+    def run():
+        distributed.start("cpu")
+        cfg = make_fake_cfg(tmp_path)
+        reporter = evaluator.build_issue_reporter(cfg, cfg.DATASETS.TEST)
+        results = evaluator.evaluate_all(cfg, evaluator.build_model(cfg), tmp_path, reporter)
+        distributed.stop()
+        return int(results != fakes.results)
+
+    assert fork.run_in_ranks(run) == [0, 0], capfd.readouterr().err
 
 
 # ---- SOLVER.REFERENCE_WORLD_SIZE ----
@@ -111,7 +139,7 @@ def test_scaling_is_linear(monkeypatch, caplog, world_size, expected):
     ) == expected
     assert f"IMS_PER_BATCH {expected[0]}, BASE_LR {expected[1]}" in caplog.text
     assert solver.REFERENCE_WORLD_SIZE == world_size
-    assert scale_to_world_size(cfg) is cfg  # as it is read again by --resume
+    assert scale_to_world_size(cfg) is cfg  # as --resume reads it again
 
 
 def test_scaling_that_changes_nothing(monkeypatch):
@@ -124,7 +152,7 @@ def test_scaling_that_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("reference", [-1, 3, 32])
-def test_scaling_from_what_cannot_be(reference):
+def test_an_invalid_reference_is_refused(reference):
     with pytest.raises(ValueError, match="REFERENCE_WORLD_SIZE"):
         scale_to_world_size(make_cfg(reference))
 
@@ -151,7 +179,7 @@ def loader_cfg(shapes, *opts):
 
 @pytest.mark.parametrize("world_size, num_parts", [(1, 3), (2, 1), (4, 1), (2, 2), (3, 2)])
 def test_shares_are_the_batch(shapes, world_size, num_parts):
-    """Part by part, the ranks' shares are the images, with augmentations, of one process."""
+    """The ranks' shares of each part are the images, augmented, of a single process."""
     cfg = loader_cfg(shapes, "SOLVER.IMS_PER_BATCH", 12, "SOLVER.ACCUMULATE_STEPS", num_parts)
     whole = build_train_loader(cfg, 2)
     shares = [
@@ -182,14 +210,14 @@ def test_shares_are_the_batch(shapes, world_size, num_parts):
         (4, 1, 0, "1 or"),
     ],
 )
-def test_batch_that_does_not_divide(shapes, batch_size, world_size, num_parts, message):
+def test_a_batch_must_be_divisible(shapes, batch_size, world_size, num_parts, message):
     opts = ("SOLVER.IMS_PER_BATCH", batch_size, "SOLVER.ACCUMULATE_STEPS", num_parts)
     with pytest.raises(ValueError, match=message):
         build_train_loader(loader_cfg(shapes, *opts), rank=0, world_size=world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 16])
-def test_images_of_an_evaluation_come_once(shapes, world_size):
+def test_each_image_is_evaluated_once(shapes, world_size):
     cfg, dataset = loader_cfg(shapes), get_dataset(shapes)
     shares = [
         [sample["image_id"] for (sample,) in build_test_loader(
@@ -204,7 +232,7 @@ def test_images_of_an_evaluation_come_once(shapes, world_size):
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-def test_merged_files_are_one_file(tmp_path, num_parts):
+def test_merged_files_equal_a_single_file(tmp_path, num_parts):
     ids = [5, "a", 2, 9, 1, "5"]  # of any order and type; 9 and "5" have no results
     per_image = {5: 2, "a": 1, 2: 3, 1: 1}
     results = {i: [{"image_id": i, "n": n} for n in range(per_image.get(i, 0))] for i in ids}
@@ -219,7 +247,7 @@ def test_merged_files_are_one_file(tmp_path, num_parts):
 
 
 def in_shares(model, dataset, folder, world_size, **options):
-    """The results of `evaluate` in each rank; the ranks run one after the other, rank 0 last."""
+    """Return the results of `evaluate` by rank; the ranks run one after the other, rank 0 last."""
     samples, found, results = list(dataset.loader()), {}, {}
     for rank in reversed(range(world_size)):
 
@@ -236,7 +264,7 @@ def in_shares(model, dataset, folder, world_size, **options):
 def test_evaluation_in_shares_equals_one(tmp_path, world_size, caplog):
     dataset, found = noisy_case(tmp_path)
     (tmp_path / "many").mkdir()
-    (tmp_path / "many" / "..coco_instances_results.json.part30.tmp").write_text("of a killed one")
+    (tmp_path / "many" / "..coco_instances_results.json.part30.tmp").write_text("of a killed run")
     expected = evaluate(
         FakeModel(found), dataset.loader(), dataset, tmp_path / "one", num_visualized=3
     )
@@ -248,13 +276,13 @@ def test_evaluation_in_shares_equals_one(tmp_path, world_size, caplog):
         for name in ("one", "many")
         for files in [(tmp_path / name).rglob("*")]
     )
-    assert len(one) >= 5  # results, three images, the sheet
+    assert len(one) >= 5  # results, three images, the montage
     assert many == one
     assert "count as missed" not in caplog.text
 
 
-def test_what_only_one_rank_has_met(tmp_path, caplog):
-    """A broken image and one that never came, both of rank 1, are said by rank 0."""
+def test_rank_0_logs_the_missing_images_of_rank_1(tmp_path, caplog):
+    """An image that cannot be read, and one that the loader does not yield."""
     dataset = GreyDataset(coco_json([], 4), tmp_path)
     dataset.loader = lambda loader=dataset.loader: (
         [sample | {"image": None} if sample["image_id"] == 2 else sample]
@@ -268,7 +296,7 @@ def test_what_only_one_rank_has_met(tmp_path, caplog):
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
 
 
-def test_detections_come_back_from_results():
+def test_detections_are_restored_from_results():
     from tensormask.evaluation import coco_results
 
     mask = rectangle(3, 4, 10, 12)
@@ -279,7 +307,7 @@ def test_detections_come_back_from_results():
     assert detections_of([], CATEGORY_IDS)["boxes"].shape == (0, 4)
 
 
-# ---- how processes are started ----
+# ---- arguments of a launch ----
 
 
 def check(device="cpu", num_processes=2, num_machines=1, machine_rank=0, dist_url="auto"):
@@ -292,7 +320,7 @@ def check(device="cpu", num_processes=2, num_machines=1, machine_rank=0, dist_ur
     )
 
 
-def test_numbers_of_a_launch_that_fit(monkeypatch):
+def test_valid_arguments_of_a_launch(monkeypatch):
     check()
     check(dist_url="tcp://10.0.0.1:29500", num_machines=4, machine_rank=3)
     check(dist_url="tcp://[fe80::1]:29500")
@@ -300,12 +328,12 @@ def test_numbers_of_a_launch_that_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check(device="auto")
-    with pytest.raises(ValueError, match="has 2 that can be used"):
+    with pytest.raises(ValueError, match="has 2 available GPUs"):
         check(device="cuda", num_processes=3)
 
 
 @pytest.mark.parametrize(
-    "numbers, message",
+    "arguments, message",
     [
         ({"device": "auto"}, "MODEL.DEVICE cpu starts 2"),
         ({"num_machines": 0}, "numbered from 0"),
@@ -318,15 +346,15 @@ def test_numbers_of_a_launch_that_fit(monkeypatch):
         ({"dist_url": "file:///tmp/x"}, "tcp://host:port"),
     ],
 )
-def test_numbers_of_a_launch_that_do_not(numbers, message):
+def test_invalid_arguments_of_a_launch(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        check(**numbers)
+        check(**arguments)
 
 
 def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [distributed._own_gpu("auto", rank) for rank in (0, 1)] == [0, 1]
-    with pytest.raises(ValueError, match="there are 2: start fewer"):
+    with pytest.raises(ValueError, match="which has 2: start fewer"):
         distributed._own_gpu("cuda", 2)
     with pytest.raises(ValueError, match="a GPU of its own"):
         distributed._own_gpu("cuda:1", 0)

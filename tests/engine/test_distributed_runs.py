@@ -1,4 +1,4 @@
-"""Two processes, connected by Gloo on the CPU, against one: training, evaluation, and a death."""
+"""Two Gloo processes on the CPU against one: training, evaluation, and the death of a rank."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fork
 import pytest
 import tiny
 import torch
@@ -28,12 +29,13 @@ STARTS = {
     ],
     "num-gpus": [sys.executable, SCRIPT, "--num-gpus", "2"],
 }
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in STARTS]
 TIMEOUT = 240  # seconds; of a launch, which takes 10 to 20 on two free cores
 
 
 @pytest.fixture
 def config(tmp_path):
-    """The path of a small config over six images: two have no objects, one cannot be read."""
+    """Path of a small config of six images: two have no objects, one cannot be read."""
     write_split("train", 6, tmp_path)
     (tmp_path / "images" / "000004.png").write_bytes(b"no image")
     path = tmp_path / "annotations.json"
@@ -54,7 +56,7 @@ def config(tmp_path):
 
 
 def start(how, *arguments):
-    """A launch in the background, its output in one pipe."""
+    """Start a launch in the background; a pipe has its output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*STARTS[how], *map(str, arguments)],
@@ -67,7 +69,7 @@ def start(how, *arguments):
 
 
 def finish(process):
-    """Its exit code and output; nothing of it is left."""
+    """Wait for a launch; return its exit code and output."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     finally:
@@ -76,37 +78,47 @@ def finish(process):
 
 
 def run(how, *arguments):
+    """Run a launch that must succeed; return its output."""
     code, output = finish(start(how, *arguments))
     assert code == 0, output
     return output
 
 
+def run_forked(capfd, *arguments):
+    """Run the command in two forked processes; return their output."""
+    codes = fork.run_in_ranks(lambda: train_net.main(list(map(str, arguments))))
+    output = "".join(capfd.readouterr())
+    assert codes == [0, 0], output
+    return output
+
+
 def metrics(folder, key):
-    """The records of a metrics.json that have a key."""
+    """Return the records of a metrics.json that have a key."""
     lines = (folder / "metrics.json").read_text().splitlines()
     return [record for record in map(json.loads, lines) if key in record]
 
 
 def empty_shares(config):
-    """Of each iteration, whether rank 0 and whether rank 1 has no objects."""
+    """Return for each iteration whether the images of rank 0, and of rank 1, have no objects."""
     cfg = tiny.tensormask.get_cfg()
     cfg.merge_from_file(config)
     loader = build_train_loader(cfg)
     return [[len(sample["target"]["labels"]) == 0 for sample in next(loader)] for _ in range(6)]
 
 
-@pytest.mark.parametrize("how", STARTS)
-def test_training_equals_one_process(config, tmp_path, how):
-    """Also where one rank has no objects, and then where the gradients are accumulated."""
+@pytest.mark.parametrize("how", ["fork", *SLOW])
+def test_training_equals_one_process(config, tmp_path, capfd, how):
+    """Also if one rank has no objects; with accumulated gradients for torchrun."""
     assert {(True, False), (False, True)} & set(map(tuple, empty_shares(config)))
     opts = ["DATASETS.TEST", "()"]
     if how == "torchrun":
         opts += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE_STEPS", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["--config-file", str(config), *opts, "OUTPUT_DIR"]
+    # The forks come first, since this process remembers the issues of its run.
+    output = run_forked(capfd, *arguments, two) if how == "fork" else run(how, *arguments, two)
     assert train_net.main([*arguments, str(one)]) == 0
-    output = run(how, *arguments, two)
-    assert output.count("iter: 6/6") == 1  # only rank 0 speaks
+    assert output.count("iter: 6/6") == 1  # only rank 0 logs
     assert metrics(two, "issues") == metrics(one, "issues") != []
     (expected,), (found,) = (metrics(folder, "total_loss") for folder in (one, two))
     assert found.keys() == expected.keys()
@@ -121,20 +133,20 @@ def test_training_equals_one_process(config, tmp_path, how):
     assert len(list(two.glob("*tfevents*"))) == 1
 
 
-def test_evaluation_equals_one_process(config, tmp_path):
+def test_evaluation_equals_one_process(config, tmp_path, capfd):
     model = tiny.build("bipyramid", ["MODEL.TENSOR_MASK.NUM_CLASSES", 6])
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["--eval-only", "--config-file", str(config)]
     arguments += ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "OUTPUT_DIR"]
+    output = run_forked(capfd, *arguments, two)
     assert train_net.main([*arguments, str(one)]) == 0
-    output = run("num-gpus", *arguments, two)
     tables = [text[text.index(" AP50") : text.index("crescent")] for text in (
         (one / "log.txt").read_text(), output, (two / "log.txt").read_text()
     )]  # fmt: skip
     assert tables[0] == tables[1] == tables[2]
     files = [p.relative_to(one) for p in (one / "inference").rglob("*") if p.is_file()]
-    assert len(files) >= 4  # results, two images, the sheet
+    assert len(files) >= 4  # results, two images, the montage
     for path in files:
         assert (two / path).read_bytes() == (one / path).read_bytes(), path
     results = json.loads((two / "inference" / "coco_instances_results.json").read_text())
@@ -144,13 +156,14 @@ def test_evaluation_equals_one_process(config, tmp_path):
 
 
 def children(pid):
-    """The processes that a process has started."""
+    """Return the ids of a process's children."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_death_of_a_rank_ends_the_run_and_resume_goes_on(config, tmp_path):
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_death_of_a_rank_ends_the_run_and_resume_continues(config, tmp_path):
     out = tmp_path / "out"
     arguments = ["--config-file", str(config), "DATASETS.TEST", "()", "OUTPUT_DIR", str(out)]
     process = start(

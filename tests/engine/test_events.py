@@ -1,6 +1,7 @@
-"""What a run writes: valid JSON, no doubled curves, times that add up."""
+"""Log, metrics.json and TensorBoard: valid JSON, no repeated curves, correct medians and times."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -67,7 +68,7 @@ def test_progress_line():
     )
 
 
-def test_window_gives_medians_and_starts_afresh():
+def test_medians_since_the_last_line():
     window = events.RecentMetrics()
     for loss, seconds in ((1.0, 1.0), (100.0, 1.0), (3.0, 4.0)):
         window.add({"loss": loss, "time": seconds})
@@ -77,7 +78,17 @@ def test_window_gives_medians_and_starts_afresh():
     assert window.pop_medians() == {"loss": 7.0, "time": 2.0}
 
 
-def test_time_left_forgets_the_distant_past():
+def test_medians_ignore_nan_in_any_order():
+    window = events.RecentMetrics()
+    for values in itertools.permutations([1.0, math.nan, 2.0, math.inf, 4.0]):
+        for value in values:
+            window.add({"grad_norm": value, "loss": math.nan, "time": 1.0})
+        medians = window.pop_medians()
+        assert medians["grad_norm"] == 3.0, values
+        assert math.isnan(medians["loss"])
+
+
+def test_time_left_depends_on_recent_iterations_only():
     window = events.RecentMetrics()
     for seconds in [100.0] * 50 + [2.0] * events.ETA_ITERATIONS:
         window.add({"time": seconds})
@@ -98,7 +109,7 @@ def test_writer_fills_json_and_tensorboard(tmp_path):
     assert "segm/APl" not in board.Tags()["scalars"]
 
 
-def test_resumed_writer_does_not_double_curves(tmp_path):
+def test_a_resumed_writer_does_not_repeat_curves(tmp_path):
     with events.MetricsWriter(tmp_path, 0) as writer:
         for iteration in (9, 19, 29):
             writer.write(iteration, {"loss": float(iteration)})
@@ -111,7 +122,7 @@ def test_resumed_writer_does_not_double_curves(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(9, 9), (19, 19), (29, 0.5)]
 
 
-def test_an_evaluation_is_shown(tmp_path):
+def test_an_evaluation_in_tensorboard(tmp_path):
     for name in ("run", "inference", "inference/b"):
         (tmp_path / name).mkdir()
     montage = np.zeros((4, 6, 3), np.uint8)
@@ -135,14 +146,14 @@ def test_an_evaluation_is_shown(tmp_path):
     assert recall.tolist() == [1.0, 0.5, 0.0]
 
 
-def test_records_are_read_without_a_half_written_line(tmp_path):
+def test_incomplete_lines_are_not_read(tmp_path):
     path = tmp_path / "metrics.json"
     assert events.read_metrics(path) == []
     path.write_text('{"iteration": 3, "loss": 1.5}\n{"iteration": 4, "lo')
     assert events.read_metrics(path) == [{"iteration": 3, "loss": 1.5}]
 
 
-def test_a_full_disk_is_said_by_the_metrics_and_not_by_the_log(tmp_path, capfd):
+def test_a_full_disk_is_an_error_of_the_metrics_and_not_of_the_log(tmp_path, capfd):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     (tmp_path / "log.txt").symlink_to("/dev/full")
@@ -155,15 +166,15 @@ def test_a_full_disk_is_said_by_the_metrics_and_not_by_the_log(tmp_path, capfd):
     with pytest.raises(DiskFullError):
         writer.close()
     for handler in logging.getLogger("tensormask").handlers:
-        with contextlib.suppress(OSError):  # what it has not written, at its end
+        with contextlib.suppress(OSError):  # what is still in its buffer
             handler.close()
-    said = capfd.readouterr()
-    assert "Logging error" not in said.err
-    assert said.out.count("hello") == 1
+    output = capfd.readouterr()
+    assert "Logging error" not in output.err
+    assert output.out.count("hello") == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_lines_of_progress_are_for_those_without_a_bar(tmp_path, capsys, monkeypatch, terminal):
+def test_a_terminal_has_a_bar_instead_of_progress_lines(tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setattr(events.sys.stderr, "isatty", lambda: terminal, raising=False)
     events.setup_logging(tmp_path)
     with events.progress_bar(10, 30) as bar:
@@ -171,9 +182,9 @@ def test_lines_of_progress_are_for_those_without_a_bar(tmp_path, capsys, monkeyp
         assert terminal is False or bar.n == 10
         events.log_progress("iter: 20/30")
         events.logger.warning("a warning")
-    said = capsys.readouterr()
-    assert ("iter: 20/30" in said.out + said.err) is not terminal
-    assert "a warning" in said.out + said.err
+    output = capsys.readouterr()
+    assert ("iter: 20/30" in output.out + output.err) is not terminal
+    assert "a warning" in output.out + output.err
     assert "iter: 20/30" in (tmp_path / "log.txt").read_text()
 
 
@@ -181,7 +192,7 @@ def test_summary_is_a_table():
     assert events.format_summary({"a": 1, "long": "x"}) == "a     1\nlong  x"
 
 
-def test_new_run_starts_new_curves(tmp_path):
+def test_a_new_run_starts_new_curves(tmp_path):
     (tmp_path / "metrics.json").write_text('{"iteration": 0}\n')
     events.MetricsWriter(tmp_path, 0).close()
     assert (tmp_path / "metrics.json").read_text() == ""

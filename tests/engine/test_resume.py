@@ -1,4 +1,4 @@
-"""A run that is stopped, in whatever way, goes on as if it had not been."""
+"""A stopped run resumes as if it had not been stopped; which checkpoints are kept."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ from tensormask.utils.random import set_determinism
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
-# With all that a checkpoint has to hold.
+# Options with state in the checkpoint.
 EVERYTHING = (
     *("SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9),
     *("TEST.EVAL_PERIOD", 5, "SOLVER.OPTIMIZER", "AdamW"),
@@ -34,12 +34,12 @@ EVERYTHING = (
 
 @pytest.fixture
 def losses(monkeypatch):
-    """The losses of each iteration that was done, by iteration; a later one takes its place."""
+    """The losses by iteration; those of a resumed run replace those of the stopped one."""
     real, seen = trainer.train_step, {}
 
     def step(state, batch, **options):
         metrics = real(state, batch, **options)
-        # As text, exact: float16's first scales are too large, and NaN is not equal to itself.
+        # As exact text: float16's first scales are too large, and NaN is not equal to itself.
         seen[options["iteration"]] = [repr(metrics[k]) for k in ("total_loss", "grad_norm", "lr")]
         return metrics
 
@@ -47,17 +47,14 @@ def losses(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("stop", [1, 9, 10, 17, 29])
+FLOAT16 = ("SOLVER.AMP.ENABLED", True)
+BFLOAT16 = (*FLOAT16, "SOLVER.AMP.DTYPE", "bfloat16")
+
+
 @pytest.mark.parametrize(
-    "more",
-    [
-        (),
-        ("SOLVER.AMP.ENABLED", True),
-        ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"),
-    ],
-    ids=["float32", "float16", "bfloat16"],
+    "stop, more", [(1, ()), (9, BFLOAT16), (10, ()), (17, FLOAT16), (29, BFLOAT16)]
 )
-def test_all_of_it_comes_back_to_the_bit(tmp_path, fakes, losses, monkeypatch, stop, more):
+def test_a_resumed_run_is_bit_identical(tmp_path, fakes, losses, monkeypatch, stop, more):
     options = (*EVERYTHING, *more)
     trainer.train(make_cfg(tmp_path / "whole", *options))
     expected = dict(losses)
@@ -76,7 +73,7 @@ def test_all_of_it_comes_back_to_the_bit(tmp_path, fakes, losses, monkeypatch, s
         assert_same_bits(state, parts["optimizer"]["state"][number])
     for key in ("scheduler", "scaler", "issues"):
         assert whole[key] == parts[key], key
-    if "SOLVER.AMP.ENABLED" in more and "bfloat16" not in more:
+    if more == FLOAT16:
         assert whole["scaler"]["scale"] > 0
     assert_same_bits(weights(tmp_path / "whole"), whole["model"])
     assert not torch.equal(whole["model"]["out.bias"], whole["ema"]["model"]["out.bias"])
@@ -85,7 +82,7 @@ def test_all_of_it_comes_back_to_the_bit(tmp_path, fakes, losses, monkeypatch, s
     assert averages["class_names"] == ["star", "ring"]
 
 
-def test_averages_are_evaluated_beside_the_weights(tmp_path, fakes):
+def test_averages_are_evaluated_too(tmp_path, fakes):
     results = trainer.train(make_cfg(tmp_path, *EVERYTHING))
     assert results == {"segm": {"AP": 30.0}, "ema": {"segm": {"AP": 30.0}}}
     assert lines(tmp_path)[-1] == {"iteration": 29, "segm/AP": 30.0, "ema/segm/AP": 30.0}
@@ -93,7 +90,7 @@ def test_averages_are_evaluated_beside_the_weights(tmp_path, fakes):
     assert fakes.evaluations == folders * 6
 
 
-def test_an_evaluation_by_itself_has_the_averages_too(tmp_path, fakes, monkeypatch):
+def test_an_evaluation_without_training_includes_the_averages(tmp_path, fakes, monkeypatch):
     cfg = make_cfg(tmp_path, *EVERYTHING)
     trainer.train(cfg)
     evaluated = []
@@ -112,7 +109,7 @@ def test_an_evaluation_by_itself_has_the_averages_too(tmp_path, fakes, monkeypat
     ]
 
 
-def test_averages_that_a_checkpoint_lacks_begin_with_its_weights(
+def test_averages_start_from_the_weights_of_a_checkpoint_without_averages(
     tmp_path, fakes, monkeypatch, caplog
 ):
     interrupted_run(make_cfg(tmp_path), monkeypatch, 12)
@@ -120,16 +117,22 @@ def test_averages_that_a_checkpoint_lacks_begin_with_its_weights(
     checkpoint = ckpt.load_checkpoint(tmp_path / "model_final.pth")
     assert checkpoint["ema"]["n_averaged"] == 1 + 20
     log = (tmp_path / "log.txt").read_text()
-    assert "they begin with its weights" in log
+    assert "they start from its weights" in log
     assert "another config than before: SOLVER.EMA.ENABLED False -> True" in log
 
 
 # ---- signals ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["in a step", "in the last step", "in an evaluation"])
-def test_a_signal_saves_and_leaves(tmp_path, fakes, losses, monkeypatch, number, moment):
+@pytest.mark.parametrize(
+    "moment, number",
+    [
+        ("in a step", signal.SIGTERM),
+        ("in the last step", signal.SIGINT),
+        ("in an evaluation", signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_and_stops(tmp_path, fakes, losses, monkeypatch, number, moment):
     trainer.train(make_cfg(tmp_path / "whole", *EVERYTHING))
     expected, whole_lines = dict(losses), lines(tmp_path / "whole")
     losses.clear()
@@ -154,7 +157,9 @@ def test_a_signal_saves_and_leaves(tmp_path, fakes, losses, monkeypatch, number,
     saved = "model_final.pth" if stops_at == 29 else f"model_{stops_at:07d}.pth"
     assert (tmp_path / "parts" / "last_checkpoint").read_text() == saved
     log = (tmp_path / "parts" / "log.txt").read_text()
-    assert f"stopped by {number.name} after {stops_at + 1} iterations; go on with --resume" in log
+    assert (
+        f"stopped by {number.name} after {stops_at + 1} iterations; continue with --resume" in log
+    )
 
     trainer.train(cfg, resume=True)
     assert losses == expected
@@ -166,7 +171,7 @@ def test_a_signal_saves_and_leaves(tmp_path, fakes, losses, monkeypatch, number,
     assert evaluated[0] == evaluated[1] == [4, 9, 14, 19, 24, 29]
 
 
-def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, fakes, monkeypatch):
+def test_a_killed_evaluation_is_repeated(tmp_path, fakes, monkeypatch):
     cfg = make_cfg(tmp_path, "TEST.EVAL_PERIOD", 10)
     real = run.evaluate_all
 
@@ -183,10 +188,10 @@ def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, fakes, monkeypat
     assert [r["iteration"] for r in lines(tmp_path) if "segm/AP" in r] == [9, 19, 29]
 
 
-# ---- which checkpoints stay ----
+# ---- which checkpoints are kept ----
 
 
-def test_the_last_checkpoints_stay(tmp_path, fakes, monkeypatch):
+def test_the_last_checkpoints_are_kept(tmp_path, fakes, monkeypatch):
     (tmp_path / "model_0000099.pth").touch()  # of an earlier, longer run
     options = ("SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2)
     interrupted_run(make_cfg(tmp_path, *options), monkeypatch, 21)
@@ -199,7 +204,7 @@ def test_the_last_checkpoints_stay(tmp_path, fakes, monkeypatch):
     }
 
 
-def test_what_last_checkpoint_names_is_not_removed(tmp_path):
+def test_the_named_last_checkpoint_is_kept(tmp_path):
     for iteration in (4, 9, 14):
         (tmp_path / f"model_{iteration:07d}.pth").touch()
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
@@ -208,7 +213,7 @@ def test_what_last_checkpoint_names_is_not_removed(tmp_path):
 
 
 def scripted(fakes, monkeypatch, scores):
-    """Evaluations give these APs, one after the other."""
+    """Let the evaluations return these APs, one after the other."""
     real = run.evaluate_all
     monkeypatch.setattr(
         run,
@@ -218,11 +223,11 @@ def scripted(fakes, monkeypatch, scores):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_the_best_weights_stay(tmp_path, fakes, monkeypatch, interrupted):
+def test_the_best_weights_are_kept(tmp_path, fakes, monkeypatch, interrupted):
     nan = float("nan")
     options = ("TEST.EVAL_PERIOD", 5, "SOLVER.CHECKPOINT_BEST", "segm/AP")
     cfg = make_cfg(tmp_path, *options)
-    if interrupted:  # after the best one, which then counts still
+    if interrupted:  # after the best one, which the resumed run must know
         scripted(fakes, monkeypatch, [nan, 20.0, 30.0, 25.0, 30.0, 29.0])
         interrupted_run(cfg, monkeypatch, 22)
         trainer.train(cfg, resume=True)
@@ -237,23 +242,23 @@ def test_the_best_weights_stay(tmp_path, fakes, monkeypatch, interrupted):
     assert "segm/AP 30.0000 is the best so far" in (tmp_path / "log.txt").read_text()
 
 
-def test_the_best_averages_stay(tmp_path, fakes):
+def test_the_best_averages_are_kept(tmp_path, fakes):
     trainer.train(make_cfg(tmp_path, *EVERYTHING, "SOLVER.CHECKPOINT_BEST", "ema/segm/AP"))
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert best["iteration"] == 4
     assert not torch.equal(best["model"]["out.bias"], weights(tmp_path)["out.bias"])
 
 
-def test_a_best_metric_that_is_none(tmp_path, fakes):
+def test_an_unknown_best_metric(tmp_path, fakes):
     trainer.train(make_cfg(tmp_path, "SOLVER.CHECKPOINT_BEST", "segm/APP"))
-    assert "'segm/APP', which is no metric" in (tmp_path / "log.txt").read_text()
+    assert "'segm/APP', which is not a metric" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "model_best.pth").exists()
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, fakes, losses, monkeypatch):
+def test_a_full_disk_does_not_change_the_last_checkpoint(tmp_path, fakes, losses, monkeypatch):
     trainer.train(make_cfg(tmp_path / "whole"))
     expected = dict(losses)
     real = torch.save
@@ -276,8 +281,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, fakes, losses, monkeyp
     assert losses == expected
 
 
-def test_issues_that_were_found_are_known_after_a_resume(tmp_path, fakes, monkeypatch):
-
+def test_issues_are_restored_by_a_resume(tmp_path, fakes, monkeypatch):
     def loader(cfg, start_iteration=0, **processes):
         for iteration, batch in enumerate(fake_loader(cfg, start_iteration), start_iteration):
             if iteration in (4, 25):
@@ -287,7 +291,7 @@ def test_issues_that_were_found_are_known_after_a_resume(tmp_path, fakes, monkey
     monkeypatch.setattr(trainer, "build_train_loader", loader)
     cfg = make_cfg(tmp_path, "DATASETS.TEST", "('a',)")
     interrupted_run(cfg, monkeypatch, 12)
-    fakes.issues.counts.clear()  # a new process knows nothing
+    fakes.issues.counts.clear()  # as in a new process
     fakes.issues.first_ids.clear()
     fakes.issues._seen.clear()
     trainer.train(cfg, resume=True)
@@ -303,11 +307,11 @@ def test_weights_to_start_from_that_are_not_finite(tmp_path, fakes):
     bad.out.bias.data.fill_(float("inf"))
     torch.save({"model": bad.state_dict()}, tmp_path / "bad.pth")
     cfg = make_cfg(tmp_path / "run", "MODEL.WEIGHTS", str(tmp_path / "bad.pth"))
-    with pytest.raises(ValueError, match=r"Not finite in .*bad\.pth: out\.bias; take other"):
+    with pytest.raises(ValueError, match=r"Not finite in .*bad\.pth: out\.bias; use other"):
         trainer.train(cfg)
 
 
-def test_algorithms_and_precision_are_chosen_by_their_keys(tmp_path, fakes):
+def test_algorithms_and_precision_follow_their_keys(tmp_path, fakes):
     try:
         trainer.train(make_cfg(tmp_path, "DETERMINISTIC", True, "FLOAT32_PRECISION", "high"))
         assert torch.are_deterministic_algorithms_enabled()
@@ -321,7 +325,7 @@ def test_algorithms_and_precision_are_chosen_by_their_keys(tmp_path, fakes):
         set_float32_precision("")
 
 
-def test_the_end_is_a_table(tmp_path, fakes, caplog):
+def test_a_run_ends_with_a_table(tmp_path, fakes, caplog):
     trainer.train(make_cfg(tmp_path, *EVERYTHING))
     log = (tmp_path / "log.txt").read_text()
     for row in ("iterations   0 to 30", "segm/AP      30.00", "ema/segm/AP  30.00"):

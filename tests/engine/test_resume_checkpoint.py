@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, plain data, and refused with a reason when they do not fit."""
+"""Checkpoints: atomic, plain data, and refused with a reason if they do not match the run."""
 
 import os
 import random
@@ -53,7 +53,7 @@ def draw():
     return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
 
 
-def test_everything_comes_back(tmp_path):
+def test_the_state_is_restored(tmp_path):
     parts = make_parts(torch.optim.AdamW)
     x = torch.randn(4, 3)
     step(parts, x)
@@ -70,11 +70,42 @@ def test_everything_comes_back(tmp_path):
         assert torch.equal(value, other.model.state_dict()[key]), key
     assert loaded["class_names"] == ["star", "ring"]
     assert loaded["category_ids"] == [7, 9]
-    assert loaded["issues"] == [["a", "box_empty", 3]]
+    assert ckpt.unpack_issues(loaded) == [("a", "box_empty", 3)]
     assert set(loaded) == {
         *("model", "optimizer", "scheduler", "scaler", "ema", "iteration", "random_states"),
         *("issues", "config", "class_names", "category_ids", "versions"),
     }
+
+
+MANY_ISSUES = [
+    *(("a", "object_too_small", 10**12 + i) for i in range(160_000)),
+    ("b", "image_broken", "x.png"),
+    ("b", "image_broken", 4),
+    ("b", "box_empty", 2**70),
+]
+
+
+def test_many_issues_are_restored(tmp_path):
+    checkpoint = ckpt.pack_checkpoint(
+        make_parts(),
+        iteration=4,
+        config="",
+        class_names=[],
+        category_ids=[],
+        issues=MANY_ISSUES,
+    )
+    ids = checkpoint["issues"]["a"]["object_too_small"]
+    assert (ids.dtype, ids.shape) == (torch.int64, (160_000,))
+    loaded = ckpt.load_checkpoint(ckpt.save_checkpoint(tmp_path, "model.pth", checkpoint))
+    assert ckpt.unpack_issues(loaded) == MANY_ISSUES
+
+
+def test_issues_of_older_checkpoints():
+    """They are a list, with kinds that have other names today."""
+    faults = [["a", "polygon_odd", 3], ["b", "image_broken", "x.png"]]
+    expected = [("a", "polygon_malformed", 3), ("b", "image_broken", "x.png")]
+    assert ckpt.unpack_issues({"faults": faults}) == expected
+    assert ckpt.unpack_issues({}) == []
 
 
 def test_last_checkpoint_names_the_newest(tmp_path):
@@ -87,7 +118,7 @@ def test_last_checkpoint_names_the_newest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.pth", "../model.pth", ""])
-def test_last_checkpoint_that_points_nowhere(tmp_path, name):
+def test_last_checkpoint_names_a_missing_file(tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "model.pth").touch()
     (tmp_path / "run" / "last_checkpoint").write_text(name)
@@ -95,7 +126,7 @@ def test_last_checkpoint_that_points_nowhere(tmp_path, name):
         ckpt.find_last_checkpoint(tmp_path / "run")
 
 
-def test_failed_checkpoint_is_not_pointed_to(tmp_path, monkeypatch):
+def test_last_checkpoint_does_not_name_a_failed_one(tmp_path, monkeypatch):
     parts = make_parts()
     save(tmp_path, parts)
 
@@ -109,7 +140,7 @@ def test_failed_checkpoint_is_not_pointed_to(tmp_path, monkeypatch):
 
 
 class Runs:
-    """Unpickling this makes a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -118,7 +149,7 @@ class Runs:
         return os.mkdir, (self.folder,)
 
 
-def test_nothing_in_a_checkpoint_runs(tmp_path):
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": Runs(str(tmp_path / "ran"))}, path)
     with pytest.raises(ValueError, match=r"model\.pth"):
@@ -126,7 +157,7 @@ def test_nothing_in_a_checkpoint_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_broken_and_foreign_files(tmp_path):
+def test_damaged_and_other_files(tmp_path):
     path = save(tmp_path, make_parts())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -135,7 +166,7 @@ def test_broken_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"lacks optimizer, scheduler.*MODEL\.WEIGHTS"):
         ckpt.load_checkpoint(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="no dict of weights"):
+    with pytest.raises(ValueError, match="not a dict of weights"):
         ckpt.load_checkpoint(path)
 
 

@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
+from fork import CONTEXT
 
-from tensormask.data.workers import outlive_signals
+from tensormask.data.workers import leave_signals_to_parent
 from tensormask.engine.signals import StopSignals, TrainingStopped
 
 
@@ -22,10 +23,10 @@ def test_a_signal_raises_and_handlers_come_back(number, capfd):
             time.sleep(5)
     assert caught.value.exit_code == 128 + number
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
-    assert f"{number.name}: saving and leaving" in capfd.readouterr().err
+    assert f"{number.name}: saving, then stopping" in capfd.readouterr().err
 
 
-def test_a_step_is_finished_first():
+def test_a_step_is_completed_first():
     finished = []
     with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
@@ -36,7 +37,7 @@ def test_a_step_is_finished_first():
     assert finished == [1]
 
 
-def test_a_signal_from_before_is_followed_too():
+def test_an_earlier_signal_stops_an_interruptible_block():
     with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
@@ -44,7 +45,7 @@ def test_a_signal_from_before_is_followed_too():
             pytest.fail("entered")
 
 
-def test_an_error_that_a_library_makes_of_it_is_a_stop_and_others_are_errors():
+def test_an_error_of_a_library_after_a_signal_is_a_stop_and_others_are_errors():
     with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
         with stop.interruptible():
             try:
@@ -64,17 +65,17 @@ def test_without_a_signal_nothing_happens():
         stop.check()
 
 
-def test_it_is_no_exception_that_code_on_the_way_could_take():
+def test_except_clauses_do_not_catch_a_stop():
     with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
         with stop.interruptible():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
             except Exception:
-                pytest.fail("taken")
+                pytest.fail("caught")
 
 
-def test_another_thread_has_no_signals():
+def test_another_thread_installs_no_handlers():
     entered = []
 
     def enter():
@@ -87,32 +88,32 @@ def test_another_thread_has_no_signals():
     assert entered == [True]
 
 
-def run_script(text):
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+def run_until_killed(entered):
+    with StopSignals():
+        entered.set()
+        for _ in range(600):
+            time.sleep(0.1)
 
 
 def test_the_second_signal_ends_the_process_in_the_middle_of_a_step():
-    process = run_script(
-        "import time\n"
-        "from tensormask.engine.signals import StopSignals\n"
-        "with StopSignals():\n"
-        "    print('in', flush=True)\n"
-        "    for _ in range(600): time.sleep(0.1)\n"
-    )
-    assert process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.3)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    entered = CONTEXT.Event()
+    process = CONTEXT.Process(target=run_until_killed, args=(entered,))
+    process.start()
+    assert entered.wait(30)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sends a signal")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="unknown senders of signals")
 def test_a_worker_obeys_its_training_process_only():
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        outlive_signals(0)
+        leave_signals_to_parent(0)
         os.write(writing, b".")
         while True:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Optimiser groups, schedules and clipping against detectron2's rules, written out or by fvcore."""
+"""Optimiser groups, schedules and clipping against detectron2's rules, by hand or by fvcore."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import (
     MultiStepParamScheduler,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormask.config import get_cfg
 from tensormask.engine.solver import (
@@ -39,7 +40,7 @@ def make_scheduler(cfg):
 
 
 def run_schedule(cfg, count):
-    """Learning rates of the first `count` iterations, as the trainer meets them."""
+    """Return the learning rates of the first `count` iterations."""
     optimizer, scheduler = make_scheduler(cfg)
     rates = []
     for _ in range(count):
@@ -53,7 +54,7 @@ def run_schedule(cfg, count):
 
 
 def settings_by_name(model, groups):
-    """`{parameter's name: (lr, weight decay)}`; every parameter may be in one group only."""
+    """Return `{parameter's name: (lr, weight decay)}`; each parameter must be in one group only."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     placed = [(names[p], (g["lr"], g["weight_decay"])) for g in groups for p in g["params"]]
     assert len(placed) == len(dict(placed))
@@ -85,8 +86,8 @@ def test_groups_of_norms_and_the_rest():
     assert len(groups) == 2
 
 
-def test_bias_rules_come_after_the_norm_rule():
-    # As in detectron2, whose override by the name "bias" is applied last.
+def test_bias_rules_override_the_norm_rule():
+    # As in detectron2, which applies the override by the name "bias" last.
     model = SmallNet()
     groups = parameter_groups(
         model,
@@ -111,7 +112,7 @@ def test_bias_rules_come_after_the_norm_rule():
     [nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.LayerNorm(2), nn.InstanceNorm2d(2, affine=True)],
     ids=lambda norm: type(norm).__name__,
 )
-def test_norm_modules_are_known_by_type(norm):
+def test_norm_modules_are_recognised_by_type(norm):
     groups = parameter_groups(norm, lr=1.0, weight_decay=0.1, weight_decay_norm=0.0)
     assert [group["weight_decay"] for group in groups] == [0.0]
 
@@ -133,13 +134,12 @@ def test_adamw_and_nesterov_reach_the_optimizer():
     assert build_optimizer(make_cfg(NESTEROV=True), layer).param_groups[0]["nesterov"]
 
 
-@pytest.mark.parametrize("solver, named", [({"OPTIMIZER": "Adam"}, "OPTIMIZER")])
-def test_unknown_optimizer(solver, named):
-    with pytest.raises(ValueError, match=named):
-        build_optimizer(make_cfg(**solver), nn.Linear(1, 1))
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="OPTIMIZER"):
+        build_optimizer(make_cfg(OPTIMIZER="Adam"), nn.Linear(1, 1))
 
 
-def test_nothing_to_train():
+def test_a_model_without_trainable_parameters():
     with pytest.raises(ValueError, match="FREEZE_AT"):
         build_optimizer(get_cfg(), nn.Linear(1, 1).requires_grad_(False))
 
@@ -179,9 +179,9 @@ def fvcore_factor(solver, iteration):
     "max_iter, warmup_iters, steps",
     [
         (540_000, 1000, (480_000, 520_000)),
-        (100, 30, (10, 60)),  # the warm-up ends below its first step
+        (100, 30, (10, 60)),  # the warm-up ends after the first step
         (20, 0, (5,)),
-        (20, 50, (5,)),  # all of it is warm-up
+        (20, 50, (5,)),  # warm-up only
         (7, 3, (2, 6, 9)),  # one step that is never reached
     ],
 )
@@ -213,7 +213,7 @@ def test_cosine_by_hand():
     assert run_schedule(cfg, 5) == pytest.approx([1.0, high, 0.6, low, 0.2])
 
 
-def test_every_group_keeps_its_share():
+def test_the_factor_of_each_group_is_kept():
     cfg = make_cfg(BASE_LR=1.0, BIAS_LR_FACTOR=2.0, MAX_ITER=9, STEPS=(4,), WARMUP_ITERS=0)
     optimizer = build_optimizer(cfg, nn.Linear(1, 1))
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -223,7 +223,7 @@ def test_every_group_keeps_its_share():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
 
 
-def test_schedule_goes_on_from_its_state():
+def test_a_schedule_continues_from_its_state():
     cfg = make_cfg(MAX_ITER=10, STEPS=(6,), WARMUP_ITERS=5, BASE_LR=1.0)
     expected = run_schedule(cfg, 10)
     optimizer, scheduler = make_scheduler(cfg)
@@ -261,7 +261,7 @@ def test_schedule_mistakes_are_named(solver, named):
 
 
 def clip(clip_type, limit, *, enabled=True, norm_type=2.0):
-    """Gradients (3, 4) and (-6, 8) after clipping, and the norm that was returned."""
+    """Return the gradients (3, 4) and (-6, 8) after clipping, and the returned norm."""
     cfg = make_cfg(
         CLIP_GRADIENTS__ENABLED=enabled,
         CLIP_GRADIENTS__CLIP_TYPE=clip_type,
@@ -293,7 +293,25 @@ def test_clipping_by_hand(clip_type, limit, norm_type, expected):
     assert norm == pytest.approx(math.sqrt(125))
 
 
-def test_clipping_off_only_measures():
+class CountNorms(TorchDispatchMode):
+    """Count the gradients whose norm is computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_foreach_norm" in str(func):
+            self.count += len(args[0])
+        return func(*args, **kwargs or {})
+
+
+def test_full_model_clipping_computes_the_norm_once():
+    with CountNorms() as norms:
+        gradients, norm = clip("full_model", math.sqrt(125) / 2)
+    assert norms.count == len(gradients)
+    assert norm == pytest.approx(math.sqrt(125))
+
+
+def test_clipping_off_only_returns_the_norm():
     assert clip("value", 1.0, enabled=False) == ([[3, 4], [-6, 8]], pytest.approx(math.sqrt(125)))
 
 

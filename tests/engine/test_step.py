@@ -1,4 +1,4 @@
-"""One step: by hand, in parts, in half precision, with averages, and when numbers go bad."""
+"""One step: by hand, in parts, in half precision, with averages, and with NaN or infinity."""
 
 import pytest
 import tiny
@@ -63,8 +63,8 @@ def test_parts_are_averaged():
     assert state.model.weight.item() == 0.5
 
 
-def test_a_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"3 images.*2 equal parts.*ACCUMULATE_STEPS"):
+def test_a_batch_that_cannot_be_divided():
+    with pytest.raises(ValueError, match=r"3 images.*accumulate_steps = 2 equal parts"):
         step(state_of(Product()), samples(1.0, 2.0, 6.0), accumulate_steps=2)
 
 
@@ -89,12 +89,12 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=1e-4, msg=name)
 
 
-def test_parts_with_as_many_windows_equal_the_batch():
+def test_parts_with_equal_numbers_of_positive_windows_equal_the_batch():
     boxes = [[[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0]]]
     assert_close(gradients(boxes, accumulate_steps=2), gradients(boxes))
 
 
-def test_parts_with_other_numbers_of_windows_count_the_same_each():
+def test_parts_with_different_numbers_of_positive_windows_have_equal_weight():
     one, two = [[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0], [0.0, 30.0, 36.0, 64.0]]
     parts = []
     for number, boxes in enumerate((one, two)):
@@ -110,7 +110,7 @@ def test_parts_with_other_numbers_of_windows_count_the_same_each():
         parts.append({name: parameter.grad for name, parameter in model.named_parameters()})
     mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
     assert_close(gradients([one, two], accumulate_steps=2), mean)
-    with pytest.raises(AssertionError):  # the undivided batch weighs windows, not parts
+    with pytest.raises(AssertionError):  # in the undivided batch, windows have equal weight
         assert_close(gradients([one, two]), mean)
 
 
@@ -120,37 +120,41 @@ def amp_cfg(dtype, enabled=True):
     return cfg
 
 
-@pytest.mark.parametrize("dtype, scaled", [("bfloat16", False), ("float16", True)])
-def test_half_precision_in_forward_and_losses_only(dtype, scaled):
-    autocast, scaler = build_autocast(amp_cfg(dtype), CPU)
-    assert scaler.is_enabled() is scaled
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)  # 65536 is skipped first
-    model = tiny.build("bipyramid")
+def test_bfloat16_in_forward_pass_and_losses_only():
+    autocast, scaler = build_autocast(amp_cfg("bfloat16"), CPU)
+    assert not scaler.is_enabled()
+    model, exact = tiny.build("bipyramid"), tiny.build("bipyramid")
     seen = {}
     model.fpn.register_forward_hook(lambda module, args, out: seen.update(dtype=out[0].dtype))
     # Not 64 px: in bfloat16 PyTorch 2.14's CPU convolution of stride 2 on a single pixel, which p6
     # would be, has uninitialised memory for a gradient.
-    batch = [
-        {
-            "image": tiny.make_image(128, 128),
-            "target": tiny.target(128, 128, [[4.0, 4.0, 40.0, 40.0]]),
-            "file_name": "",
-        }
-    ]
-    exact = step(state_of(tiny.build("bipyramid"), lr=0.0), batch)
-    metrics = step(state_of(model, lr=0.0, scaler=scaler), batch, autocast=autocast)
-    assert seen["dtype"] == getattr(torch, dtype)
-    assert metrics["loss_cls"] == pytest.approx(exact["loss_cls"], rel=0.02)
-    assert metrics["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)  # unscaled by then
-    assert ("loss_scale" in metrics) is scaled
+    image, target = tiny.make_image(128, 128), tiny.target(128, 128, [[4.0, 4.0, 40.0, 40.0]])
+    batch = [{"image": image, "target": target, "file_name": ""}]
+    expected = step(state_of(exact, lr=0.0), batch)
+    metrics = step(state_of(model, lr=0.0), batch, autocast=autocast)
+    assert seen["dtype"] == torch.bfloat16
+    assert metrics["loss_cls"] == pytest.approx(expected["loss_cls"], rel=0.02)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+    assert "loss_scale" not in metrics
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_scale_that_is_too_large_skips_the_step_and_is_halved():
+def test_float16_scales_the_loss_and_unscales_the_gradient():
+    assert build_autocast(amp_cfg("float16"), CPU)[1].is_enabled()
+    state = state_of(Product(), scaler=torch.amp.GradScaler("cpu", init_scale=64.0))
+    scaled = []
+    state.model.weight.register_hook(lambda gradient: scaled.append(gradient.item()))
+    metrics = step(state, samples(3.0))
+    assert scaled == [3.0 * 64]
+    assert (metrics["grad_norm"], metrics["loss_scale"]) == (3.0, 64.0)
+    assert state.model.weight.item() == 0.5
+
+
+def test_a_loss_scale_that_is_too_large_skips_the_step_and_is_halved():
     _, scaler = build_autocast(amp_cfg("float16"), CPU)
     state = state_of(Product(), scaler=scaler)
-    scaler.scale(torch.ones(()))  # makes the scale, 65536
-    huge = samples(3e34)  # times 65536 beyond float32
+    scaler.scale(torch.ones(()))  # initialises the scale, 65536
+    huge = samples(3e34)  # overflows float32 when multiplied by 65536
     metrics = step(state, huge)
     assert state.model.weight.item() == 2.0
     assert not metrics["grad_norm"] < float("inf")
@@ -163,16 +167,16 @@ def test_a_gradient_that_is_not_finite_at_any_scale_stops():
     state.model.weight.register_hook(lambda gradient: gradient * float("nan"))
     for _ in range(16):  # 65536 is halved to 1
         step(state, samples(3.0))
-    with pytest.raises(NonFiniteError, match=r"iteration 5, that of weight.*3\.0\.png"):
+    with pytest.raises(NonFiniteError, match=r"iteration 5, for weight.*3\.0\.png"):
         step(state, samples(3.0), iteration=5)
     assert scaler.get_scale() == 1.0
     assert state.model.weight.item() == 2.0
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights():
+def test_a_gradient_that_is_not_finite_does_not_change_the_weights():
     state = state_of(Product())
     state.model.weight.register_hook(lambda gradient: gradient / 0)
-    with pytest.raises(NonFiniteError, match=r"Gradient.*iteration 0, that of weight"):
+    with pytest.raises(NonFiniteError, match=r"Gradient.*iteration 0, for weight"):
         step(state, samples(3.0))
     assert state.model.weight.item() == 2.0
 
@@ -193,7 +197,7 @@ def test_averages_follow_their_formula():
     assert expected != weights[-1]
 
 
-def test_averages_follow_batch_norm_and_are_not_trained():
+def test_averages_include_batch_norm_and_are_not_trained():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5])
     model = nn.BatchNorm1d(2)
@@ -209,7 +213,7 @@ def test_averages_follow_batch_norm_and_are_not_trained():
             build_ema(cfg, model)
 
 
-def test_without_options_there_is_nothing_between():
+def test_half_precision_and_averages_are_off_by_default():
     autocast, scaler = build_autocast(get_cfg(), CPU)
     assert not scaler.is_enabled()
     assert build_ema(get_cfg(), Product()) is None

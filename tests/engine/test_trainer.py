@@ -1,4 +1,4 @@
-"""The loop, with a small model and loader of known behaviour."""
+"""The training loop, with a small model and loader of known behaviour."""
 
 import math
 
@@ -52,8 +52,8 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path, fakes):
     assert not torch.equal(weights(tmp_path / "a")["out.bias"], weights(tmp_path / "c")["out.bias"])
 
 
-@pytest.mark.parametrize("stop", [3, 10, 17, 29])
-def test_resumed_run_equals_an_undisturbed_one(tmp_path, fakes, monkeypatch, stop):
+@pytest.mark.parametrize("stop", [3, 17])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, fakes, monkeypatch, stop):
     trainer.train(make_cfg(tmp_path / "whole"))
     cfg = make_cfg(tmp_path / "parts", "TEST.EVAL_PERIOD", 5)
     interrupted_run(cfg, monkeypatch, stop)
@@ -65,7 +65,7 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path, fakes, monkeypatch, sto
     assert len(set(evaluated)) == len(evaluated)
 
 
-def test_resume_takes_the_drawn_seed_of_the_run(tmp_path, fakes, monkeypatch):
+def test_resume_uses_the_random_seed_of_the_run(tmp_path, fakes, monkeypatch):
     cfg = make_cfg(tmp_path, "SEED", -1)
     interrupted_run(cfg, monkeypatch, 15)
     seed = yaml.safe_load((tmp_path / "config.yaml").read_text())["SEED"]
@@ -76,7 +76,7 @@ def test_resume_takes_the_drawn_seed_of_the_run(tmp_path, fakes, monkeypatch):
     assert cfg.SEED == -1
 
 
-def test_finished_run_resumes_into_evaluation(tmp_path, fakes):
+def test_a_finished_run_is_only_evaluated(tmp_path, fakes):
     trainer.train(make_cfg(tmp_path))
     before = (tmp_path / "model_final.pth").stat().st_mtime_ns
     fakes.results = {"segm": {"AP": 31.0}}
@@ -85,7 +85,7 @@ def test_finished_run_resumes_into_evaluation(tmp_path, fakes):
     assert [r["iteration"] for r in lines(tmp_path) if "total_loss" in r] == [19, 29]
 
 
-def test_new_run_cannot_resume_an_old_one(tmp_path, fakes, monkeypatch):
+def test_a_new_run_is_not_resumed_from_an_old_one(tmp_path, fakes, monkeypatch):
     trainer.train(make_cfg(tmp_path))
     interrupted_run(make_cfg(tmp_path, "SEED", 6), monkeypatch, 3)
     assert not (tmp_path / "last_checkpoint").exists()
@@ -93,7 +93,7 @@ def test_new_run_cannot_resume_an_old_one(tmp_path, fakes, monkeypatch):
     assert [r["iteration"] for r in lines(tmp_path)] == [19, 29, 29]
 
 
-def test_test_set_of_other_classes_stops_before_training(tmp_path, fakes):
+def test_a_test_set_with_other_classes_fails_before_training(tmp_path, fakes):
     trainer.train(make_cfg(tmp_path))
     with pytest.raises(ValueError, match="NUM_CLASSES 2"):
         trainer.train(make_cfg(tmp_path, "MODEL.TENSOR_MASK.NUM_CLASSES", 3))
@@ -117,7 +117,7 @@ def test_several_test_sets(tmp_path, fakes):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypatch, value):
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, fakes, monkeypatch, value):
     seen = {}
 
     class Breaking(FakeModel):
@@ -130,7 +130,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypa
                 losses["loss_mask"] = losses["loss_mask"] * value
             return losses
 
-    monkeypatch.setattr(trainer, "build_model", lambda cfg: Breaking())
+    monkeypatch.setattr(trainer, "build_model", lambda cfg, **options: Breaking())
     pattern = rf"iteration 12: loss_cls \d\S*, loss_mask {value:g}\. .*12_0\.png, 12_1\.png"
     with pytest.raises(NonFiniteError, match=pattern):
         trainer.train(make_cfg(tmp_path))
@@ -138,7 +138,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path, fakes, monkeypa
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
 
 
-def test_expected_results_are_checked_in_both_ways(tmp_path, fakes):
+def test_expected_results_are_checked_with_and_without_training(tmp_path, fakes):
     expected = ("TEST.EXPECTED_RESULTS", [["segm", "AP", 31.0, 1.5]])
     trainer.train(make_cfg(tmp_path, *expected))
     evaluator.evaluate_only(make_cfg(tmp_path, *expected), resume=True)
@@ -149,12 +149,12 @@ def test_expected_results_are_checked_in_both_ways(tmp_path, fakes):
         trainer.train(make_cfg(tmp_path, *expected))
 
 
-def test_evaluating_nothing_is_refused(tmp_path, fakes):
+def test_an_evaluation_needs_weights(tmp_path, fakes):
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS"):
         evaluator.evaluate_only(make_cfg(tmp_path))
 
 
-def test_issues_are_in_the_metrics_when_they_are_known(fakes, tmp_path, monkeypatch):
+def test_issues_are_logged_as_they_are_detected(fakes, tmp_path, monkeypatch):
     fakes.issues.add("box_empty", 3)
 
     def loader(cfg, start_iteration=0, **processes):
@@ -192,16 +192,16 @@ def test_strict_stops_at_the_first_issue(fakes, tmp_path, monkeypatch):
         evaluator.evaluate_only(make_cfg(tmp_path, "DATASETS.STRICT", True))
 
 
-def test_no_image_to_train_on(fakes, tmp_path, monkeypatch):
+def test_unreadable_images_only(fakes, tmp_path, monkeypatch):
     def loader(cfg, start_iteration=0, **processes):
         yield [{"image": None, "issues": [("a", "image_missing", i) for i in range(100)]}]
 
     monkeypatch.setattr(trainer, "build_train_loader", loader)
-    with pytest.raises(ValueError, match="100 images drawn in a row cannot be read"):
+    with pytest.raises(ValueError, match="100 consecutive images cannot be read"):
         trainer.train(make_cfg(tmp_path))
 
 
-def test_mistakes_of_the_evaluation_are_found_before_training(fakes, tmp_path, monkeypatch):
+def test_the_evaluation_is_checked_before_training(fakes, tmp_path, monkeypatch):
     for opts, message in [
         (("TEST.MAX_DETS", 0), "MAX_DETS is 0"),
         (("INPUT.MIN_SIZE_TEST", -5), "pixels"),
@@ -220,11 +220,11 @@ def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog,
     for module in (trainer, evaluator, run):
         monkeypatch.setattr(module, "get_dataset", sets.__getitem__)
     if refused:
-        with pytest.raises(ValueError, match="another order"):
+        with pytest.raises(ValueError, match="different orders"):
             trainer.train(make_cfg(tmp_path))
     else:
         trainer.train(make_cfg(tmp_path))
-        assert "name their classes differently" in (tmp_path / "log.txt").read_text()
+        assert "have different class names" in (tmp_path / "log.txt").read_text()
 
 
 def test_an_evaluation_needs_no_training_data(fakes, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, no leftovers, and a record of what ran there."""
+"""The folder of a run, `OUTPUT_DIR`: its lock, its log file, and a record of what ran in it."""
 
 import logging
 import os
@@ -11,14 +11,10 @@ from datetime import datetime
 from pathlib import Path
 
 from tensormask.engine.distributed import is_main_process
+from tensormask.engine.events import log_error, setup_logging
 from tensormask.utils import env
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import remove_leftovers
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +23,46 @@ ENVIRONMENT = "environment.txt"
 
 
 @contextmanager
-def lock_folder(output_dir: str | Path) -> Iterator[None]:
-    """Keep other runs out of `output_dir` while the block runs, and clear what dead ones left.
-
-    Of several processes of a run, rank 0 holds the lock. The kernel lets go of it however the
-    process ends. It is of this process alone: its workers, which may outlive it for seconds, do not
-    hold it (`flock` would have them).
+def open_output_dir(output_dir: str | Path) -> Iterator[None]:
+    """Lock the folder of a run, and log to its `log.txt`, also the error that ends the block.
 
     Raises:
-        ValueError: another process has the folder.
+        UserError: another process uses the folder.
+    """
+    with lock_output_dir(output_dir):
+        if not is_main_process():
+            yield
+            return
+        setup_logging(output_dir)
+        try:
+            yield
+        except Exception as error:
+            log_error(error)
+            raise
+
+
+@contextmanager
+def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
+    """Lock `output_dir` for the block, and remove the leftovers of killed runs.
+
+    Rank 0 of a run holds the lock. The kernel releases it however the process ends. Worker
+    processes, which can outlive it for seconds, do not inherit it (as they would with `flock`).
+
+    Raises:
+        UserError: another process uses the folder.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if not is_main_process():
         yield
         return
-    if fcntl is None:
-        logger.warning("This system has no file locks: see to it that no other run writes here")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        logger.warning("No file locks on this system: make sure that no other run writes here")
         yield
         return
-    # Open for writing, as the lock demands, and without emptying what the holder has written.
+    # A lock needs a file that is open for writing. It is not truncated: its holder has written it.
     with open(os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,12 +75,12 @@ def lock_folder(output_dir: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         if leftovers := remove_leftovers(output_dir):
-            logger.info("Removed what a killed run left: %s", ", ".join(leftovers))
+            logger.info("Removed temporary files of a killed run: %s", ", ".join(leftovers))
         yield
 
 
 def record_environment(output_dir: str | Path) -> None:
-    """Append to `environment.txt` when and how this run was started, by which code, on what."""
+    """Append the start of this run to `environment.txt`: time, command, code and versions."""
     lines = [
         f"==== {datetime.now().astimezone().isoformat(timespec='seconds')}",
         f"{'command':<24} {shlex.join([sys.executable, *sys.argv])}",
@@ -77,7 +93,7 @@ def record_environment(output_dir: str | Path) -> None:
 
 
 def git_state(folder: Path) -> str:
-    """The commit of the code in `folder`, and the files that differ from it."""
+    """Return the commit of the code in `folder`, and the names of modified files."""
 
     def git(*words: str) -> str:
         return subprocess.run(
