@@ -1,4 +1,4 @@
-"""Draw what a model is trained on: `python tools/visualize_data.py --config-file FILE KEY VALUE`.
+"""Draw training images: `python tools/visualize_data.py --config-file FILE KEY VALUE`.
 
 Takes the config and overrides of a training, and writes a PNG per image and a montage.
 """
@@ -6,14 +6,19 @@ Takes the config and overrides of a training, and writes a PNG per image and a m
 import argparse
 import itertools
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tensormask.config import CfgNode, get_cfg
+from tensormask.commands.common import (
+    add_config_file,
+    add_overrides,
+    exits_on_user_error,
+    read_config,
+)
+from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.build import build_windows
@@ -30,21 +35,20 @@ from tensormask.visualization.instances import (
 )
 
 MONTAGE = "montage.png"
-SHEET_COLUMNS, SHEET_CELL_WIDTH = 2, 800
-EXIT_MISTAKE = 2
+MONTAGE_COLUMNS, MONTAGE_CELL_WIDTH = 2, 800
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the `KEY VALUE` words."""
+    """Parse the command line; `opts` is the list of `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
-        description="Draw augmented training images: on the left what the model is trained on, "
-        "on the right the windows that own the objects (of each level and size the most central "
-        "one; of more than 40 objects the smallest). Objects that no window owns are white and "
-        "crossed out.",
+        description="Draw augmented training images: on the left the objects to train on, on the "
+        "right the windows that match them (per level and size the most central one; with more "
+        "than 40 objects only the smallest). Objects that match no window are white and crossed "
+        "out.",
         epilog="example: visualize_data.py --config-file configs/quickstart.yaml --num 4 "
         "DATASETS.TRAIN \"['annotations.json@images/']\" MODEL.TENSOR_MASK.NUM_CLASSES 1",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument(
         "--output",
         default="output/data",
@@ -58,12 +62,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seed",
         type=int,
         metavar="N",
-        help="draws the images of a training with SEED N, beginning with its first (default: "
-        "the config's SEED, or 0 where that is negative)",
+        help="draw the first images of a training with SEED N (default: the config's SEED, or 0 "
+        "if it is negative)",
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
-    )
+    add_overrides(parser)
     args = parser.parse_args(arguments)
     if args.num < 1:
         parser.error(f"--num is {args.num}; give 1 or more images")
@@ -71,104 +73,99 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def setup_config(args: argparse.Namespace) -> CfgNode:
-    """Make the config that the command line asks for, with a seed and on the CPU."""
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = "cpu"
+    """Return the config of the command line, with a seed and on the CPU."""
+    cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     cfg.SEED = max(cfg.SEED, 0) if args.seed is None else args.seed
     return cfg
 
 
 def draw_sample(sample: dict[str, Any], windows: Windows, class_names: list[str]) -> np.ndarray:
-    """A sample beside the windows that own its objects."""
+    """Draw a sample beside the windows that match its objects."""
     rgb = sample["image"].permute(1, 2, 0).numpy()
     boxes, labels, masks = (sample["target"][key] for key in ("boxes", "labels", "masks"))
-    size = rgb.shape[:2]
+    height, width = rgb.shape[:2]
     crowded = len(boxes) > MAX_LABELS
-    factor = max(magnification(*size), 1 + crowded)
-    trained_on = draw_instances(rgb, boxes, labels, masks, class_names=class_names, magnify=factor)
-    owned = assign([boxes], windows, windows.grids(size))
-    drawn = windows_to_draw(owned, boxes)
-    owning = draw_windows(rgb, boxes, owned.boxes[drawn], owned.object[drawn], magnify=factor)
-    num_owned = len(owned.object.unique())
-    titles = (
-        f"{size[1]} x {size[0]} px, {len(boxes)} objects",
-        f"{num_owned} of {len(boxes)} are owned by windows",
+    factor = max(magnification(height, width), 1 + crowded)
+    objects = draw_instances(rgb, boxes, labels, masks, class_names=class_names, magnify=factor)
+    assignment = assign([boxes], windows, windows.grids((height, width)))
+    rows = windows_to_draw(assignment, boxes)
+    matches = draw_windows(
+        rgb, boxes, assignment.boxes[rows], assignment.object[rows], magnify=factor
     )
-    return captioned(side_by_side(trained_on, owning, titles), describe_owned(owned, windows))
+    num_matched = len(assignment.object.unique())
+    titles = (
+        f"{width} x {height} px, {len(boxes)} objects",
+        f"{num_matched} of {len(boxes)} match a window",
+    )
+    return captioned(
+        side_by_side(objects, matches, titles), describe_assignment(assignment, windows)
+    )
 
 
-def windows_to_draw(owned: Assignment, boxes: torch.Tensor) -> list[int]:
-    """Rows of the windows that are drawn: of those of an object, level and size the most central.
+def windows_to_draw(assignment: Assignment, boxes: torch.Tensor) -> list[int]:
+    """Return the rows of the windows to draw: per object, level and size the most central one.
 
-    In crowded images, of more than 40 objects, the first of them alone, which is the smallest.
+    In crowded images, of more than 40 objects, only the smallest of these windows per object.
     """
-    centers = (owned.boxes[:, :2] + owned.boxes[:, 2:]) / 2
-    objects = boxes[owned.object]
+    centers = (assignment.boxes[:, :2] + assignment.boxes[:, 2:]) / 2
+    objects = boxes[assignment.object]
     distances = (centers - (objects[:, :2] + objects[:, 2:]) / 2).norm(dim=1).tolist()
     drawn: dict[tuple[int, ...], int] = {}
     for row in sorted(range(len(distances)), key=distances.__getitem__):
-        key = (owned.object[row], owned.level[row], owned.size[row])
+        key = (assignment.object[row], assignment.level[row], assignment.size[row])
         drawn.setdefault(tuple(map(int, key)), row)
     if len(boxes) <= MAX_LABELS:
         return list(drawn.values())
     smallest: dict[int, int] = {}
-    for (owner, *_), row in sorted(drawn.items()):
-        smallest.setdefault(owner, row)
+    for (index, *_), row in sorted(drawn.items()):
+        smallest.setdefault(index, row)
     return list(smallest.values())
 
 
-def describe_owned(owned: Assignment, windows: Windows) -> list[str]:
-    """What each level and window size owns, in words."""
+def describe_assignment(assignment: Assignment, windows: Windows) -> list[str]:
+    """Format how many objects match how many windows of each level and size."""
     texts = []
-    for level, size, at in owned.groups():
-        what = f"{windows.level_names[level]} {windows.sizes[level][size]:g} px"
-        num_objects, num_windows = len(owned.object[at].unique()), at.stop - at.start
+    for level, size, at in assignment.groups():
+        name = f"{windows.level_names[level]} {windows.sizes[level][size]:g} px"
+        num_objects, num_windows = len(assignment.object[at].unique()), at.stop - at.start
         texts.append(
-            f"{what}: {num_objects} object{'s' * (num_objects != 1)} "
+            f"{name}: {num_objects} object{'s' * (num_objects != 1)} "
             f"in {num_windows} window{'s' * (num_windows != 1)}"
         )
     return texts
 
 
 def draw(cfg: CfgNode, output: Path, num_images: int) -> int:
-    """Draws the first images of a training.
-
-    Returns:
-        how many have been drawn.
+    """Draw the first images of a training, and return their number.
 
     Raises:
-        ValueError: as of `build_train_loader` and `build_windows`, or no image can be read.
+        UserError: as of `build_train_loader` and `build_windows`, or an image cannot be read.
     """
     windows = build_windows(cfg)
     batches = build_train_loader(cfg)
     samples = itertools.islice(itertools.chain.from_iterable(batches), num_images)
     class_names = get_dataset(cfg.DATASETS.TRAIN[0]).class_names
     taken: set[str] = {Path(MONTAGE).stem}
-    sheet = []
+    thumbnails = []
     for sample in samples:
         for name, kind, identity in sample["issues"]:
             print(f"{name}: {kind} {identity}")
         if sample["image"] is None:
-            raise UserError("no image can be read: is the folder of images there?")
+            raise UserError("no image can be read: check the folder of images")
         drawing = draw_sample(sample, windows, class_names)
         stem = unique_stem(Path(sample["file_name"]).stem, taken)
         save_image(output / f"{stem}.png", drawing)
-        sheet.append(shrink(drawing, SHEET_CELL_WIDTH))
-    save_image(output / MONTAGE, montage(sheet, SHEET_COLUMNS))
-    return len(sheet)
+        thumbnails.append(shrink(drawing, MONTAGE_CELL_WIDTH))
+    save_image(output / MONTAGE, montage(thumbnails, MONTAGE_COLUMNS))
+    return len(thumbnails)
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 2 for a user's mistake."""
+    """Run the command and return its exit code."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(args.output)
-    try:
-        num_drawn = draw(setup_config(args), output, args.num)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    num_drawn = draw(setup_config(args), output, args.num)
     print(f"{num_drawn} images written to {output}")
     return 0

@@ -1,6 +1,6 @@
-"""What a model makes of an image: scores of its windows, and their masks in two representations.
+"""Inspect a model on an image: window scores, detections, and masks in the two representations.
 
-docs/representation.md explains the two. Masks are logits.
+docs/representation.md explains the representations. Masks are logits.
 """
 
 from typing import NamedTuple
@@ -10,28 +10,29 @@ from torch import Tensor
 
 from tensormask.layers import nat2align
 from tensormask.modeling import TensorMask
-from tensormask.modeling.inference import Kept, suppress, to_frame, with_boxes_of_masks
+from tensormask.modeling.inference import Candidates, rescale_and_clip
 from tensormask.modeling.mask_head import MaskHead
 
 
-class Seen(NamedTuple):
-    """What a model makes of one image, in pixels of the network's input."""
+class WindowInspection(NamedTuple):
+    """The windows of a model on one image, in pixels of the network's input."""
 
     features: list[Tensor]  # per level (1, C, H, W)
     scores: list[Tensor]  # per level (S, H, W), of the best class at the windows of each size
-    threshold: float  # a window fires where its score is above
-    kept: Kept  # the detections above the threshold, after NMS, best first
+    threshold: float  # a window fires if its score is above
+    detections: Candidates  # above the threshold, after NMS, best first
 
     def fired(self, level: int, size: int) -> Tensor:
-        """Places (y, x) of the windows that fire, int64 (F, 2)."""
+        """Return the indices (y, x) of the windows that fire, int64 (F, 2)."""
         return (self.scores[level][size] > self.threshold).nonzero()
 
-    def kept_at(self, level: int, size: int) -> Kept:
-        """The detections of a level and size, best first."""
-        return self.kept[(self.kept.level == level) & (self.kept.size == size)]
+    def detections_at(self, level: int, size: int) -> Candidates:
+        """Return the detections of a level and size, best first."""
+        detections = self.detections
+        return detections.select((detections.level == level) & (detections.size == size))
 
 
-def look(model: TensorMask, image: Tensor, threshold: float) -> Seen:
+def inspect_image(model: TensorMask, image: Tensor, threshold: float) -> WindowInspection:
     """Run `model`, in eval mode, on one image.
 
     Args:
@@ -39,46 +40,41 @@ def look(model: TensorMask, image: Tensor, threshold: float) -> Seen:
         image (Tensor[3, H, W]): as of `TensorMask.forward`.
         threshold: score in 0..1, below 1.
     """
-    dense = features, logits, _ = model.dense([image])
-    candidates = model.candidates(dense, 0, threshold)
-    boxes = candidates.boxes
-    if model.nms_on == "masks":
-        (candidates,), (boxes,) = with_boxes_of_masks(
-            model.mask_head, features, [candidates], replace=model.head.bbox_pred is None
-        )
-    kept = suppress(candidates, boxes, model.nms_threshold, model.num_detections)
-    size = tuple(image.shape[-2:])
+    dense = model.dense([image])
+    (detections,) = model.find_detections(dense, threshold)
+    size = image.shape[-2], image.shape[-1]
     scores = [
         level[0].float().unflatten(0, (model.windows.num_sizes, -1)).amax(1).sigmoid()
-        for level in logits
+        for level in dense.logits
     ]
-    return Seen(features, scores, threshold, to_frame(kept, size, size))
+    detections = rescale_and_clip(detections, size, size)
+    return WindowInspection(dense.features, scores, threshold, detections)
 
 
 def natural_masks(
-    mask_head: MaskHead, features: list[Tensor], level: int, size: int, places: Tensor
+    mask_head: MaskHead, features: list[Tensor], level: int, size: int, indices: Tensor
 ) -> Tensor:
-    """The natural view ``F(:, :, y, x)`` of chosen windows of one image.
+    """Return the natural view ``F(:, :, y, x)`` of some windows of one image.
 
     Args:
-        features: as of `Seen`.
-        places (Tensor[K, 2]): int64 rows ``(y, x)``.
+        features: as of `WindowInspection`.
+        indices (Tensor[K, 2]): int64 rows ``(y, x)``.
 
     Returns:
         Tensor[K, V, U].
     """
-    places = places.to(features[level].device)
-    windows = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
+    indices = indices.to(features[level].device)
+    windows = torch.cat([torch.zeros_like(indices[:, :1]), indices], dim=1)
     (masks,) = mask_head(features, [(level, size, windows)])
     return masks.float()
 
 
 def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size: int) -> Tensor:
-    """The aligned view of a level: all of ``A(v, u, y, x)``.
+    """Return the aligned view of a level: all of ``A(v, u, y, x)``.
 
-    For aligned heads it is what they predict, before it is upscaled or swapped: upscale heads have
-    fewer (V, U) than the natural view, and on the bipyramid (H, W) are those of the finest level.
-    For natural heads it is the natural tensor turned by `layers.nat2align`.
+    For aligned heads this is the head's prediction, before it is upscaled or swapped: upscale heads
+    have a smaller (V, U) than the natural view, and on the bipyramid (H, W) are those of the finest
+    level. For natural heads it is `layers.nat2align` of the natural view.
 
     Returns:
         Tensor[V, U, H, W].
@@ -89,19 +85,19 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
         side = round(len(masks) ** 0.5)
         return masks.unflatten(0, (side, side)).float()
     grid = features[level].shape[-2:]
-    every = torch.ones(grid).nonzero()
-    masks = natural_masks(mask_head, features, level, size, every)
+    indices = torch.ones(grid).nonzero()
+    masks = natural_masks(mask_head, features, level, size, indices)
     return nat2align(masks.permute(1, 2, 0).unflatten(2, grid))
 
 
 def aligned_units(mask_head: MaskHead, level: int) -> tuple[int, float]:
-    """How the aligned view of a level is read.
+    """Return the units of a level's aligned view.
 
     Returns:
-        - the steps of its (H, W) from one window of the level to the next, and
-        - ``alpha``, a step of its (V, U) in steps of its (H, W).
+        - the steps of its (H, W) between neighboring windows of the level, and
+        - ``alpha``, the steps of its (H, W) per step of its (V, U).
 
-        The window at ``(y, x)`` reads its mask's pixel ``(v, u)`` steps from the middle at
+        The mask pixel ``(v, u)`` steps from the center of the window at ``(y, x)`` is at
         ``(steps * y + alpha * v, steps * x + alpha * u)``.
     """
     steps = mask_head.lambdas[level]

@@ -11,7 +11,7 @@ from tensormask.commands import visualize_data
 from tensormask.data import shapes
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.windows import Windows
-from tensormask.visualization.instances import DIMMED, WHITE, draw_windows, instance_colour
+from tensormask.visualization.instances import DIMMED, WHITE, draw_windows, instance_color
 
 ROOT = Path(__file__).parents[2]
 WINDOWS = Windows(strides=(4, 8), sizes=((44, 60), (88, 120)))
@@ -21,15 +21,15 @@ def grey(height=400, width=400):
     return np.full((height, width, 3), 100, np.uint8)
 
 
-def test_owned_and_lost_objects_look_different():
+def test_matched_and_unmatched_objects_look_different():
     image = grey()
     boxes = [[100, 100, 140, 140], [200, 200, 300, 300]]
     drawn = draw_windows(image, boxes, [[90, 90, 150, 150]], [0])
     assert (image == 100).all()
     dark = round(100 * DIMMED)
     assert (drawn[10, 10] == dark).all()
-    assert (drawn[90, 120] == instance_colour(0)).all()  # the window
-    assert (drawn[120, 120] == instance_colour(0)).all()  # its centre
+    assert (drawn[90, 120] == instance_color(0)).all()  # the window
+    assert (drawn[120, 120] == instance_color(0)).all()  # its center
     assert not (drawn[105, 105] == dark).all()  # the object is tinted
     assert (drawn[200, 250] == WHITE).all()
     assert (drawn[250, 250] == WHITE).all()  # crossed out
@@ -43,7 +43,7 @@ def test_windows_may_reach_out_of_the_image_and_are_magnified():
         torch.tensor([0]), magnify=3,
     )  # fmt: skip
     assert drawn.shape == (150, 300, 3)
-    assert (drawn[30, 95] == instance_colour(0)).all()
+    assert (drawn[30, 95] == instance_color(0)).all()
     assert draw_windows(image, [], [], []).shape == (250, 500, 3)
 
 
@@ -56,31 +56,34 @@ def test_a_window_needs_its_object():
 
 def test_which_windows_are_drawn():
     boxes = torch.tensor([[108.0, 108, 148, 148], [20, 20, 50, 50]])
-    owned = assign([boxes], WINDOWS, [(64, 64), (32, 32)])
-    rows = visualize_data.windows_to_draw(owned, boxes)
-    assert len(rows) < len(owned.object)
-    keys = torch.stack([owned.object, owned.level, owned.size], 1)
+    assignment = assign([boxes], WINDOWS, [(64, 64), (32, 32)])
+    rows = visualize_data.windows_to_draw(assignment, boxes)
+    assert len(rows) < len(assignment.object)
+    keys = torch.stack([assignment.object, assignment.level, assignment.size], 1)
     assert sorted(keys[rows].tolist()) == sorted(keys.unique(dim=0).tolist())
-    # The centre of the first is a place of both levels.
-    at = [row for row in rows if owned.object[row] == 0]
-    assert [owned.boxes[row].view(2, 2).mean(0).tolist() for row in at] == [[128, 128]] * 3
+    # The center of the first is a window's center on both levels.
+    at = [row for row in rows if assignment.object[row] == 0]
+    assert [assignment.boxes[row].view(2, 2).mean(0).tolist() for row in at] == [[128, 128]] * 3
 
     many = torch.tensor([[x, y, x + 30.0, y + 30] for x in range(9, 200, 24) for y in (9, 90, 170)])
     many = torch.cat([many, many + 12])
     assert len(many) > visualize_data.MAX_LABELS
-    owned = assign([many], WINDOWS, [(64, 64), (32, 32)])
-    rows = visualize_data.windows_to_draw(owned, many)
-    owners = owned.object[rows].tolist()
-    assert sorted(owners) == owned.object.unique().tolist()
-    for row, owner in zip(rows, owners, strict=True):
-        others = owned.boxes[owned.object == owner]
-        assert owned.boxes[row, 2] - owned.boxes[row, 0] == (others[:, 2] - others[:, 0]).min()
+    assignment = assign([many], WINDOWS, [(64, 64), (32, 32)])
+    rows = visualize_data.windows_to_draw(assignment, many)
+    objects = assignment.object[rows].tolist()
+    assert sorted(objects) == assignment.object.unique().tolist()
+    for row, index in zip(rows, objects, strict=True):
+        others = assignment.boxes[assignment.object == index]
+        assert (
+            assignment.boxes[row, 2] - assignment.boxes[row, 0]
+            == (others[:, 2] - others[:, 0]).min()
+        )
 
 
 def test_the_legend_counts():
     boxes = torch.tensor([[108.0, 108, 148, 148]])
-    owned = assign([boxes], WINDOWS, [(64, 64), (32, 32)])
-    assert visualize_data.describe_owned(owned, WINDOWS) == [
+    assignment = assign([boxes], WINDOWS, [(64, 64), (32, 32)])
+    assert visualize_data.describe_assignment(assignment, WINDOWS) == [
         "p2 44 px: 1 object in 1 window",
         "p2 60 px: 1 object in 5 windows",
         "p3 88 px: 1 object in 5 windows",
