@@ -1,4 +1,4 @@
-"""Data sets of grey images with rectangles on them, and a model that finds what it is told."""
+"""Data sets of grey images with rectangles, and a model with prescribed detections."""
 
 import json
 
@@ -14,7 +14,7 @@ CLASS_NAMES = ["disc", "bar", "never"]  # no object is of the class "never"
 
 
 class FakeModel(nn.Module):
-    """Gives out detections by the id that the first pixel of an image holds."""
+    """Return the detections of the image id that is stored in the first pixel of an image."""
 
     def __init__(self, detections):
         super().__init__()
@@ -26,14 +26,14 @@ class FakeModel(nn.Module):
         assert not self.training
         assert not self.tower.training
         assert torch.is_inference_mode_enabled()
-        found = [self.detections[int(image[0, 0, 0])] for image in images]
-        for one, size in zip(found, output_sizes, strict=True):
-            assert tuple(one["masks"].shape[1:]) == size
-        return found
+        detections = [self.detections[int(image[0, 0, 0])] for image in images]
+        for detection, size in zip(detections, output_sizes, strict=True):
+            assert tuple(detection["masks"].shape[1:]) == size
+        return detections
 
 
 class GreyDataset(CocoDataset):
-    """A data set from a dict in COCO's annotation format, with grey images that have no files."""
+    """A data set of a dict in COCO's annotation format, with grey images instead of files."""
 
     def __init__(self, annotations, tmp_path, name="grey"):
         self.json_file = tmp_path / "annotations.json"
@@ -94,9 +94,9 @@ def detections(masks, labels, scores, size=(128, 160)):
 
 
 def noisy_case(tmp_path, num_images=16):
-    """Objects of all sizes, shifted, missed, doubled and mislabelled, and a crowd."""
+    """Objects of all sizes and crowds; detections are shifted, missing, duplicate, mislabelled."""
     rng = np.random.default_rng(0)
-    annotations, found = [], {}
+    annotations, per_image = [], {}
     for image_id in range(1, num_images + 1):
         masks, labels, scores = [], [], []
         for _ in range(rng.integers(0, 7)):
@@ -114,7 +114,7 @@ def noisy_case(tmp_path, num_images=16):
                 labels.append(label if rng.random() < 0.8 else 1 - label)
                 scores.append(rng.random())
         order = np.argsort(-np.array(scores, float))
-        found[image_id] = detections(
+        per_image[image_id] = detections(
             [masks[i] for i in order], [labels[i] for i in order], [scores[i] for i in order]
         )
-    return GreyDataset(coco_json(annotations, num_images), tmp_path), found
+    return GreyDataset(coco_json(annotations, num_images), tmp_path), per_image

@@ -236,8 +236,8 @@ def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
 
 def _annotation(item: dict[str, Any]) -> dict[str, Any]:
     visible = item["visible"]
-    whole = np.array_equal(visible, item["full"])
-    if whole and len(item["outlines"]) == 1:
+    fully_visible = np.array_equal(visible, item["full"])
+    if fully_visible and len(item["outlines"]) == 1:
         segmentation: Any = [item["outlines"][0].ravel().round(2).tolist()]
     else:
         rle = mask_utils.encode(np.asfortranarray(visible, dtype=np.uint8))

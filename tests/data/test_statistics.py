@@ -50,21 +50,21 @@ def dataset(tmp_path):
 
 
 def test_statistics(dataset):
-    found = count_contents(dataset)
-    assert (found.images, found.images_without_objects) == (3, 1)
-    assert (found.annotations, found.crowds, found.objects) == (6, 1, 5)
-    assert found.sizes == {"width": [64, 64, 200], "height": [60, 64, 120]}
-    assert found.objects_per_image == [1, 4]
-    assert found.by_class == {
+    statistics = count_contents(dataset)
+    assert (statistics.images, statistics.images_without_objects) == (3, 1)
+    assert (statistics.annotations, statistics.crowds, statistics.objects) == (6, 1, 5)
+    assert statistics.sizes == {"width": [64, 64, 200], "height": [60, 64, 120]}
+    assert statistics.objects_per_image == [1, 4]
+    assert statistics.by_class == {
         "cup": {"small": 0, "medium": 1, "large": 1},
         "fork": {"small": 2, "medium": 1, "large": 0},
         "spoon": {"small": 0, "medium": 0, "large": 0},
     }
-    assert found.by_size == {"small": 2, "medium": 2, "large": 1}
-    assert found.classes_without_objects == ["spoon"]
-    assert found.repeated_names == {"cup": 2}
-    assert found.repeated_files == {"b.png": 2}
-    assert json.loads(json.dumps(found.as_record()))["by_size"] == found.by_size
+    assert statistics.by_size == {"small": 2, "medium": 2, "large": 1}
+    assert statistics.classes_without_objects == ["spoon"]
+    assert statistics.repeated_names == {"cup": 2}
+    assert statistics.repeated_files == {"b.png": 2}
+    assert json.loads(json.dumps(statistics.as_record()))["by_size"] == statistics.by_size
 
 
 def test_object_sizes_equal_cocos():
