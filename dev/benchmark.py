@@ -1,60 +1,51 @@
 #!/usr/bin/env python
-"""Measure how fast and how frugal the library is: `python dev/benchmark.py op`.
+"""Compare the library with torchvision and with plain PyTorch: `python dev/benchmark.py op`.
 
-Each subcommand is a module of tools/benchmarks/, which says how to add one.
+Each subcommand is a module of dev/benchmarks. `tools/benchmark.py` measures one model.
 """
 
 import argparse
 import importlib
-import json
 import sys
-from pathlib import Path
 
-from benchmarks.timing import describe_machine
+import benchmarks  # noqa: F401 (makes tensormask importable)
+
+from tensormask.commands.benchmark import describe_machine
+from tensormask.commands.common import exits_on_user_error, write_json
 
 BENCHMARKS = {
     "data": "reading training images, against torchvision; memory of worker processes",
     "inference": "detection against torchvision's Mask R-CNN and against our dense path",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",
-    "train": "a training step against torchvision's Mask R-CNN's; memory of the assignment",
+    "train": "a training step against torchvision's Mask R-CNN's",
 }
-
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; `run` is the function of the chosen benchmark."""
-    parser = argparse.ArgumentParser(description="Measure how fast and how frugal the library is.")
+    parser = argparse.ArgumentParser(description="Compare speed and memory with other libraries.")
     subcommands = parser.add_subparsers(dest="benchmark", required=True)
     words = sys.argv[1:] if arguments is None else arguments
     for name, summary in BENCHMARKS.items():
         subparser = subcommands.add_parser(name, help=summary)
-        if name not in words[:1]:
-            continue  # what the others import need not be installed
-        module = importlib.import_module(f"benchmarks.{name}")
-        subparser.description = module.__doc__
-        module.add_arguments(subparser)
-        subparser.add_argument("--json", metavar="FILE", help="write the results to a file, too")
-        subparser.set_defaults(run=module.run)
+        if name in words[:1]:  # the others' imports need not be installed
+            module = importlib.import_module(f"benchmarks.{name}")
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
+            subparser.add_argument(
+                "--json", metavar="FILE", help="write the numbers to a file, too"
+            )
+            subparser.set_defaults(run=module.run)
     return parser.parse_args(words)
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 2 for a user's mistake."""
+    """Run the command and return its exit code: 2 for an error of the user."""
     args = parse_arguments(arguments)
-    try:
-        results = args.run(args)
-        if args.json:
-            record = {
-                "benchmark": args.benchmark,
-                "options": {k: v for k, v in vars(args).items() if k not in ("run", "json")},
-                "machine": describe_machine(),
-                "results": results,
-            }
-            Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    results = args.run(args)
+    options = {key: value for key, value in vars(args).items() if key not in ("run", "json")}
+    write_json(args.json, {"options": options, "machine": describe_machine(), "results": results})
     return 0
 
 

@@ -1,114 +1,92 @@
-"""What a call spends its time in: its parts, and the rest that none of them explains."""
+"""Divide the time of a call of a model among its parts, and the rest that belongs to none."""
 
-from __future__ import annotations
-
-import contextlib
 import functools
-import inspect
 import statistics
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
-import torch
 from torch import nn
+from torch.utils.benchmark import timer
 
-from .timing import synchronize
+from tensormask.modeling import TensorMask, mask_head, tensormask
 
-# The name under which the time is counted, which several parts may share; and the object and the
-# name of its attribute that hold the function.
+# The name of the part, which several functions may share; the object and its attribute that hold
+# a function.
 Part = tuple[str, Any, str]
-REST, WHOLE = "rest", "whole"
-
-
-@contextlib.contextmanager
-def timed_parts(
-    parts: Sequence[Part], device: str | torch.device = "cpu"
-) -> Iterator[dict[str, float]]:
-    """Count the time of functions, until the end of the block.
-
-    Of a generator the steps are counted. On a GPU the device is idle before and after each part, so
-    that the whole takes longer.
-
-    Yields:
-        the seconds spent in each part, without those in parts that it calls.
-
-    Raises:
-        AttributeError: a part is not there.
-    """
-    seconds = {name: 0.0 for name, *_ in parts}
-    within = [0.0]  # per open part the time of the parts that it has called
-
-    @contextlib.contextmanager
-    def clock(name: str) -> Iterator[None]:
-        synchronize(device)
-        within.append(0.0)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            synchronize(device)
-            elapsed = time.perf_counter() - start
-            seconds[name] += elapsed - within.pop()
-            within[-1] += elapsed
-
-    def timed(name: str, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with clock(name):
-                result = function(*args, **kwargs)
-            return timed_steps(name, result) if inspect.isgenerator(result) else result
-
-        return call
-
-    def timed_steps(name: str, generator: Generator) -> Iterator[Any]:
-        while True:
-            with clock(name):
-                try:
-                    item = next(generator)
-                except StopIteration:
-                    return
-            yield item
-
-    with contextlib.ExitStack() as stack:
-        for name, owner, attribute in parts:
-            function = getattr(owner, attribute)
-            if attribute in vars(owner):
-                stack.callback(setattr, owner, attribute, function)
-            else:  # a method: it is the class's
-                stack.callback(delattr, owner, attribute)
-            setattr(owner, attribute, timed(name, function))
-        yield seconds
-
-
-def module_part(name: str, module: nn.Module) -> Part:
-    """A module as a part, also one that is compiled."""
-    return name, module, "_compiled_call_impl" if module._compiled_call_impl else "forward"
 
 
 def measure_parts(
-    call: Callable[[], object],
-    parts: Sequence[Part],
-    *,
-    rounds: int,
-    device: str | torch.device = "cpu",
+    call: Callable[[], object], parts: Sequence[Part], *, rounds: int
 ) -> list[dict[str, Any]]:
-    """The parts of a call as rows `{"part", "ms", "share"}`, and below them the rest and the whole.
+    """Return rows `{"part", "ms", "share"}`, the last two for the rest and the whole.
 
-    Times are medians over the rounds, and the rest is that of the whole less those of all parts.
+    Times are medians over the rounds. A part's time excludes the parts that it calls; parts that
+    are not called are left out. A GPU is idle before and after each part, so that the whole takes
+    longer than usual.
     """
-    per_round, whole = [], []
-    for _ in range(rounds):
-        with timed_parts(parts, device) as seconds:
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            whole.append(time.perf_counter() - start)
-        per_round.append(seconds)
-    total = statistics.median(whole)
+    seconds: dict[str, float] = defaultdict(float)
+    inner = [0.0]  # per open part, the time of the parts that it has called
+
+    def timed(name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            start = timer()
+            inner.append(0.0)
+            result = function(*args, **kwargs)
+            elapsed = timer() - start
+            seconds[name] += elapsed - inner.pop()
+            inner[-1] += elapsed
+            return result
+
+        return wrapped
+
+    per_round: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        for name, owner, attribute in parts:
+            function = timed(name, getattr(owner, attribute))
+            stack.enter_context(mock.patch.object(owner, attribute, function))
+        for _ in range(rounds):
+            seconds.clear()
+            timed("rest", call)()
+            per_round.append(dict(seconds))
     medians = {name: statistics.median(r[name] for r in per_round) for name in per_round[0]}
-    medians |= {REST: total - sum(medians.values()), WHOLE: total}
+    medians["whole"] = statistics.median(sum(r.values()) for r in per_round)
     return [
-        {"part": name, "ms": 1e3 * time, "share": time / total} for name, time in medians.items()
+        {"part": name, "ms": 1e3 * time, "share": time / medians["whole"]}
+        for name, time in medians.items()
     ]
+
+
+def parts_of(model: Any) -> list[Part]:
+    """Return the parts of our model or of torchvision's Mask R-CNN in eval mode."""
+    modules: dict[str, nn.Module]
+    if isinstance(model, TensorMask):
+        modules = {"backbone": model.backbone, "fpn": model.fpn, "class tower": model.head}
+        modules |= {f"mask head: {name}": m for name, m in model.mask_head.named_children()}
+        functions = [
+            ("preprocess", model, "preprocess"),
+            ("box tower", model.head, "deltas_at"),
+            ("candidates and NMS", tensormask, "find_candidates"),
+            ("candidates and NMS", tensormask, "suppress"),
+            ("op at windows", mask_head, "swap_align2nat_at"),
+            ("rest of the mask head, sigmoid", tensormask, "ungroup_masks"),
+            ("paste", tensormask, "with_frames"),
+        ]
+    else:
+        modules = {"resize and normalise": model.transform, "backbone": model.backbone.body}
+        modules |= {"fpn": model.backbone.fpn, "proposals": model.rpn}
+        modules |= {f"heads: {name}": m for name, m in model.roi_heads.named_children()}
+        modules["rest of the heads"] = model.roi_heads
+        functions = [
+            ("candidates and NMS", model.roi_heads, "postprocess_detections"),
+            ("paste", model.transform, "postprocess"),
+        ]
+    for name, module in modules.items():
+        # A list of modules is never called itself.
+        for called in module if isinstance(module, nn.ModuleList) else [module]:
+            compiled = called._compiled_call_impl is not None
+            functions.append((name, called, "_compiled_call_impl" if compiled else "forward"))
+    return functions
