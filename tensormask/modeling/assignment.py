@@ -1,9 +1,9 @@
-"""Which window owns which object (paper, sec. 5.3, with detectron2's constants).
+"""Assign ground-truth objects to windows (paper, sec. 5.3, with detectron2's constants).
 
-A window owns an object when the object's box lies inside of it, when it is not much larger than the
-object, and when the two centres are within one stride. A window that several objects claim is
-background. The last rule leaves at most a handful of places per object, level and size, so only
-those are looked at, and not every window against every object.
+A window is positive for an object if it (1) contains the object's box, (2) is not much larger than
+the object, and (3) has its center within one stride of the object's. A window that matches several
+objects is background. Rule 3 leaves at most 16 locations per object, level and size, so only these
+are tested.
 """
 
 import math
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from tensormask.modeling.windows import Windows
 
-# The centre rule, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
+# Rule 3, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
 _REACH = (-1, 0, 1, 2)
 
 
 class Assignment(NamedTuple):
-    """F windows and their objects, sorted by (level, size, image); int64 (F,) unless said."""
+    """F positive windows and their objects; int64 (F,) unless stated.
+
+    Sorted by (level, size, image).
+    """
 
     image: Tensor
     object: Tensor  # row in the targets of its image
@@ -32,12 +35,12 @@ class Assignment(NamedTuple):
     counts: list[list[list[int]]]  # windows per level, size and image
 
     def levels(self) -> list[slice]:
-        """Where the windows of each level are, also where there are none."""
+        """Return the slice of each level, empty for a level without positive windows."""
         ends = list(accumulate(sum(map(sum, sizes)) for sizes in self.counts))
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def groups(self) -> list[tuple[int, int, slice]]:
-        """``(level, size, slice)`` of each level and size that has windows."""
+        """Return ``(level, size, slice)`` of each level and size with positive windows."""
         groups, start = [], 0
         for level, sizes in enumerate(self.counts):
             for size, per_image in enumerate(sizes):
@@ -52,13 +55,21 @@ class Assignment(NamedTuple):
 def assign(
     boxes_per_image: list[Tensor], windows: Windows, grids: list[tuple[int, int]]
 ) -> Assignment:
-    """Find the windows that own an object.
+    """Find the positive windows and their objects.
 
     Args:
         boxes_per_image: per image, Tensor[K, 4] of objects ``(x0, y0, x1, y1)`` in pixels. K may be
             0.
         windows: their geometry.
         grids: per level ``(H, W)``, rows and columns of windows.
+
+    Example:
+        >>> from tensormask.modeling.windows import Windows
+        >>> windows = Windows(strides=(4,), sizes=((44, 60),))
+        >>> box = torch.tensor([[36.0, 36.0, 44.0, 44.0]])  # its center is that of window (10, 10)
+        >>> assignment = assign([box], windows, [(20, 20)])
+        >>> list(zip(assignment.y.tolist(), assignment.x.tolist()))
+        [(9, 10), (10, 9), (10, 10), (10, 11), (11, 10)]
     """
     boxes = torch.cat(boxes_per_image).float()
     device = boxes.device
@@ -69,7 +80,7 @@ def assign(
     longer_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
     size_limit = (2 * longer_side).clamp(min=windows.min_size)
 
-    # Candidates (M objects, L levels, S sizes, 4 rows, 4 columns), flattened.
+    # Tested: (M objects, L levels, S sizes, 4 rows, 4 columns), flattened.
     strides = torch.tensor(windows.strides, dtype=torch.float32, device=device)
     first = (center[:, None] / strides[:, None]).floor().long()  # (M, L, 2) as (x, y)
     reach = torch.tensor(_REACH, device=device)
@@ -83,25 +94,26 @@ def assign(
 
     window = windows.boxes(level, size, y, x)
     stride = strides[level]
-    contained = (window[:, :2] <= boxes[obj, :2]) & (boxes[obj, 2:] <= window[:, 2:])
+    contains = (window[:, :2] <= boxes[obj, :2]) & (boxes[obj, 2:] <= window[:, 2:])
     small_enough = size_limit[obj] - (window[:, 2] - window[:, 0] - stride) >= 0
     offset = (center[obj] - (window[:, :2] + window[:, 2:]) / 2) / stride[:, None]
     central = (offset * offset).sum(1) <= 1
     height, width = torch.tensor(grids, device=device)[level].unbind(1)
     on_grid = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    owned = contained.all(1) & small_enough & central & on_grid
+    matched = contains.all(1) & small_enough & central & on_grid
 
-    # A window claimed twice is background. Each window gets a number of its own to be counted by.
-    obj, level, size, y, x, window = (t[owned] for t in (obj, level, size, y, x, window))
+    # Count the objects of each window, which for this gets a number of its own.
+    obj, level, size, y, x, window = (t[matched] for t in (obj, level, size, y, x, window))
     most_rows, most_columns = map(max, zip(*grids, strict=True))
     number = (image[obj] * windows.num_levels + level) * windows.num_sizes + size
     number = (number * most_rows + y) * most_columns + x
-    _, inverse, claims = torch.unique(number, return_inverse=True, return_counts=True)
-    shape = (windows.num_levels, windows.num_sizes, len(boxes_per_image))
+    _, inverse, num_matches = torch.unique(number, return_inverse=True, return_counts=True)
+    keep = torch.where(num_matches[inverse] == 1)[0]
+
     group = (level * windows.num_sizes + size) * len(boxes_per_image) + image[obj]
-    keep = torch.where(claims[inverse] == 1)[0]
     keep = keep[torch.argsort(group[keep], stable=True)]
-    counts = torch.bincount(group[keep], minlength=math.prod(shape)).view(shape)
+    counts_shape = (windows.num_levels, windows.num_sizes, len(boxes_per_image))
+    counts = torch.bincount(group[keep], minlength=math.prod(counts_shape)).view(counts_shape)
     obj = obj[keep]
     return Assignment(
         image[obj],

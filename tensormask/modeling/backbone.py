@@ -1,4 +1,4 @@
-"""ResNet trunks: torchvision's layers, cut into the stages res2..res5 that the pyramid reads."""
+"""ResNet backbones: torchvision's layers, split into the stages res2..res5 that the FPN reads."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from tensormask.layers.winograd import conv2d
 from tensormask.utils.errors import UserError
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``; a frozen batch norm is multiplied into the weights, and costs no pass."""
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """Return ``norm(conv(x))``, with a frozen batch norm folded into the weights."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -22,7 +22,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's, with `conv_norm`."""
+    """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(*self.downsample, x)
@@ -33,7 +33,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's, with `conv_norm`."""
+    """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(*self.downsample, x)
@@ -59,9 +59,9 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def get_norm(name: str) -> Callable[[int], nn.Module]:
-    """The norm layer of a name, called with a number of channels; GN has 32 groups."""
+    """Return the norm layer of a name, to be called with a number of channels. GN has 32 groups."""
     if name not in _NORMS:
-        raise UserError(f"norm {name!r} is not one of {', '.join(_NORMS)}")
+        raise UserError(f"norm must be one of {', '.join(_NORMS)}, got {name!r}")
     return _NORMS[name]
 
 
@@ -71,11 +71,11 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50 or 101.
         norm: "FrozenBN", "BN", "SyncBN" or "GN".
-        freeze_at: stages that are not trained: 0 none, 1 the stem, 2 the stem and res2, ... up to
-            5.
-        stride_in_1x1: the stride of a bottleneck is in its first 1x1 convolution (MSRA's weights)
-            and not in its 3x3 one (torchvision's weights). Depths 18 and 34 have no bottleneck and
-            take no notice.
+        freeze_at: number of stages that are not trained: 1 the stem, 2 the stem and res2, ... up
+            to 5.
+        stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
+            weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no
+            bottlenecks and ignore it.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
-            raise UserError(f"ResNet depth {depth} is not one of {', '.join(map(str, _BLOCKS))}")
+            raise UserError(
+                f"ResNet depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth}"
+            )
         block, layers = _BLOCKS[depth]
         trunk = resnet.ResNet(block, layers, norm_layer=get_norm(norm))
         self.stem = nn.Sequential()
@@ -102,7 +104,7 @@ class ResNet(nn.Module):
             _freeze(stage)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images (N, 3, H, W) to the features of res2..res5, of strides 4 to 32."""
+        """Return the features of res2..res5, strides 4 to 32, of normalized images (N, 3, H, W)."""
         stem = self.stem
         x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
         features = []
@@ -119,7 +121,7 @@ def _move_stride_to_1x1(trunk: nn.Module) -> None:
 
 
 def _freeze(stage: nn.Module) -> None:
-    """No gradients, and batch norms that neither learn nor follow the batches."""
+    """Disable gradients, and replace batch norms by frozen ones."""
     for parameter in stage.parameters():
         parameter.requires_grad = False
     for module in list(stage.modules()):

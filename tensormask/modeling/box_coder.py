@@ -1,16 +1,22 @@
-"""Boxes as offsets from windows (Girshick et al., arXiv 1311.2524), and back."""
+"""Encode boxes as offsets from windows, and decode them (Girshick et al., arXiv 1311.2524)."""
 
 import math
 
 import torch
 from torch import Tensor
 
-# A predicted box is at most this many times as large as its window: exp() stays finite.
+# Limits a predicted box to 62.5 times the size of its window, so that exp() stays finite.
 _MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Offsets ``(dx, dy, dw, dh)`` times weights (K, 4), from windows (K, 4) to boxes (K, 4)."""
+    """Return the weighted offsets ``(dx, dy, dw, dh)`` (K, 4) from windows (K, 4) to boxes (K, 4).
+
+    Example:
+        >>> window = torch.tensor([[0.0, 0.0, 40.0, 40.0]])
+        >>> encode_boxes(window + 10, window, (1.0, 1.0, 1.0, 1.0))
+        tensor([[0.2500, 0.2500, 0.0000, 0.0000]])
+    """
     size, center = _size_and_center(boxes)
     window_size, window_center = _size_and_center(windows)
     offset = (center - window_center) / window_size
@@ -19,7 +25,7 @@ def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> 
 
 
 def decode_boxes(deltas: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Boxes (K, 4) from offsets and windows: the inverse of `encode_boxes`, scales clamped."""
+    """Return boxes (K, 4) from offsets: the inverse of `encode_boxes`, with limited sizes."""
     window_size, window_center = _size_and_center(windows)
     deltas = deltas.to(windows.dtype) / windows.new_tensor(weights)
     center = deltas[:, :2] * window_size + window_center

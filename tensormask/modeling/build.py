@@ -1,10 +1,13 @@
-"""From a config to a model: the only reader of the keys of the model's parts."""
+"""Build a model from a config: the only reader of the config keys of the model's parts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from tensormask.config.node import HEAD_SWITCHES
+from tensormask.config import CfgNode
+from tensormask.config.detectron2 import HEAD_SWITCHES
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead
@@ -14,19 +17,33 @@ from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+# More than all sizes up to 1344 px in steps of 32, in training and in inference: 2 * 42 * 42.
+_MAX_COMPILED_SIZES = 4096
 
 
-def build_model(cfg) -> TensorMask:
-    """A `TensorMask` from a config (see config.py), on ``cfg.MODEL.DEVICE``, with fresh weights.
+def build_model(
+    cfg: CfgNode, *, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> TensorMask:
+    """Return a `TensorMask` on ``cfg.MODEL.DEVICE``, with random weights.
+
+    Args:
+        cfg: see `tensormask.get_cfg` and config/defaults.py.
+        sum_over_ranks: of `TensorMask`.
 
     Raises:
-        ValueError: the config is no TensorMask, or asks for what does not exist.
+        UserError: the config is not of a TensorMask, or an option is invalid.
+
+    Example:
+        >>> import tensormask
+        >>> cfg = tensormask.get_cfg()
+        >>> cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "TensorMask"])
+        >>> model = build_model(cfg)
     """
     model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
     if model.META_ARCHITECTURE != "TensorMask":
         raise UserError(
-            f"MODEL.META_ARCHITECTURE is {model.META_ARCHITECTURE!r}: this is no TensorMask. "
-            "Start from configs/tensormask_R_50_FPN_1x.yaml, or base yours on Base-TensorMask.yaml"
+            f"MODEL.META_ARCHITECTURE must be 'TensorMask', got {model.META_ARCHITECTURE!r}: start "
+            "from configs/tensormask_R_50_FPN_1x.yaml, or set _BASE_ to Base-TensorMask.yaml"
         )
     stages = ["res2", "res3", "res4", "res5"]
     for key, value in (
@@ -83,6 +100,7 @@ def build_model(cfg) -> TensorMask:
         nms_on=head.NMS_ON,
         nms_threshold=head.NMS_THRESH_TEST,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        sum_over_ranks=sum_over_ranks,
     ).to(resolve_device(model.DEVICE))
     if model.COMPILE:
         compile_dense_parts(tensormask, model.COMPILE)
@@ -90,45 +108,62 @@ def build_model(cfg) -> TensorMask:
 
 
 def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = "inductor") -> None:
-    """Compile what is the same for every image of a size: backbone, pyramid, class and box head.
+    """Compile the backbone, the pyramid, and the class and box head.
 
-    Each new size is compiled anew, for a minute or so. Names of weights stay as they are.
+    Each new input size is compiled again, which takes about a minute. Names of weights do not
+    change.
 
     Args:
+        model: compiled in place.
         mode: of `torch.compile`. "reduce-overhead" replays CUDA graphs.
         backend: of `torch.compile`.
 
     Raises:
-        ValueError: there is no such mode.
+        UserError: the mode does not exist.
     """
     if mode not in COMPILE_MODES:
         raise UserError(
             f"MODEL.COMPILE must be empty or one of {', '.join(COMPILE_MODES)}, got {mode!r}"
         )
-    # Sizes up to 1333 px, upright and lying.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
     options = {"mode": mode} if backend == "inductor" else {"backend": backend}
     for part in (model.backbone, model.fpn, model.head):
         part.compile(dynamic=False, **options)
+        assert part._compiled_call_impl is not None
+        part._compiled_call_impl = _with_recompile_limits(part._compiled_call_impl)
     model.dense_boxes = True  # the same work for every image
 
 
-def autocast_dtype(key: str, options) -> torch.dtype | None:
-    """The dtype of an ``AMP`` group of the config; None where it is off.
+def _with_recompile_limits(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Raise PyTorch's limits during each call: beyond them it runs new input sizes uncompiled."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        config = torch._dynamo.config
+        limits = {
+            name: max(getattr(config, name), _MAX_COMPILED_SIZES)
+            for name in ("recompile_limit", "accumulated_recompile_limit")
+        }
+        with config.patch(limits):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def autocast_dtype(key: str, options: CfgNode) -> torch.dtype | None:
+    """Return the dtype of an ``AMP`` group of the config; None if it is disabled.
 
     Raises:
-        ValueError: its DTYPE is another than bfloat16 or float16.
+        UserError: its DTYPE is neither bfloat16 nor float16.
     """
     if options.DTYPE not in ("bfloat16", "float16"):
-        raise UserError(f"{key}.DTYPE is {options.DTYPE!r}; it must be 'bfloat16' or 'float16'")
+        raise UserError(f"{key}.DTYPE must be 'bfloat16' or 'float16', got {options.DTYPE!r}")
     return getattr(torch, options.DTYPE) if options.ENABLED else None
 
 
-def build_mask_head(cfg, windows: Windows) -> MaskHead:
-    """The mask head of a config's model.
+def build_mask_head(cfg: CfgNode, windows: Windows) -> MaskHead:
+    """Return the mask head of a config's model.
 
     Raises:
-        ValueError: there is no such head, or what is said of it does not go together.
+        UserError: the head does not exist, or its options contradict each other.
     """
     options = cfg.MODEL.TENSOR_MASK
     _check_head(options)
@@ -147,8 +182,8 @@ def build_mask_head(cfg, windows: Windows) -> MaskHead:
     )
 
 
-def _check_head(options) -> None:
-    """Raise ValueError unless HEAD, detectron2's switches and the upscaling go together."""
+def _check_head(options: CfgNode) -> None:
+    """Raise UserError if HEAD contradicts detectron2's switches or the upscaling."""
     head, switches = options.HEAD, (options.ALIGNED_ON, options.BIPYRAMID_ON)
     if head != "auto" and head not in HEAD_SWITCHES:
         raise UserError(
@@ -157,7 +192,7 @@ def _check_head(options) -> None:
     if head != "auto" and switches != HEAD_SWITCHES[head]:
         raise UserError(
             "MODEL.TENSOR_MASK.HEAD is {!r}, which has ALIGNED_ON {} and BIPYRAMID_ON {}, but they "
-            "are {} and {}: leave the two out, or set HEAD to 'auto' to let them decide".format(
+            "are {} and {}: remove the two, or set HEAD to 'auto' to use them".format(
                 head, *HEAD_SWITCHES[head], *switches
             )
         )
@@ -165,32 +200,32 @@ def _check_head(options) -> None:
     if upscales and options.UPSCALE_LAMBDA <= 1:
         raise UserError(
             f"MODEL.TENSOR_MASK.HEAD is {head!r}, and MODEL.TENSOR_MASK.UPSCALE_LAMBDA is "
-            f"{options.UPSCALE_LAMBDA}, which upscales nothing: set it to 1.5, 3 or 5"
+            f"{options.UPSCALE_LAMBDA}, which does not upscale: set it to 1.5, 3 or 5"
         )
     if not upscales and (options.UPSCALE_LAMBDA, options.UPSCALE_MODE) != (1, "bilinear"):
         raise UserError(
-            "MODEL.TENSOR_MASK.UPSCALE_LAMBDA and UPSCALE_MODE are of the heads upscale_natural "
-            f"and upscale_aligned, but MODEL.TENSOR_MASK.HEAD is {head!r}: set it to one of them, "
-            "or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE at 'bilinear'"
+            "MODEL.TENSOR_MASK.UPSCALE_LAMBDA and UPSCALE_MODE are options of the heads "
+            f"upscale_natural and upscale_aligned, but MODEL.TENSOR_MASK.HEAD is {head!r}: set it "
+            "to one of them, or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE at 'bilinear'"
         )
 
 
-def build_windows(cfg) -> Windows:
-    """The windows of a config's model.
+def build_windows(cfg: CfgNode) -> Windows:
+    """Return the windows of a config's model.
 
     Raises:
-        ValueError: levels that are no neighbours, windows that are not square or do not fit.
+        UserError: the levels are not consecutive, or the windows are not square, or invalid.
     """
     names, anchors = cfg.MODEL.TENSOR_MASK.IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR
     levels = [int(name.removeprefix("p")) for name in names]
     if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
         raise UserError(
-            "MODEL.TENSOR_MASK.IN_FEATURES must be neighbouring levels, fine to coarse, "
-            f"got {names}"
+            f"MODEL.TENSOR_MASK.IN_FEATURES must be consecutive levels, fine to coarse, got {names}"
         )
     if [list(ratios) for ratios in anchors.ASPECT_RATIOS] != [[1.0]]:
         raise UserError(
-            "TensorMask's windows are square: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]]"
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS must be [[1.0]], because the windows are square, "
+            f"got {anchors.ASPECT_RATIOS}"
         )
     return Windows(
         strides=tuple(2**level for level in levels),
@@ -199,10 +234,10 @@ def build_windows(cfg) -> Windows:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one, else the CPU.
+    """Return the device of a name; "auto" is the GPU if one is available, else the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        UserError: no GPU is available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

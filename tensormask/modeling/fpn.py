@@ -1,4 +1,4 @@
-"""Feature pyramid: res2..res5 to p2..p7 (paper, sec. 6; Lin et al., arXiv 1612.03144)."""
+"""Feature pyramid network: res2..res5 to p2..p7 (paper, sec. 6; Lin et al., arXiv 1612.03144)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,14 +11,14 @@ _FIRST_BOTTOM_UP, _LAST_BOTTOM_UP = 2, 5
 
 
 class FPN(nn.Module):
-    """Top-down pyramid over res2..res5, with p6 and p7 made from res5 by strided convolutions.
+    """Top-down pyramid over res2..res5, with p6 and p7 computed from res5 by strided convolutions.
 
     Args:
         in_channels: channels of res2..res5.
         out_channels: channels of every level.
-        levels: first and last level that is made, within 2..7: (2, 7) makes p2..p7.
+        levels: first and last level, within 2..7: (2, 7) is p2..p7.
         norm: "" (none) or a norm of `backbone.get_norm`.
-        fuse: how a level joins the one above it, "sum" or "avg" (half of the sum).
+        fuse: how a level is combined with the one above, "sum" or "avg" (half of the sum).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class FPN(nn.Module):
         super().__init__()
         first, last = levels
         if not 2 <= first <= 5 or not first <= last <= 7:
-            raise UserError(f"levels must lie within 2..7 and start at 5 or below, got {levels}")
+            raise UserError(f"levels must be within 2..7 and start at 5 or below, got {levels}")
         if fuse not in ("sum", "avg"):
             raise UserError(f"fuse must be 'sum' or 'avg', got {fuse!r}")
         self.first, self.last, self.fuse = first, last, fuse
@@ -58,9 +58,9 @@ class FPN(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Features of res2..res5 to those of the levels ``first..last``, fine to coarse."""
-        pyramid = []
-        above = None
+        """Return the features of the levels, fine to coarse, from those of res2..res5."""
+        pyramid: list[Tensor] = []
+        above: Tensor | None = None
         for k in range(_LAST_BOTTOM_UP, self.first - 1, -1):
             x = self.lateral[f"p{k}"](features[k - _FIRST_BOTTOM_UP])
             if above is not None:

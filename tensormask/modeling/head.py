@@ -1,8 +1,8 @@
-"""Class and box heads: two towers of convolutions, shared over the levels (paper, sec. 5.2)."""
+"""Class and box heads: two towers of convolutions, shared by all levels (paper, sec. 5.2)."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tensormask.utils.errors import UserError
 
 
 def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
-    """``num_convs`` 3x3 convolutions, a ReLU after each."""
+    """Return ``num_convs`` 3x3 convolutions, each with a ReLU."""
     layers: list[nn.Module] = []
     for _ in range(num_convs):
         layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
@@ -24,7 +24,7 @@ def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential
 
 
 def init_convs(module: nn.Module, init: str) -> None:
-    """Set every convolution: "normal" is std 0.01, "he" keeps the signal in narrow towers."""
+    """Initialize every convolution: "normal" has std 0.01, "he" suits narrow towers."""
     if init not in ("normal", "he"):
         raise UserError(f"init must be 'normal' or 'he', got {init!r}")
     for layer in module.modules():
@@ -33,29 +33,44 @@ def init_convs(module: nn.Module, init: str) -> None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             else:
                 nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
-def call(function: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
-    """``function(*inputs)``; if ``checkpointed``, the backward pass computes it once more."""
+def maybe_checkpoint(function: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
+    """Return ``function(*inputs)``; if ``checkpointed``, the backward pass computes it again."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 
 
+class DenseOutputs(NamedTuple):
+    """The pyramid of a batch and what `ClassBoxHead.forward` computes from it, per level."""
+
+    features: list[Tensor]  # (N, C, H, W)
+    logits: list[Tensor]  # (N, num_sizes * num_classes, H, W)
+    deltas: list[Tensor] | None  # (N, num_sizes * 4, H, W)
+
+    def image(self, n: int) -> "DenseOutputs":
+        """Return the outputs of one image, as those of a batch of one."""
+        features, logits = ([x[n : n + 1] for x in levels] for levels in self[:2])
+        deltas = None if self.deltas is None else [x[n : n + 1] for x in self.deltas]
+        return DenseOutputs(features, logits, deltas)
+
+
 class ClassBoxHead(nn.Module):
-    """Scores each window for each class and, unless told otherwise, regresses a box from it.
+    """Score each window for each class and, with a box head, regress a box from it.
 
     Args:
         in_channels: channels of the pyramid.
-        num_sizes: windows at each place.
-        num_classes: classes, background not counted.
-        with_boxes: whether there is a box head; without one, boxes are those of the masks.
+        num_sizes: windows at each location.
+        num_classes: classes without background.
+        with_boxes: whether to have a box head.
         cls_channels, bbox_channels: channels of the towers.
         num_convs: convolutions in each tower.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
-        checkpointed: keep no activations of the towers for the backward pass: see `call`.
-        prior: the score that every window starts at.
+        checkpointed: save no activations of the towers for the backward pass (`maybe_checkpoint`).
+        prior: the initial score of every window.
     """
 
     def __init__(
@@ -73,41 +88,59 @@ class ClassBoxHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        self.checkpointed = checkpointed
+        self.with_boxes, self.checkpointed = with_boxes, checkpointed
         self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
-        self.bbox_subnet = self.bbox_pred = None
         if with_boxes:
             self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
         self.cls_score = Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
         if with_boxes:
             self.bbox_pred = Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
-        for tower in filter(None, (self.cls_subnet, self.bbox_subnet)):
-            init_convs(tower, init)
-        for predictor in filter(None, (self.cls_score, self.bbox_pred)):
-            init_convs(predictor, "normal")
+        init_convs(self.cls_subnet, init)
+        if with_boxes:
+            init_convs(self.bbox_subnet, init)
+        init_convs(self.cls_score, "normal")
+        if with_boxes:
+            init_convs(self.bbox_pred, "normal")
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
 
     def forward(
         self, features: list[Tensor], *, dense_boxes: bool = True
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Pyramid features, per level (N, C, H, W), to
+        """Return class logits and box deltas of all windows.
 
-        - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
-        class``;
-        - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``; None
-        without a box head, or unless ``dense_boxes``.
+        Args:
+            features: of the pyramid, per level (N, C, H, W).
+            dense_boxes: whether to compute deltas; `deltas_at` computes those of chosen windows.
+
+        Returns:
+            - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
+              class``;
+            - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``;
+              None without a box head, or unless ``dense_boxes``.
         """
-        logits = [call(self._logits, x, checkpointed=self.checkpointed) for x in features]
-        if self.bbox_pred is None or not dense_boxes:
+        logits = [self._call(self._logits, x) for x in features]
+        if not (self.with_boxes and dense_boxes):
             return logits, None
-        return logits, [call(self._deltas, x, checkpointed=self.checkpointed) for x in features]
+        return logits, [self._call(self._deltas, x) for x in features]
 
-    def deltas_at(self, x: Tensor, n: Tensor, size: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """What `forward` makes of a level (N, C, H, W) at K of its windows, int64 (K,): (K, 4)."""
+    def deltas_at(
+        self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
+    ) -> Tensor:
+        """Return the deltas (K, 4) at K windows of a level, int64 (K,) each.
+
+        If the deltas of all windows are not in ``dense``, the tower is evaluated at these only.
+        """
+        features = dense.features[level]
+        if dense.deltas is not None:
+            n, size, y, x = to_device(torch.stack([n, size, y, x]), features.device)
+            return dense.deltas[level].unflatten(1, (-1, 4))[n, size, :, y, x]
         convs = [*self.bbox_subnet[::2], self.bbox_pred]
-        deltas = call(convolve_at, convs, x, n, row, column, checkpointed=self.checkpointed)
-        deltas = deltas.unflatten(1, (-1, 4))
-        return deltas[torch.arange(len(size), device=x.device), to_device(size, x.device)]
+        deltas = self._call(convolve_at, convs, features, n, y, x).unflatten(1, (-1, 4))
+        size = to_device(size, features.device)
+        return deltas[torch.arange(len(size), device=size.device), size]
+
+    def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.cls_score(self.cls_subnet(x))

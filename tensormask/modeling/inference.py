@@ -1,8 +1,8 @@
-"""From dense outputs to detections: candidates, NMS, and the masks of what is kept."""
+"""Inference after the dense heads: candidates, NMS, and the masks of the detections."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 
 
-class Kept(NamedTuple):
-    """K (window, class) pairs of an image, best first; int64 (K,) unless said."""
+class Candidates(NamedTuple):
+    """K (window, class) pairs of an image, best first; int64 (K,) unless stated."""
 
     boxes: Tensor  # (K, 4) float, pixels of the network's input
     scores: Tensor  # (K,) float
@@ -28,8 +28,9 @@ class Kept(NamedTuple):
     x: Tensor
     windows: Tensor  # (K, 4) float, the boxes of the windows
 
-    def __getitem__(self, index: Tensor) -> "Kept":
-        return Kept(*(t[index] for t in self._asdict().values()))
+    def select(self, rows: Tensor) -> "Candidates":
+        """Return the candidates at an index or a bool mask."""
+        return Candidates(*(column[rows] for column in self))
 
 
 def find_candidates(
@@ -40,19 +41,19 @@ def find_candidates(
     box_weights: tuple[float, ...],
     score_threshold: float,
     num_candidates: int,
-) -> Kept:
-    """The best (window, class) pairs of one image, which are then to pass NMS.
+) -> Candidates:
+    """Return the best (window, class) pairs of one image, before NMS.
 
     Args:
         logits_per_level: per level (num_sizes * num_classes, H, W).
         deltas_at: from ``(level, size, y, x)`` of K windows of a level, int64 (K,), to the deltas
-            (K, 4) of their boxes; None without a box head: boxes are then those of the windows.
+            (K, 4) of their boxes. None without a box head: the boxes are then the windows.
         windows: their geometry.
         box_weights: of `box_coder`.
         score_threshold: scores must be above it.
-        num_candidates: how many are kept at most, over all levels.
+        num_candidates: the maximum over all levels.
     """
-    found = []
+    columns_per_level = []
     threshold = (
         math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
     )
@@ -67,116 +68,145 @@ def find_candidates(
         channel, y, x = torch.unravel_index(index, logits.shape)
         num_classes = len(logits) // windows.num_sizes
         size, label = channel // num_classes, channel % num_classes
-        found.append([score.float().sigmoid(), label, torch.full_like(size, level), size, y, x])
+        columns = [score.float().sigmoid(), label, torch.full_like(size, level), size, y, x]
         if deltas_at is not None:
-            found[-1].append(deltas_at(level, size, y, x).float())
-    scores, labels, level, size, y, x, *deltas = (torch.cat(t) for t in zip(*found, strict=True))
+            columns.append(deltas_at(level, size, y, x).float())
+        columns_per_level.append(columns)
+    scores, labels, levels, size, y, x, *deltas = map(
+        torch.cat, zip(*columns_per_level, strict=True)
+    )
 
     scores, best = scores.sort(descending=True, stable=True)
     scores, best = scores[:num_candidates], best[:num_candidates]
-    labels, level, size, y, x = (t[best] for t in (labels, level, size, y, x))
-    boxes_of_windows = boxes = windows.boxes(level, size, y, x)
+    labels, levels, size, y, x = (column[best] for column in (labels, levels, size, y, x))
+    window_boxes = boxes = windows.boxes(levels, size, y, x)
     if deltas:
-        boxes = decode_boxes(deltas[0][best], boxes_of_windows, box_weights)
-    return Kept(boxes, scores, labels, level, size, y, x, boxes_of_windows)
+        boxes = decode_boxes(deltas[0][best], window_boxes, box_weights)
+    return Candidates(boxes, scores, labels, levels, size, y, x, window_boxes)
 
 
-def suppress(candidates: Kept, boxes: Tensor, nms_threshold: float, num_detections: int) -> Kept:
-    """Of boxes of one class whose IoU is above the threshold only the best stays (NMS).
+def suppress(
+    candidates: Candidates, boxes: Tensor, nms_threshold: float, num_detections: int
+) -> Candidates:
+    """Apply NMS per class: of boxes whose IoU is above the threshold, only the best remains.
 
     Args:
         candidates: K pairs of one image, best first.
-        boxes (Tensor[K, 4]): the boxes that are compared, in any unit.
+        boxes (Tensor[K, 4]): the boxes to compare, in any unit.
         nms_threshold: the IoU.
-        num_detections: how many are kept at most.
+        num_detections: the maximum number of results.
     """
     keep = batched_nms(boxes, candidates.scores, candidates.labels, nms_threshold)
-    return candidates[keep[:num_detections]]
+    return candidates.select(keep[:num_detections])
 
 
-def to_frame(kept: Kept, input_size: tuple[int, int], output_size: tuple[int, int]) -> Kept:
-    """Scale boxes and windows to the output frame, clip the boxes, and drop those outside.
+def rescale_and_clip(
+    detections: Candidates, input_size: tuple[int, int], output_size: tuple[int, int]
+) -> Candidates:
+    """Scale boxes and windows to the output size, clip the boxes, and drop those outside.
 
     Both sizes are ``(height, width)`` in pixels, the input's without padding.
     """
     (height, width), (out_height, out_width) = input_size, output_size
-    scale = kept.boxes.new_tensor([out_width / width, out_height / height] * 2)
-    limit = kept.boxes.new_tensor([out_width, out_height] * 2)
-    boxes = torch.minimum((kept.boxes * scale).clamp(min=0), limit)
-    kept = kept._replace(boxes=boxes, windows=kept.windows * scale)
-    return kept[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+    scale = detections.boxes.new_tensor([out_width / width, out_height / height] * 2)
+    limit = detections.boxes.new_tensor([out_width, out_height] * 2)
+    boxes = torch.minimum((detections.boxes * scale).clamp(min=0), limit)
+    detections = detections._replace(boxes=boxes, windows=detections.windows * scale)
+    return detections.select((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
 
 
-def group_windows(kept_per_image: list[Kept]) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
-    """Group the detections of a batch by level and window size: by the size of their masks.
-
-    Returns:
-        - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
-        `MaskHead.forward` wants;
-        - per group the positions of its windows among all detections of the batch, image after
-        image; int64 (K,) on the CPU.
-    """
-    level, size, y, x = (
-        torch.cat([getattr(kept, name) for kept in kept_per_image])
-        for name in ("level", "size", "y", "x")
-    )
-    image = torch.cat([torch.full_like(kept.level, n) for n, kept in enumerate(kept_per_image)])
-    rows = torch.stack([image, y, x], dim=1)
-    # Sorted out on the CPU: a GPU would be waited for at every group.
-    kinds, kind = torch.stack([level, size]).cpu().unique(dim=1, return_inverse=True)
-    positions = [torch.where(kind == i)[0] for i in range(kinds.shape[1])]
-    groups = [
-        (k, s, rows[position.to(rows.device)])
-        for (k, s), position in zip(kinds.T.tolist(), positions, strict=True)
-    ]
-    return groups, positions
-
-
-def ungroup_masks(
-    logits_per_group: Iterable[Tensor], positions: list[Tensor], kept_per_image: list[Kept]
+def masks_at_windows(
+    mask_head: MaskHead, features: list[Tensor], detections_per_image: list[Candidates]
 ) -> list[list[Tensor]]:
-    """Mask logits of groups to probabilities, per image K Tensor[V, U], best first."""
+    """Return the mask probabilities of the detections of a batch: per image K Tensor[V, U].
+
+    Args:
+        mask_head: makes the masks.
+        features: of the pyramid, per level (N, C, H, W).
+        detections_per_image: one for each of the N images.
+    """
+    groups, positions = _group_windows(_window_rows(detections_per_image))
     masks: dict[int, Tensor] = {}
-    for logits, position in zip(logits_per_group, positions, strict=True):
+    for logits, position in zip(mask_head.iter_masks(features, groups), positions, strict=True):
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
     in_order = (masks[i] for i in range(len(masks)))
-    return [list(itertools.islice(in_order, len(kept.scores))) for kept in kept_per_image]
+    return [list(itertools.islice(in_order, len(d.scores))) for d in detections_per_image]
 
 
-def with_boxes_of_masks(
-    mask_head: MaskHead, features: list[Tensor], candidates: list[Kept], *, replace: bool
-) -> tuple[list[Kept], list[Tensor]]:
-    """Per image the candidates whose mask is not empty, and the boxes (K, 4) of their masks.
+def boxes_from_masks(
+    mask_head: MaskHead,
+    features: list[Tensor],
+    candidates_per_image: list[Candidates],
+    *,
+    replace: bool,
+) -> tuple[list[Candidates], list[Tensor]]:
+    """Return per image the candidates whose mask is not empty, and the boxes (K, 4) of the masks.
 
     Args:
         features: of the pyramid, per level (N, C, H, W).
-        candidates: per image.
-        replace: whether these are also the boxes of the candidates, as where no box is regressed.
+        candidates_per_image: the candidates before NMS.
+        replace: make these the boxes of the candidates too, for a model without a box head.
     """
-    groups, positions = group_windows(candidates)
-    windows = torch.cat([kept.windows for kept in candidates])
-    boxes = torch.empty_like(windows)
-    # A level's masks of all candidates are as large as its dense tensor may be: one at a time.
-    masks = mask_head.one_by_one(features, groups)
-    for logits, position in zip(masks, positions, strict=True):
+    windows = torch.cat([candidates.windows for candidates in candidates_per_image])
+    # Masks are class-agnostic: a window that is a candidate for several classes needs one mask.
+    rows, inverse = _window_rows(candidates_per_image).unique(dim=0, return_inverse=True)
+    window_boxes = windows.new_empty(len(rows), 4)
+    window_boxes[inverse] = windows
+    groups, positions = _group_windows(rows)
+    boxes = torch.empty_like(window_boxes)
+    # All masks of a level can be as large as its dense tensor: only one group is in memory.
+    for logits, position in zip(mask_head.iter_masks(features, groups), positions, strict=True):
         position = to_device(position, boxes.device)
-        boxes[position] = mask_boxes(logits, windows[position])
-    found, boxes_per_image = [], []
-    for kept, boxes_of_image in zip(
-        candidates, boxes.split([len(kept.scores) for kept in candidates]), strict=True
+        boxes[position] = mask_boxes(logits, window_boxes[position])
+    non_empty_per_image, boxes_per_image = [], []
+    num_per_image = [len(candidates.scores) for candidates in candidates_per_image]
+    for candidates, image_boxes in zip(
+        candidates_per_image, boxes[inverse].split(num_per_image), strict=True
     ):
-        whole = boxes_of_image[:, 2] > boxes_of_image[:, 0]
-        kept, boxes_of_image = kept[whole], boxes_of_image[whole]
-        found.append(kept._replace(boxes=boxes_of_image) if replace else kept)
-        boxes_per_image.append(boxes_of_image)
-    return found, boxes_per_image
+        if replace:
+            candidates = candidates._replace(boxes=image_boxes)
+        non_empty = image_boxes[:, 2] > image_boxes[:, 0]
+        non_empty_per_image.append(candidates.select(non_empty))
+        boxes_per_image.append(image_boxes[non_empty])
+    return non_empty_per_image, boxes_per_image
 
 
-def with_frames(
+def paste_detection(
     detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """A detection of `TensorMask.detect` as `TensorMask.forward` gives it."""
-    in_frame = {name: detection[name] for name in ("boxes", "scores", "labels")}
+    """Convert an image's result of `TensorMask.detect` to that of `TensorMask.forward`."""
+    pasted = {name: detection[name] for name in ("boxes", "scores", "labels")}
     if "window_masks" in detection:
-        in_frame["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
-    return in_frame
+        pasted["masks"] = paste_masks(detection["window_masks"], detection["windows"], size)
+    return pasted
+
+
+def _window_rows(candidates_per_image: list[Candidates]) -> Tensor:
+    """Return the windows of a batch, image after image: int64 (K, 5) ``(level, size, n, y, x)``."""
+    return torch.cat(
+        [
+            torch.stack([c.level, c.size, torch.full_like(c.level, n), c.y, c.x], dim=1)
+            for n, c in enumerate(candidates_per_image)
+        ]
+    )
+
+
+def _group_windows(rows: Tensor) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
+    """Group windows by level and size, that is by the size of their masks.
+
+    Args:
+        rows (Tensor[K, 5]): as of `_window_rows`.
+
+    Returns:
+        - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
+          `MaskHead.forward` takes them;
+        - per group the positions of its windows in ``rows``; int64 (K,) on the CPU.
+    """
+    # Sorted on the CPU: otherwise the host would wait for a GPU at every group.
+    kinds, kind = rows[:, :2].cpu().unique(dim=0, return_inverse=True)
+    positions = [torch.where(kind == i)[0] for i in range(len(kinds))]
+    groups = [
+        (level, size, rows[position.to(rows.device), 2:])
+        for (level, size), position in zip(kinds.tolist(), positions, strict=True)
+    ]
+    return groups, positions

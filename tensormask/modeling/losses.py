@@ -1,12 +1,19 @@
-"""The three losses, as sums over the batch (paper, sec. 5.3; detectron2's constants)."""
+"""The losses: FL* for classes, L1 for boxes, binary cross-entropy for masks (paper, sec. 5.3).
+
+Each is a sum over the batch, with detectron2's constants.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# Values that a CPU works on at once: 1 MB of float32, which its caches hold.
-_PART = 1 << 18
+from tensormask.layers.masks import to_device
+
+# Values that a CPU processes at a time: 1 MB of float32, which fits its caches.
+_CHUNK = 1 << 18
 
 
 def focal_loss_star(
@@ -16,14 +23,15 @@ def focal_loss_star(
     alpha: float = 0.3,
     gamma: float = 3.0,
 ) -> Tensor:
-    """FL*, summed: ``-alpha_t * log(sigmoid(gamma * x * (2t - 1))) / gamma``.
+    """Return FL*, summed: ``-alpha_t * log(sigmoid(gamma * x * (2t - 1))) / gamma``.
 
     Source: Lin et al., arXiv 1708.02002, appendix, with detectron2's alpha.
     No one-hot target is made: every logit is counted as background, then the positive ones are
-    exchanged. Of the background only the logits are kept for the backward pass.
+    corrected. The backward pass keeps the logits only.
 
     Args:
-        logits_per_level: floating tensors of any shape.
+        logits_per_level: floating tensors of any shape and strides. Contiguous and channels_last
+            ones are not copied.
         positives: per level an index (a tuple of int64 tensors) of the logits whose target is 1,
             without repeats.
         alpha: weight of the positive logits; the others have ``1 - alpha``.
@@ -31,52 +39,61 @@ def focal_loss_star(
 
     Returns:
         Tensor[]: float32, or float64 for such logits.
+
+    Example:
+        >>> positive = (torch.tensor([0]),)
+        >>> focal_loss_star([torch.tensor([2.0, -1.0])], [positive])
+        tensor(0.0116)
     """
     return sum(
-        _FocalLossStar.apply(logits, alpha, gamma, *index)
+        _FocalLossStar.apply(_dense(logits), alpha, gamma, *index)
         for logits, index in zip(logits_per_level, positives, strict=True)
     )
 
 
 class _FocalLossStar(torch.autograd.Function):
-    """FL* of a level. The derivative by a logit is a sigmoid: only the logits are kept for it.
+    """FL* of a level. The derivative by a logit is a sigmoid, so only the logits are saved.
 
-    Both ways go through the logits once, on a CPU in parts that stay in its caches.
+    Both passes read the logits once, on a CPU in chunks that stay in its caches.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, alpha: float, gamma: float, *index: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float, *index: Tensor) -> Tensor:
         ctx.save_for_backward(logits, *index)
         ctx.alpha, ctx.gamma = alpha, gamma
-        parts = (_at_least_float32(part) * gamma for part in _parts(_flat(logits)))
-        everywhere = torch.stack([F.softplus(part).sum() for part in parts]).sum()
+        chunks = (_at_least_float32(chunk) * gamma for chunk in _chunks(logits))
+        everywhere = torch.stack([F.softplus(chunk).sum() for chunk in chunks]).sum()
         positive = _at_least_float32(logits[index]) * gamma
         background = everywhere - F.softplus(positive).sum()
         return ((1 - alpha) * background + alpha * F.softplus(-positive).sum()) / gamma
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, *index = ctx.saved_tensors
         index = tuple(index)
-        out = torch.empty_like(logits)  # in the memory format of the logits
+        out = torch.empty_like(logits)  # of equal strides, because the logits are dense
         factor = (1 - ctx.alpha) * grad
-        for part, out_part in zip(_parts(_flat(logits)), _parts(_flat(out)), strict=True):
-            out_part.copy_((_at_least_float32(part) * ctx.gamma).sigmoid_().mul_(factor))
+        for chunk, out_chunk in zip(_chunks(logits), _chunks(out), strict=True):
+            out_chunk.copy_((_at_least_float32(chunk) * ctx.gamma).sigmoid_().mul_(factor))
         positive = _at_least_float32(logits[index]) * ctx.gamma
         out[index] = (torch.sigmoid(-positive) * (-ctx.alpha * grad)).to(out.dtype)
         return out, None, None, *(None for _ in index)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as one row, in the order of its memory: a view, also of channels_last."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _parts(row: Tensor) -> tuple[Tensor, ...]:
-    return row.split(_PART if row.device.type == "cpu" else max(1, len(row)))
+def _dense(x: Tensor) -> Tensor:
+    """Copy a tensor unless it is contiguous or channels_last."""
+    return x if _is_channels_last(x) else x.contiguous()
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Split a tensor of `_dense`, in the order of its memory, into 1-dimensional views."""
+    row = (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).view(-1)
+    return row.split(_CHUNK if row.device.type == "cpu" else max(1, len(row)))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -84,12 +101,12 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def box_loss(deltas: Tensor, target_deltas: Tensor) -> Tensor:
-    """L1 over offsets (F, 4), summed."""
+    """Return the L1 distance of offsets (F, 4), summed."""
     return F.l1_loss(deltas.float(), target_deltas, reduction="sum")
 
 
 def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 1.5) -> Tensor:
-    """Binary cross-entropy of masks (F, V, U): the mean over each mask, summed over masks.
+    """Return the binary cross-entropy of masks (F, V, U): the mean of each mask, summed over masks.
 
     ``positive_weight`` is the weight of the pixels of the object.
     """
@@ -102,19 +119,25 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
     return loss / (logits.shape[-1] * logits.shape[-2])
 
 
-def foreground_normalizer(num_foreground: int, device: torch.device) -> Tensor | int:
-    """What the sums above are divided by: the foreground windows of the batch, at least 1.
+def foreground_normalizer(
+    num_foreground: int,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | int:
+    """Return the divisor of the sums above: the foreground windows of the batch, at least 1.
 
-    Where several processes have a part of the batch each, it is the same number in all of them:
-    that of the whole batch, divided by the number of processes. Then the mean over the processes
-    of a loss or gradient is that of one process with the whole batch.
+    If several ranks have a part of the batch each, all get the number of the whole batch, divided
+    by the number of ranks. The mean over the ranks of a loss or gradient then equals that of one
+    process with the whole batch.
 
     Args:
-        num_foreground: of this process's part. With several processes, all must be here.
-        device: where the sum over the processes is made, and comes back as a scalar.
+        num_foreground: of this rank's part of the batch.
+        device: of the reduced tensor.
+        sum_over_ranks: returns the sum of a tensor over all ranks, which must all call it; None if
+            this process has the whole batch.
     """
-    if not dist.is_initialized():
+    if sum_over_ranks is None:
         return max(1, num_foreground)
-    total = torch.tensor(float(num_foreground), device=device)
-    dist.all_reduce(total)
-    return total.clamp(min=1) / dist.get_world_size()
+    counts = to_device(torch.tensor([num_foreground, 1.0]), device)
+    total, num_ranks = sum_over_ranks(counts)
+    return total.clamp(min=1) / num_ranks

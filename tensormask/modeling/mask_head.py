@@ -1,14 +1,17 @@
-"""Mask heads: what is in the windows, at those that are asked for (paper, sec. 5.2, fig. 6).
+"""The paper's mask heads, evaluated at chosen windows (paper, sec. 5.2, fig. 6).
 
-Natural: a 1x1 convolution at the window's place gives its mask. Aligned: at each place it gives the
-values of that pixel in the masks of the windows around it, and align2nat turns them into masks.
-Upscale: either of them with masks ``upscale`` times coarser, which are upscaled. Bipyramid: aligned
-masks at the finest resolution for every level, so that those of level k are ``2^k`` times finer.
+- Natural: a 1x1 convolution at a window's location predicts the window's mask.
+- Aligned: at each location it predicts the value of that pixel in the masks of the windows around
+  it. align2nat then collects the mask of each window.
+- Upscale: the masks of either kind are predicted ``upscale`` times coarser, and upscaled.
+- Bipyramid: aligned masks at the finest resolution for every level: the masks of level k are
+  ``2^k`` times finer.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ from tensormask.layers import (
     up_bilinear,
     up_nearest,
 )
-from tensormask.modeling.head import call, conv_tower, init_convs
+from tensormask.modeling.head import conv_tower, init_convs, maybe_checkpoint
 from tensormask.modeling.tiles import Tiles
 from tensormask.utils.errors import UserError
 
@@ -39,9 +42,9 @@ class MaskHead(nn.Module):
         upscale: how many times coarser the predicted masks are than the final ones, >= 1; 1.5, 3 or
             5 in the paper, for masks of 15 x 15.
         upscale_mode: "bilinear" or "nearest".
-        channels, num_convs: of the tower.
+        channels, num_convs: of the tower of convolutions.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
-        checkpointed: keep no activations up to the last convolutions for the backward pass.
+        checkpointed: save no activations before the last convolutions for the backward pass.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class MaskHead(nn.Module):
         super().__init__()
         if bipyramid and not aligned:
             raise UserError(
-                "the tensor bipyramid is made of aligned masks: set "
-                "MODEL.TENSOR_MASK.ALIGNED_ON to True, or BIPYRAMID_ON to False"
+                "the tensor bipyramid needs aligned masks: set MODEL.TENSOR_MASK.ALIGNED_ON to "
+                "True, or BIPYRAMID_ON to False"
             )
         if bipyramid and upscale != 1:
-            raise UserError("masks of the tensor bipyramid are not upscaled: upscale must be 1")
+            raise UserError(
+                f"masks of the tensor bipyramid are not upscaled: upscale must be 1, got {upscale}"
+            )
         if upscale_mode not in UPSCALE_MODES:
             raise UserError(
                 f"upscale_mode must be one of {', '.join(UPSCALE_MODES)}, got {upscale_mode!r}"
@@ -77,7 +82,7 @@ class MaskHead(nn.Module):
             for coarse, side in zip(coarse_sizes, mask_sizes, strict=True)
         ):
             raise UserError(
-                f"masks of {mask_sizes} pixels cannot be upscaled {upscale} times from whole ones: "
+                f"masks of {mask_sizes} pixels cannot be upscaled {upscale} times: "
                 "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
             )
@@ -98,7 +103,7 @@ class MaskHead(nn.Module):
     def forward(
         self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
     ) -> list[Tensor]:
-        """Mask logits at chosen windows. Levels without windows cost nothing.
+        """Return mask logits at chosen windows. Levels without windows are not computed.
 
         Args:
             features: pyramid features, per level (N, C, H, W).
@@ -108,31 +113,29 @@ class MaskHead(nn.Module):
         Returns:
             per group Tensor[K, side, side], ``side = mask_sizes[size] * lambda`` of the level.
         """
-        return list(self.one_by_one(features, windows_per_group))
+        return list(self.iter_masks(features, windows_per_group))
 
-    def one_by_one(
+    def iter_masks(
         self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
     ) -> Iterator[Tensor]:
-        """What `forward` returns, each group's masks made when they are asked for."""
+        """Yield the mask logits of `forward` group by group: only one group is in memory."""
         finest = tiles = None
         for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
             groups = list(of_level)
             if self.bipyramid:
                 if finest is None:
-                    finest = call(self.mask_subnet, features[0], checkpointed=self.checkpointed)
+                    finest = self._call(self.mask_subnet, features[0])
                 tiles = self._tiles(finest, groups)
-            inputs = (self.level_features, features, level, finest, tiles)
-            x = call(*inputs, checkpointed=self.checkpointed)
-            place = None if tiles is None else functools.partial(tiles.put, x=finest)
+            x = self._call(self.level_features, features, level, finest, tiles)
+            untile = None if tiles is None else functools.partial(tiles.scatter, x=finest)
             for _, size, windows in groups:
-                yield self._masks_at(x, level, size, windows, place)
+                yield self._masks_at(x, level, size, windows, untile)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
-        """Mask logits at all windows: the definition that `forward` is tested against.
+        """Return mask logits at all windows: the definition that tests compare `forward` with.
 
         Returns:
-            per level and window size Tensor[N, side * side, H, W], as large as this project avoids
-            to make.
+            per level and window size Tensor[N, side * side, H, W]. These are very large.
         """
         finest = self.mask_subnet(features[0]) if self.bipyramid else None
         masks_per_level = []
@@ -151,17 +154,18 @@ class MaskHead(nn.Module):
         finest: Tensor | None,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        """What a level's 1x1 convolutions read: (N, C, H, W), on the bipyramid of p2's size.
+        """Return the input of a level's 1x1 convolutions: (N, C, H, W).
 
-        Of that, ``tiles`` only are made if there are any: (P, C, side, side).
+        On the bipyramid it has the size of the finest level. With ``tiles``, only these are
+        computed: (P, C, side, side).
         """
         if finest is None:
             return self.mask_subnet(features[level])
         height, width = finest.shape[-2:]
         x = finest
         if level > 0:
-            # The scale, not the size: a padded coarse level is larger than the finest one, and is
-            # cropped.
+            # By scale, not by size: a coarse level can be padded. The result is then larger than
+            # the finest level, and is cropped.
             x = self.mask_subnet(features[level])
             scale = float(self.lambdas[level])
             x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
@@ -170,19 +174,26 @@ class MaskHead(nn.Module):
             return self.mask_fuse(x)
         return F.relu(tiles.convolve([self.mask_fuse[0]], x), inplace=True)
 
+    def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
+
     def _tiles(self, finest: Tensor, groups: list[tuple[int, int, Tensor]]) -> Tiles | None:
-        """The tiles of the finest level that a level's windows read; None where all is as good."""
+        """Return the tiles of the finest level that a level's windows read.
+
+        None if convolving the whole feature map is faster. On a GPU it is: the host would have to
+        wait for the tiles.
+        """
         if finest.device.type != "cpu":
-            return None  # a GPU would be waited for, longer than the work takes
+            return None
         boxes = []
         for level, size, windows in groups:
             middle = windows[:, 1:] * self.lambdas[level]
-            # Half a mask, and a cell for the interpolation between two of them.
+            # Half a mask, and a cell for the interpolation.
             reach = -(-self.mask_sizes[size] * self.lambdas[level] // 2) + 1
             boxes.append(torch.cat([middle - reach, middle + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        return tiles if tiles.spare_work([self.mask_fuse[0]], finest) else None
+        return tiles if tiles.are_faster([self.mask_fuse[0]], finest) else None
 
     def _masks_at(
         self,
@@ -190,12 +201,12 @@ class MaskHead(nn.Module):
         level: int,
         size: int,
         windows: Tensor,
-        place: Callable[[Tensor], Tensor] | None,
+        untile: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        """Masks of windows from `level_features`, whose tiles ``place`` puts on their map."""
+        """Return masks of windows from `level_features`; ``untile`` turns tiles into a map."""
         pred = self.mask_pred[size]
         if self.aligned:
-            masks = pred(x) if place is None else place(pred(x))
+            masks = pred(x) if untile is None else untile(pred(x))
             if self.upscale > 1:
                 return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
             return swap_align2nat_at(masks, windows, self.lambdas[level])
@@ -204,7 +215,7 @@ class MaskHead(nn.Module):
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)
 
     def _upscale(self, masks: Tensor) -> Tensor:
-        """Masks (N, v, u, H, W) as they are predicted to their final size (N, V, U, H, W)."""
+        """Upscale predicted masks (N, v, u, H, W) to their final size (N, V, U, H, W)."""
         if self.upscale == 1:
             return masks
         up = up_nearest if self.upscale_mode == "nearest" else up_bilinear
@@ -212,6 +223,6 @@ class MaskHead(nn.Module):
 
 
 def _to_4d(masks: Tensor) -> Tensor:
-    """Square masks (N, V*U, H, W) to (N, V, U, H, W)."""
+    """Reshape square masks (N, V*U, H, W) to (N, V, U, H, W)."""
     side = round(masks.shape[1] ** 0.5)
     return masks.unflatten(1, (side, side))

@@ -1,9 +1,21 @@
-"""TensorMask (Chen et al., arXiv 1903.12174): images to masks through sliding windows.
+"""TensorMask (Chen et al., arXiv 1903.12174): instance masks of an image from sliding windows.
 
-Letters: N images, K objects or windows, C channels, (V, U) rows and columns of a mask, (H, W)
-rows and columns of windows.
+The file reads like the paper's figure: `forward`, then backbone, pyramid and heads (`dense`), then
+the losses in training, or the detections in inference.
+
+Shapes:
+    N       images of the batch
+    K       objects of an image, or windows; F positive windows
+    C       channels
+    H, W    rows and columns of windows, on the grid of a level
+    V, U    rows and columns of a mask
+    level   index into the levels of the pyramid, fine to coarse
+    size    index into the window sizes of a level
+    n, y, x image, row and column of a window
 """
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,18 +27,17 @@ from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.box_coder import encode_boxes
 from tensormask.modeling.fpn import FPN
-from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
-    Kept,
+    Candidates,
+    boxes_from_masks,
     find_candidates,
-    group_windows,
+    masks_at_windows,
+    paste_detection,
+    rescale_and_clip,
     suppress,
-    to_frame,
-    ungroup_masks,
-    with_boxes_of_masks,
-    with_frames,
 )
-from tensormask.modeling.inputs import SIZE_DIVISOR, check_image, checked_target, padded_size
+from tensormask.modeling.inputs import SIZE_DIVISOR, checked_target, normalize_and_pad, size_of
 from tensormask.modeling.losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
@@ -37,29 +48,30 @@ class TensorMask(nn.Module):
     """The whole model.
 
     Args:
-        backbone, fpn, head, mask_head: the parts. ``mask_head`` None: boxes only. A ``head``
-            without boxes: detections have the boxes of their masks.
-        windows: geometry of the sliding windows, a level of it per level of the pyramid.
-        num_classes: classes, background not counted.
+        backbone, fpn, head, mask_head: the parts. Without a ``mask_head`` (None), detections have
+            no masks. Without a box head in ``head``, they have the boxes of their masks.
+        windows: geometry of the sliding windows, with one level per level of the pyramid.
+        num_classes: classes without background.
         pixel_mean, pixel_std: per channel, on the scale 0..255, in the order of ``channel_order``.
-        channel_order: "RGB" or "BGR", what the backbone's weights were trained with. Images are
+        channel_order: "RGB" or "BGR", the order that the backbone's weights expect. Images are
             always given as RGB.
-        size_divisor: images are padded to multiples of this many pixels, itself one of 32. Larger
-            ones give fewer input sizes, for which a compiled model is compiled.
+        size_divisor: images are padded to multiples of this many pixels, itself a multiple of 32.
+            Larger values give fewer input sizes, each of which a compiled model compiles.
         channels_last: convolve in that memory format.
-        autocast_dtype: inference in this dtype where `torch.autocast` takes it, bfloat16 or
-            float16; None for the weights' own.
+        autocast_dtype: dtype of `torch.autocast` in inference, bfloat16 or float16; None for the
+            dtype of the weights.
         box_weights: weights of the box offsets ``(dx, dy, dw, dh)``.
         focal_alpha, focal_gamma: of FL*.
         mask_loss_weight, mask_positive_weight: weight of the mask loss, and of the pixels of the
             object in it.
         score_threshold, num_candidates: see `inference.find_candidates`.
-        nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks", for which the
-            masks of all candidates are made.
+        nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks". The latter
+            computes the masks of all candidates.
         nms_threshold, num_detections: see `inference.suppress`.
+        sum_over_ranks: see `losses.foreground_normalizer`; needed in distributed training.
 
     Raises:
-        ValueError: an option that does not exist, or that needs a part which is not there.
+        UserError: an option is invalid, or needs a part that is missing.
     """
 
     def __init__(
@@ -87,19 +99,20 @@ class TensorMask(nn.Module):
         nms_on: str = "boxes",
         nms_threshold: float = 0.5,
         num_detections: int = 100,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if nms_on not in ("boxes", "masks"):
             raise UserError(f"nms_on must be 'boxes' or 'masks', got {nms_on!r}")
-        if nms_on == "boxes" and head.bbox_pred is None:
+        if nms_on == "boxes" and not head.with_boxes:
             raise UserError(
-                "there is no box head: NMS needs the boxes of the masks; set "
-                "MODEL.TENSOR_MASK.NMS_ON to masks, or MODEL.TENSOR_MASK.BOX_ON to True"
+                "MODEL.TENSOR_MASK.NMS_ON is 'boxes', but the model has no box head (BOX_ON is "
+                "False): set NMS_ON to 'masks' or BOX_ON to True"
             )
         if nms_on == "masks" and mask_head is None:
             raise UserError(
-                "there is no mask head whose boxes NMS could compare: set "
-                "MODEL.TENSOR_MASK.NMS_ON to boxes, or MODEL.MASK_ON to True"
+                "MODEL.TENSOR_MASK.NMS_ON is 'masks', but the model has no mask head "
+                "(MODEL.MASK_ON is False): set NMS_ON to 'boxes' or MASK_ON to True"
             )
         if channel_order not in ("RGB", "BGR"):
             raise UserError(f"channel_order must be 'RGB' or 'BGR', got {channel_order!r}")
@@ -115,7 +128,7 @@ class TensorMask(nn.Module):
         self.num_classes = num_classes
         self.channel_order = channel_order
         self.size_divisor = size_divisor
-        # Deltas of all boxes at once, as a compiled head makes them, or where they are asked for.
+        # Compute the deltas of all windows, which is best in a compiled head, or at chosen ones.
         self.dense_boxes = False
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.autocast_dtype = autocast_dtype
@@ -124,11 +137,14 @@ class TensorMask(nn.Module):
         self.mask_loss_weight, self.mask_positive_weight = mask_loss_weight, mask_positive_weight
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.num_candidates, self.num_detections = num_candidates, num_detections
-        self.nms_on = nms_on
+        self.nms_on, self.sum_over_ranks = nms_on, sum_over_ranks
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
         if channels_last:
             self.to(memory_format=torch.channels_last)
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     @property
     def device(self) -> torch.device:
@@ -140,211 +156,186 @@ class TensorMask(nn.Module):
         targets: list[dict[str, Tensor]] | None = None,
         output_sizes: list[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in train mode, detections in eval mode.
+        """Return losses in train mode, detections in eval mode.
 
         Args:
-            images: per image Tensor[3, H, W], RGB, uint8 in 0..255 or floating in 0..1, of any
-                sizes.
+            images: per image Tensor[3, height, width], RGB, uint8 in 0..255 or floating in 0..1, of
+                any sizes.
             targets: in train mode, per image ``boxes`` (K, 4) float ``(x0, y0, x1, y1)`` in
-                pixels, ``labels`` (K,) int64 from 0, ``masks`` (K, H, W) bool or uint8. K may be 0.
-            output_sizes: in eval mode, per image the ``(height, width)`` that results are wanted
-                in; by default the image's own.
+                pixels, ``labels`` (K,) int64 from 0, ``masks`` (K, height, width) bool or uint8;
+                K may be 0.
+            output_sizes: in eval mode, per image the ``(height, width)`` of its results; by default
+                that of the image.
 
         Returns:
-            in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per foreground
-            window of the batch (`losses.foreground_normalizer`); in eval mode per image ``boxes``
-            (K, 4), ``scores`` (K,), ``labels`` (K,) and ``masks`` (K, height, width) bool, best
-            first. Without a mask head, ``loss_mask`` and ``masks`` are left out, without a box head
-            ``loss_box_reg`` is.
+            - in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per positive
+              window of the batch (`losses.foreground_normalizer`);
+            - in eval mode per image ``boxes`` (K, 4), ``scores`` (K,), ``labels`` (K,) and
+              ``masks`` (K, height, width) bool, best first.
+
+            ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head.
 
         Raises:
-            ValueError: an image or target of another shape, dtype or range, or targets missing in
-                train mode.
+            UserError: an image or target has an invalid shape, dtype or range, or targets are
+                missing in train mode.
         """
         if not self.training:
-            sizes = output_sizes or [tuple(image.shape[-2:]) for image in images]
+            sizes = output_sizes or [size_of(image) for image in images]
             return [
-                with_frames(detection, size)
+                paste_detection(detection, size)
                 for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
             ]
         if targets is None:
-            raise UserError("targets are needed in train mode; call model.eval() for detections")
-        features, logits, deltas = self.dense(images)
+            raise UserError("train mode needs targets: pass them, or call model.eval()")
+        dense = self.dense(images)
         targets = [
             checked_target(target, image, self.num_classes, self.device)
             for image, target in zip(images, targets, strict=True)
         ]
-        return self._losses(features, logits, deltas, targets)
+        return self._losses(dense, targets)
 
-    def dense(self, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """Per level features, logits of classes, and deltas of boxes, if those are dense."""
+    def dense(self, images: list[Tensor]) -> DenseOutputs:
+        """Run the backbone, the pyramid, and the class and box head."""
         features = self.fpn(self.backbone(self.preprocess(images)))
-        return features, *self.head(features, dense_boxes=self.dense_boxes)
-
-    def _deltas_at(
-        self,
-        features: list[Tensor],
-        deltas: list[Tensor] | None,
-        level: int,
-        place: tuple[Tensor, Tensor, Tensor, Tensor],
-    ) -> Tensor:
-        """Deltas (K, 4) of windows of a level: n, size, y, x. The first two are of `dense`."""
-        if deltas is None:
-            return self.head.deltas_at(features[level], *place)
-        n, size, y, x = to_device(torch.stack(place), self.device)
-        return deltas[level].unflatten(1, (-1, 4))[n, size, :, y, x]
+        return DenseOutputs(features, *self.head(features, dense_boxes=self.dense_boxes))
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
-        """Normalise, and pad right and bottom with zeros to ``size_divisor``: (N, 3, H, W)."""
-        normalized = []
-        for image in images:
-            check_image(image)
-            image = image.to(self.device, non_blocking=True)
-            image = image.float() if image.dtype == torch.uint8 else image.float() * 255
-            if self.channel_order == "BGR":
-                image = image.flip(0)
-            normalized.append((image - self.pixel_mean) / self.pixel_std)
-        largest = (max(x.shape[axis] for x in images) for axis in (1, 2))
-        height, width = padded_size(*largest, self.size_divisor)
-        batch = normalized[0].new_zeros(len(images), 3, height, width)
-        batch = batch.contiguous(memory_format=self.memory_format)
-        for image, place in zip(normalized, batch, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return batch
+        """Return the normalized and padded batch: (N, 3, height, width)."""
+        return normalize_and_pad(
+            images,
+            self.pixel_mean,
+            self.pixel_std,
+            bgr=self.channel_order == "BGR",
+            divisor=self.size_divisor,
+            memory_format=self.memory_format,
+        )
 
     # ---- training ----
 
-    def _losses(
-        self,
-        features: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor] | None,
-        targets: list[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        grids = [tuple(x.shape[-2:]) for x in logits]
-        owned = assign([t["boxes"] for t in targets], self.windows, grids)
-        normalizer = foreground_normalizer(len(owned.object), self.device)
-        # Objects of the whole batch, one after the other.
-        first = owned.image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
-        objects = first[owned.image] + owned.object
+    def _losses(self, dense: DenseOutputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Assign objects to windows, and return the losses per positive window."""
+        grids = [size_of(logits) for logits in dense.logits]
+        assignment = assign([t["boxes"] for t in targets], self.windows, grids)
+        image, y, x = assignment.image, assignment.y, assignment.x
+        num_positive = len(assignment.object)
+        normalizer = foreground_normalizer(num_positive, self.device, self.sum_over_ranks)
+        # Rows in the objects of the whole batch.
+        first = image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
+        objects = first[image] + assignment.object
         labels = torch.cat([t["labels"] for t in targets])[objects]
 
-        channel = owned.size * self.num_classes + labels
-        index = torch.stack([owned.image, channel, owned.y, owned.x])
-        n, channel, y, x = to_device(index, self.device)
-        positives = [(n[at], channel[at], y[at], x[at]) for at in owned.levels()]
+        channel = assignment.size * self.num_classes + labels
+        index = to_device(torch.stack([image, channel, y, x]), self.device)
+        positives = [tuple(index[:, rows]) for rows in assignment.levels()]
         loss_cls = focal_loss_star(
-            logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
+            dense.logits, positives, alpha=self.focal_alpha, gamma=self.focal_gamma
         )
         losses = {"loss_cls": loss_cls / normalizer}
-        if self.head.bbox_pred is not None:
-            places = (owned.image, owned.size, owned.y, owned.x)
-            deltas_at_windows = [
-                self._deltas_at(features, deltas, level, tuple(t[at] for t in places))
-                for level, at in enumerate(owned.levels())
+        if self.head.with_boxes:
+            columns = (image, assignment.size, y, x)
+            deltas_per_level = [
+                self.head.deltas_at(dense, level, *(column[rows] for column in columns))
+                for level, rows in enumerate(assignment.levels())
             ]
             boxes = torch.cat([t["boxes"] for t in targets])[objects]
-            target_deltas = encode_boxes(boxes, owned.boxes, self.box_weights)
+            target_deltas = encode_boxes(boxes, assignment.boxes, self.box_weights)
             target_deltas = to_device(target_deltas, self.device)
-            loss_box_reg = box_loss(torch.cat(deltas_at_windows), target_deltas)
+            loss_box_reg = box_loss(torch.cat(deltas_per_level), target_deltas)
             losses["loss_box_reg"] = loss_box_reg / normalizer
         if self.mask_head is not None:
             masks = [t["masks"] for t in targets]
-            losses["loss_mask"] = self._mask_loss(features, owned, masks) / normalizer
+            losses["loss_mask"] = self._mask_loss(dense.features, assignment, masks) / normalizer
         return losses
 
-    def _mask_loss(self, features: list[Tensor], owned: Assignment, masks: list[Tensor]) -> Tensor:
-        rows = to_device(torch.stack([owned.image, owned.y, owned.x], dim=1), self.device)
-        groups = owned.groups()
-        # A size that owns nothing gets no window of the coarsest level in use: its loss is 0 and
-        # reaches its parameters, so that momentum and weight decay act on them in every step.
+    def _mask_loss(
+        self, features: list[Tensor], assignment: Assignment, masks: list[Tensor]
+    ) -> Tensor:
+        assert self.mask_head is not None
+        windows = torch.stack([assignment.image, assignment.y, assignment.x], dim=1)
+        windows = to_device(windows, self.device)
+        groups = assignment.groups()
+        # A size without positive windows gets an empty group on the coarsest level in use. Its loss
+        # is 0 and gives its parameters gradients, so that momentum and weight decay still apply.
         level = groups[-1][0] if groups else self.windows.num_levels - 1
         absent = set(range(self.windows.num_sizes)) - {size for _, size, _ in groups}
         groups += [(level, size, slice(0, 0)) for size in sorted(absent)]
-        logits_per_group = self.mask_head(features, [(k, s, rows[at]) for k, s, at in groups])
-        total = 0
+        logits_per_group = self.mask_head(features, [(k, s, windows[at]) for k, s, at in groups])
+        losses = []
         for (level, size, at), logits in zip(groups, logits_per_group, strict=True):
-            target = torch.cat(
-                [
-                    crop_masks(masks_of_image, objects, windows, logits.shape[-1])
-                    for masks_of_image, objects, windows in zip(
-                        masks,
-                        owned.object[at].split(owned.counts[level][size]),
-                        owned.boxes[at].split(owned.counts[level][size]),
-                        strict=True,
-                    )
-                ]
-            )
-            total = total + mask_loss(logits, target, positive_weight=self.mask_positive_weight)
-        return self.mask_loss_weight * total
+            split = assignment.counts[level][size]  # by image
+            objects, boxes = assignment.object[at].split(split), assignment.boxes[at].split(split)
+            per_image = zip(masks, objects, boxes, strict=True)
+            target = torch.cat([crop_masks(*of_image, logits.shape[-1]) for of_image in per_image])
+            losses.append(mask_loss(logits, target, positive_weight=self.mask_positive_weight))
+        return self.mask_loss_weight * functools.reduce(torch.add, losses)
 
     # ---- inference ----
 
     def detect(
         self, images: list[Tensor], output_sizes: list[tuple[int, int]] | None = None
     ) -> list[dict[str, Tensor | list[Tensor]]]:
-        """The detections of `forward` in eval mode, with masks as small as the head made them.
+        """Return the detections of `forward` in eval mode, with masks that are not pasted.
 
-        ``layers.paste_masks(window_masks, windows, output_size)`` gives `forward`'s ``masks``, and
-        ``layers.paste_regions`` the same bits one object at a time.
+        ``layers.paste_masks(window_masks, windows, output_size)`` returns `forward`'s ``masks``,
+        and ``layers.paste_regions`` yields the same masks, each cropped to its window.
 
         Args:
             images, output_sizes: as of `forward`.
 
         Returns:
-            per image ``boxes``, ``scores`` and ``labels`` as of `forward` and, unless there is no
-            mask head, ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4),
-            where they are, ``(x0, y0, x1, y1)`` in pixels of the output.
+            per image ``boxes``, ``scores`` and ``labels`` as of `forward`. With a mask head also
+            ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4), their boxes
+            ``(x0, y0, x1, y1)`` in pixels of the output.
         """
-        torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned is used up
+        torch.compiler.cudagraph_mark_step_begin()  # results of earlier calls are no longer needed
+        input_sizes = [size_of(image) for image in images]
+        sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
         with self._autocast():
             dense = self.dense(images)
-            candidates = [
-                self.candidates(dense, n, self.score_threshold) for n in range(len(images))
-            ]
-        features = dense[0]
-        compared = [kept.boxes for kept in candidates]
-        if self.nms_on == "masks":
-            with self._autocast():
-                candidates, compared = with_boxes_of_masks(
-                    self.mask_head, features, candidates, replace=self.head.bbox_pred is None
+            detections = [
+                rescale_and_clip(of_image, *in_and_out)
+                for of_image, in_and_out in zip(
+                    self.find_detections(dense, self.score_threshold), sizes, strict=True
                 )
-        input_sizes = [tuple(image.shape[-2:]) for image in images]
-        frames = zip(input_sizes, output_sizes or input_sizes, strict=True)
-        kept_per_image = [
-            to_frame(suppress(kept, boxes, self.nms_threshold, self.num_detections), *sizes)
-            for kept, boxes, sizes in zip(candidates, compared, frames, strict=True)
-        ]
-        detections = [
-            {"boxes": kept.boxes, "scores": kept.scores, "labels": kept.labels}
-            for kept in kept_per_image
-        ]
-        if self.mask_head is not None:
-            groups, positions = group_windows(kept_per_image)
-            with self._autocast():
-                logits_per_group = self.mask_head.one_by_one(features, groups)
-                masks = ungroup_masks(logits_per_group, positions, kept_per_image)
-            for detection, kept, masks_of_image in zip(
-                detections, kept_per_image, masks, strict=True
-            ):
-                detection.update(windows=kept.windows, window_masks=masks_of_image)
-        return detections
+            ]
+            results: list[dict[str, Tensor | list[Tensor]]] = [
+                {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
+            ]
+            if self.mask_head is not None:
+                masks = masks_at_windows(self.mask_head, dense.features, detections)
+                for result, d, window_masks in zip(results, detections, masks, strict=True):
+                    result.update(windows=d.windows, window_masks=window_masks)
+        return results
 
-    def candidates(
-        self,
-        dense: tuple[list[Tensor], list[Tensor], list[Tensor] | None],
-        n: int,
-        score_threshold: float,
-    ) -> Kept:
-        """The candidates for NMS in the n-th image of what `dense` returns."""
-        features, logits, deltas = (levels and [x[n : n + 1] for x in levels] for levels in dense)
+    def find_detections(self, dense: DenseOutputs, score_threshold: float) -> list[Candidates]:
+        """Return per image the candidates after NMS, in pixels of the network's input."""
+        candidates_per_image = [
+            self._find_candidates(dense.image(n), score_threshold)
+            for n in range(len(dense.logits[0]))
+        ]
+        boxes_per_image = [candidates.boxes for candidates in candidates_per_image]
+        if self.nms_on == "masks":
+            assert self.mask_head is not None
+            candidates_per_image, boxes_per_image = boxes_from_masks(
+                self.mask_head,
+                dense.features,
+                candidates_per_image,
+                replace=not self.head.with_boxes,
+            )
+        return [
+            suppress(candidates, boxes, self.nms_threshold, self.num_detections)
+            for candidates, boxes in zip(candidates_per_image, boxes_per_image, strict=True)
+        ]
 
-        def deltas_at(level: int, *place: Tensor) -> Tensor:
-            return self._deltas_at(features, deltas, level, (torch.zeros_like(place[0]), *place))
+    def _find_candidates(self, dense: DenseOutputs, score_threshold: float) -> Candidates:
+        """Return the candidates of a batch of one image."""
+
+        def deltas_at(level: int, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
+            return self.head.deltas_at(dense, level, torch.zeros_like(y), size, y, x)
 
         return find_candidates(
-            [x[0] for x in logits],
-            None if self.head.bbox_pred is None else deltas_at,
+            [x[0] for x in dense.logits],
+            deltas_at if self.head.with_boxes else None,
             self.windows,
             box_weights=self.box_weights,
             score_threshold=score_threshold,
@@ -352,6 +343,6 @@ class TensorMask(nn.Module):
         )
 
     def _autocast(self) -> AbstractContextManager:
-        """The precision of inference; autocast of whoever calls goes on where none is set."""
+        """Return the autocast of inference; without a dtype, the caller's autocast stays active."""
         device, dtype = self.device.type, self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(device, dtype)

@@ -1,8 +1,8 @@
-"""Convolutions at the places that are asked for, and not on the whole map.
+"""Convolutions at chosen locations of a feature map, instead of on all of it.
 
-A map is cut into square tiles. Those that hold a place are gathered with as much of their
-surroundings as the convolutions reach, and are convolved as a batch. The result is that of the
-whole map, but for the order in which sums are added up.
+The feature map is divided into square tiles. The tiles that contain a location are gathered, with a
+border as wide as the convolutions reach, and convolved as a batch. The result equals that of the
+whole feature map, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from tensormask.layers.masks import to_device
 from tensormask.layers.winograd import conv2d
 
-_SIDE = 8  # of a tile: the least work where places stand in clusters of a few, as windows do
-# Many small convolutions take longer than few large ones of as many operations.
-_WORTH_IT = 0.7
-_LEAST_CELLS = 1500  # of a map: on smaller ones nothing is won
+_SIDE = 8  # of a tile: the least work for clusters of a few locations, as windows form them
+# Many small convolutions take longer than a few large ones with as many operations.
+_MAX_WORK = 0.7  # of that of the whole feature map
+_MIN_CELLS = 1500  # of a feature map: on smaller ones tiles save no time
 
 
 class Tiles(NamedTuple):
-    """P tiles of a map; int64 (P,) each."""
+    """P tiles of a feature map; int64 (P,) each."""
 
     n: Tensor
     row: Tensor  # of tiles
@@ -32,66 +32,70 @@ class Tiles(NamedTuple):
 
     @staticmethod
     def grid(x: Tensor) -> tuple[int, int, int]:
-        """Images, and rows and columns of tiles, of a map (N, C, H, W)."""
+        """Return the number of images, of rows and of columns of tiles of ``x`` (N, C, H, W)."""
         return len(x), -(-x.shape[2] // _SIDE), -(-x.shape[3] // _SIDE)
 
     @classmethod
     def touching(cls, x: Tensor, n: Tensor, boxes: Tensor) -> Tiles:
-        """The tiles of a map that K boxes have cells of.
+        """Return the tiles that overlap any of K boxes.
 
         Args:
-            x: the map (N, C, H, W).
+            x: the feature map (N, C, H, W).
             n (Tensor[K]): the image of each box.
-            boxes (Tensor[K, 4]): first and last row and column, ``(y0, x0, y1, x1)``, int64; may
-                reach beyond the map, but not lie there.
+            boxes (Tensor[K, 4]): first and last row and column, ``(y0, x0, y1, x1)``, int64; each
+                overlaps the feature map, and may leave it.
         """
         num, rows, columns = cls.grid(x)
         limit = n.new_tensor([rows, columns] * 2) * _SIDE - 1
         y0, x0, y1, x1 = (boxes.clamp(min=0).minimum(limit) // _SIDE).unbind(1)
-        # Ones at the corners add up, row by row and column by column, to the boxes over each tile.
+        # Signs at the corners, summed over rows and columns, count the boxes over each tile.
         corners = n.new_zeros(num, rows + 1, columns + 1)
         for row, column, sign in (
             *((y0, x0, 1), (y0, x1 + 1, -1)),
             *((y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)),
         ):
             corners.index_put_((n, row, column), n.new_tensor(sign), accumulate=True)
-        boxes_over = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
-        return cls(*boxes_over.nonzero().unbind(1))
+        num_boxes = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
+        return cls(*num_boxes.nonzero().unbind(1))
 
     def convolve(self, convs: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
-        """A chain of convolutions of a map, with a ReLU between each two: (P, C', side, side)."""
-        x, inside = self._gather(x, halo=len(convs))
+        """Apply convolutions with ReLUs in between at the tiles: (P, C', side, side)."""
+        x, inside = self._gather(x, border=len(convs))
         for i, conv in enumerate(convs):
             if i > 0:
-                # Beyond its border a map is zero for each convolution anew.
+                # Every convolution pads its own input with zeros.
                 x = F.relu(x, inplace=True) * inside
             x = conv2d(x, conv.weight, conv.bias)
             inside = inside[:, :, 1:-1, 1:-1]
         return x
 
-    def spare_work(self, convs: Sequence[nn.Conv2d], x: Tensor) -> bool:
-        """Whether `convolve` takes less time than convolutions of the whole map."""
+    def are_faster(self, convs: Sequence[nn.Conv2d], x: Tensor) -> bool:
+        """Return whether `convolve` takes less time than convolutions of all of ``x``."""
         sides = range(_SIDE + 2 * len(convs) - 2, 0, -2)  # after each convolution
         work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
-        work_of_map = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
-        large = x.shape[2] * x.shape[3] >= _LEAST_CELLS
-        return large and len(self.n) * work <= _WORTH_IT * work_of_map
+        whole_work = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
+        large = x.shape[2] * x.shape[3] >= _MIN_CELLS
+        return large and len(self.n) * work <= _MAX_WORK * whole_work
 
-    def put(self, tiles: Tensor, x: Tensor) -> Tensor:
-        """A map (N, C', H, W) of the size of ``x`` of tiles (P, C', side, side), 0 elsewhere."""
+    def scatter(self, tiles: Tensor, x: Tensor) -> Tensor:
+        """Return a feature map (N, C', H, W), as large as ``x``, from tiles (P, C', side, side).
+
+        It is 0 at all other tiles.
+        """
         num, rows, columns = self.grid(x)
         cells = tiles.new_zeros(num, tiles.shape[1], rows, _SIDE, columns, _SIDE)
         cells[self.n, :, self.row, :, self.column] = tiles
         whole = cells.flatten(4, 5).flatten(2, 3)
         return whole[:, :, : x.shape[2], : x.shape[3]]
 
-    def _gather(self, x: Tensor, halo: int) -> tuple[Tensor, Tensor]:
-        """The tiles and the places around them: (P, C, side, side), 0 beyond the border.
+    def _gather(self, x: Tensor, border: int) -> tuple[Tensor, Tensor]:
+        """Return the tiles with their borders, and where these are inside of the feature map.
 
         Returns:
-            them, and (P, 1, side, side) with 1 for what is on the map and 0 for what is not.
+            - (P, C, side, side), 0 outside of the feature map;
+            - (P, 1, side, side), 1 inside of it and 0 outside.
         """
-        reach = torch.arange(-halo, _SIDE + halo, device=x.device)
+        reach = torch.arange(-border, _SIDE + border, device=x.device)
         row, column = self.row[:, None] * _SIDE + reach, self.column[:, None] * _SIDE + reach
         height, width = x.shape[-2:]
         row_inside, column_inside = (row >= 0) & (row < height), (column >= 0) & (column < width)
@@ -104,23 +108,23 @@ class Tiles(NamedTuple):
 def convolve_at(
     convs: Sequence[nn.Conv2d], x: Tensor, n: Tensor, row: Tensor, column: Tensor
 ) -> Tensor:
-    """A chain of convolutions, with a ReLU between each two, at chosen places of a map.
+    """Apply convolutions with ReLUs in between at K locations of a feature map.
 
     Args:
         convs: of 3 x 3, stride 1 and padding 1.
-        x: the map (N, C, H, W).
-        n, row, column: K places, int64 (K,) each. On the host they spare a GPU from being waited
-            for.
+        x: the feature map (N, C, H, W).
+        n, row, column: the locations, int64 (K,) each; best on the CPU, where no GPU has to be
+            waited for.
 
     Returns:
-        Tensor[K, C'] of what the chain gives there.
+        Tensor[K, C'].
     """
     grid = Tiles.grid(x)
     number = (n * grid[1] + row // _SIDE) * grid[2] + column // _SIDE
     number, tile = number.unique(return_inverse=True)
     tiles = Tiles(*torch.unravel_index(to_device(number, x.device), grid))
     tile, n, row, column = to_device(torch.stack([tile, n, row, column]), x.device)
-    if tiles.spare_work(convs, x):
+    if tiles.are_faster(convs, x):
         return tiles.convolve(convs, x)[tile, :, row % _SIDE, column % _SIDE]
     for conv in convs[:-1]:
         x = F.relu(conv(x), inplace=True)

@@ -1,7 +1,7 @@
-"""The sliding windows: where they are, how large, and how they are numbered.
+"""The geometry of the sliding windows: strides, sizes, indices and boxes.
 
-A window is five numbers: image, level, size (an index into the sizes of its level), and row ``y``
-and column ``x`` on the level's grid. It is a square centred on ``(x * stride, y * stride)`` pixels,
+A window has five indices: image, level, size (into the sizes of its level), and row ``y`` and
+column ``x`` on the level's grid. It is a square centered at ``(x * stride, y * stride)`` pixels,
 not clipped to the image.
 """
 
@@ -20,11 +20,15 @@ class Windows:
 
     Args:
         strides: pixels between neighbouring windows, per level, fine to coarse.
-        sizes: side of the square windows in pixels, per level; each level has as many.
+        sizes: sides of the square windows in pixels, per level; equally many on each level.
 
     Raises:
-        ValueError: the lists do not fit each other, or a size of the finest level is no multiple of
-            its stride.
+        UserError: the lengths differ, or a size of the finest level is not a multiple of its
+            stride.
+
+    Example:
+        >>> Windows(strides=(4, 8), sizes=((44, 60), (88, 120))).mask_sizes
+        [11, 15]
     """
 
     strides: tuple[int, ...]
@@ -33,8 +37,8 @@ class Windows:
     def __post_init__(self) -> None:
         if len(self.strides) != len(self.sizes) or len({len(s) for s in self.sizes}) != 1:
             raise UserError(
-                f"{len(self.strides)} levels need as many lists of window sizes, of one length, "
-                f"got {self.sizes}"
+                f"{len(self.strides)} levels need {len(self.strides)} lists of window sizes, all "
+                f"of one length, got {self.sizes}"
             )
         if any(size % self.strides[0] or size <= self.strides[0] for size in self.sizes[0]):
             raise UserError(
@@ -48,31 +52,31 @@ class Windows:
 
     @property
     def levels(self) -> list[int]:
-        """The pyramid level of each stride: 2 for 4 px, ..."""
+        """Pyramid level of each stride: 2 for 4 px, ..."""
         return [stride.bit_length() - 1 for stride in self.strides]
 
     @property
     def level_names(self) -> list[str]:
-        """The levels as `MODEL.TENSOR_MASK.IN_FEATURES` names them: "p2", "p3", ..."""
+        """Names of the levels in `MODEL.TENSOR_MASK.IN_FEATURES`: "p2", "p3", ..."""
         return [f"p{level}" for level in self.levels]
 
     @property
     def num_sizes(self) -> int:
-        """Windows at each place."""
+        """Number of windows at each location."""
         return len(self.sizes[0])
 
     @property
     def mask_sizes(self) -> list[int]:
-        """Side of the masks of the finest level, per window size, in mask pixels."""
+        """Side of the masks on the finest level, per window size, in mask pixels."""
         return [int(size) // self.strides[0] for size in self.sizes[0]]
 
     @property
     def min_size(self) -> float:
-        """Objects smaller than half of this are assigned as if they were that large, in pixels."""
+        """Lower bound, in the assignment, of twice the longer side of an object, in pixels."""
         return min(self.sizes[0]) - self.strides[0]
 
     def boxes(self, level: Tensor, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Boxes ``(x0, y0, x1, y1)`` of windows in pixels: four int64 (K,) to float32 (K, 4)."""
+        """Return boxes ``(x0, y0, x1, y1)`` in pixels (K, 4) of K windows, int64 (K,) each."""
         strides = torch.tensor(self.strides, dtype=torch.float32, device=level.device)
         half = torch.tensor(self.sizes, dtype=torch.float32, device=level.device)[level, size] / 2
         center_x, center_y = x * strides[level], y * strides[level]
@@ -81,6 +85,6 @@ class Windows:
         )
 
     def grids(self, input_size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Rows and columns of windows, per level, for an input of (height, width) pixels."""
+        """Return rows and columns of windows, per level, for an input of (height, width) pixels."""
         height, width = padded_size(*input_size)
         return [(-(-height // stride), -(-width // stride)) for stride in self.strides]

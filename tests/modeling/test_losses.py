@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
@@ -50,18 +52,18 @@ def test_focal_loss_star_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_focal_loss_star_in_parts_and_in_any_memory_format(monkeypatch, dtype) -> None:
-    """Cut into parts of 7 values, contiguous and channels_last, it is what it is at once."""
+def test_focal_loss_star_in_chunks(monkeypatch, dtype) -> None:
+    """Chunks of 7 values, contiguous and channels_last, give the result of a single chunk."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 8, 6, 5, generator=generator).to(dtype)
     index = tuple(torch.tensor(i) for i in ([0, 1], [7, 3], [5, 0], [4, 2]))
     losses, grads = [], []
-    for part, memory_format in (
+    for chunk, memory_format in (
         (1 << 18, torch.contiguous_format),
         (7, torch.contiguous_format),
         (7, torch.channels_last),
     ):
-        monkeypatch.setattr("tensormask.modeling.losses._PART", part)
+        monkeypatch.setattr("tensormask.modeling.losses._CHUNK", chunk)
         x = logits.contiguous(memory_format=memory_format).requires_grad_()
         losses.append(focal_loss_star([x], [index]))
         grads.append(torch.autograd.grad(losses[-1], x)[0])
@@ -70,6 +72,32 @@ def test_focal_loss_star_in_parts_and_in_any_memory_format(monkeypatch, dtype) -
     for loss, grad in zip(losses[1:], grads[1:], strict=True):
         assert_close(loss, losses[0])
         assert_close(grad, grads[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.permutations(range(4)),
+    st.tuples(*[st.sampled_from([slice(None), slice(1, None), slice(0, None, 2)])] * 4),
+    st.sets(st.integers(0, 3), max_size=2),
+    st.booleans(),
+)
+def test_focal_loss_star_with_any_strides(order, slices, expanded, channels_last) -> None:
+    """Loss and gradient of transposed, sliced and expanded tensors, against autograd's."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = [1 if dim in expanded else size for dim, size in enumerate((2, 4, 3, 5))]
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(shape, generator=generator, dtype=torch.float64)
+    stored = stored.contiguous(memory_format=memory_format).requires_grad_()
+    logits = stored.expand(2, 4, 3, 5)[slices].permute(order)
+    target = torch.rand(logits.shape, generator=generator) < 0.2
+    loss = focal_loss_star([logits], [torch.where(target)])
+    expected = -(
+        torch.where(target, 0.3, 0.7) * F.logsigmoid(3.0 * torch.where(target, logits, -logits)) / 3
+    ).sum()
+    assert_close(loss, expected)
+    for inputs in (logits, stored):
+        grads = [torch.autograd.grad(x, inputs, retain_graph=True)[0] for x in (loss, expected)]
+        assert_close(*grads)
 
 
 def test_box_loss_is_the_sum_of_distances() -> None:

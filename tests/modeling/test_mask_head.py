@@ -105,12 +105,12 @@ def test_bipyramid_needs_aligned_masks() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_by_one_equals_all_at_once(kind: str) -> None:
+def test_iter_masks_equals_forward(kind: str) -> None:
     head, features = make_head(kind), make_features(8, 8)
     groups = some_windows(features)
     masks = head(features, groups)
     assert isinstance(masks, list)
-    for one, among_all in zip(head.one_by_one(features, groups), masks, strict=True):
+    for one, among_all in zip(head.iter_masks(features, groups), masks, strict=True):
         assert torch.equal(one, among_all)
 
 
@@ -127,7 +127,7 @@ def test_upscale_natural_by_hand() -> None:
 
 
 def test_upscale_aligned_by_hand() -> None:
-    """Pixel (v, u) of a window comes from the place that it lies at, (v - 1, u - 1) away."""
+    """Pixel (v, u) of a window comes from its own location, (v - 1, u - 1) away."""
     head = MaskHead(1, [3], (4,), aligned=True, bipyramid=False, upscale=3, channels=1, num_convs=0)
     with torch.no_grad():
         head.mask_pred[0].weight.fill_(1.0)
@@ -146,7 +146,7 @@ def test_upscale_aligned_by_hand() -> None:
         ({"aligned": True, "bipyramid": True, "upscale": 3.0}, "bipyramid are not upscaled"),
     ],
 )
-def test_upscaling_that_does_not_fit(options, message) -> None:
+def test_invalid_upscaling_is_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         MaskHead(6, [3, 4], STRIDES, **{"aligned": False, "bipyramid": False, **options})
 

@@ -79,7 +79,7 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["MODEL.TENSOR_MASK.HEAD", "tripyramid"], "auto, simple_natural, .*bipyramid"),
         (
             ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.BIPYRAMID_ON", False],
-            "HEAD is 'bipyramid'.* they are True and False: leave the two out, or set HEAD to",
+            "HEAD is 'bipyramid'.* they are True and False: remove the two, or set HEAD to",
         ),
         (["MODEL.TENSOR_MASK.HEAD", "upscale_natural"], "UPSCALE_LAMBDA is 1.0.*1.5, 3 or 5"),
         (
@@ -88,12 +88,12 @@ def test_targets_are_needed_in_train_mode() -> None:
         ),
         (["MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 3.0], "leave UPSCALE_LAMBDA at 1"),
         (["MODEL.TENSOR_MASK.UPSCALE_MODE", "nearest"], "leave UPSCALE_LAMBDA at 1"),
-        (["MODEL.TENSOR_MASK.BOX_ON", False], "NMS_ON to masks, or MODEL.TENSOR_MASK.BOX_ON"),
+        (["MODEL.TENSOR_MASK.BOX_ON", False], "set NMS_ON to .masks. or BOX_ON to True"),
         (["MODEL.TENSOR_MASK.NMS_ON", "mask"], "'boxes' or 'masks'"),
         (["MODEL.MASK_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"], "no mask head"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60]]], "6 levels"),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]]], "square"),
-        (["MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p4"]], "neighbouring"),
+        (["MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p4"]], "consecutive"),
         (["MODEL.RESNETS.DEPTH", 20], "18, 34, 50, 101"),
         (["MODEL.RESNETS.NORM", "LN"], "FrozenBN"),
         (["MODEL.FPN.FUSE_TYPE", "max"], "fuse"),
@@ -101,7 +101,7 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["MODEL.DEVICE", "cuda"], "no GPU"),
         (["INPUT.FORMAT", "L"], "RGB"),
         (["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 1.0], "score_threshold"),
-        (["MODEL.TENSOR_MASK.IN_FEATURES", []], "neighbouring"),
+        (["MODEL.TENSOR_MASK.IN_FEATURES", []], "consecutive"),
     ],
 )
 def test_configs_that_cannot_be_built(opts, message) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions at places against the same convolutions of the whole map."""
+"""Convolutions at chosen locations against the same convolutions of the whole feature map."""
 
 import pytest
 import tiny
@@ -7,15 +7,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from tensormask.modeling import tiles
-from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
 
 
 @pytest.fixture
 def always_tiles(monkeypatch) -> None:
-    """Tiles whatever the work, and on small maps."""
-    monkeypatch.setattr(tiles, "_WORTH_IT", 1e9)
-    monkeypatch.setattr(tiles, "_LEAST_CELLS", 0)
+    """Use tiles whatever the work, also on small feature maps."""
+    monkeypatch.setattr(tiles, "_MAX_WORK", 1e9)
+    monkeypatch.setattr(tiles, "_MIN_CELLS", 0)
 
 
 def make_convs(num_convs: int) -> list[nn.Conv2d]:
@@ -25,11 +25,11 @@ def make_convs(num_convs: int) -> list[nn.Conv2d]:
         nn.Conv2d(*channels[i : i + 2], 3, padding=1, dtype=torch.float64) for i in range(num_convs)
     ]
     for conv in convs:
-        nn.init.normal_(conv.bias)  # what is beyond the border would not stay zero by itself
+        nn.init.normal_(conv.bias)  # makes values outside of the border nonzero, unless reset
     return convs
 
 
-def whole_map(convs, x, n, row, column):
+def whole_feature_map(convs, x, n, row, column):
     for conv in convs[:-1]:
         x = conv(x).relu()
     return convs[-1](x)[n, :, row, column]
@@ -37,42 +37,42 @@ def whole_map(convs, x, n, row, column):
 
 @pytest.mark.parametrize("num_convs", [1, 2, 5])
 @pytest.mark.parametrize(
-    "places",
+    "locations",
     [
         pytest.param([(0, 20, 20)], id="one"),
         pytest.param([(1, 0, 0), (0, 0, 40), (1, 44, 0), (0, 44, 40)], id="corners"),
         pytest.param(
-            [(1, 7, 7), (1, 8, 8), (0, 7, 8), (1, 7, 7)], id="borders of tiles, one twice"
+            [(1, 7, 7), (1, 8, 8), (0, 7, 8), (1, 7, 7)], id="borders of tiles, one repeated"
         ),
         pytest.param([], id="none"),
     ],
 )
-def test_values_and_gradients_are_those_of_the_map(num_convs, places, always_tiles) -> None:
+def test_values_and_gradients_of_convolve_at(num_convs, locations, always_tiles) -> None:
     convs = make_convs(num_convs)
     x = torch.randn(2, 3, 45, 41, dtype=torch.float64, requires_grad=True)
-    n, row, column = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
+    n, row, column = torch.tensor(locations, dtype=torch.int64).reshape(-1, 3).T
     wanted = [x, *(weight for conv in convs for weight in (conv.weight, conv.bias))]
     results = []
-    for function in (whole_map, tiles.convolve_at):
+    for function in (whole_feature_map, tiles.convolve_at):
         values = function(convs, x, n, row, column)
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         results.append([values, *torch.autograd.grad(values, wanted, grad)])
-    assert results[0][0].shape == (len(places), 3 + num_convs)
+    assert results[0][0].shape == (len(locations), 3 + num_convs)
     for one, other in zip(*results, strict=True):
         assert_close(one, other)
 
 
 @pytest.mark.parametrize("side", [1, 5, 16])
-def test_maps_smaller_than_a_tile_and_its_surroundings(side, always_tiles) -> None:
+def test_feature_maps_smaller_than_a_tile_with_its_border(side, always_tiles) -> None:
     convs = make_convs(3)
     x = torch.randn(1, 3, side, side, dtype=torch.float64)
-    places = torch.ones(1, side, side).nonzero().T
-    assert_close(tiles.convolve_at(convs, x, *places), whole_map(convs, x, *places))
+    locations = torch.ones(1, side, side).nonzero().T
+    assert_close(tiles.convolve_at(convs, x, *locations), whole_feature_map(convs, x, *locations))
 
 
-def test_work_follows_the_places() -> None:
-    """Few places: convolutions of tiles. Places everywhere: the map, once."""
+def test_work_depends_on_the_number_of_locations() -> None:
+    """Few locations: convolutions of tiles. All locations: one of the feature map."""
     convs = make_convs(2)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     sizes: list[tuple[int, ...]] = []
@@ -92,20 +92,22 @@ def test_work_follows_the_places() -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_deltas_at_windows_are_the_dense_ones(checkpointed: bool) -> None:
+def test_deltas_at_windows_equal_the_dense_ones(checkpointed: bool) -> None:
     torch.manual_seed(0)
     head = ClassBoxHead(6, 2, 3, bbox_channels=5, init="he", checkpointed=checkpointed)
     x = torch.randn(2, 6, 40, 56)
-    _, (dense,) = head([x])
+    dense = DenseOutputs([x], *head([x]))
     n, size, row, column = torch.tensor([[1, 1, 3, 9], [0, 0, 39, 55], [1, 0, 3, 9]]).T
-    expected = dense.unflatten(1, (2, 4))[n, size, :, row, column]
-    assert_close(head.deltas_at(x, n, size, row, column), expected)
-    assert head([x], dense_boxes=False)[1] is None
+    expected = dense.deltas[0].unflatten(1, (2, 4))[n, size, :, row, column]
+    at_windows = DenseOutputs([x], *head([x], dense_boxes=False))
+    assert at_windows.deltas is None
+    for outputs in (dense, at_windows):
+        assert_close(head.deltas_at(outputs, 0, n, size, row, column), expected)
 
 
 @pytest.mark.parametrize("side", [8, 100])
 def test_tiles_that_boxes_touch(side: int) -> None:
-    """Against every box and tile compared; boxes reach beyond the map."""
+    """Against a comparison of every box with every tile; boxes leave the feature map."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.randint(-20, 90, (12, 2), generator=generator)
     boxes = torch.cat([corner, corner + torch.randint(0, side, (12, 2), generator=generator)], 1)
@@ -123,7 +125,7 @@ def test_tiles_that_boxes_touch(side: int) -> None:
     assert set(zip(*(t.tolist() for t in found), strict=True)) == expected
 
 
-def test_masks_at_windows_from_tiles_are_those_of_the_map(monkeypatch) -> None:
+def test_masks_at_windows_from_tiles_equal_the_whole_feature_map(monkeypatch) -> None:
     """Values and gradients, with windows in the middle, at the borders and in the corners."""
     torch.manual_seed(0)
     head = MaskHead(6, [11, 15], (4, 8, 16), channels=5, init="he").double()
@@ -139,21 +141,21 @@ def test_masks_at_windows_from_tiles_are_those_of_the_map(monkeypatch) -> None:
     ]
     wanted = [*features, *head.parameters()]
     results, num_tiles = [], []
-    original = tiles.Tiles.put
+    original = tiles.Tiles.scatter
 
-    def put(self, values, x):
+    def scatter(self, values, x):
         num_tiles.append(len(values))
         return original(self, values, x)
 
-    monkeypatch.setattr(tiles.Tiles, "put", put)
-    for worth_it in (-1, 1e9):
-        monkeypatch.setattr(tiles, "_WORTH_IT", worth_it)
+    monkeypatch.setattr(tiles.Tiles, "scatter", scatter)
+    for max_work in (-1, 1e9):
+        monkeypatch.setattr(tiles, "_MAX_WORK", max_work)
         masks = head(features, groups)
         generator = torch.Generator().manual_seed(1)
         grads = [torch.randn(m.shape, generator=generator, dtype=m.dtype) for m in masks]
         results.append([*masks, *torch.autograd.grad(masks, wanted, grads)])
     assert len(num_tiles) == len(groups)
-    assert max(num_tiles[:2]) < 2 * 13 * 17  # of the finest level only a part
+    assert max(num_tiles[:2]) < 2 * 13 * 17  # not all tiles of the finest level
     for one, other in zip(*results, strict=True):
         assert_close(one, other)
 
@@ -168,8 +170,8 @@ def test_a_model_trains_the_same_with_tiles(head, always_tiles, monkeypatch) -> 
     boxes = [[], [[8.0, 8.0, 40.0, 52.0], [50.0, 20.0, 120.0, 90.0]], [[70.0, 40.0, 90.0, 60.0]]]
     targets = [tiny.target(96, 128, of_image) for of_image in boxes]
     results = []
-    for worth_it in (1e9, -1):
-        monkeypatch.setattr(tiles, "_WORTH_IT", worth_it)
+    for max_work in (1e9, -1):
+        monkeypatch.setattr(tiles, "_MAX_WORK", max_work)
         model = tiny.build(head).double().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
         for step in range(6):
