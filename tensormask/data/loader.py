@@ -112,9 +112,10 @@ def build_test_loader(
 
 
 def check_dataset(cfg: CfgNode, dataset: CocoDataset) -> None:
-    """Raise ValueError if a set has another number of classes than the config, or has issues.
+    """Raise ValueError if a set does not fit the config.
 
-    Issues known so far are an error if `DATASETS.STRICT` is on, or if no annotation is valid.
+    That is: it has another number of classes, none of its annotations is valid, or it has issues
+    (as far as they are known) and `DATASETS.STRICT` is on.
     """
     expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     if expected != given:
