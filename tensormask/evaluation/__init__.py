@@ -1,4 +1,4 @@
-"""COCO evaluation: scores, tables and images."""
+"""Evaluate models by COCO's metrics, and write results, tables and images."""
 
 from tensormask.evaluation.coco import evaluate
 from tensormask.evaluation.oracle import evaluate_oracle, oracle_detections

@@ -28,7 +28,6 @@ from tensormask.evaluation.results import (
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
-from tensormask.utils.errors import UserError
 
 RESULTS_FILE = "coco_instances_results.json"
 CURVES_FILE = "precision_recall.json"
@@ -202,7 +201,7 @@ def _check_off(expected: set[Identity], samples: list[dict[str, Any]], name: str
     """Remove the ids of samples from those that are still expected."""
     for image_id in (sample["image_id"] for sample in samples):
         if image_id not in expected:
-            raise UserError(
+            raise ValueError(
                 f"the loader gave image {image_id!r} twice, or {name} does not have this image"
             )
         expected.remove(image_id)

@@ -48,7 +48,7 @@ def evaluate_oracle(
     Returns:
         ``{"segm": metrics}`` as of `evaluate_results`; `{}` above rank 0.
     """
-    rng = np.random.default_rng(0)  # nothing is random at test time
+    rng = np.random.default_rng(0)  # unused: the transform at test time is deterministic
     results = []  # per image
     for image_id in dataset.image_ids[rank::world_size]:
         size = dataset.image_size(image_id)

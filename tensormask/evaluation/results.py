@@ -288,12 +288,12 @@ def _encoded_masks(
     if "masks" in detections:
         masks = detections["masks"]
         if size is not None and masks.shape[1:] != size:
-            raise UserError(f"masks of shape {tuple(masks.shape)} for an image of size {size}")
+            raise ValueError(f"masks of shape {tuple(masks.shape)} for an image of size {size}")
         return map(encode_mask, masks)
     if "window_masks" not in detections:
         return None
     if size is None:
-        raise UserError("window_masks need the size of the image")
+        raise ValueError("window_masks need the size of the image")
     regions = paste_regions(detections["window_masks"], detections["windows"], size)
     return (encode_region(region, x0, y0, size) for x0, y0, region in regions)
 

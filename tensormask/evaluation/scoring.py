@@ -69,16 +69,16 @@ def evaluate_results(
     """
     unknown = set(iou_types) - REGION_KEYS.keys()
     if unknown:
-        raise UserError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
+        raise ValueError(f"iou_types are {', '.join(REGION_KEYS)}, not {sorted(unknown)}")
     given = {"categories": (category_ids, coco_gt.cats), "images": (image_ids, coco_gt.imgs)}
     for kind, (ids, known) in given.items():
         missing = [identity for identity in ids or [] if identity not in known]
         if missing:
-            raise UserError(f"the ground truth has no {kind} with the ids {missing[:5]}")
+            raise ValueError(f"the ground truth has no {kind} with the ids {missing[:5]}")
     category_ids = sorted(coco_gt.cats, key=sort_key) if category_ids is None else category_ids
     image_ids = list(coco_gt.imgs) if image_ids is None else image_ids
     if len(class_names) != len(category_ids):
-        raise UserError(f"{len(class_names)} class names for {len(category_ids)} categories")
+        raise ValueError(f"{len(class_names)} class names for {len(category_ids)} categories")
     results = checked_results(results, coco_gt, iou_types)
     return {
         iou_type: metrics_and_curves(

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-from tensormask.utils.errors import UserError
-
 WHITE, DARK = (255, 255, 255), (32, 32, 32)
 FONT, FONT_SCALE, FONT_MARGIN = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 3
 GAP = 8  # pixels between images
@@ -72,7 +70,7 @@ def montage(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
         (88, 48, 3)
     """
     if not images or columns < 1:
-        raise UserError(
+        raise ValueError(
             f"a montage needs at least 1 image and 1 column, got {len(images)} images and "
             f"{columns} columns"
         )
@@ -108,7 +106,7 @@ def tile_grid(
     """
     shapes = {tile.shape for row in tiles for tile in row}
     if len(shapes) != 1 or [len(row) for row in tiles] != [len(column_names)] * len(row_names):
-        raise UserError(
+        raise ValueError(
             f"{len(tiles)} rows of tiles of the shapes {sorted(shapes)} do not make a grid with "
             f"{len(row_names)} row names and {len(column_names)} column names"
         )
@@ -165,7 +163,7 @@ def check_image(image: np.ndarray) -> None:
     dtype = getattr(image, "dtype", type(image))
     shape: tuple[int, ...] = getattr(image, "shape", ())
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise UserError(
+        raise ValueError(
             f"expected an image as a uint8 array (H, W, 3), got {dtype} of shape {shape}"
         )
 

@@ -83,12 +83,12 @@ def draw_instances(
     masks = None if masks is None else _to_numpy(masks).astype(bool, copy=False)
     num_objects = len(labels)
     if masks is not None and masks.shape != (num_objects, height, width):
-        raise UserError(
+        raise ValueError(
             f"masks of shape {masks.shape} do not fit {num_objects} labels and an image of "
             f"{height} x {width} pixels; expected {(num_objects, height, width)}"
         )
     if len(boxes) != num_objects or (scores is not None and len(scores) != num_objects):
-        raise UserError(
+        raise ValueError(
             f"{num_objects} labels, {len(boxes)} boxes and "
             f"{'no' if scores is None else len(scores)} scores: give as many of each"
         )
@@ -147,7 +147,7 @@ def draw_windows(
     windows = _to_pixels(windows, factor)
     matched = _to_numpy(matched_objects).astype(int).reshape(-1)
     if len(matched) != len(windows) or not set(matched.tolist()) <= set(range(len(boxes))):
-        raise UserError(
+        raise ValueError(
             f"{len(windows)} windows have the objects {matched.tolist()} of {len(boxes)} boxes; "
             "expected a row of the boxes for each window"
         )

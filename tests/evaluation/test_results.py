@@ -1,4 +1,4 @@
-"""Results from tensors into files: codes of regions, the writer, and what is refused."""
+"""Results from tensors to files: codes of regions, the writer, and invalid results."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from tensormask.layers import paste_masks
 
 @st.composite
 def regions(draw):
-    """A region anywhere in an image: at its rim, as high as it, of no area."""
+    """A region anywhere in an image: at the border, as high as the image, or empty."""
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     region_height = draw(st.one_of(st.just(height), st.integers(0, height)))
     region_width = draw(st.integers(0, width))
@@ -71,19 +71,19 @@ def in_windows(size, num_masks=12):
     }
 
 
-def test_masks_in_windows_have_the_code_of_their_frames() -> None:
+def test_masks_in_windows_have_the_code_of_pasted_masks() -> None:
     size = (48, 64)
     found = in_windows(size)
     masks = paste_masks(found["window_masks"], found["windows"], size)
     assert 0 < masks.float().mean() < 1
-    frames = {key: found[key] for key in ("boxes", "scores", "labels")} | {"masks": masks}
-    assert coco_results(found, 3, [7], size) == coco_results(frames, 3, [7], size)
+    pasted = {key: found[key] for key in ("boxes", "scores", "labels")} | {"masks": masks}
+    assert coco_results(found, 3, [7], size) == coco_results(pasted, 3, [7], size)
     with pytest.raises(ValueError, match="size"):
         coco_results(found, 3, [7])
 
 
 def test_masks_of_another_size_are_refused() -> None:
-    """pycocotools takes their IoU for -1: all objects would count as missed."""
+    """pycocotools sets their IoU to -1: all objects would count as missed."""
     found = in_windows((48, 64)) | {"masks": torch.zeros(12, 64, 48, dtype=torch.bool)}
     with pytest.raises(ValueError, match="masks of shape"):
         coco_results(found, 3, [7], (48, 64))
@@ -97,7 +97,7 @@ def test_detections_that_are_not_finite_are_refused(key, value) -> None:
         coco_results(found, 3, [7], (48, 64))
 
 
-def test_results_go_through_a_file_one_by_one(tmp_path) -> None:
+def test_results_go_through_a_file(tmp_path) -> None:
     path = tmp_path / "results.json"
     results = [{"image_id": "ä\n{", "score": 0.1}, {"image_id": 2}, {"image_id": 3}]
     with ResultsWriter(path) as writer:
@@ -118,7 +118,7 @@ def test_no_results_are_an_empty_list(tmp_path) -> None:
     assert list(read_results(tmp_path / "results.json")) == []
 
 
-def test_an_error_leaves_the_file_that_was_there(tmp_path) -> None:
+def test_an_error_does_not_change_an_older_file(tmp_path) -> None:
     path = tmp_path / "results.json"
     path.write_text("before")
     with pytest.raises(TypeError), ResultsWriter(path) as writer:
@@ -155,7 +155,7 @@ RESULT = {
     "score": 0.5,
     "segmentation": {"size": [4, 5], "counts": "0d0"},
 }
-UNSOUND_CODES = [
+INVALID_CODES = [
     {"size": [4, 5], "counts": "0d1"},
     {"size": [4, 5], "counts": b"XX"},
     {"size": [5, 4], "counts": "0d0"},
@@ -167,7 +167,7 @@ UNSOUND_CODES = [
 
 
 def test_results_of_a_hand_made_file() -> None:
-    """Codes of every form, of results as of annotations, and the category 0."""
+    """Codes of all formats, in results and annotations, and the category 0."""
     for counts in ("0d0", b"0d0", [0, 20]):
         result = RESULT | {"segmentation": {"size": [4, 5], "counts": counts}}
         before = copy.deepcopy(result)
@@ -178,14 +178,14 @@ def test_results_of_a_hand_made_file() -> None:
         assert result == before
 
 
-@pytest.mark.parametrize("code", UNSOUND_CODES)
-def test_unsound_codes_of_results_do_not_reach_pycocotools(code) -> None:
+@pytest.mark.parametrize("code", INVALID_CODES)
+def test_invalid_codes_of_results_do_not_reach_pycocotools(code) -> None:
     with pytest.raises(ValueError, match="result 1, of image 1"):
         evaluate_results(ground_truth(), [RESULT, RESULT | {"segmentation": code}], ["zero"])
 
 
-@pytest.mark.parametrize("code", UNSOUND_CODES[:5])
-def test_unsound_codes_of_annotations_do_not_reach_pycocotools(code) -> None:
+@pytest.mark.parametrize("code", INVALID_CODES[:5])
+def test_invalid_codes_of_annotations_do_not_reach_pycocotools(code) -> None:
     with pytest.raises(ValueError, match="annotation 1 of the ground truth"):
         evaluate_results(ground_truth(segmentation=code), [RESULT], ["zero"])
 
@@ -226,8 +226,8 @@ def test_other_options_are_refused(options) -> None:
         evaluate_results(ground_truth(), [], ["zero"], **options)
 
 
-def test_annotations_of_a_users_own_making() -> None:
-    """A box that is none, an area that is none, and a flag that is no number."""
+def test_annotations_with_invalid_values() -> None:
+    """Invalid boxes and areas, and a flag that is not a number."""
     for changes in ({"bbox": None}, {"area": None}, {"area": float("nan")}, {"iscrowd": None}):
         metrics = evaluate_results(ground_truth(**changes), [RESULT], ["zero"])
         assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100), changes

@@ -1,4 +1,4 @@
-"""Metrics against pycocotools run by hand and hand-computed values; unusual annotations and ids."""
+"""Metrics compared with pycocotools and hand-computed values; unusual annotations and ids."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def pycocotools_by_hand(annotation_path, results_path, iou_type, tmp_path):
-    """Independent run from files: without boxes for masks, as pycocotools' own demo has results."""
+    """Run pycocotools on the files; mask results are without boxes, as in pycocotools' demo."""
     results = json.loads(results_path.read_text())
     if iou_type == "segm":
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
@@ -65,8 +65,8 @@ def test_numbers_are_pycocotools_own(tmp_path, max_dets):
         theirs = pycocotools_by_hand(dataset.json_file, path, task, tmp_path)
         for name, value in zip(STATS, theirs.stats, strict=False):
             assert results[task][name] == 100 * value, (task, name)
-        for place, name in enumerate(CLASS_NAMES[:2]):
-            by_class = theirs.eval["precision"][:, :, place, 0, 2]
+        for index, name in enumerate(CLASS_NAMES[:2]):
+            by_class = theirs.eval["precision"][:, :, index, 0, 2]
             assert results[task][f"AP-{name}"] == 100 * by_class[by_class > -1].mean()
         assert math.isnan(results[task]["AP-never"])
         assert 5 < results[task]["AP"] < 95
@@ -84,7 +84,7 @@ def test_the_area_under_a_curve_is_its_ap(tmp_path):
             assert 100 * np.mean(precision) == pytest.approx(results[task][name])
 
 
-def test_classes_without_objects_have_no_part_in_a_curve():
+def test_classes_without_objects_do_not_change_a_curve():
     precision = np.full((10, 101, 2, 4, 3), -1.0)
     params = SimpleNamespace(iouThrs=np.linspace(0.5, 0.95, 10), maxDets=[1, 10, 100])
     coco_eval = SimpleNamespace(params=params, eval={"precision": precision})
@@ -94,7 +94,7 @@ def test_classes_without_objects_have_no_part_in_a_curve():
 
 
 def jittered(dataset, image_id, rng):
-    """Annotated objects of all kinds: moved, turned into another class, missed, and doubled."""
+    """Annotated objects that are moved, of a wrong class, missed, or detected several times."""
     height, width = dataset.image_size(image_id)
     boxes, labels, masks = [], [], []
     for one in dataset.annotations(image_id):
@@ -117,8 +117,15 @@ def jittered(dataset, image_id, rng):
 
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="../shared with coco_cc is not here")
 def test_numbers_on_photographs_are_pycocotools_own(tmp_path):
-    """Polygons and crowds of COCO, read by our data set; by hand from the same two files."""
-    path = PHOTOGRAPHS / "instances_val.json"
+    """COCO's polygons and crowds, read by our data set; by hand from the same two files."""
+    content = json.loads((PHOTOGRAPHS / "instances_val.json").read_text())
+    crowded = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
+    chosen = crowded | {image["id"] for image in content["images"][:12]}
+    content["images"] = [image for image in content["images"] if image["id"] in chosen]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+    assert 12 < len(chosen) < 25
+    path = tmp_path / "photographs.json"
+    path.write_text(json.dumps(content))
     dataset = CocoDataset("cc", path, PHOTOGRAPHS / "val")
     rng = np.random.default_rng(0)
     model = nn.Module()
@@ -147,14 +154,14 @@ def test_numbers_on_photographs_are_pycocotools_own(tmp_path):
         assert 5 < results[task]["AP"] < 95
 
 
-def test_boxes_and_masks_are_scored_apart(tmp_path):
-    """Frames with large boxes and few pixels: sizes are the box's for bbox, the mask's for segm."""
-    frame = rectangle(10, 10, 50, 50) & ~rectangle(12, 12, 48, 48)  # 304 pixels in a 40 x 40 box
-    truth = annotation(1, 1, 4, frame) | {"area": 1600.0}  # medium
+def test_boxes_and_masks_are_scored_separately(tmp_path):
+    """Hollow squares: object sizes are the box's for bbox, and the mask's for segm."""
+    hollow = rectangle(10, 10, 50, 50) & ~rectangle(12, 12, 48, 48)  # 304 pixels in a 40 x 40 box
+    truth = annotation(1, 1, 4, hollow) | {"area": 1600.0}  # medium
     dataset = GreyDataset(coco_json([truth], 1), tmp_path)
     # Never matched, so that only its own size decides whether it counts as a false positive.
     stray = rectangle(80, 60, 120, 100) & ~rectangle(82, 62, 118, 98)
-    found = {1: detections([stray, frame], [0, 0], [0.9, 0.8])}
+    found = {1: detections([stray, hollow], [0, 0], [0.9, 0.8])}
     results = evaluate(FakeModel(found), dataset.loader(), dataset)
     # A box of 1600 square pixels is a medium false positive: precision 1/2 at every recall.
     assert results["bbox"]["APm"] == pytest.approx(50)
@@ -186,7 +193,7 @@ def test_shifted_detection_has_the_ap_of_its_iou(tmp_path):
 
 
 def test_more_than_100_detections(tmp_path):
-    """150 objects, all found: 100 of them count at 100, so recall is 2/3; all of them at 400."""
+    """150 objects, all detected: 100 count at 100, so recall is 2/3; all count at 400."""
     masks = [rectangle(4 * c, 4 * r, 4 * c + 3, 4 * r + 3) for r in range(10) for c in range(15)]
     truth = [annotation(i + 1, 1, 4, mask) for i, mask in enumerate(masks)]
     dataset = GreyDataset(coco_json(truth, 1), tmp_path)
@@ -226,7 +233,7 @@ def test_categories_in_any_order_keep_their_names(tmp_path):
     assert math.isnan(metrics["bbox"]["AP-disc"])
 
 
-def test_classes_of_one_name_are_told_apart(tmp_path):
+def test_classes_with_the_same_name_are_distinguished(tmp_path):
     truth = [annotation(1, 1, 4, rectangle(10, 10, 30, 30))]
     dataset = GreyDataset(coco_json(truth, 1), tmp_path)
     metrics = evaluate_results(dataset.to_coco(), [], ["cell", "cell", "bar"])["bbox"]
@@ -262,7 +269,7 @@ def test_annotations_without_a_mask_count_for_boxes_only(tmp_path, caplog):
     assert "3 annotations have no region to score as segm" in caplog.text
 
 
-def test_nothing_that_is_given_is_changed(tmp_path):
+def test_arguments_are_not_changed(tmp_path):
     dataset, found = noisy_case(tmp_path)
     coco_gt = dataset.to_coco()
     truth = copy.deepcopy(coco_gt.dataset)
