@@ -243,25 +243,15 @@ RLES = st.fixed_dictionaries(
     st.fixed_dictionaries(
         {"image_id": st.just(5), "category_id": st.just(2)},
         optional={
-            "id": JSON,
-            "bbox": BOXES,
-            "segmentation": POLYGONS | RLES | JSON,
-            "iscrowd": JSON,
-            "area": JSON,
+            **{"id": JSON, "iscrowd": JSON, "area": JSON},
+            **{"bbox": BOXES, "segmentation": POLYGONS | RLES | JSON},
         },
     )
 )
 def test_any_annotation_is_checked(annotation):
     checked, issues = check(annotation)
     assert set(issues) <= set(ISSUES)
-    assert set(checked) - {"area"} == {
-        "id",
-        "image_id",
-        "category_id",
-        "bbox",
-        "segmentation",
-        "iscrowd",
-    }
+    assert set(checked) - {"area"} == {*VALID, "iscrowd"}
     box, segmentation = checked["bbox"], checked["segmentation"]
     assert box is None or (len(box) == 4 and all(map(math.isfinite, box)))
     if isinstance(segmentation, list):
