@@ -1,4 +1,4 @@
-// The CPU kernels for x86 with AVX-512: float32 alone, see cpu_isa.h.
+// The CPU kernels for x86 with AVX-512: only float32, see cpu_isa.h.
 
 #include "swap_align2nat_cpu.h"
 #include "winograd.h"

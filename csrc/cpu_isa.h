@@ -1,4 +1,4 @@
-// The choice of instruction set: each is a namespace of the same kernels.
+// Choose the instruction set: each has the same kernels, in a namespace of its own.
 
 #pragma once
 
@@ -25,8 +25,8 @@ inline Isa isa() {
 }
 #endif
 
-// Calls FUNCTION<T> of the widest variant that runs here. AVX-512 is for float32 alone: its masked
-// steps are what short rows gain from, and each variant costs seconds of compile time.
+// Calls FUNCTION<T> of the widest variant that this machine supports. AVX-512 is only for float32:
+// short rows gain from its masked steps, and each variant costs seconds of compile time.
 #if defined(TENSORMASK_X86_VARIANTS)
 #define CALL(FUNCTION, ...)                                                      \
   do {                                                                           \

@@ -1,5 +1,5 @@
-// The operators. Autograd, fake kernels and the public functions are in
-// tensormask/layers/swap_align2nat.py: the stable ABI has no C++ autograd.
+// The operators' schemas. Autograd, fake kernels and the public functions are in
+// tensormask/layers/swap_align2nat.py, because the stable ABI has no C++ autograd.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
-// What is refused, in the words of tensormask/layers/_checks.py, the shapes of results, and the way
-// from tensors to kernels.
+// Argument checks with the messages of tensormask/layers/_checks.py, shapes of results, and the
+// dispatch from tensors to kernels.
 
 #pragma once
 
@@ -118,8 +118,8 @@ inline Geometry check_grad(
   const int64_t side = square_root(grad.size(1)) / lambda_val;
   const Geometry g = Geometry::of(grad.size(0), side, height, width, lambda_val);
   require(side > 0 && height >= 0 && width >= 0 && has_shape(grad, output_shape(g)),
-          "grad of shape ", text(grad.sizes()), " is none of lambda_val ", lambda_val,
-          " for a map of height ", height, " and width ", width);
+          "grad of shape ", text(grad.sizes()), " does not fit lambda_val ", lambda_val,
+          " and an input of height ", height, " and width ", width);
   return g;
 }
 
@@ -132,8 +132,8 @@ inline Geometry check_grad_at(
   const int64_t side = grad.size(1) / lambda_val;
   require(side > 0 && side * lambda_val == grad.size(1) && grad.size(1) == grad.size(2) &&
               num_images >= 0 && height >= 0 && width >= 0,
-          "grad of shape ", text(grad.sizes()), " is none of lambda_val ", lambda_val,
-          " for a map of height ", height, " and width ", width);
+          "grad of shape ", text(grad.sizes()), " does not fit lambda_val ", lambda_val,
+          " and an input of height ", height, " and width ", width);
   return Geometry::of(num_images, side, height, width, lambda_val);
 }
 
@@ -142,7 +142,7 @@ inline std::string device_name(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
 }
 
-// Windows, contiguous.
+// Returns the windows, contiguous.
 inline Tensor check_windows(const Tensor& x, const Tensor& windows) {
   require(windows.dim() == 2 && windows.size(1) == 3 && windows.scalar_type() == ScalarType::Long,
           "windows must be int64 of shape (K, 3), rows (n, y, x), got ", dtype_name(windows),
@@ -152,7 +152,7 @@ inline Tensor check_windows(const Tensor& x, const Tensor& windows) {
   return windows.is_contiguous() ? windows : torch::stable::contiguous(windows);
 }
 
-// Windows in host memory lie on the grid.
+// Requires that windows in host memory are on the grid.
 inline void check_inside(const Geometry& g, const Tensor& windows) {
   const int64_t* window = windows.const_data_ptr<int64_t>();
   const int64_t limits[3] = {g.num_images, g.out_height, g.out_width};
@@ -160,7 +160,7 @@ inline void check_inside(const Geometry& g, const Tensor& windows) {
     bool inside = true;
     for (int i = 0; i < 3; ++i) inside &= window[i] >= 0 && window[i] < limits[i];
     require(inside, "window (n, y, x) = [", window[0], ", ", window[1], ", ", window[2],
-            "] lies outside of the grid [", limits[0], ", ", limits[1], ", ", limits[2], "]");
+            "] is outside of the grid [", limits[0], ", ", limits[1], ", ", limits[2], "]");
   }
 }
 
@@ -172,8 +172,7 @@ inline void check_out(const Tensor& x, const Tensor& out, const Shape& shape) {
           device_name(out));
 }
 
-// Calls f with a null pointer of the tensor's element type.
-// A device has its own types of 16 bits.
+// Calls f with a null pointer of the tensor's element type. Each device has its own 16-bit types.
 template <typename Half, typename BFloat16, typename F>
 void dispatch(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {
@@ -181,7 +180,7 @@ void dispatch(const Tensor& tensor, const F& f) {
     case ScalarType::Double: return f(static_cast<double*>(nullptr));
     case ScalarType::Half: return f(static_cast<Half*>(nullptr));
     case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
-    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // `check_input` was not called
+    default: STD_TORCH_CHECK(false, "no kernel for this dtype");  // not reached after `check_input`
   }
 }
 

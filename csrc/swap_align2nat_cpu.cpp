@@ -1,4 +1,4 @@
-// swap_align2nat on the CPU: checks and memory.
+// swap_align2nat on the CPU: operators that check arguments, allocate results and call kernels.
 
 #include "cpu_isa.h"
 #include "swap_align2nat_checks.h"
@@ -78,7 +78,7 @@ Tensor backward_at(
   Tensor out = torch::stable::new_empty(grad, input_shape(g));
   if (out.numel() == 0) return out;
 
-  // Windows by image, in their order.
+  // Sort windows by image, stably.
   const int64_t* window = rows.const_data_ptr<int64_t>();
   const int64_t count = rows.size(0);
   std::vector<int64_t> starts(num_images + 1, 0), order(count);

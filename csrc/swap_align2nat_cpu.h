@@ -1,6 +1,6 @@
-// What swap_align2nat_cpu.cpp and the kernels for each instruction set know of each other.
+// Declarations shared by swap_align2nat_cpu.cpp and the kernels for each instruction set.
 //
-// Each instruction set is a file of its own, which needs no torch header: they compile side by side.
+// Each instruction set has its own file without torch headers, so that they compile in parallel.
 
 #pragma once
 
@@ -16,12 +16,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Output rows below this many bytes are written in another order, see `by_place`.
+// Output rows below this many bytes are written in another order, see `by_location`.
 constexpr int64_t SHORT_ROW = 256;
-// Rows that a thread takes at a time: neighbours read the same memory.
+// Rows that a thread takes at a time: neighboring rows read the same memory.
 constexpr int64_t ROWS_AT_ONCE = 4;
 
-// Calls `work(context)` on as many of PyTorch's threads as there are parts, and waits.
+// Calls `work(context)` on at most `parts` of PyTorch's threads, and waits.
 void run_threads(int64_t parts, void (*work)(void* context), void* context);
 
 #define TENSORMASK_KERNELS                                                                       \

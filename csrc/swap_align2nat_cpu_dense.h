@@ -1,4 +1,4 @@
-// Part of swap_align2nat_cpu_kernels.h: the operation at all windows.
+// Part of swap_align2nat_cpu_kernels.h: the operation at all windows, forward and backward.
 
 // ---- dense, forward ----
 
@@ -11,7 +11,7 @@ class DenseForward {
       : g(geometry), in(input), out(output), pad(static_cast<A>(padding)) {
     margin = g.side / 2 + 2;
     length = g.out_width + 2 * margin;
-    // A phase's places, with padding on both sides; channels -1 and `side` are padding.
+    // The locations of each phase, with padding on both sides; channels -1 and `side` are padding.
     phases.assign((g.side + 2) * g.lambda * length, pad);
     line.assign(g.width + 2, pad);
     if (in.x != 1) turned.assign(g.width * g.side, pad);
@@ -23,7 +23,7 @@ class DenseForward {
     }
   }
 
-  // All mask columns of mask row `v` of the windows in row `y` of image `n`.
+  // Writes all mask columns of mask row `v` of the windows in row `y` of image `n`.
   void operator()(int64_t n, int64_t v, int64_t y) {
     T* target = out + ((n * g.out_side + v) * g.out_side * g.out_height + y) * g.out_width;
     RowSum<T> sum;
@@ -44,7 +44,7 @@ class DenseForward {
     return phases.data() + ((channel + 1) * g.lambda + p) * length + margin;
   }
 
-  // lambda == 1 and one tap: every output row is a piece of an input row.
+  // lambda == 1 and one tap: every output row is a part of an input row.
   void shift(const T* row, T* target) {
     for (int64_t u = 0; u < g.side; ++u) {
       T* to = target + u * g.height * g.width;
@@ -56,7 +56,7 @@ class DenseForward {
     }
   }
 
-  // The sums of all channels, read along them: for channels_last, where they lie together.
+  // Sums along the channels: for channels_last, where they are contiguous.
   void turn(const RowSum<T>& sum) {
     for (int64_t w = 0; w < g.width; ++w)
       sum_rows(turned.data() + w * g.side, sum, w * in.x, g.side, in.c);
@@ -74,7 +74,7 @@ class DenseForward {
     }
     if (g.averages) {
       for (int64_t w = -1; w < g.width; ++w) row[w] = A(0.5) * (row[w] + row[w + 1]);
-      phase(u, g.lambda - 1)[-1] = row[-1];  // the place -1 belongs to the last phase
+      phase(u, g.lambda - 1)[-1] = row[-1];  // location -1 belongs to the last phase
     }
     split_phases(row, g.width, g.lambda, phase(u, 0), length);
     row[-1] = pad;
@@ -92,7 +92,7 @@ class DenseForward {
     }
   }
 
-  // A mask column of channel 0: where its lower tap for window 0 lies in `phases`.
+  // A mask column of channel 0: the offset in `phases` of its lower tap for window 0.
   struct Column {
     int64_t offset;
     A fraction;
@@ -107,22 +107,22 @@ class DenseForward {
   std::vector<Column> block;
 };
 
-// The order of the rows of one image: by place along H while output rows are long, which reads
-// the input once, from memory to cache; by mask row when they are short, so that the output's
-// cache lines are filled before they leave the cache.
+// The order of the rows of one image. Long output rows are written by location along H, which reads
+// the input from memory only once. Short ones are written by mask row, which fills the output's
+// cache lines before they leave the cache.
 template <typename T>
-bool by_place(const Geometry& g) {
+bool by_location(const Geometry& g) {
   return g.lambda > 1 && g.out_width * int64_t(sizeof(T)) >= SHORT_ROW;
 }
 
 template <typename T>
 void dense_forward(const Geometry& g, View<const T> x, T* out, double pad) {
-  if (by_place<T>(g)) {
-    const int64_t places = g.lambda * (g.out_height + g.side - 1);
-    share(g.num_images * places, ROWS_AT_ONCE, [&](auto next) {
+  if (by_location<T>(g)) {
+    const int64_t locations = g.lambda * (g.out_height + g.side - 1);
+    share(g.num_images * locations, ROWS_AT_ONCE, [&](auto next) {
       DenseForward<T> row(g, x, out, pad);
       next([&](int64_t i) {
-        const int64_t n = i / places, r = i % places % g.lambda, m = i % places / g.lambda;
+        const int64_t n = i / locations, r = i % locations % g.lambda, m = i % locations / g.lambda;
         const int64_t end = clamp(m + 1, 0, g.side);
         for (int64_t q = clamp(m - g.out_height + 1, 0, g.side); q < end; ++q)
           row(n, q * g.lambda + r, m - q);
@@ -138,7 +138,7 @@ void dense_forward(const Geometry& g, View<const T> x, T* out, double pad) {
   }
 }
 
-// ---- dense, backward: each input row gathered from the output rows that it went to ----
+// ---- dense, backward: each input row is gathered from the output rows that read it ----
 
 template <typename T>
 class DenseBackward {
@@ -149,7 +149,7 @@ class DenseBackward {
       : g(geometry), grad(grad_output), out(grad_input) {
     margin = g.side / 2 + 2;
     length = g.out_width + 2 * margin;
-    // Rows of gradients per mask column, zero on both sides; mask columns of the channels -1 and
+    // Rows of gradients per mask column, zero on both sides. Mask columns of the channels -1 and
     // `side` are zero.
     columns.assign((g.side + 2) * g.lambda * length, A(0));
     line.assign(g.width + 1, A(0));
@@ -163,20 +163,20 @@ class DenseBackward {
     }
   }
 
-  // All channels u and all places along W of the mask row `v` and the place `h` of image `n`.
+  // Writes all channels u and all locations along W of mask row `v` at location `h` of image `n`.
   void operator()(int64_t n, int64_t v, int64_t h) {
     T* target = out + ((n * g.side + v) * g.side * g.height + h) * g.width;
     RowSum<T> sum;
     sum.constant = A(0);
     for (int64_t k = 0; k <= int64_t(g.averages); ++k) {
-      // Windows y and mask rows q * lambda + r whose place is h - k: y + q == m.
+      // Windows y and mask rows q * lambda + r whose location is h - k: y + q == m.
       const int64_t r = (h - k + g.shift) % g.lambda, m = (h - k + g.shift) / g.lambda;
       const RowTaps taps = row_taps(r, g.lambda);
       for (int64_t j = 0; j < 2; ++j) {
         const int64_t q = v - taps.lower - j, y = m - q;
         const double weight =
             (j ? taps.fraction : 1 - taps.fraction) * (g.averages ? 0.5 : 1.0);
-        // A place before the map (h - k + shift < 0 only where shift == 0) has no window.
+        // A location before the input (h - k + shift < 0, only if shift == 0) has no window.
         if (h - k + g.shift < 0 || q < 0 || q >= g.side || y < 0 || y >= g.out_height) continue;
         if (weight == 0) continue;
         const int64_t row = q * g.lambda + r;
@@ -233,10 +233,10 @@ class DenseBackward {
     }
   }
 
-  // line[1 + w] = what arrives in channel u by the floor of the place w, -1 <= w < width.
+  // line[1 + w] = the gradient of channel u from values whose floor is w, -1 <= w < width.
   void mix_channel(int64_t u) {
     const int64_t channel = g.lambda * length;
-    A* to = g.lambda == 1 ? line.data() : phases.data();  // with a place -1 of each phase
+    A* to = g.lambda == 1 ? line.data() : phases.data();  // with location -1 of each phase
     for (const Column& column : block) {
       const A* low = columns.data() + column.offset + u * (channel - 1);
       const A* high = low - channel + 1;
@@ -247,8 +247,8 @@ class DenseBackward {
       merge_phases(phases.data() + 1, g.out_width + 1, g.lambda, line.data() + 1, g.width);
   }
 
-  // A phase: for channel 0 and the place -1 of this phase, where the lower tap lies in `columns`;
-  // its weight and that of the channel before, one window further.
+  // A phase, for channel 0 and location -1 of this phase: the offset of the lower tap in `columns`,
+  // its weight, and the weight of the channel before, one window further.
   struct Column {
     int64_t offset;
     A low, high;
@@ -264,7 +264,7 @@ class DenseBackward {
 
 template <typename T>
 void dense_backward(const Geometry& g, View<const T> grad, T* out) {
-  if (by_place<T>(g)) {
+  if (by_location<T>(g)) {
     share(g.num_images * g.height, ROWS_AT_ONCE, [&](auto next) {
       DenseBackward<T> row(g, grad, out);
       next([&](int64_t i) {
@@ -272,7 +272,7 @@ void dense_backward(const Geometry& g, View<const T> grad, T* out) {
       });
     });
   } else {
-    // By the remainder of the place, so that what is read of the output is a few mask rows.
+    // By the remainder of the location, so that only a few mask rows of the output are read.
     const int64_t rows = g.side * g.lambda;
     share(g.num_images * rows, ROWS_AT_ONCE, [&](auto next) {
       DenseBackward<T> row(g, grad, out);

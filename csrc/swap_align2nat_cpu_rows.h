@@ -1,4 +1,4 @@
-// Part of swap_align2nat_cpu_kernels.h: threads, numbers, rows of memory, and phases.
+// Part of swap_align2nat_cpu_kernels.h: threads, number formats, rows of memory, and phases.
 
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : (value > high ? high : value);
@@ -6,9 +6,9 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
 
 inline int64_t positive_modulo(int64_t value, int64_t by) { return (value % by + by) % by; }
 
-// Runs `work(next)` once per thread; `next(f)` calls f(i) for numbers below `count` until all
-// are done, each exactly once. Threads take `at_once` numbers at a time as they come free: rows
-// that are only padding cost next to nothing.
+// Runs `work(next)` once per thread, where `next(f)` calls f(i). Each number i below `count` is
+// processed exactly once. Threads take `at_once` numbers whenever they are free, because the rows
+// cost unequal times: those of padding only are almost free.
 template <typename F>
 void share(int64_t count, int64_t at_once, const F& work) {
   const int64_t parts = (count + at_once - 1) / at_once;
@@ -59,9 +59,9 @@ inline float load(Half value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t rebiased = magnitude + (112u << 23);
-  // Below the smallest normal half, the place of the point is fixed by a subtraction.
+  // Below the smallest normal half, a subtraction normalizes the number.
   const uint32_t tiny = bits_of(float_of(rebiased + (1u << 23)) - float_of(113u << 23));
-  const uint32_t special = rebiased + (112u << 23);  // infinite or not a number
+  const uint32_t special = rebiased + (112u << 23);  // infinite or NaN
   const uint32_t result =
       magnitude >= (31u << 23) ? special : (magnitude < (1u << 23) ? tiny : rebiased);
   return float_of(result | sign);
@@ -80,8 +80,8 @@ inline void store(BFloat16* at, float value) {
 inline void store(Half* at, float value) {
   const uint32_t bits = bits_of(value) & 0x7fffffff;
   const uint32_t sign = (bits_of(value) >> 16) & 0x8000;
-  // To nearest, ties to even: by the adder for results below the smallest normal half, by hand
-  // above it.
+  // To nearest, ties to even: by an addition for results below the smallest normal half, by integer
+  // arithmetic above it.
   const uint32_t tiny = bits_of(float_of(bits) + float_of(126u << 23)) - (126u << 23);
   const uint32_t normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
   const uint32_t special = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -99,8 +99,8 @@ inline T stored(A value) {
 
 // ---- rows ----
 
-// At most four rows of memory with their weights, and what their weights lack to 1 times the
-// padding.
+// At most four rows of memory with their weights, and a constant: the padding times the missing
+// weight, which is 1 minus the sum of the weights.
 template <typename T>
 struct RowSum {
   using A = typename Accumulate<T>::type;
@@ -115,21 +115,21 @@ struct RowSum {
   }
 };
 
-// The rows of the input, at channel u = 0, that mask row `v` of the windows in row `y` reads.
+// Sets the rows of the input, at channel u = 0, that mask row `v` of the windows in row `y` reads.
 template <typename T, typename A>
 inline void rows_read(
     const Geometry& g, const View<const T>& in, int64_t n, int64_t v, int64_t y, A pad,
     RowSum<T>& sum) {
   double missing = 1;
-  const int64_t place = y * g.lambda + v - g.shift;
+  const int64_t location = y * g.lambda + v - g.shift;
   const RowTaps taps = row_taps(v % g.lambda, g.lambda);
   for (int64_t k = 0; k <= int64_t(g.averages); ++k) {
     for (int64_t j = 0; j < 2; ++j) {
       const int64_t row = v / g.lambda + taps.lower + j;
       const double weight = (j ? taps.fraction : 1 - taps.fraction) * (g.averages ? 0.5 : 1.0);
-      if (place + k < 0 || place + k >= g.height || row < 0 || row >= g.side) continue;
+      if (location + k < 0 || location + k >= g.height || row < 0 || row >= g.side) continue;
       if (weight == 0) continue;
-      sum.add(in.data + n * in.n + row * g.side * in.c + (place + k) * in.y, weight);
+      sum.add(in.data + n * in.n + row * g.side * in.c + (location + k) * in.y, weight);
       missing -= weight;
     }
   }
@@ -154,7 +154,7 @@ inline void sum_rows(A* out, const RowSum<T>& sum, int64_t offset, int64_t size)
 }
 
 #if defined(TENSORMASK_AVX512)
-// Rows are short where lambda is large: a masked step is cheaper than a loop for the rest.
+// Rows are short if lambda is large: a masked step is cheaper than a loop for the remainder.
 inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
 
 template <int COUNT>
@@ -190,7 +190,7 @@ inline void sum_rows(A* out, const RowSum<T>& sum, int64_t offset, int64_t size,
   }
 }
 
-// Asks for the rows that come next: hardware does not see them coming, a channel is far away.
+// Prefetches the next rows: hardware cannot predict the large step to another channel.
 template <typename T>
 inline void fetch_rows(const RowSum<T>& sum, int first, int last, int64_t offset, int64_t size) {
   for (int k = first; k < last && k < sum.count; ++k)
@@ -198,7 +198,7 @@ inline void fetch_rows(const RowSum<T>& sum, int first, int last, int64_t offset
       __builtin_prefetch(sum.row[k] + offset + i);
 }
 
-// out = low + fraction * (high - low): exactly the padding where both are.
+// out = low + fraction * (high - low): exactly the padding if both are the padding.
 template <typename T, typename A>
 inline void mix_rows(T* out, const A* low, const A* high, A fraction, int64_t size) {
   if (fraction == A(0)) {
@@ -286,7 +286,7 @@ inline void merge_small(const A* from, int64_t length, A* to, int64_t count) {
     for (int p = 0; p < LAMBDA; ++p) to[j * LAMBDA + p] = from[p * length + j];
 }
 
-// Sorts `size` places by their remainder modulo lambda.
+// Sorts `size` locations by their remainder modulo lambda.
 template <typename A>
 inline void split_phases(const A* from, int64_t size, int64_t lambda, A* to, int64_t length) {
   int64_t j = 0;
@@ -310,8 +310,8 @@ inline void split_phases(const A* from, int64_t size, int64_t lambda, A* to, int
   }
 }
 
-// The other way round, for the places -1 .. size - 1: `from` has a column before the first, whose
-// last phase is the place -1.
+// The inverse, for the locations -1 .. size - 1: `from` has a column before the first, whose last
+// phase is location -1.
 template <typename A>
 inline void merge_phases(const A* from, int64_t length, int64_t lambda, A* to, int64_t size) {
   int64_t j = 0;

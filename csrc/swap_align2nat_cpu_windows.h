@@ -1,14 +1,12 @@
-// Part of swap_align2nat_cpu_kernels.h: the operation at chosen windows.
+// Part of swap_align2nat_cpu_kernels.h: the operation at chosen windows, forward and backward.
 
-// ---- at windows ----
-
-// What one channel gives to the 2 * lambda mask rows (or columns) that read it. They begin at
-// (channel - 1) * lambda + `middle`: first those that lie before the channel, then those after it.
+// The weights of one channel for the 2 * lambda mask rows (or columns) that read it. These begin at
+// (channel - 1) * lambda + `middle`: first those before the channel, then those after it.
 template <typename A>
 struct ChannelWeights {
   int64_t middle = 0;
-  std::vector<A> weight;     // of the channel, per mask row that reads it
-  std::vector<A> fraction;   // of the channel after, for the lambda mask rows after a channel
+  std::vector<A> weight;    // of the channel, per mask row that reads it
+  std::vector<A> fraction;  // of the next channel, for the lambda mask rows after a channel
 
   explicit ChannelWeights(int64_t lambda) : weight(2 * lambda), fraction(lambda) {
     while (row_taps(middle, lambda).lower < 0) ++middle;
@@ -21,7 +19,7 @@ struct ChannelWeights {
   }
 };
 
-// One mask row of one window.
+// Computes one mask row of one window.
 template <typename T>
 class WindowForward {
  public:
@@ -30,17 +28,17 @@ class WindowForward {
   WindowForward(const Geometry& geometry, View<const T> input, double padding)
       : g(geometry), in(input), pad(static_cast<A>(padding)), channel(geometry.lambda) {
     length = 2 * g.lambda + 1;
-    places.assign(3 * length, pad);  // of two channels in turn, and padding
+    locations.assign(3 * length, pad);  // of two channels alternately, and padding
   }
 
   void operator()(int64_t n, int64_t y, int64_t x, int64_t v, T* target) {
     RowSum<T> sum;
     rows_read(g, in, n, v, y, pad, sum);
     if (sum.count == 0) return fill_row(target, stored<T>(pad), g.out_side);
-    const int64_t origin = x * g.lambda - g.shift;  // the place of mask column 0
+    const int64_t origin = x * g.lambda - g.shift;  // the location of mask column 0
     if (g.lambda == 1) return read_diagonal(sum, origin, target);
 
-    const A* const padding = places.data() + 2 * length;
+    const A* const padding = locations.data() + 2 * length;
     const A* low = padding;
     for (int64_t q = -1; q < g.side; ++q) {
       const A* high = padding;
@@ -54,13 +52,13 @@ class WindowForward {
   // lambda == 1: each mask column reads a channel of its own.
   void read_diagonal(const RowSum<T>& sum, int64_t origin, T* target) const {
     for (int64_t u = 0; u < g.side; ++u) {
-      A value = read_place(sum, u, origin + u);
-      if (g.averages) value = A(0.5) * (value + read_place(sum, u, origin + u + 1));
+      A value = read_location(sum, u, origin + u);
+      if (g.averages) value = A(0.5) * (value + read_location(sum, u, origin + u + 1));
       store(target + u, value);
     }
   }
 
-  A read_place(const RowSum<T>& sum, int64_t u, int64_t w) const {
+  A read_location(const RowSum<T>& sum, int64_t u, int64_t w) const {
     if (w < 0 || w >= g.width) return pad;
     A value = sum.constant;
     for (int k = 0; k < sum.count; ++k)
@@ -68,14 +66,14 @@ class WindowForward {
     return value;
   }
 
-  // The places of channel `u` for the mask columns that read it.
+  // Returns the locations of channel `u` for the mask columns that read it.
   const A* read_channel(const RowSum<T>& sum, int64_t u, int64_t origin, int64_t slot) {
-    A* buffer = places.data() + slot * length;
+    A* buffer = locations.data() + slot * length;
     const int64_t first = origin + (u - 1) * g.lambda + channel.middle;
     const int64_t size = 2 * g.lambda + int64_t(g.averages);
     const int64_t begin = clamp(-first, 0, size), end = clamp(g.width - first, begin, size);
     fill_row(buffer, pad, begin);
-    // The mask rows to come read the places below, a cache line or two in each channel.
+    // The next mask rows read the locations below: one or two cache lines of each channel.
     fetch_rows(sum, 0, 4, 2 * in.y + u * in.c + (first + begin) * in.x, end - begin);
     sum_rows(buffer + begin, sum, u * in.c + (first + begin) * in.x, end - begin, in.x);
     fill_row(buffer + end, pad, size - end);
@@ -84,7 +82,7 @@ class WindowForward {
     return buffer;
   }
 
-  // The mask columns between the channels q and q + 1.
+  // Writes the mask columns between the channels q and q + 1.
   void mix(int64_t q, const A* low, const A* high, T* target) const {
     const int64_t origin = q * g.lambda + channel.middle;
     const int64_t begin = clamp(-origin, 0, g.lambda);
@@ -98,7 +96,7 @@ class WindowForward {
   const A pad;
   const ChannelWeights<A> channel;
   int64_t length;
-  std::vector<A> places;
+  std::vector<A> locations;
 };
 
 template <typename T>
@@ -113,7 +111,7 @@ void windows_forward(
   });
 }
 
-// One channel of one image: all that arrives there, window after window.
+// Sums the gradients of one channel of one image, window after window.
 template <typename T>
 class WindowBackward {
  public:
@@ -138,20 +136,20 @@ class WindowBackward {
   }
 
  private:
-  // `grad`'s (y, x) are mask rows and columns, its n is the window.
+  // The steps y, x and n of `grad` are those of mask rows, mask columns and windows.
   void add_window(const T* masks, int64_t y, int64_t x, int64_t v, int64_t u, A* sums) {
-    // Mask rows and columns that read this channel, and their places.
+    // Mask rows and columns that read this channel, and their locations.
     const int64_t row = (v - 1) * g.lambda + channel.middle;
     const int64_t row_begin = clamp(row, 0, g.out_side);
     const int64_t row_end = clamp(row + 2 * g.lambda, 0, g.out_side);
     const int64_t column = (u - 1) * g.lambda + channel.middle;
     const int64_t column_begin = clamp(column, 0, g.out_side);
     const int64_t size = clamp(column + 2 * g.lambda, 0, g.out_side) - column_begin;
-    const int64_t to_row = g.shift - y * g.lambda;  // mask row = place + to_row
-    const int64_t place = column_begin - g.shift + x * g.lambda;
+    const int64_t to_row = g.shift - y * g.lambda;  // mask row = location + to_row
+    const int64_t location = column_begin - g.shift + x * g.lambda;
     const int64_t extra = int64_t(g.averages);
-    const int64_t begin = clamp(-place, 0, size + extra);
-    const int64_t end = clamp(g.width - place, begin, size + extra);
+    const int64_t begin = clamp(-location, 0, size + extra);
+    const int64_t end = clamp(g.width - location, begin, size + extra);
     if (begin == end) return;
 
     const int64_t h_end = clamp(row_end - to_row + extra, 0, g.height);
@@ -168,7 +166,7 @@ class WindowBackward {
       sum_rows(values, sum, column_begin * grad.x, size, grad.x);
       const A* weight = channel.weight.data() + column_begin - column;
       for (int64_t i = 0; i < size; ++i) values[i] *= weight[i];
-      A* to = sums + h * g.width + place;
+      A* to = sums + h * g.width + location;
       if (g.averages) {
         values[size] = A(0);
         for (int64_t i = begin; i < end; ++i) to[i] += values[i] + values[i - 1];
@@ -184,7 +182,7 @@ class WindowBackward {
   std::vector<A> line, plane;
 };
 
-// `order` holds the numbers of the windows, image after image, and `starts` where each begins.
+// `order` holds the indices of the windows, sorted by image; `starts` is where each image begins.
 template <typename T>
 void windows_backward(
     const Geometry& g, View<const T> grad, const int64_t* windows, const int64_t* order,

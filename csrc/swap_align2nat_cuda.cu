@@ -1,4 +1,5 @@
-// swap_align2nat on CUDA: checks, memory, launches. Nothing here waits for the device.
+// swap_align2nat on CUDA: operators that check arguments, allocate results and launch kernels. They
+// do not wait for the device.
 
 #include "swap_align2nat_checks.h"
 
@@ -48,8 +49,8 @@ cudaStream_t stream_of(const Tensor& tensor) {
 }
 
 unsigned int grid(int64_t blocks) {
-  require(blocks <= std::numeric_limits<int32_t>::max(), "the tensor is too large for one launch: ",
-          blocks, " blocks are needed; divide the batch");
+  require(blocks <= std::numeric_limits<int32_t>::max(),
+          "the tensor is too large for one launch: it needs ", blocks, " blocks; divide the batch");
   return static_cast<unsigned int>(blocks);
 }
 

@@ -1,4 +1,4 @@
-// The CUDA kernels at every window, forward and backward.
+// The CUDA kernels for all windows, forward and backward.
 
 #pragma once
 
@@ -9,12 +9,12 @@ namespace cuda {
 
 // ---- dense, forward ----
 
-// How the blocks of a dense kernel cut the work: `numbers` along H times `tiles` along W of
-// `tile` windows (forward) or places (backward) times `parts` of the channels, for each image.
+// How a dense kernel is divided into blocks, for each image: `numbers` along H, times `tiles` along
+// W of `tile` windows (forward) or locations (backward), times `parts` of the channels.
 struct Cut {
   int64_t numbers;
   int tiles, tile, parts;
-  int length;  // place numbers of a tile, and so values of a channel in shared memory
+  int length;  // location numbers of a tile: values of a channel in shared memory
 
   TENSORMASK_HOST_DEVICE int64_t blocks(int64_t num_images) const {
     return num_images * numbers * tiles * parts;
@@ -29,7 +29,7 @@ Cut cut_forward(const Geometry& g) {
   const int64_t room = MAX_SHARED_BYTES / int64_t(sizeof(A)) - g.lambda;
   const int64_t length = (room / g.side - 2) * 32 / 33;
   int64_t tile = (length - 1) / g.lambda;
-  if (tile < 1) return {0, 0, 0, 0, 0};  // too large a lambda: no shared memory
+  if (tile < 1) return {0, 0, 0, 0, 0};  // lambda is too large for shared memory
   const int64_t tiles = (windows + tile - 1) / tile;
   tile = (windows + tiles - 1) / tiles;
   const int64_t parts = (g.side + CHANNELS_AT_ONCE - 1) / CHANNELS_AT_ONCE;
@@ -43,8 +43,8 @@ int64_t shared_bytes(const Geometry& g, const Cut& cut) {
   return (g.lambda + g.side * (skewed(cut.length) + 1)) * int64_t(sizeof(A));
 }
 
-// Sums of rows into `shared` for all channels u and the places [first, first + length); places
-// outside of the map get `pad`.
+// Writes sums of rows to `shared`, for all channels u and the locations [first, first + length).
+// Locations outside of the input get `pad`.
 template <typename T, typename A>
 TENSORMASK_DEVICE void sum_into(
     const Geometry& g, const View<const T>& in, const Rows<T, A>& rows, A pad, int first, int length,
@@ -56,10 +56,10 @@ TENSORMASK_DEVICE void sum_into(
   const bool any = rows.any();
   bool vectors = in.x == 1 && in.c % SIZE == 0;
 #pragma unroll
-  for (int k = 0; k < 4; ++k)  // a row that is not there is at 0
+  for (int k = 0; k < 4; ++k)  // an unused row is a null pointer
     vectors = vectors && reinterpret_cast<uintptr_t>(rows.row[k]) % 16 == 0;
   if (vectors) {
-    // In steps of whole vectors from an aligned place; the rim is filled by value.
+    // In steps of vectors from an aligned location; the rest is read value by value.
     const int start = first >= 0 ? first / SIZE * SIZE : -((-first + SIZE - 1) / SIZE * SIZE);
     const int count = (first + length - start + SIZE - 1) / SIZE;
     for (int t = threadIdx.x; t < side * count; t += blockDim.x) {
@@ -82,7 +82,7 @@ TENSORMASK_DEVICE void sum_into(
     }
     return;
   }
-  // Neighbouring threads read neighbouring memory: along u where channels lie side by side.
+  // Neighboring threads read neighboring memory: along u if channels are contiguous.
   const bool along_channels = in.c == 1;
   for (int t = threadIdx.x; t < side * length; t += blockDim.x) {
     const int u = along_channels ? t % side : t / length;
@@ -113,7 +113,7 @@ TENSORMASK_KERNEL void dense_forward(Geometry g, View<const T> in, T* out, doubl
   const int r_y = static_cast<int>(number % lambda);
   const int64_t window_y = number / lambda;  // y + q
 
-  // Lanes of a warp go along x, or share rows of several u where these are short.
+  // Lanes of a warp go along x. If rows are short, a warp takes rows of several u.
   const int lanes = g.out_width > 16 ? 32 : (g.out_width > 8 ? 16 : 8);
   const int lane = threadIdx.x % lanes, line = threadIdx.x / lanes, lines = blockDim.x / lanes;
   const int q_end = min(side, (part + 1) * CHANNELS_AT_ONCE);
@@ -153,7 +153,7 @@ TENSORMASK_KERNEL void dense_forward(Geometry g, View<const T> in, T* out, doubl
   }
 }
 
-// ---- dense, backward: each input value gathered from the outputs that it went to ----
+// ---- dense, backward: each input value is gathered from the outputs that read it ----
 
 template <typename T>
 Cut cut_backward(const Geometry& g) {
@@ -168,7 +168,7 @@ Cut cut_backward(const Geometry& g) {
   return {g.height, int(tiles), int(tile), int(parts), int(tile + g.averages)};
 }
 
-// The rows of the output, at u = 0, that mask row `v` at place `h` of the input went to.
+// Returns the rows of the output, at u = 0, that read mask row `v` at location `h` of the input.
 template <typename T, typename A>
 TENSORMASK_HOST_DEVICE Rows<T, A> rows_written(
     const Geometry& g, const View<const T>& grad, int64_t n, int v, int h) {
@@ -212,7 +212,7 @@ TENSORMASK_KERNEL void dense_backward(Geometry g, View<const T> grad, T* out, Cu
   block /= cut.tiles;
   const int h = static_cast<int>(block % cut.numbers);
   const int64_t n = block / cut.numbers;
-  // The place numbers along W that the tile reads, and their windows.
+  // The location numbers along W that the tile reads, and their windows.
   const int begin = first - int(g.averages) + static_cast<int>(g.shift);
   const int first_window = begin / lambda;
   const int windows = (begin + cut.length - 1) / lambda - first_window + 1;
@@ -240,7 +240,7 @@ TENSORMASK_KERNEL void dense_backward(Geometry g, View<const T> grad, T* out, Cu
         A sum = A(0);
         for (int i = 0; i <= int(g.averages); ++i) {
           const int number = w - i + static_cast<int>(g.shift), r = number % lambda;
-          const int q = u - (2 * r + 1 < lambda ? -1 : 0);  // the one whose lower channel is u
+          const int q = u - (2 * r + 1 < lambda ? -1 : 0);  // its lower channel is u
           const A fraction = fractions[r];
           const int at = skewed(number - begin);
           if (q < side) sum += (A(1) - fraction) * shared[q * pitch + at];

@@ -1,4 +1,4 @@
-// Rows of memory with their weights, which every CUDA kernel begins with.
+// Rows of memory with their weights, the first step of every CUDA kernel.
 
 #pragma once
 
@@ -8,7 +8,7 @@ namespace tensormask {
 namespace cuda {
 
 constexpr int THREADS = 256;
-constexpr int CHANNELS_AT_ONCE = 4;  // that a block goes through
+constexpr int CHANNELS_AT_ONCE = 4;  // per block
 constexpr int MAX_SHARED_BYTES = 48 * 1024;
 constexpr int WINDOW_THREADS = 128;
 
@@ -21,14 +21,14 @@ struct Accumulate<double> {
   using type = double;
 };
 
-// Values that are read by one instruction.
+// Values that one instruction reads.
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int SIZE = 16 / sizeof(T);
   T value[SIZE];
 };
 
-// As `row_taps`, without divisions in 64 bits.
+// As `row_taps`, without 64-bit divisions.
 template <typename A>
 struct Taps {
   int lower;
@@ -45,8 +45,8 @@ TENSORMASK_HOST_DEVICE inline Taps<A> taps_of(int r, int lambda) {
 
 TENSORMASK_HOST_DEVICE inline int skewed(int i) { return i + (i >> 5); }
 
-// Four rows of memory with their weights; one of weight 0 is not there. Every place in the arrays
-// is known when this is compiled, so that they lie in registers.
+// Four rows of memory with their weights; a row of weight 0 is unused. All indices into the arrays
+// are known at compile time, so that the arrays are kept in registers.
 template <typename T, typename A>
 struct Rows {
   const T* row[4] = {};
@@ -82,23 +82,23 @@ struct Rows {
   }
 };
 
-// The rows of the input that mask row `v` of a window in row `y` reads, at channel u = 0.
+// Returns the rows of the input, at channel u = 0, that mask row `v` of a window in row `y` reads.
 template <typename T, typename A>
 TENSORMASK_HOST_DEVICE Rows<T, A> rows_read(
     const Geometry& g, const View<const T>& in, int64_t n, int v, int64_t y) {
   Rows<T, A> rows;
   const int lambda = static_cast<int>(g.lambda);
-  const int64_t place = y * lambda + v - g.shift;
+  const int64_t location = y * lambda + v - g.shift;
   const Taps<A> taps = taps_of<A>(v % lambda, lambda);
   const A share = g.averages ? A(0.5) : A(1);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (i > int(g.averages) || place + i < 0 || place + i >= g.height) continue;
+    if (i > int(g.averages) || location + i < 0 || location + i >= g.height) continue;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int channel = v / lambda + taps.lower + j;
       if (channel < 0 || channel >= g.side) continue;
-      rows.row[2 * i + j] = in.data + n * in.n + channel * g.side * in.c + (place + i) * in.y;
+      rows.row[2 * i + j] = in.data + n * in.n + channel * g.side * in.c + (location + i) * in.y;
       rows.weight[2 * i + j] = share * (j ? taps.fraction : A(1) - taps.fraction);
     }
   }

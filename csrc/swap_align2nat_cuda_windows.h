@@ -1,5 +1,5 @@
-// The CUDA kernels at chosen windows; and at all of them where shared memory is too small, value by
-// value.
+// The CUDA kernels for chosen windows; and for all windows, if lambda is too large for shared
+// memory.
 
 #pragma once
 
@@ -10,7 +10,7 @@ namespace cuda {
 
 // ---- at windows ----
 
-// The output value at mask column `u` of a window in column `x`, of a mask row with these `rows`.
+// Returns the output value at mask column `u` of a window in column `x`, from a mask row's `rows`.
 template <typename T, typename A>
 TENSORMASK_HOST_DEVICE A value_at(
     const Geometry& g, const View<const T>& in, const Rows<T, A>& rows, A constant, A pad, int u,
@@ -18,7 +18,7 @@ TENSORMASK_HOST_DEVICE A value_at(
   const int lambda = static_cast<int>(g.lambda);
   const int q = u / lambda;
   const Taps<A> taps = taps_of<A>(u - q * lambda, lambda);
-  const int64_t place = x * lambda + u - g.shift;
+  const int64_t location = x * lambda + u - g.shift;
   A values[2] = {pad, pad};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -26,8 +26,8 @@ TENSORMASK_HOST_DEVICE A value_at(
     if (channel < 0 || channel >= g.side || (j && taps.fraction == A(0))) continue;
     A sum = A(0);
     for (int i = 0; i <= int(g.averages); ++i) {
-      const bool inside = place + i >= 0 && place + i < g.width;
-      sum += inside ? constant + rows.at(channel * in.c + (place + i) * in.x) : pad;
+      const bool inside = location + i >= 0 && location + i < g.width;
+      sum += inside ? constant + rows.at(channel * in.c + (location + i) * in.x) : pad;
     }
     values[j] = g.averages ? A(0.5) * sum : sum;
   }
@@ -35,7 +35,7 @@ TENSORMASK_HOST_DEVICE A value_at(
   return values[0] + taps.fraction * (values[1] - values[0]);
 }
 
-// Only the device can see whether a window is on the grid; one that is not reads padding.
+// Only the device can check whether a window is on the grid; outside of it, padding is read.
 TENSORMASK_HOST_DEVICE inline bool on_grid(const Geometry& g, const int64_t* window) {
   return window[0] >= 0 && window[0] < g.num_images && window[1] >= 0 &&
       window[1] < g.out_height && window[2] >= 0 && window[2] < g.out_width;
@@ -60,7 +60,7 @@ TENSORMASK_KERNEL void windows_forward(
     target[u] = static_cast<T>(any ? value_at(g, in, rows, constant, pad, u, x) : pad);
 }
 
-// The dense operation where lambda is too large for shared memory: a block for each output row.
+// The dense operation if lambda is too large for shared memory. A block for each output row.
 template <typename T>
 TENSORMASK_KERNEL void dense_forward_directly(Geometry g, View<const T> in, T* out, double padding) {
   using A = typename Accumulate<T>::type;
@@ -82,8 +82,8 @@ TENSORMASK_KERNEL void dense_forward_directly(Geometry g, View<const T> in, T* o
 
 // ---- backward at windows ----
 
-// Which windows stand at each place of the grid: `head` has the number of the first, and `next`
-// of the one after each, in their order; -1 ends. Both hold int64, as windows do.
+// Links the windows at each location of the grid: `head` holds the index of the first window, and
+// `next` the index of the one after each window, in their order; -1 is the end.
 TENSORMASK_KERNEL void link_windows(
     Geometry g, const int64_t* windows, int64_t count, int64_t* head, int64_t* next) {
   const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -99,8 +99,8 @@ TENSORMASK_KERNEL void link_windows(
   if (before == k && on_grid(g, windows + k * 3)) head[(n * g.out_height + y) * g.out_width + x] = k;
 }
 
-// What one axis of the input value (channel, place) went to: four pairs of a window on the grid and
-// a mask row, and their weights; a pair of weight 0 is not there.
+// Which outputs read the input value (channel, location) along one axis: four pairs of a window on
+// the grid and a mask row, with their weights; a pair of weight 0 is unused.
 template <typename A>
 struct Readers {
   int window[4] = {}, mask_row[4] = {};
@@ -109,14 +109,14 @@ struct Readers {
 
 template <typename A>
 TENSORMASK_HOST_DEVICE Readers<A> readers_of(
-    const Geometry& g, int channel, int place, int64_t num_windows) {
+    const Geometry& g, int channel, int location, int64_t num_windows) {
   Readers<A> readers;
   const int lambda = static_cast<int>(g.lambda);
   const A share = g.averages ? A(0.5) : A(1);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (i > int(g.averages)) continue;
-    const int number = place - i + static_cast<int>(g.shift);
+    const int number = location - i + static_cast<int>(g.shift);
     const int r = number % lambda;
     const Taps<A> taps = taps_of<A>(r, lambda);
 #pragma unroll
@@ -132,8 +132,8 @@ TENSORMASK_HOST_DEVICE Readers<A> readers_of(
   return readers;
 }
 
-// Writes the row (n, v, u, h) of the input that belongs to a block: sums what `read` returns for an
-// image, a window's row and column, and a mask's row and column.
+// Writes the block's row (n, v, u, h) of the input: sums the results of `read`, whose arguments are
+// the image, the window's row and column, and the mask's row and column.
 template <typename T, typename F>
 TENSORMASK_DEVICE void gather_row(const Geometry& g, T* out, const F& read) {
   using A = typename Accumulate<T>::type;
@@ -175,7 +175,7 @@ TENSORMASK_KERNEL void windows_backward(
   });
 }
 
-// The dense operation backward where masks are too large for shared memory.
+// The dense operation backward, if masks are too large for shared memory.
 template <typename T>
 TENSORMASK_KERNEL void dense_backward_directly(Geometry g, View<const T> grad, T* out) {
   using A = typename Accumulate<T>::type;

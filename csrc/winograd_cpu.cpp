@@ -1,5 +1,5 @@
-// Winograd's F(4x4, 3x3) on the CPU: the operators that cut maps into tiles and put them together
-// again. tensormask/layers/winograd.py says what the 36 matrices are for, and multiplies them.
+// Winograd's F(4x4, 3x3) on the CPU: the operators that cut feature maps into tiles and assemble
+// them. tensormask/layers/winograd.py explains the 36 matrices, and multiplies them.
 
 #include "cpu_isa.h"
 #include "swap_align2nat_checks.h"
@@ -14,14 +14,14 @@ namespace tensormask {
 namespace {
 
 using winograd::Chunk;
-using winograd::Map;
+using winograd::FeatureMap;
 
-constexpr int64_t TILES_AT_ONCE = 8;  // that a thread takes at least
+constexpr int64_t TILES_AT_ONCE = 8;  // that a thread takes, at least
 
-// Whether `map` is in channels_last, and `matrices` is (36, images, rows, columns, channels) of it.
+// Requires that `map` is in channels_last, and `matrices` (36, images, rows, columns, channels).
 Chunk check(const Tensor& map, const Tensor& matrices, int64_t image, int64_t row) {
   require(map.dim() == 4 && (map.stride(1) == 1 || map.size(1) == 1),
-          "maps must be (N, C, H, W) in channels_last");
+          "feature maps must be (N, C, H, W) in channels_last");
   require(matrices.dim() == 5 && matrices.is_contiguous() && matrices.size(0) == 36 &&
               matrices.size(4) == map.size(1),
           "matrices must be (36, images, rows, columns, ", map.size(1), "), contiguous, got ",
@@ -29,14 +29,14 @@ Chunk check(const Tensor& map, const Tensor& matrices, int64_t image, int64_t ro
   const ScalarType type = map.scalar_type();
   require((type == ScalarType::Float || type == ScalarType::Double) &&
               type == matrices.scalar_type(),
-          "maps and matrices must be of one dtype, float32 or float64, got ", dtype_name(map),
-          " and ", dtype_name(matrices));
+          "feature maps and matrices must have the same dtype, float32 or float64, got ",
+          dtype_name(map), " and ", dtype_name(matrices));
   require(image >= 0 && row >= 0, "image and row must not be negative");
   return {matrices.size(2), matrices.size(3), map.size(1), image, row, matrices.stride(0)};
 }
 
 template <typename T>
-Map<T> map_of(const Tensor& x, T* data) {
+FeatureMap<T> map_of(const Tensor& x, T* data) {
   return {data, x.stride(0), x.stride(2), x.stride(3), x.size(0), x.size(2), x.size(3)};
 }
 
@@ -82,7 +82,7 @@ void output(
   const Chunk chunk = check(out, matrices, image, row);
   require(!bias || (bias->is_contiguous() && bias->numel() == chunk.channels &&
                     bias->scalar_type() == out.scalar_type()),
-          "the bias must have a value for each channel");
+          "the bias must have one value per channel, in the dtype of the results");
   for_tiles(matrices, [&](auto* type, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
     CALL(winograd_output, read<T>(matrices), bias ? read<T>(*bias) : nullptr, chunk,

@@ -1,6 +1,6 @@
-// Winograd's F(4x4, 3x3) on the CPU: values of tiles to 36 matrices of them, and back. Like
-// swap_align2nat_cpu_kernels.h, a file for each instruction set includes this one within a namespace
-// of its own. A step takes a cache line of channels through all of a tile.
+// Winograd's F(4x4, 3x3) on the CPU: transform tiles to the 36 matrices and back. As with
+// swap_align2nat_cpu_kernels.h, one file for each instruction set includes this file in its own
+// namespace. A step transforms one cache line of channels of a tile.
 
 template <typename T>
 struct Lanes {
@@ -10,7 +10,7 @@ struct Lanes {
 template <typename T>
 using Line = typename Lanes<T>::type;
 
-// What is beyond the channels, and nowhere (null), is 0.
+// Values beyond the last channel, and at a null pointer, are 0.
 template <typename T>
 inline void load(const T* from, int64_t channel, int64_t channels, Line<T>& line) {
   if (from != nullptr && channels - channel >= Lanes<T>::COUNT) {
@@ -75,7 +75,7 @@ struct TimesATransposed {
   }
 };
 
-// M d M^T of what `read` sets, value by value of a tile; `write` gets the result.
+// Computes M d M^T of a tile: `read` sets each value of d, `write` gets each value of the result.
 template <typename M, typename T, typename Read, typename Write>
 inline void both_sides(Read read, Write write) {
   Line<T> half[M::TO][M::FROM], in[M::FROM], out[M::TO > M::FROM ? M::TO : M::FROM];
@@ -90,14 +90,14 @@ inline void both_sides(Read read, Write write) {
   }
 }
 
-// Tiles of a map to the 36 matrices (tiles, channels).
+// Transforms tiles of a feature map to the 36 matrices (tiles, channels).
 template <typename M, typename T>
 inline void spread(
-    const winograd::Map<const T>& map, int64_t padding, const winograd::Chunk& chunk, T* matrices,
-    int64_t begin, int64_t end) {
+    const winograd::FeatureMap<const T>& map, int64_t padding, const winograd::Chunk& chunk,
+    T* matrices, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     int64_t n, y, x;
-    chunk.place(tile, &n, &y, &x);
+    chunk.locate(tile, &n, &y, &x);
     const T* from[M::FROM][M::FROM];
     for (int64_t i = 0; i < M::FROM; ++i)
       for (int64_t j = 0; j < M::FROM; ++j)
@@ -112,14 +112,14 @@ inline void spread(
   }
 }
 
-// The 36 matrices (tiles, channels) to the results of tiles, `bias` added, on their map.
+// Transforms the 36 matrices (tiles, channels) to results of tiles, adds `bias`, and stores them.
 template <typename T>
 inline void gather(
-    const T* matrices, const T* bias, const winograd::Chunk& chunk, const winograd::Map<T>& map,
-    int64_t begin, int64_t end) {
+    const T* matrices, const T* bias, const winograd::Chunk& chunk,
+    const winograd::FeatureMap<T>& map, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     int64_t n, y, x;
-    chunk.place(tile, &n, &y, &x);
+    chunk.locate(tile, &n, &y, &x);
     T* to[winograd::RESULTS][winograd::RESULTS];
     for (int64_t i = 0; i < winograd::RESULTS; ++i)
       for (int64_t j = 0; j < winograd::RESULTS; ++j) to[i][j] = map.at(n, y + i, x + j);
@@ -142,21 +142,21 @@ inline void gather(
 
 template <typename T>
 void winograd_input(
-    const winograd::Map<const T>& map, int64_t padding, const winograd::Chunk& chunk, T* matrices,
-    int64_t begin, int64_t end) {
+    const winograd::FeatureMap<const T>& map, int64_t padding, const winograd::Chunk& chunk,
+    T* matrices, int64_t begin, int64_t end) {
   spread<TimesB>(map, padding, chunk, matrices, begin, end);
 }
 
 template <typename T>
 void winograd_grad(
-    const winograd::Map<const T>& map, const winograd::Chunk& chunk, T* matrices, int64_t begin,
-    int64_t end) {
+    const winograd::FeatureMap<const T>& map, const winograd::Chunk& chunk, T* matrices,
+    int64_t begin, int64_t end) {
   spread<TimesA>(map, 0, chunk, matrices, begin, end);
 }
 
 template <typename T>
 void winograd_output(
-    const T* matrices, const T* bias, const winograd::Chunk& chunk, const winograd::Map<T>& map,
-    int64_t begin, int64_t end) {
+    const T* matrices, const T* bias, const winograd::Chunk& chunk,
+    const winograd::FeatureMap<T>& map, int64_t begin, int64_t end) {
   gather(matrices, bias, chunk, map, begin, end);
 }

@@ -1,7 +1,7 @@
-"""Tensors in, tensors out: the paper's 4D-tensor operations; masks into windows and back.
+"""Tensors in, tensors out: the paper's operations on 4D tensors, and masks cropped and pasted.
 
-The composition that defines swap_align2nat is ``representation.swap_align2nat``; the name here is
-the operation that the model runs, compiled where it can be.
+`swap_align2nat` here is the operation that the model runs, compiled where possible; the
+composition that the paper defines it by is ``representation.swap_align2nat``.
 """
 
 from tensormask.layers._native import op_backend

@@ -1,7 +1,7 @@
-"""What swap_align2nat refuses, in one place: public functions, fake kernels and reference.
+"""Argument checks of swap_align2nat, for its public functions, fake kernels and reference.
 
-``csrc/swap_align2nat_checks.h`` says the same in the same words to who calls the operators
-themselves.
+The operators in C++ make the same checks with the same messages, in
+``csrc/swap_align2nat_checks.h``.
 """
 
 import math
@@ -15,30 +15,26 @@ _DTYPES_TEXT = "float64, float32, float16 or bfloat16"
 
 
 def check_input(x: Tensor, lambda_val: int) -> int:
-    """The side V == U of the input's masks.
+    """Return the side V == U of the input's masks.
 
     Raises:
-        ValueError: ``x`` is not 4D of a supported dtype, its channels are no square, or
-            ``lambda_val`` is no integer >= 1.
+        ValueError: ``x`` is not 4D of a supported dtype, its number of channels is not a square, or
+            ``lambda_val`` is not an integer >= 1.
     """
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(
             f"x must be a floating tensor (N, V*U, H, W), {_DTYPES_TEXT}, "
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
-    check_lambda(lambda_val)
-    side = _square_root(x.shape[1])
+    _check_lambda(lambda_val)
+    side = side_of(x.shape[1])
     if side == 0 or side * side != x.shape[1]:
         raise ValueError(f"the channels of x must be a square V*U with V == U, got {x.shape[1]}")
     return side
 
 
-def check_lambda(lambda_val: int) -> None:
-    if not isinstance(lambda_val, int) or lambda_val < 1:
-        raise ValueError(f"lambda_val must be an integer >= 1, got {lambda_val!r}")
-
-
 def check_windows(x: Tensor, windows: Tensor) -> None:
+    """Check everything about the windows except their values."""
     if windows.dim() != 2 or windows.shape[1] != 3 or windows.dtype != torch.int64:
         raise ValueError(
             "windows must be int64 of shape (K, 3), rows (n, y, x), "
@@ -49,25 +45,24 @@ def check_windows(x: Tensor, windows: Tensor) -> None:
 
 
 def check_inside(x: Tensor, windows: Tensor, lambda_val: int) -> None:
-    """Looks at the windows' values: for windows in host memory."""
+    """Check that windows in host memory are on the coarse grid."""
     num_images, _, height, width = x.shape
-    limit = [num_images, -(-height // lambda_val), -(-width // lambda_val)]
-    outside = ((windows < 0) | (windows >= torch.tensor(limit))).any(1)
+    grid = [num_images, -(-height // lambda_val), -(-width // lambda_val)]
+    outside = ((windows < 0) | (windows >= torch.tensor(grid))).any(1)
     if outside.any():
-        raise ValueError(
-            f"window (n, y, x) = {windows[outside][0].tolist()} lies outside of the grid {limit}"
-        )
+        window = windows[outside][0].tolist()
+        raise ValueError(f"window (n, y, x) = {window} is outside of the grid {grid}")
 
 
 def check_grad(grad: Tensor, lambda_val: int, height: int, width: int) -> int:
-    """The side V == U of the input's masks, from the gradient of the dense result."""
-    check_lambda(lambda_val)
+    """Return the side V == U of the input's masks, from the gradient of the dense result."""
+    _check_lambda(lambda_val)
     if grad.dim() != 4 or grad.dtype not in DTYPES:
         raise ValueError(
             f"grad must be a floating tensor (N, lambda*V * lambda*U, H', W'), {_DTYPES_TEXT}, "
             f"got {grad.dtype} of shape {tuple(grad.shape)}"
         )
-    side = _square_root(grad.shape[1]) // lambda_val
+    side = side_of(grad.shape[1]) // lambda_val
     out_height, out_width = -(-height // lambda_val), -(-width // lambda_val)
     expected = ((side * lambda_val) ** 2, out_height, out_width)
     if side == 0 or tuple(grad.shape[1:]) != expected:
@@ -76,8 +71,8 @@ def check_grad(grad: Tensor, lambda_val: int, height: int, width: int) -> int:
 
 
 def check_grad_at(grad: Tensor, lambda_val: int, height: int, width: int) -> int:
-    """The side V == U of the input's masks, from the gradient of masks at windows."""
-    check_lambda(lambda_val)
+    """Return the side V == U of the input's masks, from the gradient of masks at windows."""
+    _check_lambda(lambda_val)
     if grad.dim() != 3 or grad.dtype not in DTYPES:
         raise ValueError(
             f"grad must be a floating tensor (K, lambda*V, lambda*U), {_DTYPES_TEXT}, "
@@ -89,13 +84,21 @@ def check_grad_at(grad: Tensor, lambda_val: int, height: int, width: int) -> int
     return side
 
 
+def side_of(channels: int) -> int:
+    """Return the square root of a number of channels, rounded down.
+
+    ``index`` makes the number a constant of a traced graph, as the op needs it.
+    """
+    return math.isqrt(operator.index(channels))
+
+
+def _check_lambda(lambda_val: int) -> None:
+    if not isinstance(lambda_val, int) or lambda_val < 1:
+        raise ValueError(f"lambda_val must be an integer >= 1, got {lambda_val!r}")
+
+
 def _grad_error(grad: Tensor, lambda_val: int, height: int, width: int) -> ValueError:
     return ValueError(
-        f"grad of shape {tuple(grad.shape)} is none of lambda_val {lambda_val} for a map of "
+        f"grad of shape {tuple(grad.shape)} does not fit lambda_val {lambda_val} and an input of "
         f"height {height} and width {width}"
     )
-
-
-def _square_root(value: int) -> int:
-    """Rounded down. ``index`` fixes the number of channels in a traced graph: the op needs it."""
-    return math.isqrt(operator.index(value))

@@ -1,4 +1,4 @@
-"""The compiled op: loaded once, at import; what was found, and why not more."""
+"""Load the compiled op once, at import, and choose between it and plain PyTorch."""
 
 import contextlib
 import logging
@@ -14,27 +14,28 @@ _NEWEST_OP = "winograd_output"
 
 
 def _load() -> tuple[Path | None, str]:
-    """The library beside the package and nothing, or nothing and the reason."""
+    """Return the path of the compiled library, or the reason why it cannot be used."""
     package = Path(__file__).parent.parent
-    found = sorted(path for path in package.glob("_C*") if path.suffix in (".so", ".pyd"))
-    if not found:
+    libraries = sorted(path for path in package.glob("_C*") if path.suffix in (".so", ".pyd"))
+    if not libraries:
         return None, (
             f"no compiled library (_C*.so) in {package}: build it with "
             "'pip install --no-build-isolation --no-deps -e .' in the repository"
         )
+    library = libraries[0]
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(library)
     except OSError as error:
         return None, (
-            f"{found[0]} does not load under PyTorch {torch.__version__} (it needs 2.11 or newer, "
-            f"of the machine it was built for): {error}"
+            f"{library} does not load with PyTorch {torch.__version__} (it needs PyTorch 2.11 or "
+            f"newer, and the kind of machine that it was built on): {error}"
         )
     if not hasattr(torch.ops.tensormask, _NEWEST_OP):
-        return None, f"{found[0]} was built from older sources: build it again"
-    return found[0], ""
+        return None, f"{library} was built from older sources: build it again"
+    return library, ""
 
 
-# Before anything is compiled by torch.compile: loading in a first call would break the graph.
+# At import, because loading in a first call would break the graph of torch.compile.
 LIBRARY, REASON = _load()
 DEVICES = frozenset(
     {"meta"}.union(
@@ -46,12 +47,13 @@ DEVICES = frozenset(
     else ()
 )
 _backend = os.environ.get("TENSORMASK_OP", "auto")
-_said: set[str] = set()
+_warned_devices: set[str] = set()
 
 
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"TENSORMASK_OP must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        names = ", ".join(BACKENDS)
+        raise ValueError(f"the backend (TENSORMASK_OP) must be one of {names}, got {backend!r}")
 
 
 _check_backend(_backend)
@@ -59,16 +61,23 @@ _check_backend(_backend)
 
 @contextlib.contextmanager
 def op_backend(backend: str) -> Iterator[None]:
-    """Chooses what computes swap_align2nat, and `winograd.conv2d`, within a ``with`` block.
+    """Choose what computes swap_align2nat and `winograd.conv2d` within a ``with`` block.
 
     The environment variable ``TENSORMASK_OP`` chooses for the whole process.
 
     Args:
-        backend: "native" for the compiled op, an error where it is missing; "reference" for plain
-            PyTorch, with its own convolutions; "auto" for the compiled op where it is there.
+        backend: "native" for the compiled op, with an error where it is missing; "reference" for
+            plain PyTorch with its own convolutions; "auto" for the compiled op where it exists.
 
     Raises:
-        ValueError: the name is none of these.
+        ValueError: another name.
+
+    Example:
+        >>> import torch
+        >>> from tensormask.layers import op_backend, swap_align2nat
+        >>> with op_backend("reference"):
+        ...     swap_align2nat(torch.zeros(1, 9, 4, 4), 2).shape
+        torch.Size([1, 36, 2, 2])
     """
     global _backend
     _check_backend(backend)
@@ -80,19 +89,19 @@ def op_backend(backend: str) -> Iterator[None]:
 
 
 def use_native(device: str) -> bool:
-    """Whether the compiled op computes tensors on a type of device; says once where it cannot.
+    """Return whether the compiled op computes tensors on a device type; warn once if it cannot.
 
     Raises:
-        RuntimeError: the compiled op was asked for and is missing.
+        RuntimeError: the backend is "native" and the compiled op is missing.
     """
     if _backend == "reference":
         return False
     if device in DEVICES:
         return True
     if _backend == "native":
-        raise RuntimeError(f"the compiled op was asked for ('native'), but {why_not(device)}")
-    if not torch.compiler.is_compiling() and device not in _said:
-        _said.add(device)
+        raise RuntimeError(f"the backend 'native' needs the compiled op, but {why_not(device)}")
+    if not torch.compiler.is_compiling() and device not in _warned_devices:
+        _warned_devices.add(device)
         logging.getLogger(__name__).warning(
             "swap_align2nat runs in plain PyTorch, slower than compiled: %s", why_not(device)
         )
@@ -100,15 +109,15 @@ def use_native(device: str) -> bool:
 
 
 def describe(device: str) -> str:
-    """What computes swap_align2nat on a type of device, in a few words, for logs."""
+    """Describe in a few words, for logs, what computes swap_align2nat on a device type."""
     reason = why_not(device)
     if reason:
         return f"plain PyTorch: {reason}"
-    return "compiled" if _backend != "reference" else "plain PyTorch: it was asked for"
+    return "compiled" if _backend != "reference" else "plain PyTorch: the backend is 'reference'"
 
 
 def why_not(device: str) -> str:
-    """Why there is no compiled op on a type of device; empty where there is one."""
+    """Return why the compiled op is not available on a device type; empty if it is."""
     if device in DEVICES:
         return ""
     if LIBRARY is None:

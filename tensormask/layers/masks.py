@@ -1,4 +1,4 @@
-"""Masks into windows and back: targets are cropped, predictions are pasted into images."""
+"""Crop target masks to windows, paste predicted masks into images, and bound masks by boxes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-# Pixels of masks that are worked on at once: bounds what is floating to 128 MB.
+# Mask pixels computed at once: limits the floating copies to 128 MB.
 _MAX_PIXELS_AT_ONCE = 1 << 25
 
 
@@ -17,19 +17,26 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
 
     Args:
         masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in an image.
-        objects (Tensor[K]): int64, the object of each window; on the CPU, or on the device of
-            ``masks``, which is then waited for.
-        boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels, floating, beside
-            ``objects``; they may leave the image.
-        side: mask side, in mask pixels.
+        objects (Tensor[K]): int64, the object of each window. On the CPU, or on the device of
+            ``masks``; then the host waits for that device.
+        boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels, floating, on the device
+            of ``objects``. They may extend beyond the image.
+        side: side of the cropped masks, in mask pixels.
 
     Returns:
         Tensor[K, side, side]: bool, True where at least half of the mask pixel belongs to the
         object.
+
+    Example:
+        >>> masks = torch.zeros(1, 8, 8, dtype=torch.bool)
+        >>> masks[0, :4] = True  # the upper half of the image
+        >>> crop_masks(masks, torch.tensor([0]), torch.tensor([[0.0, 2.0, 4.0, 6.0]]), 2).int()
+        tensor([[[1, 1],
+                 [0, 0]]], dtype=torch.int32)
     """
     used, row = objects.unique(return_inverse=True)
     cropped = masks.new_empty(len(objects), side, side, dtype=torch.bool)
-    # Only masks that are used become floating, a bounded number of pixels at a time.
+    # Only the masks in use are converted to floating, a limited number of pixels at a time.
     num_masks = max(1, _MAX_PIXELS_AT_ONCE // max(1, masks[:1].numel()))
     for number, part in enumerate(used.split(num_masks)):
         start = number * num_masks
@@ -42,52 +49,59 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on a device; the host does not wait for a copy to a GPU."""
+    """Copy a tensor to a device; the host does not wait for a copy to a GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Paste masks into a frame: bilinear at pixel centres, 0 outside; the object is where >= 0.5.
+    """Paste masks into images: interpolate bilinearly at pixel centers, 0 outside of the mask.
 
     Args:
         masks (Tensor[K, V, U]): probabilities, floating; or a sequence of K Tensor[V, U] of any
             sizes.
-        boxes (Tensor[K, 4]): where each mask goes, ``(x0, y0, x1, y1)`` in pixels of the frame; may
-            leave it.
-        size: ``(height, width)`` of the frame.
+        boxes (Tensor[K, 4]): the box of each mask, ``(x0, y0, x1, y1)`` in pixels of the output
+            image. It may extend beyond the image.
+        size: ``(height, width)`` of the output image.
 
     Returns:
-        Tensor[K, height, width]: bool.
+        Tensor[K, height, width]: bool, True where the probability is >= 0.5.
+
+    Example:
+        >>> box = torch.tensor([[1.0, 0.0, 3.0, 2.0]])
+        >>> paste_masks(torch.ones(1, 2, 2), box, (3, 4)).int()
+        tensor([[[0, 1, 1, 0],
+                 [0, 1, 1, 0],
+                 [0, 0, 0, 0]]], dtype=torch.int32)
     """
     if boxes.device.type == "cpu":
-        # NumPy's zeros take up memory where something is written only: frames are mostly empty.
-        frames = torch.from_numpy(np.zeros((len(masks), *size), dtype=bool))
-        for frame, (x0, y0, region) in zip(frames, paste_regions(masks, boxes, size), strict=True):
-            frame[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+        # NumPy's zeros use memory only where something is written: pasted masks are mostly empty.
+        pasted = torch.from_numpy(np.zeros((len(masks), *size), dtype=bool))
+        for image, (x0, y0, region) in zip(pasted, paste_regions(masks, boxes, size), strict=True):
+            image[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
     else:
-        frames = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-        _paste_frames(masks, boxes, frames)
-    return frames
+        pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
+        _paste_whole(masks, boxes, pasted)
+    return pasted
 
 
-def _paste_frames(masks: Tensor | Sequence[Tensor], boxes: Tensor, frames: Tensor) -> None:
-    """`paste_masks` into whole frames, many at once: for a GPU, which waits for small work."""
-    height, width = frames.shape[1:]
-    num_frames = max(1, _MAX_PIXELS_AT_ONCE // (height * width))
+def _paste_whole(masks: Tensor | Sequence[Tensor], boxes: Tensor, pasted: Tensor) -> None:
+    """Paste into whole images, many at once: fast on a GPU, where small operations are slow."""
+    height, width = pasted.shape[1:]
+    num_masks = max(1, _MAX_PIXELS_AT_ONCE // (height * width))
     rows_per_shape: dict[torch.Size, list[int]] = {}
     for row, mask in enumerate(masks):
         rows_per_shape.setdefault(mask.shape, []).append(row)
     for rows in rows_per_shape.values():
-        for part in torch.tensor(rows).split(num_frames):
+        for part in torch.tensor(rows).split(num_masks):
             of_shape = torch.stack([masks[row] for row in part.tolist()])
-            part = to_device(part, frames.device)
-            frames[part] = _sample(of_shape, boxes[part], (0, 0, width, height))
+            part = to_device(part, pasted.device)
+            pasted[part] = _sample(of_shape, boxes[part], (0, 0, width, height))
 
 
 def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """Masks (K, V, U) in their boxes (K, 4), at the pixels of a region of the frame: (K, h, w)."""
+    """Sample masks (K, V, U) in boxes (K, 4) at the pixels of a region of the image: (K, h, w)."""
     x0, y0, x1, y1 = region
     xs = torch.arange(x0, x1, device=boxes.device, dtype=boxes.dtype) + 0.5
     ys = torch.arange(y0, y1, device=boxes.device, dtype=boxes.dtype) + 0.5
@@ -103,19 +117,19 @@ def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> 
 def paste_regions(
     masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Paste masks one at a time, each into the part of the frame that its box covers.
+    """Paste masks as `paste_masks`, but iterate over them and only fill the region of each box.
 
-    Nothing but the region at hand is in memory, whatever the number of masks and the frame.
+    Only one region is in memory at a time, for any number of masks and any image size.
 
     Args:
-        masks, boxes, size: as of `paste_masks`.
+        masks, boxes, size: as for `paste_masks`.
 
     Yields:
-        per mask ``(x0, y0, region)``: the corner in pixels of the frame, and Tensor[h, w] bool, all
-        of it inside the frame; outside of it the mask is empty.
+        ``(x0, y0, region)`` per mask: the region's corner in pixels of the output image, and the
+        region, Tensor[h, w] bool, clipped to the image. Outside of the region the mask is empty.
     """
     height, width = size
-    # Outside of its window a bilinear mask stays below 1/2; a pixel around it is for rounding.
+    # Outside of its box a bilinear mask is below 1/2; one more pixel allows for rounding.
     corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).long().tolist()
     for mask, box, (x0, y0, x1, y1) in zip(masks, boxes, corners, strict=True):
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
@@ -126,18 +140,18 @@ def paste_regions(
 
 
 def mask_boxes(logits: Tensor, windows: Tensor) -> Tensor:
-    """The boxes of masks: around the pixels of each that belong to the object (sec. 6.1, mask-bb).
+    """Return the boxes around the object pixels of masks (sec. 6.1, mask-bb).
 
     Args:
-        logits (Tensor[K, V, U]): floating; the object is where they are >= 0.
-        windows (Tensor[K, 4]): where each mask is, ``(x0, y0, x1, y1)``.
+        logits (Tensor[K, V, U]): floating; object pixels are >= 0.
+        windows (Tensor[K, 4]): the window of each mask, ``(x0, y0, x1, y1)``.
 
     Returns:
-        Tensor[K, 4]: ``(x0, y0, x1, y1)`` in the windows' unit; of an empty mask four zeros.
+        Tensor[K, 4]: ``(x0, y0, x1, y1)`` in the windows' unit; four zeros for an empty mask.
     """
     inside = logits >= 0
     bounds = []
-    for axis in (1, 2):  # rows are summed up for x, columns for y
+    for axis in (1, 2):  # rows are reduced for x, columns for y
         line = inside.any(axis).byte()
         side = line.shape[1]
         bounds.append((line.argmax(1) / side, 1 - line.flip(1).argmax(1) / side))

@@ -1,17 +1,17 @@
-"""The paper's vocabulary for 4D tensors: natural, aligned, and the ways between (sec. 3 to 5).
+"""The paper's natural and aligned 4D tensors, and the conversions between them (sec. 3 to 5).
 
 A 4D tensor ``(..., V, U, H, W)`` holds a mask of (V, U) pixels for each of (H, W) windows. One step
 of (H, W) is ``sigma_HW`` pixels of the image, one step of (V, U) is ``sigma_VU``, and ``alpha =
-sigma_VU / sigma_HW``. With offsets v and u counted from the middle of the mask,
+sigma_VU / sigma_HW``. With offsets v and u counted from the center of the mask,
 
-- natural: ``F(v, u, y, x)`` is the value at ``(y + alpha v, x + alpha u)`` in the window centred at
-  ``(y, x)``;
-- aligned: ``A(v, u, y, x)`` is the value at the pixel ``(y, x)`` in the window centred at
+- natural: ``F(v, u, y, x)`` is the value at ``(y + alpha v, x + alpha u)`` in the window centered
+  at ``(y, x)``;
+- aligned: ``A(v, u, y, x)`` is the value at the pixel ``(y, x)`` in the window centered at
   ``(y - alpha v, x - alpha u)``.
 
-These functions are the definitions: plain PyTorch, any floating dtype and device, differentiable,
-leading axes of any number. `swap_align2nat` here is the composition that the compiled operation of
-the same name does in one pass; its docstring says where the two differ.
+These functions are the definitions: plain PyTorch, differentiable, for any floating dtype, device
+and number of leading axes. `swap_align2nat` here is the composition that the compiled operation of
+the same name computes in one pass; its docstring says where the two differ.
 """
 
 import torch
@@ -24,19 +24,24 @@ UPSCALE_MODES = ("bilinear", "nearest")
 
 
 def align2nat(x: Tensor, alpha: float = 1.0, pad_val: float = -6.0) -> Tensor:
-    """Aligned to natural (sec. 4.2): ``F(v, u, y, x) = A(v, u, y + alpha v, x + alpha u)``.
+    """Convert aligned to natural: ``F(v, u, y, x) = A(v, u, y + alpha v, x + alpha u)`` (sec. 4.2).
 
     Args:
         x (Tensor[..., V, U, H, W]): the aligned tensor, floating.
-        alpha: ratio of the units, ``sigma_VU / sigma_HW``. Places between windows are interpolated
-            bilinearly.
-        pad_val: what is read outside of (H, W); a logit.
+        alpha: ratio of the units, ``sigma_VU / sigma_HW``. Locations between windows are
+            interpolated bilinearly.
+        pad_val: the logit that is read outside of (H, W).
 
     Returns:
         Tensor[..., V, U, H, W]: the natural tensor.
 
     Raises:
         ValueError: ``x`` has less than four axes or is not floating.
+
+    Example:
+        >>> x = torch.arange(4.0).expand(1, 3, 1, 4)  # each window reads its number
+        >>> align2nat(x)[0, :, 0, 1]  # window 1 and its two neighbors
+        tensor([0., 1., 2.])
     """
     _check(x)
     x = x - pad_val
@@ -46,24 +51,29 @@ def align2nat(x: Tensor, alpha: float = 1.0, pad_val: float = -6.0) -> Tensor:
 
 
 def nat2align(x: Tensor, alpha: float = 1.0, pad_val: float = -6.0) -> Tensor:
-    """Natural to aligned (sec. 4.2): ``A(v, u, y, x) = F(v, u, y - alpha v, x - alpha u)``.
+    """Convert natural to aligned: ``A(v, u, y, x) = F(v, u, y - alpha v, x - alpha u)`` (sec. 4.2).
 
-    The inverse of `align2nat`: exact where ``alpha v`` and ``alpha u`` are whole and the places lie
-    inside of (H, W). Arguments, result and errors are those of `align2nat`.
+    The inverse of `align2nat`: exact where ``alpha v`` and ``alpha u`` are integers and the
+    locations are inside of (H, W). Arguments, result and errors are those of `align2nat`.
+
+    Example:
+        >>> x = torch.arange(576.0).view(3, 3, 8, 8)
+        >>> inner = (..., slice(1, -1), slice(1, -1))  # what left the grid is lost
+        >>> torch.equal(nat2align(align2nat(x))[inner], x[inner])
+        True
     """
     return align2nat(x, -alpha, pad_val)
 
 
 def up_bilinear(x: Tensor, lambda_val: float) -> Tensor:
-    """Upscale the masks ``lambda_val`` times, bilinearly (sec. 5.1); beyond its rim a mask goes on.
+    """Upscale the masks ``lambda_val`` times, bilinearly (sec. 5.1); outside, border values repeat.
 
     Args:
         x (Tensor[..., V, U, H, W]): natural or aligned, floating.
-        lambda_val: at least 1; ``lambda_val * V`` and ``lambda_val * U`` are whole.
+        lambda_val: at least 1; ``lambda_val * V`` and ``lambda_val * U`` are integers.
 
     Returns:
-        Tensor[..., lambda*V, lambda*U, H, W]: a mask pixel is ``lambda_val`` times smaller, and so
-        is ``sigma_VU``.
+        Tensor[..., lambda*V, lambda*U, H, W]: ``sigma_VU`` is ``lambda_val`` times smaller.
 
     Raises:
         ValueError: ``x`` has less than four axes or is not floating, or ``lambda_val`` does not
@@ -73,7 +83,7 @@ def up_bilinear(x: Tensor, lambda_val: float) -> Tensor:
 
 
 def up_nearest(x: Tensor, lambda_val: float) -> Tensor:
-    """Upscale the masks ``lambda_val`` times by the nearest value; otherwise as `up_bilinear`."""
+    """Upscale the masks ``lambda_val`` times, to the nearest value; otherwise as `up_bilinear`."""
     return _upscale(x, lambda_val, "nearest")
 
 
@@ -85,46 +95,50 @@ def up_align2nat(
     mode: str = "bilinear",
     pad_val: float = -6.0,
 ) -> Tensor:
-    """Upscale the masks of an aligned tensor, then make it natural (sec. 5.1).
+    """Upscale the masks of an aligned tensor, then convert it to natural (sec. 5.1).
 
     Args:
         x (Tensor[..., V, U, H, W]): the aligned tensor, floating.
-        lambda_val: as of `up_bilinear`.
+        lambda_val: as for `up_bilinear`.
         alpha: ratio of the units of the result; that of ``x`` is ``lambda_val * alpha``.
         mode: "bilinear" or "nearest".
-        pad_val: as of `align2nat`.
+        pad_val: as for `align2nat`.
 
     Returns:
         Tensor[..., lambda*V, lambda*U, H, W]: the natural tensor.
 
     Raises:
-        ValueError: as `up_bilinear`, or there is no such ``mode``.
+        ValueError: as `up_bilinear`, or ``mode`` is unknown.
+
+    Example:
+        >>> up_align2nat(torch.zeros(15, 15, 40, 64), 2).shape
+        torch.Size([30, 30, 40, 64])
     """
     return align2nat(_upscale(x, lambda_val, mode), alpha, pad_val)
 
 
 def subsample(x: Tensor, lambda_val: int) -> Tensor:
-    """Every ``lambda_val``-th window: (..., V, U, H, W) to (..., ceil(H/lambda), ceil(W/lambda)).
+    """Return a view of every ``lambda_val``-th window: (..., ceil(H/lambda), ceil(W/lambda)).
 
-    ``sigma_HW`` becomes ``lambda_val`` times larger (sec. 5.2). A view, not a copy.
+    ``sigma_HW`` becomes ``lambda_val`` times larger (sec. 5.2).
     """
     _check(x)
     return x[..., ::lambda_val, ::lambda_val]
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, alpha: float = 1.0, pad_val: float = -6.0) -> Tensor:
-    """`up_align2nat`, then `subsample` (sec. 5.2): units ``(s, lambda s)`` from ``(lambda s, s)``.
+    """Apply `up_align2nat`, then `subsample`: swap units ``(lambda s, s)`` (sec. 5.2).
 
-    `tensormask.layers.swap_align2nat` computes this for ``alpha`` 1 without the large tensor in
-    between, with one difference, which detectron2's checkpoints fix: beyond the rim of a mask it
-    reads ``pad_val``, where `up_bilinear` goes on with the rim. So the two agree wherever a pixel
-    lies between the centres of two pixels of the input's masks; and everywhere, when the input's
-    masks get a border of ``pad_val`` first, whose pixels are cut off the result.
+    `tensormask.layers.swap_align2nat` computes this for ``alpha`` 1 without the large intermediate
+    tensor. It differs in one detail, which detectron2's checkpoints require: outside of a mask it
+    reads ``pad_val``, where `up_bilinear` repeats the border values. So both agree at each pixel
+    that is between the centers of two pixels of the input's masks. They agree everywhere if the
+    input's masks are first padded by a border of ``pad_val``, and the result is cropped.
 
     Args:
         x (Tensor[..., V, U, H, W]): the aligned tensor, floating.
         lambda_val: ratio of the coarse unit to the fine one, an integer >= 1.
-        alpha, pad_val: as of `up_align2nat`.
+        alpha, pad_val: as for `up_align2nat`.
 
     Returns:
         Tensor[..., lambda*V, lambda*U, ceil(H/lambda), ceil(W/lambda)]: the natural tensor.
@@ -143,12 +157,12 @@ def up_align2nat_at(
     mode: str = "bilinear",
     pad_val: float = -6.0,
 ) -> Tensor:
-    """`up_align2nat` with ``alpha`` 1 at chosen windows only: neither large tensor is made.
+    """Compute `up_align2nat` with ``alpha`` 1 at chosen windows only, without a large tensor.
 
     Args:
         x (Tensor[N, V*U, H, W]): aligned masks, V == U; float64, float32, float16 or bfloat16.
         windows (Tensor[K, 3]): int64 rows ``(n, y, x)``: image, row and column.
-        lambda_val, mode, pad_val: as of `up_align2nat`.
+        lambda_val, mode, pad_val: as for `up_align2nat`.
 
     Returns:
         Tensor[K, lambda*V, lambda*U]: natural masks.
@@ -156,7 +170,7 @@ def up_align2nat_at(
     Raises:
         ValueError: as `up_align2nat`; or ``x`` is not 4D of these dtypes with a square number of
             channels; or ``windows`` is not (K, 3) int64 on the device of ``x``; or, on the CPU, a
-            window lies outside of the grid.
+            window is outside of the grid.
     """
     side = check_input(x, 1)
     check_windows(x, windows)
@@ -165,8 +179,8 @@ def up_align2nat_at(
     matrix = _upscale_matrix(side, lambda_val, mode).to(x)
     out_side = len(matrix)
 
-    # All channels of every pixel of a mask, (K, V', U', V*U). An even mask has its middle between
-    # two pixels, and each of its pixels is the mean of four.
+    # All channels at every pixel of a mask, (K, V', U', V*U). The center of an even mask is between
+    # two pixels, so each of its pixels is the mean of four.
     reach, is_even = out_side // 2, out_side % 2 == 0
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, reach, reach, reach, reach), value=pad_val)
     step = torch.arange(out_side + is_even, device=x.device)
@@ -189,7 +203,7 @@ def _check(x: Tensor) -> None:
 
 
 def _shift(x: Tensor, alpha: float, mask_axis: int, window_axis: int) -> Tensor:
-    """Read each row of a mask ``alpha`` times its offset further along the windows; 0 outside."""
+    """Read each mask row at ``alpha`` times its offset along the windows; read 0 outside."""
     x = x.movedim((mask_axis, window_axis), (-2, -1))
     side, extent = x.shape[-2:]
     offset = alpha * (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)
@@ -197,9 +211,9 @@ def _shift(x: Tensor, alpha: float, mask_axis: int, window_axis: int) -> Tensor:
     out = torch.zeros_like(x)
     for first, weight in ((low, 1 - (offset - low)), (low + 1, offset - low)):
         if weight.any():
-            place = first.long()[:, None] + torch.arange(extent)
-            weight = weight[:, None] * ((place >= 0) & (place < extent))
-            index = place.clamp(0, extent - 1).to(x.device)
+            location = first.long()[:, None] + torch.arange(extent)
+            weight = weight[:, None] * ((location >= 0) & (location < extent))
+            index = location.clamp(0, extent - 1).to(x.device)
             out = out + x.gather(-1, index.expand(x.shape)) * weight.to(x)
     return out.movedim((-2, -1), (mask_axis, window_axis))
 
@@ -212,19 +226,18 @@ def _upscale(x: Tensor, lambda_val: float, mode: str) -> Tensor:
 
 
 def _upscale_matrix(side: int, lambda_val: float, mode: str) -> Tensor:
-    """How a row of ``side`` mask pixels is upscaled, (lambda*side, side) float64.
+    """Return the matrix (lambda*side, side), float64, that upscales a row of mask pixels.
 
-    Half a pixel of the mask lies before its first centre and after its last one (``align_corners``
-    off).
+    A mask extends half a pixel beyond the centers of its outer pixels (``align_corners`` is off).
     """
     if mode not in UPSCALE_MODES:
         raise ValueError(f"mode must be one of {', '.join(UPSCALE_MODES)}, got {mode!r}")
     out_side = round(side * lambda_val)
     if lambda_val < 1 or abs(out_side - side * lambda_val) > 1e-6:
         raise ValueError(
-            f"lambda_val must be >= 1 and make whole masks of {side} pixels, got {lambda_val}"
+            f"lambda_val must be >= 1 with an integer lambda_val * {side}, got {lambda_val}"
         )
     identity = torch.eye(side, dtype=torch.float64)[None]
-    # "nearest" alone rounds places down, which shifts fractional scales.
+    # PyTorch's "nearest" rounds locations down, which shifts fractional scales.
     interpolation = {"bilinear": "linear", "nearest": "nearest-exact"}[mode]
     return F.interpolate(identity, size=out_side, mode=interpolation)[0].T

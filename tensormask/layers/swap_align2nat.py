@@ -1,17 +1,19 @@
-"""swap_align2nat: a fine aligned tensor becomes a coarse natural one with larger masks.
+"""swap_align2nat: turn a fine aligned tensor into a coarse natural one with larger masks.
 
-Paper, sec. 5.2. The aligned input ``(N, V*U, H, W)`` has a place per fine unit. The natural output
-``(N, lambda*V * lambda*U, ceil(H/lambda), ceil(W/lambda))`` has a window per coarse unit, and in it
-a mask value per fine unit. The value ``(v, u)`` of the window ``(y, x)`` is interpolated at
+Paper, sec. 5.2. The aligned input ``(N, V*U, H, W)`` has a location per fine unit. The natural
+output ``(N, lambda*V * lambda*U, ceil(H/lambda), ceil(W/lambda))`` has a window per coarse unit,
+and each window has a mask value per fine unit. The value ``(v, u)`` of the window ``(y, x)`` is
+interpolated at
 
     oy = y * lambda + v - lambda * V / 2 + 0.5,    ov = (v + 0.5) / lambda - 0.5,
 
-and at ``ox, ou`` likewise. What lies outside of the input, on any of the four axes, reads
-``pad_val``.
+and at ``ox, ou`` likewise. Outside of the input, on any of the four axes, ``pad_val`` is read.
 
-Here are the public functions and the registrations that PyTorch needs of a compiled op. The
-kernels are in ``csrc``, the same in plain PyTorch in `swap_align2nat_reference`.
+This file has the public functions and what PyTorch needs to know of a compiled op. The kernels are
+in ``csrc``; `swap_align2nat_reference` computes the same in plain PyTorch.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +29,26 @@ from tensormask.layers._checks import (
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
-    """The operation at every window: the definition, and a tool for research.
+    """Compute the masks of every window (dense). The model uses `swap_align2nat_at` instead.
 
     Args:
         x (Tensor[N, V*U, H, W]): aligned masks, V == U; float64, float32, float16 or bfloat16, in
             any memory format.
         lambda_val: ratio of the coarse unit to the fine one, an integer >= 1.
-        pad_val: what is read outside of ``x``, a logit.
+        pad_val: the logit that is read outside of ``x``.
 
     Returns:
         Tensor[N, (lambda*V) * (lambda*U), ceil(H/lambda), ceil(W/lambda)]: natural masks, dtype of
         ``x``, contiguous; differentiable twice in ``x``.
 
     Raises:
-        ValueError: ``x`` is not 4D of these dtypes, its channels are no square, or
-            ``lambda_val`` < 1.
+        ValueError: ``x`` is not 4D of these dtypes, its number of channels is not a square, or
+            ``lambda_val`` is not an integer >= 1.
+
+    Example:
+        >>> x = torch.zeros(1, 225, 40, 64)  # masks of 15x15 pixels, at 40x64 locations
+        >>> swap_align2nat(x, 2).shape  # masks of 30x30 pixels, at 20x32 locations
+        torch.Size([1, 900, 20, 32])
     """
     check_input(x, lambda_val)
     if _native.use_native(x.device.type):
@@ -50,26 +57,31 @@ def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
 
 
 def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
-    """The operation at chosen windows only: the same values as `swap_align2nat` at those places.
+    """Compute the masks of chosen windows only: the values of `swap_align2nat` at these windows.
 
     Args:
         x (Tensor[N, V*U, H, W]): aligned masks, as for `swap_align2nat`.
-        windows (Tensor[K, 3]): int64 rows ``(n, y, x)``: image, and row and column on the coarse
-            grid.
+        windows (Tensor[K, 3]): int64 rows ``(n, y, x)``: image, row and column on the coarse grid.
         lambda_val: ratio of the coarse unit to the fine one, an integer >= 1.
-        pad_val: what is read outside of ``x``, a logit.
+        pad_val: the logit that is read outside of ``x``.
 
     Returns:
         Tensor[K, lambda*V, lambda*U]: natural masks, dtype of ``x``; differentiable twice in ``x``.
 
     Raises:
         ValueError: as `swap_align2nat`; or ``windows`` is not (K, 3) int64 on the device of ``x``;
-            or, on the CPU, a window lies outside of the grid. On a GPU, where a look would wait
+            or, on the CPU, a window is outside of the grid. On a GPU, where this check would wait
             for the device, such a window reads ``pad_val`` and gets no gradient.
+
+    Example:
+        >>> x = torch.zeros(1, 225, 40, 64)
+        >>> windows = torch.tensor([[0, 0, 0], [0, 19, 31]])  # the first and the last of 20x32
+        >>> swap_align2nat_at(x, windows, 2).shape
+        torch.Size([2, 30, 30])
     """
     check_input(x, lambda_val)
     check_windows(x, windows)
-    # In a compiled graph the values are not there to look at: the kernel looks.
+    # A graph that is being compiled has no values to check: the kernel checks them.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         check_inside(x, windows, lambda_val)
     if _native.use_native(x.device.type):
@@ -92,7 +104,7 @@ class SwapAlign2Nat(nn.Module):
         return f"lambda_val={self.lambda_val}, pad_val={self.pad_val}"
 
 
-# ---- shapes, for tracing ----
+# ---- fake kernels: shapes, for tracing ----
 
 
 def _fake(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
@@ -120,54 +132,54 @@ def _fake_at_backward(
     return grad.new_empty(num_images, side * side, height, width)
 
 
-# ---- gradients: of the map its transpose, of the transpose the map without padding ----
+# ---- gradients: the transposed operation, whose own gradient is the operation with padding 0 ----
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.lambda_val, _ = inputs
     ctx.size = x.shape[2:]
 
 
-def _grad(ctx, grad: Tensor):
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.tensormask.swap_align2nat_backward
     return op(grad, ctx.lambda_val, *ctx.size), None, None
 
 
-def _setup_backward(ctx, inputs, output) -> None:
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.lambda_val = inputs[1]
 
 
-def _grad_backward(ctx, grad: Tensor):
+def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.tensormask.swap_align2nat(grad, ctx.lambda_val, 0.0), None, None, None
 
 
-def _setup_at(ctx, inputs, output) -> None:
+def _setup_at(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, windows, ctx.lambda_val, _ = inputs
     ctx.save_for_backward(windows)
     ctx.size = (x.shape[0], *x.shape[2:])
 
 
-def _grad_at(ctx, grad: Tensor):
+def _grad_at(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.tensormask.swap_align2nat_at_backward
     return op(grad, *ctx.saved_tensors, ctx.lambda_val, *ctx.size), None, None, None
 
 
-def _setup_at_backward(ctx, inputs, output) -> None:
+def _setup_at_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.lambda_val = inputs[2]
     ctx.save_for_backward(inputs[1])
 
 
-def _grad_at_backward(ctx, grad: Tensor):
+def _grad_at_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.tensormask.swap_align2nat_at
     return op(grad, *ctx.saved_tensors, ctx.lambda_val, 0.0), None, None, None, None, None
 
 
 if _native.LIBRARY is not None:
-    for _name, _shape, _gradient, _context in (
+    for _name, _fake_kernel, _gradient, _context in (
         ("swap_align2nat", _fake, _grad, _setup),
         ("swap_align2nat_backward", _fake_backward, _grad_backward, _setup_backward),
         ("swap_align2nat_at", _fake_at, _grad_at, _setup_at),
         ("swap_align2nat_at_backward", _fake_at_backward, _grad_at_backward, _setup_at_backward),
     ):
-        torch.library.register_fake(f"tensormask::{_name}", _shape)
+        torch.library.register_fake(f"tensormask::{_name}", _fake_kernel)
         torch.library.register_autograd(f"tensormask::{_name}", _gradient, setup_context=_context)

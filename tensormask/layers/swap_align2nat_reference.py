@@ -1,29 +1,31 @@
-"""swap_align2nat in plain PyTorch: the compiled op is tested against it, and it runs without one.
+"""swap_align2nat in plain PyTorch: the reference for the compiled op, used where that is missing.
 
-The map separates: ``op(X) = pad_val + L(X - pad_val)`` with ``L = L_y (x) L_x``, where ``L_y`` acts
-on (H, V) and ``L_x`` on (W, U), with at most four taps each: those of `_axis_taps`, from which
-everything below follows. Arguments are those of the public functions, already checked.
+The operation separates: ``op(X) = pad_val + L(X - pad_val)`` with ``L = L_y (x) L_x``, where
+``L_y`` acts on (H, V) and ``L_x`` on (W, U). Each has at most four taps, those of `_axis_taps`;
+everything below follows from them. Arguments are those of the public functions, already checked.
 """
 
-import math
-import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Mask values that are gathered at once: bounds the index tensors at a few dozen MB.
+from tensormask.layers._checks import side_of
+
+# Mask values gathered at once: limits the index tensors to a few dozen MB.
 _MAX_VALUES_PER_CHUNK = 1 << 20
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    """The operation at every window, one axis pair after the other."""
+    """Compute the operation at every window, one axis pair after the other."""
     num_images, channels, height, width = x.shape
-    side = math.isqrt(operator.index(channels))
+    side = side_of(channels)
     out_height, out_width = -(-height // lambda_val), -(-width // lambda_val)
     out_side = side * lambda_val
 
     x = (x - pad_val).unflatten(1, (side, side))
-    # L_x on (U, W), then L_y on (V, H); each time the two axes stand last, merged.
+    # L_x on (U, W), then L_y on (V, H); each time the two axes are moved to the end.
     x = x.permute(0, 1, 3, 2, 4)  # (N, V, H, U, W)
     x = _apply_axis(x, lambda_val, out_width)  # (N, V, H, U', W')
     x = x.permute(0, 3, 4, 1, 2)  # (N, U', W', V, H)
@@ -33,45 +35,47 @@ def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
 
 
 def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    """The operation at chosen windows, tap by tap."""
+    """Compute the operation at chosen windows, one tap after the other."""
     return _SwapAt.apply(x, windows, lambda_val, pad_val)
 
 
 class _SwapAt(torch.autograd.Function):
-    """Gather at windows. The backward pass makes its indices again: only windows are kept."""
+    """Gather at windows. Only the windows are saved: the backward pass computes indices again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
         ctx.save_for_backward(windows)
         ctx.shape, ctx.lambda_val = x.shape, lambda_val
         return _gather(x, windows, lambda_val, pad_val)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (windows,) = ctx.saved_tensors
         return _SwapAtAdjoint.apply(grad, windows, ctx.lambda_val, ctx.shape), None, None, None
 
 
 class _SwapAtAdjoint(torch.autograd.Function):
-    """The transposed map, (K, lambda*V, lambda*U) to (N, V*U, H, W).
+    """The transposed operation, (K, lambda*V, lambda*U) to (N, V*U, H, W).
 
-    Its own backward is the gather with padding 0.
+    Its own backward pass gathers with padding 0.
     """
 
     @staticmethod
-    def forward(ctx, grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
+    def forward(
+        ctx: Any, grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size
+    ) -> Tensor:
         ctx.save_for_backward(windows)
         ctx.lambda_val = lambda_val
         return _scatter(grad, windows, lambda_val, shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (windows,) = ctx.saved_tensors
         return _SwapAt.apply(grad, windows, ctx.lambda_val, 0.0), None, None, None
 
 
 def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    out_side = math.isqrt(operator.index(x.shape[1])) * lambda_val
+    out_side = side_of(x.shape[1]) * lambda_val
     out = x.new_full((len(windows), out_side, out_side), pad_val)
     values = x.contiguous().view(-1)
     for chunk, out_chunk in _chunks(windows, out):
@@ -89,8 +93,8 @@ def _scatter(grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) 
     return out
 
 
-def _chunks(windows: Tensor, masks: Tensor):
-    """Windows and their masks, a bounded number of mask values at a time."""
+def _chunks(windows: Tensor, masks: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Iterate over windows and their masks, with a limited number of mask values at a time."""
     size = max(1, _MAX_VALUES_PER_CHUNK // max(1, masks[:1].numel()))
     return zip(windows.split(size), masks.split(size), strict=True)
 
@@ -101,51 +105,54 @@ def _chunks(windows: Tensor, masks: Tensor):
 def _axis_taps(
     side: int, lambda_val: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What a mask row of the window at 0 reads along one axis pair, (H, V) or (W, U).
+    """Return what the mask rows of window 0 read along one axis pair, (H, V) or (W, U).
 
     Returns:
-        One to four ``(place, channel, weight)``, each (lambda*side,): the place relative to
+        One to four ``(location, channel, weight)``, each (lambda*side,): the location relative to
         ``y * lambda`` (int64), the mask row of the input (int64), and the weight (float64), which
         is 0 where the mask row is outside of 0..side-1.
     """
     row = torch.arange(side * lambda_val, dtype=torch.float64, device=device)
-    places = _linear(row - side * lambda_val / 2 + 0.5, whole=side * lambda_val % 2 == 1)
+    locations = _linear(row - side * lambda_val / 2 + 0.5, whole=side * lambda_val % 2 == 1)
     channels = _linear((row + 0.5) / lambda_val - 0.5, whole=lambda_val == 1)
     taps = []
-    for place, place_weight in places:
+    for location, location_weight in locations:
         for channel, channel_weight in channels:
             inside = (channel >= 0) & (channel < side)
-            weight = (place_weight * channel_weight) * inside
-            taps.append((place, channel.clamp(0, side - 1), weight))
+            weight = (location_weight * channel_weight) * inside
+            taps.append((location, channel.clamp(0, side - 1), weight))
     return taps
 
 
 def _linear(coordinate: Tensor, *, whole: bool) -> list[tuple[Tensor, Tensor]]:
-    """Floor and ceil of a coordinate with their weights; of whole coordinates the floor alone."""
+    """Return floor and ceil of a coordinate with their weights; only the floor if it is whole."""
     low = coordinate.floor()
     if whole:
         return [(low.long(), torch.ones_like(low))]
     return [(low.long(), 1 - coordinate + low), (low.long() + 1, coordinate - low)]
 
 
-def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_val: int):
-    """Yields each tap's index into the flattened input and weight, (K, lambda*V, lambda*U).
+def _window_taps(
+    shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_val: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tap's index into the flattened input and its weight, (K, lambda*V, lambda*U).
 
-    A tap outside of the map has weight 0 and some index inside.
+    A tap outside of the input has weight 0 and an arbitrary valid index.
     """
     _, channels, height, width = shape
-    side = math.isqrt(operator.index(channels))
     image, y, x = (column.view(-1, 1) for column in windows.unbind(1))
-    taps = _axis_taps(side, lambda_val, windows.device)
+    taps = _axis_taps(side_of(channels), lambda_val, windows.device)
 
-    def along(start: Tensor, extent: int, place_stride: int, channel_stride: int):
-        for place, channel, weight in taps:
-            place = start * lambda_val + place  # (K, lambda*side)
-            inside = (place >= 0) & (place < extent)
-            index = place.clamp(0, extent - 1) * place_stride + channel * channel_stride
+    def along(
+        start: Tensor, extent: int, location_stride: int, channel_stride: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for location, channel, weight in taps:
+            location = start * lambda_val + location  # (K, lambda*side)
+            inside = (location >= 0) & (location < extent)
+            index = location.clamp(0, extent - 1) * location_stride + channel * channel_stride
             yield index, (weight * inside).to(dtype)
 
-    rows = list(along(y, height, width, side * height * width))
+    rows = list(along(y, height, width, side_of(channels) * height * width))
     columns = list(along(x, width, 1, height * width))
     base = (image * channels * height * width).view(-1, 1, 1)
     for row_index, row_weight in rows:
@@ -155,15 +162,15 @@ def _window_taps(shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_
 
 
 def _apply_axis(x: Tensor, lambda_val: int, num_windows: int) -> Tensor:
-    """``L`` of one axis pair: (..., side, extent) to (..., lambda*side, num_windows)."""
+    """Apply ``L`` to one axis pair: (..., side, extent) to (..., lambda*side, num_windows)."""
     side, extent = x.shape[-2:]
     x = x.flatten(-2)
     start = torch.arange(num_windows, device=x.device) * lambda_val
-    out = 0
-    for place, channel, weight in _axis_taps(side, lambda_val, x.device):
-        place = place[:, None] + start  # (lambda*side, num_windows)
-        inside = (place >= 0) & (place < extent)
-        index = channel[:, None] * extent + place.clamp(0, extent - 1)
+    out = x.new_zeros(())
+    for location, channel, weight in _axis_taps(side, lambda_val, x.device):
+        location = location[:, None] + start  # (lambda*side, num_windows)
+        inside = (location >= 0) & (location < extent)
+        index = channel[:, None] * extent + location.clamp(0, extent - 1)
         tap = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)
         out = out + tap * (weight[:, None] * inside).to(x.dtype)
     return out

@@ -1,20 +1,29 @@
-// Runs the CUDA kernels of swap_align2nat on the CPU, thread by thread, where no GPU is at hand:
-// what they compute is checked, not how fast. Compiled and called by tests/layers/test_cuda_on_cpu.py.
+// Runs the CUDA kernels of swap_align2nat on the CPU, for machines without a GPU: tests what they
+// compute, not their speed. Compiled and called by tests/layers/test_cuda_on_cpu.py.
+//
+// The threads of a block are coroutines: each runs until `synchronize` or its end, then the next
+// one runs. If a kernel lacks a `synchronize`, a thread reads what another one has not written yet.
+
+#include <ucontext.h>
 
 #include <algorithm>
-#include <barrier>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 struct Dimensions {
   unsigned int x;
 };
-static thread_local Dimensions threadIdx, blockIdx;
-static Dimensions blockDim{64};
+constexpr unsigned int NUM_THREADS = 64;
+constexpr size_t STACK_BYTES = 1 << 16;
+static Dimensions threadIdx, blockIdx;
+static const Dimensions blockDim{NUM_THREADS};
 static std::vector<unsigned char> memory_of_block;
-static std::barrier<>* barrier_of_block;
+static ucontext_t scheduler, threads[NUM_THREADS];
+static unsigned char stacks[NUM_THREADS][STACK_BYTES];
+static void (*call_kernel)(const void*);
+static const void* kernel_of_launch;
+static unsigned int num_running;
 
 #define TENSORMASK_KERNEL static
 #define TENSORMASK_DEVICE static inline
@@ -27,33 +36,44 @@ template <typename A>
 A* shared_memory() {
   return reinterpret_cast<A*>(memory_of_block.data());
 }
-static void synchronize() { barrier_of_block->arrive_and_wait(); }
+static void synchronize() { swapcontext(&threads[threadIdx.x], &scheduler); }
 }  // namespace tensormask::cuda
 
 #include "../../csrc/swap_align2nat_cuda_kernels.h"
 
 using namespace tensormask;
 
-// All blocks, one after the other; shared memory begins as rubbish in each.
-template <typename F>
-static void launch(int64_t blocks, int64_t bytes, const F& kernel) {
-  std::barrier barrier(blockDim.x);
-  barrier_of_block = &barrier;
-  memory_of_block.resize(bytes);
-  std::vector<std::thread> threads;
-  for (unsigned int t = 0; t < blockDim.x; ++t) {
-    threads.emplace_back([&, t] {
-      for (int64_t block = 0; block < blocks; ++block) {
-        if (t == 0) std::memset(memory_of_block.data(), 0xff, memory_of_block.size());
-        barrier.arrive_and_wait();
-        threadIdx.x = t;
-        blockIdx.x = static_cast<unsigned int>(block);
-        kernel();
-        barrier.arrive_and_wait();
-      }
-    });
+static void run_thread() {
+  call_kernel(kernel_of_launch);
+  --num_running;
+}
+
+static void start_block() {
+  std::memset(memory_of_block.data(), 0xff, memory_of_block.size());  // NaN
+  num_running = NUM_THREADS;
+  for (unsigned int t = 0; t < NUM_THREADS; ++t) {
+    getcontext(&threads[t]);
+    threads[t].uc_stack.ss_sp = stacks[t];
+    threads[t].uc_stack.ss_size = STACK_BYTES;
+    threads[t].uc_link = &scheduler;
+    makecontext(&threads[t], run_thread, 0);
   }
-  for (std::thread& thread : threads) thread.join();
+}
+
+// Runs all blocks, one after the other. All threads of a block synchronize equally often.
+template <typename F>
+static void launch(int64_t blocks, int64_t shared_bytes, const F& kernel) {
+  call_kernel = [](const void* f) { (*static_cast<const F*>(f))(); };
+  kernel_of_launch = &kernel;
+  memory_of_block.resize(shared_bytes);
+  for (int64_t block = 0; block < blocks; ++block) {
+    blockIdx.x = static_cast<unsigned int>(block);
+    start_block();
+    while (num_running > 0) {
+      for (threadIdx.x = 0; threadIdx.x < NUM_THREADS; ++threadIdx.x)
+        swapcontext(&scheduler, &threads[threadIdx.x]);
+    }
+  }
 }
 
 template <typename T>
@@ -109,7 +129,7 @@ static void backward_at(
   });
 }
 
-// `sizes` are N, side, H, W and lambda; `strides` those of x or grad, in elements.
+// `sizes` are N, side, H, W and lambda; `strides` are those of x or grad, in elements.
 #define EXPORT(NAME, T)                                                                          \
   extern "C" void forward_##NAME(const int64_t* sizes, const int64_t* strides, const T* x, T* out, \
                                  double pad, bool directly) {                                    \

@@ -12,8 +12,8 @@ from tensormask.layers import swap_align2nat_reference as reference
 
 SOURCE = Path(__file__).parent / "cuda_on_cpu.cpp"
 PAD = -6.0
-# (N, side, H, W, lambda): odd and even sides and ratios, maps that are no multiples and smaller
-# than a window, rows of whole vectors, several parts of the channels.
+# (N, side, H, W, lambda): odd and even sides and ratios, sizes that are not multiples of lambda or
+# smaller than a window, rows of whole vectors, several parts of the channels.
 CASES = [
     (1, 1, 1, 1, 1),
     (2, 3, 5, 8, 1),
@@ -32,21 +32,21 @@ CASES = [
 def kernels(tmp_path_factory):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("kernels") / "cuda_on_cpu.so"
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     subprocess.run([compiler, *options, str(SOURCE), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
 def call(kernels, name, case, tensor, *arguments, out):
-    """Calls a kernel on a tensor; int64 tensors and the output go by their addresses."""
+    """Call a kernel on a tensor; tensors are passed by their addresses."""
     sizes = (ctypes.c_int64 * 5)(*case)
     strides = tensor.stride() if tensor.dim() == 4 else (tensor.stride(0), 0, *tensor.stride()[1:])
     function = getattr(kernels, f"{name}_{str(tensor.dtype).removeprefix('torch.')}")
     converted = [ctypes.c_void_p(tensor.data_ptr())]
-    for argument in [*arguments]:
-        if argument is out or isinstance(argument, torch.Tensor):
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
             argument = ctypes.c_void_p(argument.data_ptr())
         elif isinstance(argument, bool):
             argument = ctypes.c_bool(argument)
@@ -63,7 +63,7 @@ def random(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def rubbish(*shape, dtype=torch.float64):
+def nans(*shape, dtype=torch.float64):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
@@ -73,7 +73,7 @@ def output_shape(case):
 
 
 def some_windows(case):
-    """Places of the grid, some of them neighbours, some twice."""
+    """Return windows on the grid, some of them neighbors, some twice."""
     n, _, height, width = output_shape(case)
     generator = torch.Generator().manual_seed(1)
     columns = [torch.randint(0, end, (9,), generator=generator) for end in (n, height, width)]
@@ -87,9 +87,9 @@ def test_dense_forward(kernels, case, directly, dtype):
     n, side, height, width, ratio = case
     x = random(n, side * side, height, width, dtype=dtype)
     expected = reference.swap_align2nat(x, ratio, PAD)
-    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
-        out = rubbish(*output_shape(case), dtype=dtype)
-        call(kernels, "forward", case, laid_out, out, PAD, directly, out=out)
+    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+        out = nans(*output_shape(case), dtype=dtype)
+        call(kernels, "forward", case, layout, out, PAD, directly, out=out)
         torch.testing.assert_close(out, expected)
 
 
@@ -100,9 +100,9 @@ def test_dense_backward(kernels, case, directly):
     x = random(n, side * side, height, width).requires_grad_()
     grad = random(*output_shape(case), seed=2)
     (expected,) = torch.autograd.grad(reference.swap_align2nat(x, ratio, PAD), x, grad)
-    for laid_out in (grad, grad.contiguous(memory_format=torch.channels_last)):
-        out = rubbish(*x.shape)
-        call(kernels, "backward", case, laid_out, out, directly, out=out)
+    for layout in (grad, grad.contiguous(memory_format=torch.channels_last)):
+        out = nans(*x.shape)
+        call(kernels, "backward", case, layout, out, directly, out=out)
         torch.testing.assert_close(out, expected)
 
 
@@ -112,22 +112,22 @@ def test_at_windows(kernels, case):
     windows = some_windows(case)
     x = random(n, side * side, height, width).requires_grad_()
     expected = reference.swap_align2nat_at(x, windows, ratio, PAD)
-    out = rubbish(*expected.shape)
+    out = nans(*expected.shape)
     call(kernels, "forward_at", case, x.detach(), windows, len(windows), out, PAD, out=out)
     torch.testing.assert_close(out, expected)
     grad = random(*expected.shape, seed=2)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    out = rubbish(*x.shape)
+    out = nans(*x.shape)
     call(kernels, "backward_at", case, grad, windows, len(windows), out, out=out)
     torch.testing.assert_close(out, expected_grad)
 
 
-def test_windows_outside_of_the_grid_read_padding_and_give_nothing(kernels):
+def test_windows_outside_of_the_grid_read_padding_and_get_no_gradient(kernels):
     case = (1, 3, 7, 9, 2)
     windows = torch.tensor([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 4, 0], [0, 0, -9], [0, 0, 5]])
-    x, masks = random(1, 9, 7, 9), rubbish(6, 6, 6)
+    x, masks = random(1, 9, 7, 9), nans(6, 6, 6)
     call(kernels, "forward_at", case, x, windows, 6, masks, PAD, out=masks)
     assert (masks == PAD).all()
-    out = rubbish(*x.shape)
+    out = nans(*x.shape)
     call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out, out=out)
     assert (out == 0).all()

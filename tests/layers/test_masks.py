@@ -1,4 +1,4 @@
-"""Cropping to windows and pasting back: by hand, by torchvision, by the formula."""
+"""Cropping to windows and pasting back: by hand, and against torchvision and the formula."""
 
 import torch
 from torchvision.ops import masks_to_boxes, roi_align
@@ -18,7 +18,7 @@ def test_crop_by_hand() -> None:
     assert not crop_masks(mask, torch.tensor([0]), window, 3).any()
 
 
-def test_crop_leaves_the_image() -> None:
+def test_crop_of_a_window_beyond_the_image() -> None:
     mask = torch.ones(1, 8, 8, dtype=torch.bool)
     cropped = crop_masks(mask, torch.tensor([0]), torch.tensor([[-8.0, -8.0, 8.0, 8.0]]), 4)
     assert cropped.tolist() == [[[False] * 4] * 2 + [[False, False, True, True]] * 2]
@@ -40,11 +40,11 @@ def test_crop_equals_roi_align() -> None:
 
 
 def test_paste_by_hand() -> None:
-    """A 2x2 mask with one filled pixel, into a window of 4x4 frame pixels that begins at (1, 1).
+    """A 2x2 mask with one filled pixel, into a window of 4x4 image pixels that begins at (1, 1).
 
-    Along one axis the frame's pixel centres lie at mask coordinates -1/4, 1/4, 3/4, 5/4 (pixel
-    centres at 0 and 1), where the filled pixel 0 weighs 3/4, 3/4, 1/4, 0. Their products reach 1/2
-    at 9/16 only.
+    Along one axis, the centers of the image pixels have the mask coordinates -1/4, 1/4, 3/4, 5/4
+    (mask pixels are centered at 0 and 1). There the filled pixel 0 has the weights 3/4, 3/4, 1/4,
+    0. Of their products only 9/16 reaches 1/2.
     """
     mask = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     pasted = paste_masks(mask, torch.tensor([[1.0, 1.0, 5.0, 5.0]]), (6, 7))
@@ -52,14 +52,14 @@ def test_paste_by_hand() -> None:
     assert pasted.nonzero().tolist() == [[0, 1, 1], [0, 1, 2], [0, 2, 1], [0, 2, 2]]
 
 
-def test_threshold_is_reached_from_half() -> None:
+def test_a_probability_of_one_half_is_object() -> None:
     pasted = paste_masks(
         torch.full((1, 3, 3), 0.5), torch.tensor([[-6.0, -6.0, 12.0, 12.0]]), (6, 6)
     )
     assert pasted.all()
 
 
-def test_paste_equals_the_formula_over_the_whole_frame() -> None:
+def test_paste_equals_the_formula_over_the_whole_image() -> None:
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(6, 9, 9, generator=generator)
     size = torch.rand(6, 2, generator=generator) * 30 + 2
@@ -69,7 +69,7 @@ def test_paste_equals_the_formula_over_the_whole_frame() -> None:
     for mask, box, result in zip(masks, boxes, pasted, strict=True):
         ys = (torch.arange(32) + 0.5 - box[1]) / (box[3] - box[1]) * 9 - 0.5
         xs = (torch.arange(40) + 0.5 - box[0]) / (box[2] - box[0]) * 9 - 0.5
-        # Bilinear with zeros outside: a hat of width 1 around each mask pixel, on both axes.
+        # Bilinear with zeros outside: a triangle of half-width 1 around each mask pixel.
         rows = (1 - (ys[:, None] - torch.arange(9)).abs()).clamp(min=0)
         columns = (1 - (xs[:, None] - torch.arange(9)).abs()).clamp(min=0)
         soft = rows @ mask @ columns.T
@@ -78,7 +78,7 @@ def test_paste_equals_the_formula_over_the_whole_frame() -> None:
         assert sure.float().mean() > 0.99
 
 
-def test_outside_of_the_frame() -> None:
+def test_boxes_outside_of_the_image() -> None:
     boxes = torch.tensor([[50.0, 50.0, 60.0, 60.0], [-20.0, 0.0, -9.0, 9.0]])
     assert not paste_masks(torch.ones(2, 3, 3), boxes, (20, 20)).any()
     assert paste_masks(torch.ones(0, 3, 3), torch.zeros(0, 4), (20, 30)).shape == (0, 20, 30)
@@ -94,8 +94,8 @@ def test_crop_then_paste_returns_a_large_object() -> None:
     assert different == [[12, 16], [12, 43], [47, 16], [47, 43]]  # interpolation rounds corners
 
 
-def test_regions_lie_in_the_frame_where_their_boxes_are() -> None:
-    """Masks of unequal sizes, at the rim, over it, around all of it, and outside."""
+def test_regions_are_clipped_to_the_image() -> None:
+    """Masks of unequal sizes, inside of the image, across its border, around it, and outside."""
     boxes = torch.tensor([[2.2, 3.0, 5.0, 7.5], [-4, 5, 3, 9], [-9, -9, 30, 30], [20, 0, 25, 9]])
     masks = [torch.ones(side, side) for side in (2, 3, 4, 5)]
     regions = list(paste_regions(masks, boxes, (10, 12)))
@@ -106,13 +106,13 @@ def test_regions_lie_in_the_frame_where_their_boxes_are() -> None:
         (0, 0, 0, 0),
     ]
     assert all(region.dtype == torch.bool for _, _, region in regions)
-    frames = paste_masks(masks, boxes, (10, 12))
-    for frame, (x0, y0, region) in zip(frames, regions, strict=True):
+    pasted = paste_masks(masks, boxes, (10, 12))
+    for image, (x0, y0, region) in zip(pasted, regions, strict=True):
         height, width = region.shape
-        assert torch.equal(frame[y0 : y0 + height, x0 : x0 + width], region)
-        assert frame.sum() == region.sum()
-    assert frames[2].all()
-    assert not frames[3].any()
+        assert torch.equal(image[y0 : y0 + height, x0 : x0 + width], region)
+        assert image.sum() == region.sum()
+    assert pasted[2].all()
+    assert not pasted[3].any()
 
 
 def test_mask_boxes_by_hand() -> None:
@@ -126,7 +126,7 @@ def test_mask_boxes_by_hand() -> None:
 
 
 def test_mask_boxes_equal_torchvisions() -> None:
-    """In windows of a pixel a mask pixel; torchvision's far side is the last pixel itself."""
+    """Windows have one pixel per mask pixel. torchvision's boxes end at the last pixel itself."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 9, 7, generator=generator) - 2
     logits = logits[(logits >= 0).flatten(1).any(1)]
@@ -136,7 +136,7 @@ def test_mask_boxes_equal_torchvisions() -> None:
 
 
 def test_crop_in_parts_equals_crop_at_once(monkeypatch) -> None:
-    """Masks become floating a bounded number of pixels at a time."""
+    """A limited number of mask pixels is converted to floating at a time."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(7, 30, 40, generator=generator) > 0.5
     objects = torch.tensor([6, 0, 1, 2, 6, 4, 1])
@@ -148,8 +148,8 @@ def test_crop_in_parts_equals_crop_at_once(monkeypatch) -> None:
     assert crop_masks(masks[:0], objects[:0], boxes[:0], 9).shape == (0, 9, 9)
 
 
-def test_whole_frames_equal_regions(monkeypatch) -> None:
-    """How a GPU pastes: many masks at once, those of a size together, in bounded parts."""
+def test_pasting_whole_images_equals_regions(monkeypatch) -> None:
+    """A GPU pastes many masks at once: those of equal size together, in parts of limited size."""
     generator = torch.Generator().manual_seed(0)
     sides = [11, 15, 11, 30, 15, 11]
     masks = [torch.rand(side, side, generator=generator) for side in sides]
@@ -158,6 +158,6 @@ def test_whole_frames_equal_regions(monkeypatch) -> None:
     expected = paste_masks(masks, boxes, (50, 60))
     assert expected.flatten(1).any(1).all()
     monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 50 * 60)
-    frames = torch.zeros(6, 50, 60, dtype=torch.bool)
-    masks_module._paste_frames(masks, boxes, frames)
-    assert torch.equal(frames, expected)
+    pasted = torch.zeros(6, 50, 60, dtype=torch.bool)
+    masks_module._paste_whole(masks, boxes, pasted)
+    assert torch.equal(pasted, expected)

@@ -1,4 +1,4 @@
-"""The paper's operations on 4D tensors: by hand, by their formulas, and against the compiled op."""
+"""The paper's operations on 4D tensors: by hand, and against formulas and the compiled op."""
 
 import itertools
 
@@ -32,12 +32,12 @@ def test_align2nat_by_hand() -> None:
     """Masks of three pixels in a row of four windows: pixel u of window x is pixel x + u - 1."""
     aligned = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [100, 200, 300, 400]])
     natural = align2nat(aligned.view(1, 3, 1, 4), pad_val=-6.0).view(3, 4)
-    # The window left of x = 1 has its middle at x = 0; what lies outside reads the padding.
+    # The window left of x = 1 is centered at x = 0; outside, the padding is read.
     assert natural.tolist() == [[-6, 1, 2, 3], [10, 20, 30, 40], [200, 300, 400, -6]]
 
 
-def test_align2nat_between_places_by_hand() -> None:
-    """alpha 1/2: the outer pixels lie halfway between two windows."""
+def test_align2nat_between_locations_by_hand() -> None:
+    """alpha 1/2: the outer pixels are halfway between two windows."""
     aligned = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [100, 200, 300, 400]])
     natural = align2nat(aligned.view(1, 3, 1, 4), 0.5, pad_val=0.0).view(3, 4)
     assert natural.tolist() == [[0.5, 1.5, 2.5, 3.5], [10, 20, 30, 40], [150, 250, 350, 200]]
@@ -45,7 +45,7 @@ def test_align2nat_between_places_by_hand() -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 0.5, 1.25, -1.0])
 def test_align2nat_is_its_formula(alpha: float) -> None:
-    """Value by value, each of up to four taps outside of (H, W) being the padding."""
+    """Value by value, from up to four taps; outside of (H, W) a tap is the padding."""
     num_rows, num_columns, height, width = 3, 2, 5, 6
     x, pad_val = tensor4d(num_rows, num_columns, height, width), -6.0
     natural = align2nat(x, alpha, pad_val)
@@ -71,19 +71,19 @@ def test_align2nat_is_its_formula(alpha: float) -> None:
 def test_nat2align_undoes_align2nat(alpha: float) -> None:
     x = tensor4d(2, 3, 5, 9, 11)
     back = nat2align(align2nat(x, alpha), alpha)
-    rim = int(2 * alpha)  # what left the grid on the way is lost
-    inside = (..., slice(rim, -rim), slice(rim, -rim))
+    border = int(2 * alpha)  # values that left the grid are lost
+    inside = (..., slice(border, -border), slice(border, -border))
     assert_close(back[inside], x[inside])
     forth = align2nat(nat2align(x, alpha), alpha)
     assert_close(forth[inside], x[inside])
     assert not torch.allclose(align2nat(x, alpha)[inside], x[inside])
 
 
-def test_a_disc_is_one_thing_in_both_representations() -> None:
-    """What the two representations mean: the same image, read by window or by pixel."""
+def test_both_representations_of_an_image() -> None:
+    """What the two representations mean: the same image, read by pixel or by window."""
     height, width, side = 8, 9, 5
     image = tensor4d(height, width)
-    # Aligned: every window that sees a pixel says the same of it.
+    # Aligned: every window that contains a pixel has the same value for it.
     aligned = image.expand(side, side, height, width)
     natural = align2nat(aligned, pad_val=0.0)
     padded = F.pad(image, (2, 2, 2, 2))
@@ -126,40 +126,40 @@ def test_units() -> None:
 
 @pytest.mark.parametrize("side", [3, 4])
 @pytest.mark.parametrize("lambda_val", [1, 2, 3, 4])
-def test_the_compiled_op_is_the_composition_but_for_the_rim(side: int, lambda_val: int) -> None:
+def test_the_compiled_op_is_the_composition_except_for_borders(side: int, lambda_val: int) -> None:
     x = tensor4d(2, side, side, 17, 18)
     compiled = layers.swap_align2nat(x.flatten(1, 2), lambda_val)
     compiled = compiled.unflatten(1, (side * lambda_val, side * lambda_val))
     composed = representation.swap_align2nat(x, lambda_val)
     assert composed.shape == compiled.shape
-    # Pixels between the centres of the outermost pixels of the input's masks.
-    rim = lambda_val // 2
-    inside = (slice(None), *2 * (slice(rim, side * lambda_val - rim),))
+    # Pixels between the centers of the outermost pixels of the input's masks.
+    outer = lambda_val // 2
+    inside = (slice(None), *2 * (slice(outer, side * lambda_val - outer),))
     assert_close(composed[inside], compiled[inside])
-    if lambda_val > 1:  # clamped against padded
+    if lambda_val > 1:  # border values against padding
         assert not torch.allclose(composed[:, 0], compiled[:, 0])
 
-    # With a border of padding around the masks there is no difference.
+    # If the masks are padded first, they are equal.
     border = F.pad(x.permute(0, 3, 4, 1, 2), (1, 1, 1, 1), value=-6.0).permute(0, 3, 4, 1, 2)
     composed = representation.swap_align2nat(border, lambda_val)
     cut = (slice(None), *2 * (slice(lambda_val, -lambda_val),))
     assert_close(composed[cut], compiled)
 
 
-def test_the_rim_at_lambda_2_by_hand() -> None:
-    """The rim's pixel lies a quarter of a step outside: it is the rim, or a quarter is padding."""
+def test_the_border_at_lambda_2_by_hand() -> None:
+    """The outer pixel is a quarter step outside: it repeats the border, or a quarter is padding."""
     x = torch.full((1, 4, 4, 4), 2.0)
     composed = representation.swap_align2nat(x.unflatten(1, (2, 2)), 2)
     compiled = layers.swap_align2nat(x, 2).unflatten(1, (4, 4))
-    middle = (0, 0, 1, 1, 1)  # top row, second column, of a window inside of the grid
-    assert composed[middle] == 2.0
-    assert compiled[middle] == 0.75 * 2.0 + 0.25 * -6.0
+    pixel = (0, 0, 1, 1, 1)  # top row, second column, of a window inside of the grid
+    assert composed[pixel] == 2.0
+    assert compiled[pixel] == 0.75 * 2.0 + 0.25 * -6.0
 
 
 @pytest.mark.parametrize("lambda_val, side", [(1, 3), (1.5, 2), (1.5, 4), (2, 2), (3, 5), (5, 3)])
 @pytest.mark.parametrize("mode", MODES)
 def test_windows_equal_the_dense_tensor(lambda_val: float, side: int, mode: str) -> None:
-    """Odd masks and even ones, whose middle lies between pixels; values and gradients."""
+    """Values and gradients of odd masks, and of even masks, whose center is between pixels."""
     x = tensor4d(2, side * side, 4, 6).requires_grad_()
     windows = torch.cartesian_prod(*map(torch.arange, (2, 4, 6)))
     masks = up_align2nat_at(x, windows, lambda_val, mode=mode)
@@ -173,6 +173,7 @@ def test_windows_equal_the_dense_tensor(lambda_val: float, side: int, mode: str)
 @pytest.mark.parametrize("alpha", [1.0, 0.75])
 def test_gradients(alpha: float) -> None:
     x = tensor4d(1, 2, 3, 3, 4).requires_grad_()
+    # fast_mode compares random projections of the Jacobians.
     functions = (
         lambda x: align2nat(x, alpha),
         lambda x: nat2align(x, alpha),
@@ -181,11 +182,13 @@ def test_gradients(alpha: float) -> None:
         lambda x: representation.swap_align2nat(x, 2, alpha),
     )
     for function in functions:
-        assert torch.autograd.gradcheck(function, (x,))
-        assert torch.autograd.gradgradcheck(function, (x,))
+        assert torch.autograd.gradcheck(function, (x,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True)
     windows = torch.tensor([[0, 0, 0], [0, 2, 3], [0, 1, 1]])
     x = tensor4d(1, 4, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: up_align2nat_at(x, windows, 1.5), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: up_align2nat_at(x, windows, 1.5), (x,), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -208,7 +211,7 @@ def test_low_precision_keeps_dtype_and_values(dtype: torch.dtype) -> None:
     [
         (lambda: align2nat(torch.zeros(3, 3, 4)), "V, U, H, W"),
         (lambda: align2nat(torch.zeros(3, 3, 4, 4, dtype=torch.int64)), "floating"),
-        (lambda: up_bilinear(torch.zeros(3, 3, 4, 4), 1.5), "whole masks of 3 pixels"),
+        (lambda: up_bilinear(torch.zeros(3, 3, 4, 4), 1.5), r"integer lambda_val \* 3"),
         (lambda: up_bilinear(torch.zeros(3, 3, 4, 4), 0.5), ">= 1"),
         (lambda: up_align2nat(torch.zeros(3, 3, 4, 4), 2, mode="cubic"), "bilinear, nearest"),
         (lambda: up_align2nat_at(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3).long(), 2), "square"),
@@ -219,10 +222,10 @@ def test_low_precision_keeps_dtype_and_values(dtype: torch.dtype) -> None:
         ),
     ],
 )
-def test_what_is_refused(call, message) -> None:
+def test_invalid_arguments(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_no_window() -> None:
+def test_no_windows() -> None:
     assert up_align2nat_at(torch.zeros(1, 4, 3, 3), torch.zeros(0, 3).long(), 3).shape == (0, 6, 6)

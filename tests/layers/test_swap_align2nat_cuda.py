@@ -1,7 +1,7 @@
-"""The CUDA kernels against the CPU's and the reference: needs a GPU, and is not run without one.
+"""The CUDA kernels against the CPU kernels and the reference. These tests need a GPU.
 
-`make gpu-test` runs this file as a script, on machines without pytest; `--small` leaves out what
-takes long under compute-sanitizer.
+`make gpu-test` runs this file as a script, on machines without pytest. `--small` leaves out tests
+that are slow under compute-sanitizer.
 """
 
 import importlib
@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from benchmarks import bare
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dev"))
+import benchmarks  # noqa: F401 (makes tensormask importable without all its packages)
 
-bare.prepare()
-
-from tensormask.layers import _native  # noqa: E402
-from tensormask.layers._native import op_backend  # noqa: E402
-from tensormask.layers.swap_align2nat import swap_align2nat, swap_align2nat_at  # noqa: E402
+from tensormask.layers import _native
+from tensormask.layers._native import op_backend
+from tensormask.layers.swap_align2nat import swap_align2nat, swap_align2nat_at
 
 reference = importlib.import_module("tensormask.layers.swap_align2nat_reference")
 ops = torch.ops.tensormask
@@ -34,7 +32,7 @@ else:
     ]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# side, lambda, height, width: odd and even, multiples and not, rows of whole 16 bytes and not.
+# side, lambda, height, width: odd and even, multiples or not, rows of whole 16 bytes or not.
 CASES = (
     (3, 1, 7, 9),
     (4, 1, 8, 16),
@@ -57,7 +55,7 @@ def random_windows(x: torch.Tensor, lambda_val: int, count: int) -> torch.Tensor
 
 
 def all_four(x: torch.Tensor, windows: torch.Tensor, lambda_val: int, grads=None) -> tuple:
-    """Forward and backward, dense and at windows; gradients are made where none are given."""
+    """Run forward and backward, dense and at windows, with random gradients if none are given."""
     height, width = x.shape[2:]
     dense = ops.swap_align2nat(x, lambda_val, -6.0)
     masks = ops.swap_align2nat_at(x, windows, lambda_val, -6.0)
@@ -116,7 +114,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 
 def test_memory_that_does_not_begin_at_16_bytes() -> None:
-    """Views into larger tensors: no 16-byte access may be assumed."""
+    """Views into larger tensors, which do not allow 16-byte accesses."""
     whole = torch.randn(1, 9, 9, 19, device="cuda", dtype=torch.float16)
     x = whole[:, :, 1:, 3:]
     expected = ops.swap_align2nat(x.contiguous(), 2, -6.0)
@@ -135,7 +133,7 @@ def test_gradients() -> None:
 
 
 def test_other_streams_and_graphs() -> None:
-    """On a stream that waits for its input, and captured: nothing runs elsewhere or waits."""
+    """On a stream that waits for its input, and captured: all work runs on the current stream."""
     x = torch.randn(1, 225, 100, 168, device="cuda")
     windows = random_windows(x, 4, 20).cuda()
     expected, grads = all_four(x, windows, 4)
@@ -168,7 +166,7 @@ def test_compile() -> None:
         x = torch.randn(2, 9, height, 8, device="cuda", requires_grad=True)
         windows = random_windows(x, 2, 3).cuda()
         expected = both(x, windows)
-        # Sums whose terms cancel, and which a compiled kernel adds up in another order.
+        # Terms of the sums cancel, and a compiled kernel adds them in another order.
         torch.testing.assert_close(compiled(x, windows), expected, rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(
             torch.autograd.grad(compiled(x, windows), x)[0], torch.autograd.grad(expected, x)[0]
@@ -183,18 +181,18 @@ def test_opcheck() -> None:
 
 
 def test_empty_tensors_and_errors() -> None:
-    none = torch.zeros(0, 3, dtype=torch.int64, device="cuda")
+    no_windows = torch.zeros(0, 3, dtype=torch.int64, device="cuda")
     x = torch.zeros(0, 9, 4, 6, device="cuda", requires_grad=True)
-    (swap_align2nat(x, 2).sum() + swap_align2nat_at(x, none, 2).sum()).backward()
+    (swap_align2nat(x, 2).sum() + swap_align2nat_at(x, no_windows, 2).sum()).backward()
     assert x.grad.shape == x.shape
     full = torch.zeros(1, 9, 4, 6, device="cuda", requires_grad=True)
-    swap_align2nat_at(full, none, 2).sum().backward()
+    swap_align2nat_at(full, no_windows, 2).sum().backward()
     assert not full.grad.any()
     for arguments, words in (
         ((torch.zeros(1, 8, 4, 4, device="cuda"), 2), "square"),
         ((torch.zeros(1, 9, 4, 4, device="cuda", dtype=torch.int32), 2), "floating"),
         ((torch.zeros(1, 9, 4, 4, device="cuda"), 0), "lambda_val"),
-        ((full, none.cpu(), 2), "windows are on cpu, x is on cuda:0"),
+        ((full, no_windows.cpu(), 2), "windows are on cpu, x is on cuda:0"),
     ):
         function = swap_align2nat if len(arguments) == 2 else swap_align2nat_at
         op = ops.swap_align2nat if len(arguments) == 2 else ops.swap_align2nat_at
@@ -216,7 +214,7 @@ def test_autocast_leaves_the_dtype() -> None:
 
 
 def main() -> int:
-    """Runs every test of this file; for machines without pytest."""
+    """Run every test of this file, on machines without pytest."""
     if "cuda" not in _native.DEVICES or not torch.cuda.is_available():
         print(_native.why_not("cuda") or "PyTorch sees no GPU", file=sys.stderr)
         return 1

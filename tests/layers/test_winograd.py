@@ -1,4 +1,4 @@
-"""Winograd's convolutions against PyTorch's direct ones."""
+"""Winograd's convolutions against PyTorch's: values, gradients, and when each is used."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif("cpu" not in _native.DEVICES, reason="no compile
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also small maps of few channels are convolved by Winograd's algorithm, few tiles at once."""
+    """Use Winograd's algorithm for small inputs and few channels too, few tiles at once."""
     monkeypatch.setattr(winograd, "_MIN_LOCATIONS", 1)
     monkeypatch.setattr(winograd, "_MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "_MIN_LARGER_CHANNELS", 1)
@@ -24,20 +24,20 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was convolved by Winograd's algorithm."""
-    seen = []
+    """Collect the inputs of Winograd's algorithm."""
+    inputs = []
     convolve = winograd._convolve
 
     def spy(x: Tensor, *args: object) -> Tensor:
-        seen.append(x)
+        inputs.append(x)
         return convolve(x, *args)
 
     monkeypatch.setattr(winograd, "_convolve", spy)
-    return seen
+    return inputs
 
 
 def case(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> list[Tensor]:
-    """A seeded input of which half is 0, as after a ReLU, a weight and a bias."""
+    """Return a seeded input, half of it 0 as after a ReLU, a weight and a bias."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=dtype).relu()
     weight = torch.randn(out_channels, shape[1], 3, 3, generator=generator, dtype=dtype)
@@ -46,7 +46,7 @@ def case(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> list[
 
 
 def results(function, inputs: list[Tensor], padding: int) -> list[Tensor]:
-    """The result of a convolution and its gradients, by a seeded gradient of the result."""
+    """Return a convolution's result, and its gradients for a seeded gradient of the result."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     result = function(*inputs, (1, 1), (padding, padding))
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def results(function, inputs: list[Tensor], padding: int) -> list[Tensor]:
     [
         ((1, 3, 4, 4), 5),  # a tile
         ((1, 1, 3, 3), 1),
-        ((2, 4, 9, 7), 3),  # the last tiles reach beyond the map
+        ((2, 4, 9, 7), 3),  # the last tiles extend beyond the input
         ((3, 2, 30, 5), 8),  # several chunks of an image, the last with fewer rows
         ((5, 3, 6, 6), 2),  # several images in a chunk, the last chunk with fewer
         ((1, 2, 5, 40), 2),  # a row of tiles is more than a chunk
@@ -77,35 +77,35 @@ def test_equals_the_direct_convolution_and_its_gradients(
 ) -> None:
     x, *parameters = case(shape, out_channels, torch.float64)
     inputs = [x.contiguous(memory_format=layout), *parameters]
-    found = results(winograd.conv2d, inputs, padding)
-    assert len(calls) == 2  # forward, and of the gradient backward
-    for ours, theirs in zip(found, results(F.conv2d, inputs, padding), strict=True):
+    actual = results(winograd.conv2d, inputs, padding)
+    assert len(calls) == 2  # forward, and the gradient of x
+    for ours, theirs in zip(actual, results(F.conv2d, inputs, padding), strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_rounds_little_more_than_the_direct_convolution() -> None:
-    """At the channels of the heads, in float32: 1e-5 of the largest result."""
+def test_rounding_is_within_1e_5_of_the_largest_result() -> None:
+    """In float32, with the channels of the heads."""
     x, weight, bias = case((1, 256, 48, 40), 256, torch.float32)
     inputs = [x, weight * 0.01, bias]
     exact = results(F.conv2d, [tensor.double() for tensor in inputs], 1)
-    found = results(winograd.conv2d, inputs, 1)
-    for name, ours, expected in zip(("result", "x", "weight", "bias"), found, exact, strict=True):
+    actual = results(winograd.conv2d, inputs, 1)
+    for name, ours, expected in zip(("result", "x", "weight", "bias"), actual, exact, strict=True):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     inputs = [tensor.requires_grad_() for tensor in case((2, 2, 5, 6), 3, torch.float64)]
     torch.autograd.gradcheck(lambda *tensors: winograd.conv2d(*tensors, (1, 1), (1, 1)), inputs)
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_only_gradients_that_are_wanted(calls: list[Tensor]) -> None:
+def test_computes_only_the_gradients_needed(calls: list[Tensor]) -> None:
     x, weight, _ = case((1, 2, 8, 8), 3, torch.float32)
     weight.requires_grad_()
     winograd.conv2d(x, weight, None, (1, 1), (1, 1)).sum().backward()
-    assert len(calls) == 1  # no gradient of the image
+    assert len(calls) == 1  # no gradient of x
     assert weight.grad is not None
     assert x.grad is None
 
@@ -166,7 +166,7 @@ def test_is_used_where_it_is_faster(
     assert len(calls) == used
 
 
-def test_is_not_used_in_other_precisions_or_if_the_reference_is_asked_for(
+def test_is_not_used_in_other_precisions_or_with_the_reference(
     calls: list[Tensor],
 ) -> None:
     x = torch.zeros(LARGE["shape"])
@@ -182,7 +182,7 @@ def test_is_not_used_in_other_precisions_or_if_the_reference_is_asked_for(
         assert len(calls) == 1
 
 
-def test_refuses_what_pytorch_refuses_and_takes_a_image_without_a_batch() -> None:
+def test_wrong_channels_and_an_image_without_a_batch_are_pytorchs() -> None:
     conv = winograd.Conv2d(128, 128, 3, padding=1)
     with pytest.raises(RuntimeError, match="to have 128 channels, but got 127 channels"):
         conv(torch.zeros(1, 127, 40, 40))
@@ -190,7 +190,7 @@ def test_refuses_what_pytorch_refuses_and_takes_a_image_without_a_batch() -> Non
         assert conv(torch.zeros(128, 40, 40)).shape == (128, 40, 40)
 
 
-def test_is_made_where_its_input_is(calls: list[Tensor]) -> None:
+def test_ignores_the_default_device(calls: list[Tensor]) -> None:
     conv = winograd.Conv2d(128, 128, 3, padding=1)
     x = torch.zeros(LARGE["shape"])
     with torch.no_grad(), torch.device("meta"):
@@ -265,12 +265,12 @@ def test_results_are_in_channels_last() -> None:
         ({"x": torch.zeros(4, 8, 8)}, "channels_last"),
         ({"out": torch.zeros(36, 1, 2, 2, 3)}, r"\(36, images, rows, columns, 4\)"),
         ({"out": torch.zeros(35, 1, 2, 2, 4)}, r"\(36, images, rows, columns, 4\)"),
-        ({"out": torch.zeros(36, 1, 2, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"out": torch.zeros(36, 1, 2, 2, 4, dtype=torch.float64)}, "the same dtype"),
         ({"image": -1}, "negative"),
         ({"row": -4}, "negative"),
     ],
 )
-def test_the_operators_refuse_what_does_not_fit(change: dict[str, object], message: str) -> None:
+def test_the_operators_check_their_arguments(change: dict[str, object], message: str) -> None:
     x = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     options = {"x": x, "image": 0, "row": 0, "out": torch.zeros(36, 1, 2, 2, 4)} | change
     x, image, row, out = options.values()
