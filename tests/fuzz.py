@@ -1,8 +1,8 @@
-"""How long the fuzzers run: briefly with the other tests, longer where one asks for it."""
+"""The number of examples of a fuzzer: few by default, more on demand."""
 
 import os
 
 
 def fuzz_examples(default: int = 50) -> int:
-    """Examples of each fuzzer: ``$TENSORMASK_FUZZ_EXAMPLES`` where it is set, else `default`."""
+    """Return ``$TENSORMASK_FUZZ_EXAMPLES``, or `default` if it is not set."""
     return int(os.environ.get("TENSORMASK_FUZZ_EXAMPLES") or default)

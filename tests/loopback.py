@@ -1,4 +1,4 @@
-"""A web server on this machine whose answers a test lays down."""
+"""A web server on this machine that gives a test's answers."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 
 class Answer(NamedTuple):
-    """What the server says to one request."""
+    """The server's answer to one request."""
 
     body: bytes = b""
     status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()  # a Content-Length here stands for the true one
+    headers: tuple[tuple[str, str], ...] = ()  # a Content-Length replaces the true one
     before: Callable[[], object] = lambda: None
 
 
 class Server(ThreadingHTTPServer):
-    """Gives each path its answers in turn, the last one for good; `otherwise` for other paths."""
+    """Gives the answers of a path in turn and then the last; `otherwise` for other paths."""
 
     daemon_threads = True
 
@@ -28,7 +28,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[str] = []
 
     def add(self, path: str, *answers: Answer) -> str:
-        """Lay down the answers of a path; gives its address."""
+        """Set the answers of a path, and return its address."""
         self.answers[path] = list(answers)
         return f"http://127.0.0.1:{self.server_port}{path}"
 
@@ -49,12 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def serve() -> Iterator[Server]:
-    """A server for as long as the block runs."""
+    """Run a server during the `with` block."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -1,6 +1,7 @@
-"""Files from the network, kept in a cache folder.
+"""Find the local file of a model zoo name, an address or a path; download it if needed.
 
-pooch does the work: a file comes under a temporary name, and gets its own once it is whole.
+Downloads are kept in a cache folder. pooch writes each under a temporary name, and renames it when
+it is complete.
 """
 
 import hashlib
@@ -11,46 +12,141 @@ import sys
 from functools import partial
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
+from urllib.request import url2pathname
 
 import pooch
 
+from tensormask.model_zoo import DETECTRON2_URL, MODELS, TORCHVISION_URL, ZooModel, unknown_name
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_RETRIES = 2  # after pauses of 1 and 2 s, which pooch makes
+_SCHEMES = ("https", "http", "detectron2", "torchvision", "file")
+_DEPTHS = (18, 34, 50, 101)  # of MODEL.RESNETS.DEPTH
+_RETRIES = 2  # pooch pauses for 1 s, then for 2 s
 _CHUNK = 1 << 20  # bytes
-_ANSWERS_THAT_MAY_CHANGE = (408, 429)  # besides those from 500 on: "timeout", "too many requests"
+_TRANSIENT_STATUS = (408, 429)  # "timeout" and "too many requests"; besides 500 and above
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """Return the local path of a weights file, which is downloaded if the cache lacks it.
+
+    Args:
+        name: one of
+
+            - the path of a file, which is returned unchanged, even if no such file exists;
+            - a name in `model_zoo.MODELS`;
+            - an address: ``https://...``, ``http://...`` or ``file:///...``;
+            - ``detectron2://...``, a file of detectron2's server;
+            - ``torchvision://ResNet50_Weights.IMAGENET1K_V2``, weights by torchvision's names
+              (18, 34, 50 or 101 layers), or ``torchvision://resnet50`` for IMAGENET1K_V1, as in
+              torchvision's own detection models.
+
+    Raises:
+        ValueError: the address is malformed or of an unknown kind; or a bare name, without folder
+            and suffix, is neither a file nor in the zoo.
+        OSError: the download failed.
+
+    Example:
+        >>> resolve("file:///data/model_final.pth").as_posix()
+        '/data/model_final.pth'
+    """
+    if isinstance(name, os.PathLike) or os.path.isfile(name):
+        return Path(name)
+    scheme, separator, rest = name.partition("://")
+    scheme = scheme.lower()
+    if name in MODELS:
+        url = _url(MODELS[name])
+    elif not separator:
+        return _checked_path(name)
+    elif scheme == "file":
+        return _path_of_address(name, rest)
+    elif scheme in ("https", "http"):
+        url = name
+    elif scheme == "detectron2":
+        url = DETECTRON2_URL + rest
+    elif scheme == "torchvision":
+        url = _torchvision_url(rest)
+    else:
+        raise UserError(f"{name!r}: {unknown_name('a kind of address', scheme, _SCHEMES)}")
+    return download(url, _sha256(url))
+
+
+def _url(model: ZooModel) -> str:
+    if model.url is None:
+        raise UserError(
+            f"no weights of {model.name} were released: train it with "
+            f"tools/train_net.py --config-file {model.config}"
+        )
+    return model.url
+
+
+def _torchvision_url(name: str) -> str:
+    from torchvision.models import get_model_weights
+
+    known = {}
+    for depth in _DEPTHS:
+        weights = get_model_weights(f"resnet{depth}")
+        known[f"resnet{depth}"] = weights.IMAGENET1K_V1
+        known |= {str(entry): entry for entry in weights}
+    if name not in known:
+        raise UserError(unknown_name("one of torchvision's ResNets", name, known))
+    return known[name].url
+
+
+def _sha256(url: str) -> str | None:
+    """Return the known first digits of a file's SHA-256; torchvision's file names contain them."""
+    listed = next((model.sha256 for model in MODELS.values() if model.url == url), None)
+    named = re.fullmatch(re.escape(TORCHVISION_URL) + r"[^/]+-([0-9a-f]{8,64})\.pth", url)
+    return listed or (named[1] if named else None)
+
+
+def _checked_path(name: str) -> Path:
+    path = Path(name)
+    if path.name == name and not path.suffix:
+        raise UserError(unknown_name("a file or a model of the zoo", name, MODELS))
+    return path
+
+
+def _path_of_address(address: str, rest: str) -> Path:
+    host, _, path = rest.partition("/")
+    if host not in ("", "localhost") or not path:
+        raise UserError(f"{address!r} is not the address of a file: write file:///folder/file")
+    return Path(url2pathname(f"/{path}"))
+
+
+# ---- the cache and the network ----
 
 
 def cache_folder() -> Path:
-    """``$TENSORMASK_CACHE``, else the user's cache folder, on Linux ``~/.cache/tensormask``.
+    """Return ``$TENSORMASK_CACHE``, or tensormask's folder in the user's cache if it is not set.
 
-    ``$XDG_CACHE_HOME`` stands for ``~/.cache`` where it is set.
+    On Linux the latter is ``$XDG_CACHE_HOME/tensormask`` or ``~/.cache/tensormask``.
     """
     given = os.environ.get("TENSORMASK_CACHE")
     return Path(given).expanduser() if given else pooch.os_cache("tensormask")
 
 
 def cache_path(url: str) -> Path:
-    """Where the file of an address is kept: a folder for each address, in the cache folder.
+    """Return the path in the cache for the file of an address.
 
-    The folder's name shows the host and path of the address, and has a digest of all of it, query
-    included, so that no two addresses share one. No address leads out of the cache folder.
+    Each address has a folder of its own in the cache folder. The folder's name has the host and
+    path of the address, and a digest of the whole address with its query. The path is inside of
+    the cache folder, whatever the address.
 
     Raises:
-        ValueError: the address has no host, names no file, or is broken.
+        ValueError: the address has no host or no file name, or is malformed.
     """
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # reading a port that is none is an error
+        host, _ = parts.hostname, parts.port  # an invalid port raises ValueError
         folder, _, name = parts.path.rpartition("/")
-        name = _plain(name)[-100:].strip(".")  # its end, since readers go by the suffix
+        name = _plain(name)[-100:].strip(".")  # its end has the suffix
         if not host or not name:
             raise UserError("write it as https://host/folder/file")
         digest = hashlib.sha256(urldefrag(url).url.encode()).hexdigest()
     except ValueError as error:
-        raise UserError(f"{url!r} is no address of a file: {error}") from None
+        raise UserError(f"{url!r} is not the address of a file: {error}") from None
     return cache_folder() / f"{_plain(host + folder)[:150]}-{digest[:16]}" / name
 
 
@@ -59,19 +155,19 @@ def _plain(text: str) -> str:
 
 
 def download(url: str, sha256: str | None = None) -> Path:
-    """Get the file of an address, from the network only where the cache does not have it.
+    """Return the local path of the file of an address, downloaded if the cache lacks it.
 
-    Failures that may pass (no connection, a transfer that breaks off, a busy server) are tried
-    again. A transfer that ends early is noticed where the server said how much it would be.
+    Errors that may be transient (no connection, a broken transfer, a busy server) are retried. An
+    incomplete transfer is detected if the server sends the length of the file.
 
     Args:
         url: http or https.
-        sha256: the SHA-256 that the file must have, or as many of its first digits as are known. A
-            file in the cache that does not have it is downloaded again.
+        sha256: the expected SHA-256 of the file, or its first digits. A file in the cache with
+            another one is downloaded again.
 
     Raises:
-        ValueError: the address is none.
-        OSError: the file could not be had whole; it is not in the cache then.
+        ValueError: the address is malformed.
+        OSError: the download failed; the cache does not contain the file.
     """
     path = cache_path(url)
     if path.is_file() and sha256 is not None and not pooch.file_hash(path).startswith(sha256):
@@ -87,19 +183,19 @@ def download(url: str, sha256: str | None = None) -> Path:
     try:
         files.fetch(path.name, downloader=partial(_download_once, sha256=sha256))
     except (OSError, ValueError) as error:
-        # Where no connection could be made, the reason is inside of requests' long story.
+        # If the connection failed, requests has the reason inside of its error.
         reason = getattr(error.args[0] if error.args else None, "reason", error)
         raise OSError(
             f"{url} could not be downloaded into {path.parent}: {reason}. Try again, or download "
-            "it by hand and give the path of the file; TENSORMASK_CACHE names another cache folder"
+            "it by hand and give its path; TENSORMASK_CACHE sets another cache folder"
         ) from None
     return path
 
 
 def _download_once(url: str, temporary: str, _: pooch.Pooch, *, sha256: str | None) -> None:
-    """pooch's downloader, which refuses what does not have the hash before it gets its name.
+    """Download into a temporary file, and check its hash before pooch renames it.
 
-    pooch tries again after errors of requests, and after no plain `OSError`.
+    pooch retries after the errors of requests, but not after a plain `OSError`.
     """
     try:
         pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=_CHUNK)(
@@ -108,16 +204,16 @@ def _download_once(url: str, temporary: str, _: pooch.Pooch, *, sha256: str | No
     except OSError as error:
         response = getattr(error, "response", None)
         status = 500 if response is None else response.status_code
-        if status < 500 and status not in _ANSWERS_THAT_MAY_CHANGE:
+        if status < 500 and status not in _TRANSIENT_STATUS:
             raise OSError(str(error)) from None
         raise
     size, found = os.path.getsize(temporary), pooch.file_hash(temporary)
-    if not size:  # such as a redirect to nowhere
-        raise OSError("the server sent nothing")
+    if not size:  # for example a redirect without a location
+        raise OSError("the server sent an empty file")
     if sha256 is not None and not found.startswith(sha256):
         raise OSError(
-            f"what came has the SHA-256 {found}, but that of the published file is {sha256}"
+            f"the downloaded file has the SHA-256 {found}, but the published one has {sha256}"
             f"{'...' if len(sha256) < len(found) else ''}"
         )
-    os.chmod(temporary, 0o644)  # temporary files are for their owner alone, a cache may be shared
+    os.chmod(temporary, 0o644)  # the mode of temporary files is 600, but a cache may be shared
     logger.info("downloaded %s (%.1f MB, SHA-256 %s)", url, size / 1e6, found)

@@ -1,68 +1,79 @@
-"""Checkpoint files read as data: PyTorch's two formats, pickles of arrays, safetensors.
+"""Read checkpoint files as data: PyTorch's two formats, pickles of arrays, safetensors.
 
-What a file is follows from its content, not from its suffix.
+The format follows from the content of a file, not from its suffix. No code that a file names is
+run: PyTorch's files are read with ``weights_only=True``, and other pickles with a short table of
+names.
 """
 
 import json
-import math
-import sys
+import pickle
+import re
 import zipfile
-from collections.abc import Callable
-from io import BytesIO
+from collections import OrderedDict
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tensormask.checkpoint.pickles import RefusedContent, checked_sizes, load_pickle, shorten
 from tensormask.utils.errors import UserError
 
-# What a checkpoint of this library says of its weights, in every format.
+# Entries of this library's checkpoints that describe the weights, in every format.
 DESCRIPTION = ("class_names", "category_ids", "config")
-_MAX_VIEWS = 4  # tensors may share their numbers: all of them, in sizes of the file
+_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, without running anything that it holds.
+def read_checkpoint(path: str | PathLike[str], *, mmap: bool = True) -> dict[str, Any]:
+    """Read the content of a checkpoint file to the CPU, without running any code that it names.
+
+    Args:
+        path: of the file, which may have any suffix.
+        mmap: map the tensors of a ``.pth`` into memory, and read them when they are used. False
+            copies them: for tensors that are kept when the file is replaced or removed.
 
     Returns:
-        what the file holds: a dict of weights, or one that has them as "model" or "blobs"; for
-        safetensors ``{"model": weights, ...}`` with `DESCRIPTION` from its metadata. Weights are
-        `Tensor` or `numpy.ndarray`.
+        The content of the file: a dict of weights, or a dict with the weights as "model" or
+        "blobs". For safetensors ``{"model": weights, ...}`` with `DESCRIPTION` from the metadata.
+        Weights are `Tensor` or `numpy.ndarray`.
 
     Raises:
         FileNotFoundError: no such file.
         OSError: it cannot be opened.
-        ValueError: the file is damaged, or holds more than tensors and plain containers.
+        ValueError: the file is damaged, or contains more than tensors and plain containers.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "model.pth")
+        ...     torch.save({"model": {"fpn.p7.bias": torch.zeros(16)}, "iteration": 9}, path)
+        ...     content = read_checkpoint(path)
+        >>> content["iteration"], content["model"]["fpn.p7.bias"].shape
+        (9, torch.Size([16]))
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(f"no weights file at {path}")
     with open(path, "rb") as file:
-        start = file.read(9)
-    try:
-        content = _read(path, start)
-    except RefusedContent as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged file fails in many ways, and all of them mean the same
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of plain data: it is damaged, or of another "
-            f"kind ({shorten(f'{type(error).__name__}: {error}', 200)})"
-        ) from None
+        try:
+            content = _read(file, path, mmap)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # each reader has its own errors for a damaged file
+            raise UserError(f"{path} {_explain(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: no dict of weights in it, but {type(content).__name__}")
+        raise UserError(f"{path}: it contains {type(content).__name__}, not a dict of weights")
     return content
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file under the names that they have there.
+def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file under their names in the file.
 
     Raises:
-        FileNotFoundError, ValueError: as of `read_checkpoint`.
-        ValueError: there is something else among them.
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+        ValueError: an entry is not an array of numbers.
     """
     weights, others = split_weights(read_checkpoint(path), path)
     check_all_arrays(others, path)
@@ -70,45 +81,50 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def split_weights(
-    content: dict[str, Any], path: str | Path
+    content: dict[str, Any], path: str | PathLike[str]
 ) -> tuple[dict[str, Tensor], dict[Any, Any]]:
-    """The tensors of a checkpoint's content by name, and what stands beside them.
+    """Return the tensors of a checkpoint by name, and the other entries beside them.
 
     Args:
-        content: as of `read_checkpoint`.
+        content: as returned by `read_checkpoint`.
         path: of its file, for messages.
 
     Raises:
-        ValueError: there are none, or they are far larger than the file.
+        ValueError: the dict of weights is empty.
     """
     for key in ("model", "blobs"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    arrays = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, np.ndarray | Tensor)
-    }
-    others = {name: value for name, value in content.items() if name not in arrays}
     if not content:
-        raise UserError(f"{path}: the dict of weights in it is empty")
-    size = sum(array.nbytes for array in arrays.values())
-    if size > _MAX_VIEWS * Path(path).stat().st_size:
-        raise UserError(f"{path}: its weights would take {size:,} bytes, far more than the file")
-    return {name: _to_tensor(array) for name, array in arrays.items()}, others
+        raise UserError(f"{path}: the dict of weights is empty")
+    weights, others = {}, {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            weights[name] = _to_tensor(value)
+        elif isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value):
+            weights[name] = value.detach()
+        else:
+            others[name] = value
+    return weights, others
 
 
-def check_all_arrays(others: dict[Any, Any], path: str | Path) -> None:
-    """Raise ValueError if something stood beside the weights, as `split_weights` found it."""
+def check_all_arrays(others: dict[Any, Any], path: str | PathLike[str]) -> None:
+    """Raise ValueError if `split_weights` returned `others` beside the weights."""
     for name, value in others.items():
-        raise UserError(
-            f"{path}: entry {shorten(str(name))} is {type(value).__name__}, not an array of numbers"
-        )
+        if not isinstance(name, str):
+            raise UserError(f"{path}: the name {shorten(str(name))} of an entry is not a text")
+        kind = type(value).__name__
+        if isinstance(value, Tensor) and not _is_plain(value):
+            kind = f"a {kind} of {value.layout} and {value.dtype} on {value.device}"
+        raise UserError(f"{path}: entry {shorten(str(name))} is {kind}, not an array of numbers")
 
 
-def read_description(path: str | Path) -> dict[str, list]:
-    """``class_names`` and ``category_ids`` of a checkpoint of this library; {} for other files."""
-    content = read_checkpoint(path)
+def get_description(content: dict[str, Any]) -> dict[str, list]:
+    """Return ``class_names`` and ``category_ids`` of a checkpoint of this library, else {}.
+
+    Args:
+        content: as returned by `read_checkpoint`.
+    """
     names, ids = content.get("class_names"), content.get("category_ids")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return {}
@@ -117,24 +133,37 @@ def read_description(path: str | Path) -> dict[str, list]:
     return {"class_names": names, "category_ids": ids}
 
 
-def _to_tensor(array: np.ndarray | Tensor) -> Tensor:
-    if isinstance(array, Tensor):
-        return array
+def shorten(text: str, length: int = 100) -> str:
+    """Shorten and escape untrusted text for use in a message."""
+    text = text if len(text) <= length else text[: length - 3] + "..."
+    return text if text.isprintable() else ascii(text)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor consists of real numbers in memory, as every parameter of a model."""
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return is_dense and not tensor.is_complex()
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
     native = array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, dtype=native, order="C"))  # a copy: bytes cannot change
+    return torch.from_numpy(np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"]))
 
 
-def _read(path: Path, start: bytes) -> Any:
+def _read(file: BinaryIO, path: Path, mmap: bool) -> Any:
+    start = file.read(len(_LEGACY_START))
+    file.seek(0)
     if start.startswith(b"PK\x03\x04"):
-        return _read_torch_zip(path)
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise UserError("it is a compressed zip file, which torch.save does not write")
+        return _load_torch(file, path, mmap)
+    if start == _LEGACY_START:  # the format before PyTorch 1.6; torchvision's older files have it
+        return _load_torch(file, path, mmap=False)
     header_size = int.from_bytes(start[:8], "little")
-    if start[8:] == b"{" and header_size <= path.stat().st_size - 8:
+    if start[8:9] == b"{" and header_size <= path.stat().st_size - 8:
         return _read_safetensors(path)
-    file = BytesIO(path.read_bytes())
-    content = load_pickle(file, _TORCH_FUNCTIONS)
-    if type(content) is int and content == _LEGACY_MAGIC:
-        return _read_torch_legacy(file)
-    return content
+    return _ArrayUnpickler(file, encoding="latin1").load()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -148,119 +177,103 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # of another program, which has its own meaning of the key
+    except (ValueError, RecursionError):  # another program may use the key for something else
         return text
 
 
-# ---- what torch.save writes ----
+def _load_torch(file: BinaryIO, path: Path, mmap: bool) -> Any:
+    file.seek(0)
+    allowed: list[Any] = [(function, name) for name, function in _NUMPY_NAMES.items()]
+    # PyTorch maps the file of a path only, and takes any path with this suffix for that format.
+    is_mapped = mmap and not path.name.endswith(".safetensors")
+    source = path if is_mapped else file
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(source, map_location="cpu", mmap=is_mapped, weights_only=True)
 
 
-def _read_torch_zip(path: Path) -> Any:
-    """The format since PyTorch 1.6: a pickle, and each storage's numbers as a file, zipped."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        size = sum(entry.file_size for entry in entries)
-        if any(entry.compress_type for entry in entries) or size > path.stat().st_size:
-            raise RefusedContent("it is a compressed zip file, which torch.save does not write")
-        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise RefusedContent("it is a zip file that torch.save has not written")
-        folder = pickles[0].filename.removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in archive.namelist():
-            _check_byte_order(archive.read(order) == b"little")
-        load_storage = _storage_loader(lambda key: archive.read(f"{folder}data/{key}"))
-        return load_pickle(BytesIO(archive.read(pickles[0])), _TORCH_FUNCTIONS, load_storage)
-
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_VERSION = 1001
-
-
-def _read_torch_legacy(file: BytesIO) -> Any:
-    """The format before it: more pickles, then the numbers. torchvision's older files have it."""
-    if load_pickle(file) != _LEGACY_VERSION:
-        raise RefusedContent("it is of a version of torch.save that is not known")
-    _check_byte_order(load_pickle(file)["little_endian"])
-    place = file.tell()
-    # The pickle precedes its numbers: it is read to see which they are, and again with them.
-    dtypes: dict[str, torch.dtype] = {}
-    ignored = {name: lambda *_: None for name in _TORCH_FUNCTIONS if name[0] == "torch._utils"}
-    load_pickle(file, _TORCH_FUNCTIONS | ignored, lambda i: dtypes.setdefault(*_storage_id(i)[:2]))
-    numbers = {}
-    for key in load_pickle(file):
-        size = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
-        numbers[key] = file.read(size)
-        if len(numbers[key]) != size:
-            raise RefusedContent("it ends early, before all of its numbers")
-    file.seek(place)
-    return load_pickle(file, _TORCH_FUNCTIONS, _storage_loader(numbers.__getitem__))
-
-
-def _check_byte_order(is_little: bool) -> None:
-    if is_little != (sys.byteorder == "little"):
-        raise RefusedContent("its numbers have the byte order of another kind of machine")
-
-
-def _storage_loader(read: Callable[[str], bytes]) -> Callable[[Any], Tensor]:
-    """Gives the storage of a persistent id as a tensor of one axis; `read` its bytes, by key."""
-    storages: dict[str, bytearray] = {}
-
-    def load(persistent_id: Any) -> Tensor:
-        key, dtype, num_elements = _storage_id(persistent_id)
-        if key not in storages:
-            storages[key] = bytearray(read(key))
-        if num_elements * dtype.itemsize != len(storages[key]):
-            raise RefusedContent(
-                f"it has a storage of {num_elements:,} numbers, not all of them there"
-            )
-        if not num_elements:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(storages[key], dtype=dtype)
-
-    return load
-
-
-def _storage_id(persistent_id: Any) -> tuple[str, torch.dtype, int]:
-    """Key, dtype and number of elements."""
-    _, dtype, key, _, num_elements, *view = persistent_id
-    if type(key) is not str or type(num_elements) is not int or not isinstance(dtype, torch.dtype):
-        raise RefusedContent("it has a storage that torch.save has not written")
-    if num_elements < 0 or view not in ([], [None]):
-        raise RefusedContent("it has a storage that is part of another one")
-    return key, dtype, num_elements
-
-
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_flags: Any
-) -> Tensor:
-    """A view of a storage, within it and no larger."""
-    checked_sizes((offset, *checked_sizes(size), *checked_sizes(stride)))
-    num_elements = math.prod(size)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if num_elements and max(num_elements, last + 1) > len(storage):
-        raise RefusedContent(
-            f"it has a tensor of shape {shorten(str(size))} and {len(storage):,} numbers for it"
+def _explain(error: Exception) -> str:
+    """Say what is wrong with a file, from the error of its reader."""
+    text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+    if foreign := re.search(r"\bGLOBAL (\S+)", text):  # as PyTorch and `_ArrayUnpickler` say it
+        return (
+            f"asks for {shorten(foreign[1])}, which is neither an array nor a plain container, "
+            "and is not loaded: save the weights alone"
         )
-    return storage.new_empty(0).set_(storage.untyped_storage(), offset, size, stride)
+    return (
+        "cannot be read as a checkpoint of plain data: it is damaged, or not a checkpoint "
+        f"({shorten(f'{type(error).__name__}: {text}', 200)})"
+    )
 
 
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+# ---- the arrays of NumPy in pickles ----
+
+_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+
+
+class _Dtype:
+    """What `numpy.dtype` is in a pickle: numbers only, in either byte order.
+
+    NumPy's own would take flags from the file that are false, and read out of bounds then.
+    """
+
+    def __init__(self, code: str, *_flags: Any) -> None:
+        if code not in _NUMBERS:
+            raise UserError(f"it has an array of dtype {shorten(str(code))}, not of numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """What `numpy.ndarray` is in a pickle, made empty and filled by its state.
+
+    `__setstate__` of this class and of `_Dtype` also keeps a file from changing the class itself.
+    """
+
+    def __new__(cls, *_: Any) -> Self:
+        return super().__new__(cls, 0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *_, shape, dtype, is_fortran, data = state  # the first of five is a version
+        clean: Any = (1, shape, _dtype_of(dtype), bool(is_fortran), data)
+        super().__setstate__(clean)
+
+    @classmethod
+    def from_buffer(cls, data: bytes, dtype: _Dtype, shape: Any, order: Any) -> np.ndarray:
+        return np.frombuffer(data, _dtype_of(dtype)).reshape(shape, order=order)
+
+    @classmethod
+    def scalar(cls, dtype: _Dtype, data: bytes | str) -> int | float | bool:
+        data = data.encode("latin1") if isinstance(data, str) else data  # str: of Python 2
+        return np.frombuffer(data, _dtype_of(dtype)).item()
+
+
+def _dtype_of(dtype: _Dtype) -> np.dtype:
+    if type(dtype) is not _Dtype:
+        raise UserError("it has an array that NumPy has not written")
+    return dtype.dtype
+
+
+# A file can set attributes of what it names. These names stand for what has none to set.
+_NUMPY_NAMES: dict[str, Any] = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+for _core in ("numpy._core", "numpy.core"):  # since NumPy 2, and before
+    _NUMPY_NAMES[f"{_core}.multiarray._reconstruct"] = _Array
+    _NUMPY_NAMES[f"{_core}.multiarray.scalar"] = _Array.scalar
+    _NUMPY_NAMES[f"{_core}.numeric._frombuffer"] = _Array.from_buffer
+_NAMES: dict[str, Any] = {
+    **_NUMPY_NAMES,
+    "collections.OrderedDict": OrderedDict,
+    "collections.Counter": dict,
+    "_codecs.encode": str.encode,  # Python 3 writes bytes with it in the protocols before 3
+    "__builtin__.bytes": "".encode,  # and an empty bytes object with this
 }
-_TORCH_FUNCTIONS: dict[tuple[str, str], Any] = {
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Python's unpickler with a table of the only names that a file may use."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _NAMES:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return _NAMES[f"{module}.{name}"]

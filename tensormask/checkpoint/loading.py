@@ -1,4 +1,4 @@
-"""Weights from files into a model, and what is said of those that do not fit."""
+"""Load weights from a file into a model, and report those that do not fit."""
 
 import logging
 import re
@@ -6,13 +6,13 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, split_weights
+from tensormask.checkpoint.downloads import resolve
+from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, shorten, split_weights
 from tensormask.checkpoint.names import find_kind, to_our_names
-from tensormask.checkpoint.pickles import shorten
-from tensormask.model_zoo import resolve
+from tensormask.modeling.tensormask import TensorMask
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _ABOVE_BACKBONE = ("fpn", "head", "mask_head")
 _CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
 
-# What ImageNet weights were trained with, by the config's keys.
+# The images and strides that ImageNet weights were trained with, by config key.
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
     "MSRA": {
         "INPUT.FORMAT": "BGR",
@@ -38,56 +38,73 @@ _TRAINED_WITH: dict[str, dict[str, Any]] = {
 
 
 class LoadResult(NamedTuple):
-    """What did not fit when weights were loaded, by our parameter names."""
+    """The parameters that did not fit when weights were loaded, by our names."""
 
-    missing: list[str]  # parameters of the model that the file does not have
-    unexpected: list[str]  # entries of the file that the model does not have
+    missing: list[str]  # in the model, not in the file
+    unexpected: list[str]  # in the file, not in the model
     misshapen: list[str]  # "name: (file's shape) in the file, (model's shape) in the model"
 
 
-def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadResult:
-    """Load weights into a model.
+def load_weights(
+    model: TensorMask, path: str | PathLike[str], *, content: dict[str, Any] | None = None
+) -> LoadResult:
+    """Load weights from a file into a model.
 
-    A batch norm without running statistics in the file gets mean 0 and variance 1.
+    The file is a checkpoint of this library or of detectron2's TensorMask, or a backbone: an
+    ImageNet ResNet of detectron2 (with Caffe2's names or its own) or of torchvision. Its format is
+    that of a ``.pth``, ``.pkl`` or ``.safetensors``, whatever its suffix. A batch norm without
+    running statistics in the file gets mean 0 and variance 1.
 
     Args:
-        model: a `TensorMask`.
-        path: of a file, or what `model_zoo.resolve` takes in its place. A checkpoint of this
-            library or of detectron2's TensorMask; or a backbone alone, an ImageNet ResNet of
-            detectron2 (with Caffe2's names or its own) or of torchvision. A ``.pth``, ``.pkl`` or
-            ``.safetensors``, whatever its suffix.
+        model: gets the weights, in its own dtypes and on its own device.
+        path: of the file, or a name or address for `downloads.resolve`.
+        content: of the file, if `read_checkpoint` has read it already.
 
     Returns:
-        what was missing, unexpected or misshapen, which is logged as well. After a backbone alone,
-        all the rest of the model is missing.
+        What is missing, unexpected or misshapen, which is also logged. After loading a backbone,
+        the rest of the model is missing.
 
     Raises:
         FileNotFoundError: no such file.
-        OSError: it could not be downloaded.
-        ValueError: the file is no checkpoint, or holds objects other than arrays and plain
-            containers; no parameter of the model fits it; it is a backbone, and another one than
-            the model's; it has ImageNet weights that go with other images than the model feeds
-            them. The model is as before.
+        OSError: the download failed.
+        ValueError: the file is not a checkpoint, or contains objects other than arrays and plain
+            containers; no entry fits a parameter of the model; the file is another backbone than
+            the model's; or its ImageNet weights were trained with other images than the model
+            feeds them. The model is unchanged.
+
+    Example:
+        >>> import os, tempfile, tensormask
+        >>> cfg = tensormask.model_zoo.get_config("tensormask_R_50_FPN_1x")
+        >>> cfg.MODEL.DEVICE = "cpu"
+        >>> model = tensormask.build_model(cfg)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.pth")
+        ...     torch.save({"model": {"fpn.p7.bias": torch.ones(256)}}, path)
+        ...     loaded = load_weights(model, path)
+        >>> len(loaded.missing) > 0, loaded.unexpected, loaded.misshapen
+        (True, [], [])
+        >>> bool(model.fpn.p7.bias.eq(1).all())
+        True
     """
-    file = resolve(path)
-    content = read_checkpoint(file)
-    arrays, others = split_weights(content, file)
+    if content is None:
+        content = read_checkpoint(resolve(path))
+    arrays, others = split_weights(content, path)
     kind = find_kind(arrays)
     _check_images(model, kind, content.get("__author__"), path)
-    ours, left_out = to_our_names(arrays, kind, _mask_sizes(model))
-    if kind == "Caffe2":  # a solver's options stand among the weights
+    ours, left_out = to_our_names(arrays, kind, model.windows.mask_sizes)
+    if kind == "Caffe2":  # has a solver's options among the weights
         left_out += map(str, others)
     else:
         check_all_arrays(others, path)
     if kind == "detectron2":
         left_out += [name for name in ours if _is_unused_level(ours[name], model)]
     if left_out:
-        logger.info("%s: left out, of no use here: %s", path, _list(left_out))
+        logger.info("%s: entries that are not used: %s", path, _list(left_out))
 
     own = model.state_dict()
     used = ours.keys() - left_out
     weights = {ours[name]: array for name, array in arrays.items() if name in used}
-    weights |= _missing_statistics(own, weights)
+    weights |= _default_statistics(own, weights)
     fitting, misshapen = {}, []
     for name, value in weights.items():
         if name in own and value.shape == own[name].shape:
@@ -97,7 +114,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadResult:
             misshapen.append(f"{name}: {shapes}")
     if not fitting:
         raise UserError(f"{path}: none of its {len(arrays)} entries fits a parameter of the model")
-    # Batch norms count their batches; a file of frozen ones does not.
+    # A batch norm counts its batches, a frozen one does not.
     counted = ".num_batches_tracked"
     missing = [n for n in own if n not in weights and not n.endswith(counted)]
     unexpected = [n for n in weights if n not in own and not n.endswith(counted)]
@@ -111,29 +128,24 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadResult:
 
 
 def check_complete(loaded: LoadResult, path: str | PathLike[str]) -> None:
-    """Raise ValueError where `load_weights` left a part of the model at random."""
+    """Raise ValueError if `load_weights` left a part of the model at its random start."""
     if loaded.missing or loaded.misshapen:
         first = (loaded.missing + loaded.misshapen)[0]
         raise UserError(
-            f"{path} is not of the model that the config describes: {len(loaded.missing)} "
-            f"parameters are missing in it and {len(loaded.misshapen)} have another shape, such as "
-            f"{first}; give the config that the weights were trained with"
+            f"{path} does not fit the model that the config describes: {len(loaded.missing)} "
+            f"parameters are missing and {len(loaded.misshapen)} have another shape, such as "
+            f"{first}. Give the config that the weights were trained with"
         )
 
 
-def _mask_sizes(model: nn.Module) -> list[int]:
-    windows = getattr(model, "windows", None)
-    return windows.mask_sizes if windows else []
-
-
-def _is_unused_level(name: str, model: nn.Module) -> bool:
-    """detectron2 makes p2..p7 whichever of them carry windows, we make those only."""
+def _is_unused_level(name: str, model: TensorMask) -> bool:
+    """Whether a parameter is of a pyramid level without windows, which only detectron2 has."""
     level = re.match(r"fpn\.(?:\w+\.)?p(\d)\.", name)
     return level is not None and not model.fpn.first <= int(level[1]) <= model.fpn.last
 
 
-def _missing_statistics(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean 0 and variance 1 where a batch norm has scale and shift only."""
+def _default_statistics(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return mean 0 and variance 1 for batch norms with only scale and shift in the file."""
     statistics = {}
     for mean in (name for name in own if name.endswith(".running_mean")):
         scale, var = (mean.replace("running_mean", leaf) for leaf in ("weight", "running_var"))
@@ -143,13 +155,13 @@ def _missing_statistics(own: dict[str, Tensor], weights: dict[str, Tensor]) -> d
     return statistics
 
 
-def _check_images(model: nn.Module, kind: str, written_by: Any, path: str | PathLike[str]) -> None:
-    """Raise ValueError if the model feeds ImageNet weights other images than they know."""
+def _check_images(model: TensorMask, kind: str, written_by: Any, path: str | PathLike[str]) -> None:
+    """Raise ValueError if ImageNet weights were trained with other images or strides."""
     if kind == "Caffe2":
         author = "MSRA"
     elif kind == "torchvision" or (kind.startswith("detectron2's") and written_by == "torchvision"):
         author = "torchvision"
-    else:  # a whole model, or a backbone that does not say whose it is
+    else:  # a whole model, or a backbone of an unknown author
         return
     block = model.backbone.res3[0]
     in_1x1 = block.conv1.stride != (1, 1)
@@ -158,7 +170,7 @@ def _check_images(model: nn.Module, kind: str, written_by: Any, path: str | Path
         "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
         "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
     }
-    if isinstance(block, Bottleneck):  # R-18 and R-34 have the stride in one place
+    if isinstance(block, Bottleneck):  # R-18 and R-34 have no choice of the stride
         given["MODEL.RESNETS.STRIDE_IN_1X1"] = in_1x1
     wanted = _TRAINED_WITH[author]
     wrong = [key for key, value in given.items() if not _agree(value, wanted[key])]
@@ -166,7 +178,7 @@ def _check_images(model: nn.Module, kind: str, written_by: Any, path: str | Path
         overrides = " ".join(f"{key} {_as_word(wanted[key])}" for key in wrong)
         raise UserError(
             f"{path} has {author}'s ImageNet weights, which were trained with other images or "
-            f"strides than the config says: add {overrides}"
+            f"strides than those of the config: add {overrides}"
         )
 
 
@@ -189,16 +201,16 @@ def _check_whole_backbone(result: LoadResult, path: str | PathLike[str]) -> None
     ]
     if wrong:
         raise UserError(
-            f"{path} is a backbone, but not the one of the model: {len(wrong)} parameters are on "
-            f"one side only or have another shape: {_list(wrong)}. Do MODEL.RESNETS.DEPTH and "
-            "MODEL.RESNETS.NORM fit?"
+            f"{path} is a backbone, but not the model's: {len(wrong)} parameters are in only one "
+            f"of them or have another shape: {_list(wrong)}. Check MODEL.RESNETS.DEPTH and "
+            "MODEL.RESNETS.NORM"
         )
 
 
 def _changed_classes(
-    model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor]
+    model: TensorMask, own: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> tuple[int, int] | None:
-    """How many classes file and model have, where nothing else separates their classifiers."""
+    """Return the classes of file and model, if these are the only difference of the classifiers."""
     if not all(name in own and name in weights for name in _CLASSIFIER):
         return None
     (theirs, *inner), (theirs_of_bias,) = (weights[name].shape for name in _CLASSIFIER)
@@ -216,12 +228,12 @@ def _log_misfits(
     path: str | PathLike[str],
 ) -> None:
     if is_backbone:
-        logger.warning("%s: backbone only: fpn and heads start fresh", path)
+        logger.warning("%s: backbone only: fpn and heads keep their initial weights", path)
         result = result._replace(missing=[])
     if classes:
         logger.warning(
-            "%s: trained with %d classes, the model has %d: the classifier starts fresh; if that "
-            "is not intended, set MODEL.TENSOR_MASK.NUM_CLASSES %d",
+            "%s: trained with %d classes, the model has %d: the classifier keeps its initial "
+            "weights; if that is not intended, set MODEL.TENSOR_MASK.NUM_CLASSES %d",
             *(path, *classes, classes[0]),
         )
         others = [text for text in result.misshapen if not text.startswith("head.cls_score.")]

@@ -1,6 +1,6 @@
-"""Names of parameters, in tables: ours beside those of detectron2, torchvision and Caffe2.
+"""Tables of parameter names: those of detectron2, torchvision and Caffe2 beside ours.
 
-A name in braces stands for the same text on both sides of a row.
+A field in braces has the same text on both sides of a row, unless `_CHANGES` has another one.
 """
 
 import re
@@ -21,7 +21,7 @@ _DETECTRON2: Table = (
     *((f"backbone.bottom_up.{theirs}", ours) for theirs, ours in _BACKBONE),
     ("backbone.fpn_{way}{n}.norm.{leaf}", "fpn.{way}.p{n}.1.{leaf}"),
     ("backbone.fpn_{way}{n}.{leaf}", "fpn.{way}.p{n}.{leaf}"),
-    ("backbone.fpn_{way}{n}.{leaf}", "fpn.{way}.p{n}.0.{leaf}"),  # where it has a norm
+    ("backbone.fpn_{way}{n}.{leaf}", "fpn.{way}.p{n}.0.{leaf}"),  # with a norm
     ("backbone.top_block.p{n}.{leaf}", "fpn.p{n}.{leaf}"),
     ("head.{tower}.{rest}", "mask_head.{tower}.{rest}"),
     ("head.mask_pred_{size}.{leaf}", "mask_head.mask_pred.{size}.{leaf}"),
@@ -44,7 +44,7 @@ _CAFFE2: Table = (
     ("res{n}_{i}_branch2{abc}_bn_{affine}", "backbone.res{n}.{i}.bn{abc}.{affine}"),
 )
 
-# What a name in braces can be.
+# The texts that a field matches.
 _FIELDS = {
     "leaf": r"[^.]+",
     "rest": r".+",
@@ -58,7 +58,7 @@ _FIELDS = {
     "abc": r"[abc]",
     "affine": r"\w+",
 }
-# What of it is written differently by us. Others than these do not fit.
+# Fields with another text in our names. Other texts of these fields do not match.
 _CHANGES = {
     "abc": {"a": "1", "b": "2", "c": "3"},
     "affine": {
@@ -68,8 +68,8 @@ _CHANGES = {
     },
 }
 
-# Kinds of files: names that tell one, its table, and the names in it that are of no use here. A
-# file that is none of them has our names.
+# Kinds of files: the names that identify one, its table, and the names that are not used here. Any
+# other file has our names.
 _KINDS: dict[str, tuple[str, Table, str]] = {
     "detectron2": (
         r"backbone\.(bottom_up|fpn_\w+|top_block)\..+|head\.mask_.+",
@@ -84,9 +84,9 @@ OURS = "TensorMask"
 
 
 def find_kind(names: Collection[str]) -> str:
-    """Whose names these are: a key of the table of kinds, or `OURS`."""
-    for kind, (sign, _, _) in _KINDS.items():
-        if any(re.fullmatch(sign, name) for name in names):
+    """Return the kind of file that has these names: a key of `_KINDS`, or `OURS`."""
+    for kind, (mark, _, _) in _KINDS.items():
+        if any(re.fullmatch(mark, name) for name in names):
             return kind
     return OURS
 
@@ -94,21 +94,23 @@ def find_kind(names: Collection[str]) -> str:
 def to_our_names(
     names: Collection[str], kind: str, mask_sizes: Sequence[int]
 ) -> tuple[dict[str, str], list[str]]:
-    """Our names for those in a file.
+    """Return our names for those in a file, and the names that are left out.
+
+    A name without a row in the table stays the same, or is left out if it is known to be unused.
 
     Args:
-        kind: of the file, as `find_kind` says.
+        kind: of the file, as returned by `find_kind`.
         mask_sizes: side of the masks of the finest level, per window size. detectron2 names the
             mask predictors by it, we number them.
 
-    Returns:
-        our name of each, which is the file's own where there is no row for it; and the names that
-        are left out because they are of no use here.
+    Example:
+        >>> to_our_names(["layer1.0.bn1.bias", "fc.bias"], "torchvision", [])
+        ({'layer1.0.bn1.bias': 'backbone.res2.0.bn1.bias'}, ['fc.bias'])
     """
     if kind == OURS:
         return {name: name for name in names}, []
-    _, table, useless = _KINDS[kind]
-    # With a norm, our convolution is the first of two layers.
+    _, table, unused = _KINDS[kind]
+    # With a norm, our convolution is the first layer of two.
     with_norm = any(re.fullmatch(r"backbone\.fpn_\w+\.norm\..+", name) for name in names)
     skipped = "fpn.{way}.p{n}.{leaf}" if with_norm else "fpn.{way}.p{n}.0.{leaf}"
     table = tuple(row for row in table if row[1] != skipped)
@@ -116,7 +118,7 @@ def to_our_names(
     renamed, left_out = {}, []
     for name in names:
         ours = _rename(name, table, {**_CHANGES, "size": numbers})
-        if ours is None and re.fullmatch(useless, name):
+        if ours is None and re.fullmatch(unused, name):
             left_out.append(name)
         else:
             renamed[name] = ours or name
@@ -126,7 +128,7 @@ def to_our_names(
 def to_detectron2_names(
     names: Collection[str], mask_sizes: Sequence[int]
 ) -> tuple[dict[str, str], list[str]]:
-    """The way back: detectron2's names for ours, and the names that it has not."""
+    """Return detectron2's names for ours, and the names that it does not have."""
     table = tuple((ours, theirs) for theirs, ours in _DETECTRON2)
     sides = {str(i): f"{side:02d}" for i, side in enumerate(mask_sizes)}
     renamed = {name: _rename(name, table, {"size": sides}) for name in names}
@@ -135,7 +137,7 @@ def to_detectron2_names(
 
 
 def _rename(name: str, table: Table, changes: dict[str, dict[str, str]]) -> str | None:
-    """The name by the first row that fits; None if there is none."""
+    """Return the name by the first row that matches; None if no row does."""
     for given, wanted in table:
         if match := _pattern(given).fullmatch(name):
             fields = match.groupdict()
@@ -147,6 +149,6 @@ def _rename(name: str, table: Table, changes: dict[str, dict[str, str]]) -> str 
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """What a template stands for, with a group for each name in braces."""
+    """Return the pattern of a template, with a group for each field in braces."""
     text = re.sub(r"\\{(\w+)\\}", lambda m: f"(?P<{m[1]}>{_FIELDS[m[1]]})", re.escape(template))
     return re.compile(text)

@@ -1,6 +1,6 @@
-"""Write weights for another program: `python tools/convert_weights.py model_final.pth model.pkl`.
+"""Convert weights for another program: `python tools/convert_weights.py model_final.pth model.pkl`.
 
-A file with our names is written with detectron2's, one of detectron2 with ours.
+A file with our names gets detectron2's, and the other way around.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import json
 import math
 import pickle
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,20 +17,20 @@ import torch
 import yaml
 from torch import Tensor
 
+from tensormask.checkpoint.downloads import resolve
 from tensormask.checkpoint.files import (
     DESCRIPTION,
     check_all_arrays,
     read_checkpoint,
+    shorten,
     split_weights,
 )
 from tensormask.checkpoint.names import OURS, find_kind, to_detectron2_names, to_our_names
-from tensormask.checkpoint.pickles import shorten
-from tensormask.engine.resume import write_atomically
-from tensormask.model_zoo import resolve
+from tensormask.commands.common import exits_on_user_error
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import write_atomically
 
-EXIT_MISTAKE = 2
-# How detectron2 knows a file that needs no guessing of names.
+# With these, detectron2 takes the names as they are and does not match them by heuristics.
 _DETECTRON2_MARKS = {"__author__": "tensormask", "matching_heuristics": False}
 
 
@@ -40,17 +39,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write the weights of a TensorMask with the names of detectron2 or of this "
         "library, and in another format. No number changes. class_names, category_ids and config "
-        "of a checkpoint are kept, and what else it has is named and left out.",
-        epilog="detectron2 has no upscale heads and no models without boxes: these are refused. "
-        "That a head upscales is known from the config in a checkpoint; a file of weights alone is "
-        "taken to have none. detectron2's names do not say in which order the window sizes are: "
-        "from small to large, others are refused.",
+        "of a checkpoint are kept; its other entries are listed and left out.",
+        epilog="Upscale heads and models without a box head are refused: detectron2 does not have "
+        "them. An upscale head is recognised by the config in the checkpoint; weights without a "
+        "config are taken for another head. detectron2's names do not keep the order of the window "
+        "sizes: a model whose sizes are not ascending is refused.",
     )
     parser.add_argument(
         "input",
         metavar="INPUT",
-        help="checkpoint of this library or of detectron2's TensorMask, in any format; a path, or "
-        "a name of the model zoo, or an address",
+        help="checkpoint of this library or of detectron2's TensorMask, in any format: a path, a "
+        "name of the model zoo, or an address",
     )
     parser.add_argument(
         "output",
@@ -61,29 +60,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--to",
         choices=("detectron2", "tensormask"),
-        help="whose names OUTPUT gets (default: detectron2's if INPUT has ours, else ours)",
+        help="the names in OUTPUT (default: detectron2's if INPUT has ours, else ours)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace OUTPUT; without this, one that exists is an error",
+        help="replace an existing OUTPUT, which is an error otherwise",
     )
     return parser.parse_args(arguments)
 
 
 def convert(content: dict[str, Any], to: str | None, path: Path) -> tuple[dict[str, Any], str]:
-    """The content of a checkpoint with other names.
+    """Return the content of a checkpoint with other names, and a line that describes it.
 
     Args:
-        content: as of `read_checkpoint`.
-        to: "detectron2", "tensormask", or None for the one that it is not.
+        content: as returned by `read_checkpoint`.
+        to: "detectron2" or "tensormask"; None for the other one than the content has.
         path: of its file, for messages.
 
-    Returns:
-        The new content, and a line that says what it is.
-
     Raises:
-        ValueError: it is not all of a TensorMask, or not one that detectron2 has.
+        ValueError: it is not a complete TensorMask, or one that detectron2 does not support.
     """
     arrays, others = split_weights(content, path)
     check_all_arrays(others, path)
@@ -101,40 +97,40 @@ def convert(content: dict[str, Any], to: str | None, path: Path) -> tuple[dict[s
             "takes them as they are.)"
         )
     if to == "detectron2":
-        _check_detectron2_has_it(weights, sizes, content, path)
+        _check_supported(weights, sizes, content, path)
         weights = {theirs[name]: array for name, array in weights.items()}
     if isinstance(content.get("model"), dict):
         left_out += map(str, content.keys() - {"model", *DESCRIPTION, *_DETECTRON2_MARKS})
     kept = {key: content[key] for key in DESCRIPTION if key in content}
-    said = f"{len(weights)} arrays, names of {to}"
+    summary = f"{len(weights)} arrays, names of {to}"
     for what, names in (("kept", [*kept]), ("left out", sorted(left_out))):
-        said += f"; {what}: {', '.join(names)}" if names else ""
+        summary += f"; {what}: {', '.join(names)}" if names else ""
     marks = _DETECTRON2_MARKS if to == "detectron2" else {}
-    # Copies, because numbers that are shared would be written once, or not at all.
+    # Copies: a file of safetensors cannot share numbers, and a mapped INPUT may be replaced.
     weights = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
     }
-    return {"model": weights, **marks, **kept}, said
+    return {"model": weights, **marks, **kept}, summary
 
 
 def _mask_sizes(weights: dict[str, Tensor], path: Path) -> list[int]:
-    """Side of the masks of each mask predictor, by its channels."""
-    sizes = []
+    """Return the side of the masks of each mask predictor, from its channels."""
+    sizes: list[int] = []
     while (predictor := weights.get(f"mask_head.mask_pred.{len(sizes)}.weight")) is not None:
         channels = math.prod(predictor.shape[:1])
         sizes.append(math.isqrt(channels))
         if sizes[-1] ** 2 != channels:
-            raise UserError(f"{path}: a mask of {channels} pixels is no square")
+            raise UserError(f"{path}: a mask of {channels} pixels is not square")
     return sizes
 
 
-def _check_detectron2_has_it(
+def _check_supported(
     weights: dict[str, Tensor], sizes: list[int], content: dict[str, Any], path: Path
 ) -> None:
     if sizes != sorted(set(sizes)):
         raise UserError(
-            f"{path} has masks of {sizes} pixels, in an order that detectron2's names do not keep"
+            f"{path} has masks of {sizes} pixels, an order that detectron2's names do not keep"
         )
     if "head.bbox_pred.weight" not in weights:
         raise UserError(f"{path} has no box head, and every TensorMask of detectron2 has one")
@@ -142,16 +138,16 @@ def _check_detectron2_has_it(
         options = yaml.safe_load(content["config"])["MODEL"]["TENSOR_MASK"]
         upscales = options["UPSCALE_LAMBDA"] > 1
     except (KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
-        return  # no config, or one from before there were upscale heads
+        return  # no config, or one that is older than the upscale heads
     if upscales:
         raise UserError(f"{path} has an upscale head, which detectron2 does not have")
 
 
 def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], object]:
-    """What writes a content, as of `convert`, in the format of a path's suffix.
+    """Return a function that writes a content of `convert` in the format of a path's suffix.
 
     Raises:
-        ValueError: the format does not exist, or has no place for a dtype.
+        ValueError: the format is unknown, or does not support a dtype.
     """
     if path.suffix == ".pth":
         return lambda file: torch.save(content, file)
@@ -163,30 +159,27 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
         try:
             arrays = {name: tensor.numpy() for name, tensor in content["model"].items()}
         except TypeError as error:
-            raise UserError(f"a .pkl holds NumPy arrays ({error}): write a .pth") from error
-        # In protocol 3 names are plain text. NumPy before 2 knows this function by its old name
-        # only, NumPy 2 by both; it is named once, before the first array.
+            raise UserError(f"a .pkl has NumPy arrays ({error}): write a .pth") from error
+        # Protocol 3 writes names as plain text. NumPy 2 has this function by both names, NumPy 1
+        # by the old one only. The name occurs once, before the first array.
         data = pickle.dumps({**content, "model": arrays}, protocol=3)
         data = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
         return lambda file: file.write(data)
     raise UserError(
-        f"{path.name}: the format is that of the suffix, .pth, .pkl or .safetensors, not "
+        f"{path.name}: the suffix sets the format: give .pth, .pkl or .safetensors, not "
         f"{path.suffix or 'none'}"
     )
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 2 for a mistake."""
+    """Run the command and return its exit code: 2 for a mistake of the user."""
     args = parse_arguments(arguments)
     output = Path(args.output)
-    try:
-        if output.exists() and not args.overwrite:
-            raise UserError(f"{output} exists: give another OUTPUT, or --overwrite to replace it")
-        path = resolve(args.input)
-        content, said = convert(read_checkpoint(path), args.to, path)
-        write_atomically(output, writer_of(output, content))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
-    print(f"{output}: {said}")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists: give another OUTPUT, or --overwrite to replace it")
+    path = resolve(args.input)
+    content, summary = convert(read_checkpoint(path), args.to, path)
+    write_atomically(output, writer_of(output, content))
+    print(f"{output}: {summary}")
     return 0

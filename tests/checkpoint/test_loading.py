@@ -1,23 +1,45 @@
-"""Weights into a model: what is loaded, and what is said of what does not fit."""
+"""Load weights into a model: names, shapes and dtypes, and reports of what does not fit."""
 
+import ast
+import builtins
+import copy
 import logging
 import pickle
 import re
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from foreign import torch_bytes
-from tiny import MODELS, build
+from tiny import MODELS, get_cfg
+from tiny import build as build_from_scratch
 
-from tensormask.checkpoint import loading as weights_module
-from tensormask.checkpoint.loading import check_complete, load_weights
+import tensormask
+from tensormask.checkpoint import loading
+from tensormask.checkpoint.loading import LoadResult, check_complete, load_weights
 from tensormask.checkpoint.names import find_kind, to_detectron2_names, to_our_names
+
+
+@cache
+def _built(head: str, opts: str, seed: int) -> tensormask.TensorMask:
+    return build_from_scratch(head, ast.literal_eval(opts), seed)
+
+
+def build(head: str = "bipyramid", opts: Sequence[object] = (), seed: int = 0):
+    """Return a copy of a model that is built once: random numbers take most of the time."""
+    return copy.deepcopy(_built(head, repr(list(opts)), seed))
 
 
 def save(path, state: dict, **beside: object):
     path.write_bytes(torch_bytes({"model": state, **beside}))
     return path
+
+
+def load(model: tensormask.TensorMask, state: dict) -> LoadResult:
+    """Load weights as if from a file: writing one takes longer than all the rest."""
+    return load_weights(model, "model.pth", content={"model": state})
 
 
 def as_detectron2(model) -> dict[str, torch.Tensor]:
@@ -38,22 +60,35 @@ def assert_equal_states(model, other) -> None:
 # ---- what is loaded ----
 
 
-@pytest.mark.parametrize("opts", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("names", ["ours", "detectron2"])
-def test_round_trip(tmp_path, caplog, opts: list, names: str) -> None:
-    model, other = build(opts=opts, seed=1), build(opts=opts, seed=2)
+@pytest.mark.parametrize(
+    "names, kind",
+    [("ours", "BN, which counts"), ("detectron2", "GN"), ("detectron2", "norm in the pyramid")],
+)
+def test_round_trip(tmp_path, caplog, names: str, kind: str) -> None:
+    model, other = build(opts=MODELS[kind], seed=1), build(opts=MODELS[kind], seed=2)
     state = model.state_dict() if names == "ours" else as_detectron2(model)
     assert find_kind(state) == ("TensorMask" if names == "ours" else "detectron2")
-    assert load_weights(other, save(tmp_path / "model.pth", state)) == ([], [], [])
+    path = save(tmp_path / "model.pth", state)
+    assert load_weights(other, path) == ([], [], [])
     assert_equal_states(other, model)
     assert caplog.text == ""
-
-
-@pytest.mark.parametrize("head", ["natural", "aligned"])
-def test_round_trip_of_other_heads(tmp_path, head: str) -> None:
-    model, other = build(head, seed=1), build(head, seed=2)
-    assert not any(load_weights(other, save(tmp_path / "model.pth", as_detectron2(model))))
+    path.write_bytes(bytes(path.stat().st_size))  # the model has copies of the mapped tensors
     assert_equal_states(other, model)
+
+
+@pytest.mark.parametrize("opts", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("head", ["natural", "aligned", "bipyramid"])
+def test_names_of_detectron2_and_back(opts: list, head: str) -> None:
+    with torch.device("meta"):
+        model = build_from_scratch(head, [*opts, "MODEL.DEVICE", "meta"])
+    state = model.state_dict()
+    theirs, unknown = to_detectron2_names(state, model.windows.mask_sizes)
+    assert unknown == []
+    assert len(set(theirs.values())) == len(state)
+    assert find_kind(theirs.values()) == "detectron2"
+    back, left_out = to_our_names(theirs.values(), "detectron2", model.windows.mask_sizes)
+    assert left_out == []
+    assert {theirs[name]: name for name in state} == back
 
 
 def test_names_of_detectron2_by_hand() -> None:
@@ -100,19 +135,18 @@ def test_a_released_file_of_detectron2(tmp_path, caplog) -> None:
         assert not any(load_weights(other, path))
     assert_equal_states(other, model)
     assert len(caplog.records) == 1
-    assert "left out, of no use here: pixel_mean, anchor_generator.cell_anchors.0," in caplog.text
+    assert "entries that are not used: pixel_mean, anchor_generator.cell_anchors.0," in caplog.text
 
 
-def test_levels_without_windows_are_left_out(tmp_path, caplog) -> None:
+def test_levels_without_windows_are_left_out(caplog) -> None:
     """detectron2 makes p2..p7 whichever of them the head reads."""
     trained, model = build(seed=1), build(opts=MODELS["p3 to p6"], seed=2)
-    path = save(tmp_path / "model.pth", as_detectron2(trained))
     with caplog.at_level(logging.INFO):
-        assert not any(load_weights(model, path))
+        assert not any(load(model, as_detectron2(trained)))
     unused = [f"backbone.{way}.{leaf}" for way in ("fpn_lateral2", "fpn_output2", "top_block.p7")
               for leaf in ("weight", "bias")]  # fmt: skip
     (line,) = caplog.messages
-    assert line == f"{path}: left out, of no use here: {', '.join(unused)}"
+    assert line == f"model.pth: entries that are not used: {', '.join(unused)}"
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), name
 
@@ -120,30 +154,50 @@ def test_levels_without_windows_are_left_out(tmp_path, caplog) -> None:
 def test_a_name_of_the_model_zoo_is_resolved(tmp_path, monkeypatch) -> None:
     model, other = build(seed=1), build(seed=2)
     path = save(tmp_path / "downloaded", model.state_dict())
-    monkeypatch.setattr(weights_module, "resolve", {"tensormask_R_50_FPN_1x": path}.__getitem__)
+    monkeypatch.setattr(loading, "resolve", {"tensormask_R_50_FPN_1x": path}.__getitem__)
     assert not any(load_weights(other, "tensormask_R_50_FPN_1x"))
     assert_equal_states(other, model)
 
 
-def test_dtypes_are_the_models(tmp_path) -> None:
+def test_a_predictor_opens_its_file_once(tmp_path, monkeypatch) -> None:
+    weights = {name: value.numpy() for name, value in build().state_dict().items()}
+    content = {"model": weights, "class_names": ["a", "b", "c"], "category_ids": [7, 8, 9]}
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(content))
+    opened = []
+
+    def counting_open(file, *args, **kwargs):
+        opened.append(file)
+        return real_open(file, *args, **kwargs)
+
+    real_open = builtins.open
+    monkeypatch.setattr(builtins, "open", counting_open)
+    predictor = tensormask.Predictor(get_cfg(), path)
+    monkeypatch.undo()
+    assert opened.count(path) == 1
+    assert predictor.class_names == ["a", "b", "c"]
+    assert predictor.category_ids == [7, 8, 9]
+
+
+def test_dtypes_are_the_models() -> None:
     model, other = build(seed=1), build(seed=2)
     half = {name: value.half() for name, value in model.state_dict().items()}
-    assert not any(load_weights(other, save(tmp_path / "model.pth", half)))
+    assert not any(load(other, half))
     for name, value in other.state_dict().items():
         assert value.dtype == model.state_dict()[name].dtype
         assert torch.equal(value, half[name].float()), name
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-def test_norms_without_statistics_have_mean_0_and_variance_1(tmp_path, caplog, norm: str) -> None:
+def test_norms_without_statistics_have_mean_0_and_variance_1(caplog, norm: str) -> None:
     opts = ["MODEL.RESNETS.NORM", norm]
     model = build(opts=opts)
     for name, value in model.state_dict().items():
         if ".running_" in name:
-            value.fill_(7)  # of something that was there before
+            value.fill_(7)  # the values before loading
     state = dict(build(opts=opts).state_dict())
     bare = {name: v for name, v in state.items() if ".running_" not in name}
-    loaded = load_weights(model, save(tmp_path / "model.pth", bare))
+    loaded = load(model, bare)
     assert loaded == ([], [], [])
     check_complete(loaded, "model.pth")
     for name, value in model.state_dict().items():
@@ -151,28 +205,28 @@ def test_norms_without_statistics_have_mean_0_and_variance_1(tmp_path, caplog, n
             assert (value == (1 if "var" in name else 0)).all(), name
     assert caplog.text == ""
 
-    # One of the two alone is no such file but a damaged one.
+    # A file with only one of the two statistics is damaged.
     del state["backbone.stem.bn1.running_mean"]
-    loaded = load_weights(model, save(tmp_path / "model.pth", state))
+    loaded = load(model, state)
     assert loaded.missing == ["backbone.stem.bn1.running_mean"]
-    # A norm that is missing as a whole is missing.
+    # A norm without any entry is missing.
     for leaf in ("weight", "bias", "running_var"):
         del state[f"backbone.stem.bn1.{leaf}"]
-    loaded = load_weights(model, save(tmp_path / "model.pth", state))
+    loaded = load(model, state)
     assert len(loaded.missing) == 4
 
 
 # ---- what does not fit ----
 
 
-def test_misfits_are_returned_and_logged(tmp_path, caplog) -> None:
+def test_misfits_are_returned_and_logged(caplog) -> None:
     model = build()
     state = model.state_dict()
     del state["fpn.p7.bias"]
     state["head.bbox_pred.weight"] = torch.zeros(5, 16, 3, 3)
     state["head.extra"] = torch.zeros(1)
     before = model.head.bbox_pred.weight.clone()
-    result = load_weights(model, save(tmp_path / "model.pth", state))
+    result = load(model, state)
     assert result.missing == ["fpn.p7.bias"]
     assert result.unexpected == ["head.extra"]
     assert result.misshapen == [
@@ -185,31 +239,29 @@ def test_misfits_are_returned_and_logged(tmp_path, caplog) -> None:
         check_complete(result, "model.pth")
 
 
-def test_long_lists_and_names_are_cut(tmp_path, caplog) -> None:
+def test_long_lists_and_names_are_cut(caplog) -> None:
     state = build().state_dict() | {f"{'x' * 300}{i}\n": torch.zeros(1) for i in range(100)}
-    assert len(load_weights(build(), save(tmp_path / "model.pth", state)).unexpected) == 100
+    assert len(load(build(), state).unexpected) == 100
     assert len(caplog.messages) == 1
     assert len(caplog.messages[0]) < 1200
     assert "100 unexpected" in caplog.messages[0]
 
 
-def test_nothing_in_common_is_an_error(tmp_path) -> None:
+def test_a_file_without_any_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of its 1 entries"):
-        load_weights(build(), save(tmp_path / "model.pth", {"a": torch.zeros(1)}))
+        load(build(), {"a": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("names", ["ours", "detectron2"])
-@pytest.mark.parametrize("num_classes", [1, 5])
-def test_other_classes_load_all_but_the_classifier(tmp_path, caplog, names, num_classes) -> None:
+@pytest.mark.parametrize("names, num_classes", [("ours", 1), ("detectron2", 5)])
+def test_other_classes_load_all_but_the_classifier(caplog, names, num_classes) -> None:
     trained = build(seed=1)
     model = build(opts=["MODEL.TENSOR_MASK.NUM_CLASSES", num_classes], seed=2)
     fresh = {name: value.clone() for name, value in model.head.cls_score.state_dict().items()}
     state = trained.state_dict() if names == "ours" else as_detectron2(trained)
-    path = save(tmp_path / "model.pth", state)
-    result = load_weights(model, path)
+    result = load(model, state)
     assert len(caplog.messages) == 1
     assert re.search(
-        f"trained with 3 classes, the model has {num_classes}: the classifier starts fresh",
+        f"trained with 3 classes, the model has {num_classes}: the classifier keeps its initial",
         caplog.text,
     )
     assert result.missing == result.unexpected == []
@@ -223,53 +275,53 @@ def test_other_classes_load_all_but_the_classifier(tmp_path, caplog, names, num_
             expected = fresh[name.rpartition(".")[2]]
         assert torch.equal(value, expected), name
     with pytest.raises(ValueError, match=r"such as head\.cls_score\.weight: \(6,"):
-        check_complete(result, path)
+        check_complete(result, "model.pth")
 
 
-def test_other_misfits_of_the_classifier_are_no_change_of_classes(tmp_path, caplog) -> None:
+def test_other_misfits_of_the_classifier_are_no_change_of_classes(caplog) -> None:
     state = build().state_dict()
-    for shape in ((7, 16, 3, 3), (4, 16, 1, 1)):  # no multiple of two windows; another kernel
+    for shape in ((7, 16, 3, 3), (4, 16, 1, 1)):  # not a multiple of two windows; another kernel
         state["head.cls_score.weight"] = torch.zeros(shape)
         state["head.cls_score.bias"] = torch.zeros(shape[0])
-        assert len(load_weights(build(), save(tmp_path / "model.pth", state)).misshapen) == 2
+        assert len(load(build(), state).misshapen) == 2
     assert "classes" not in caplog.text
     assert "2 misshapen: head.cls_score.weight" in caplog.text
 
 
-def test_other_window_sizes(tmp_path) -> None:
+def test_other_window_sizes() -> None:
     sizes = ["MODEL.ANCHOR_GENERATOR.SIZES", [[44 * 2**k, 28 * 2**k] for k in range(6)]]
     model = build(opts=sizes, seed=1)
-    # By detectron2's names, masks of 11 find their place and those of 15 have none.
+    # With detectron2's names, masks of 11 are matched and those of 15 are unexpected.
     trained = build()
-    result = load_weights(model, save(tmp_path / "model.pth", as_detectron2(trained)))
+    result = load(model, as_detectron2(trained))
     assert result.missing == [f"mask_head.mask_pred.1.{leaf}" for leaf in ("weight", "bias")]
     assert result.unexpected == [f"head.mask_pred_15.{leaf}" for leaf in ("weight", "bias")]
     assert torch.equal(model.mask_head.mask_pred[0].weight, trained.mask_head.mask_pred[0].weight)
-    # By ours, they have another shape.
-    result = load_weights(model, save(tmp_path / "model.pth", trained.state_dict()))
+    # With our names, they have another shape.
+    result = load(model, trained.state_dict())
     assert result.misshapen[0] == (
         "mask_head.mask_pred.1.weight: (225, 16, 1, 1) in the file, (49, 16, 1, 1) in the model"
     )
 
 
-def test_an_upscale_head_does_not_take_the_masks_of_another(tmp_path) -> None:
+def test_an_upscale_head_does_not_take_the_masks_of_another() -> None:
     opts = ["MODEL.TENSOR_MASK.HEAD", "upscale_aligned", "MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 5]
     opts += ["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]]
     model, other = build("aligned", opts), build("aligned", opts, seed=1)
     trained = build("aligned", opts[4:])
-    assert not any(load_weights(other, save(tmp_path / "model.pth", model.state_dict())))
-    result = load_weights(model, save(tmp_path / "model.pth", as_detectron2(trained)))
+    assert not any(load(other, model.state_dict()))
+    result = load(model, as_detectron2(trained))
     assert result.misshapen == [
         "mask_head.mask_pred.0.weight: (225, 16, 1, 1) in the file, (9, 16, 1, 1) in the model",
         "mask_head.mask_pred.0.bias: (225,) in the file, (9,) in the model",
     ]
 
 
-def test_another_model_of_detectron2_gives_its_trunk_and_pyramid(tmp_path) -> None:
+def test_another_model_of_detectron2_gives_its_trunk_and_pyramid() -> None:
     trained, model = build(seed=1), build(seed=2)
     state = {n: v for n, v in as_detectron2(trained).items() if n.startswith("backbone.")}
     state["roi_heads.box_head.fc1.weight"] = torch.zeros(4, 4)
-    result = load_weights(model, save(tmp_path / "model.pth", state))
+    result = load(model, state)
     assert result.unexpected == ["roi_heads.box_head.fc1.weight"]
     assert {name.partition(".")[0] for name in result.missing} == {"head", "mask_head"}
     assert torch.equal(model.fpn.p7.weight, trained.fpn.p7.weight)

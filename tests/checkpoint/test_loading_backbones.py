@@ -1,8 +1,10 @@
-"""ImageNet ResNets in the files of others: each number in its place, fed what it was trained on."""
+"""ImageNet ResNets of detectron2, MSRA and torchvision: names, features, and matching images."""
 
+import copy
 import logging
 import pickle
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tiny import build
 from torchvision.models import resnet
 
 from tensormask.checkpoint.loading import check_complete, load_weights
+from tensormask.checkpoint.names import find_kind, to_our_names
 
 TORCHVISION = [
     *("INPUT.FORMAT", "RGB", "MODEL.RESNETS.STRIDE_IN_1X1", False),
@@ -31,8 +34,9 @@ def build_resnet(depth: int, *opts: object, norm: str = "FrozenBN"):
     ).eval()
 
 
+@cache
 def seeded_resnet(depth: int) -> resnet.ResNet:
-    """torchvision's own, where no norm leaves its input as it is."""
+    """Return torchvision's own, with norms that all change their input."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, f"resnet{depth}")().eval()
     for module in model.modules():
@@ -61,8 +65,8 @@ def assert_same_features(ours, theirs: resnet.ResNet) -> None:
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, np.ndarray]:
-    """The weights as MSRA's files name them. `spelling` of the norms: "s", "gamma" or "rm"."""
+def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, torch.Tensor]:
+    """Return the weights by MSRA's names. `spelling` of the norms: "s", "gamma" or "rm"."""
     blobs = {"conv1_w": model.conv1.weight}
 
     def add_norm(name: str, norm: torch.nn.BatchNorm2d) -> None:
@@ -90,7 +94,7 @@ def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, np.ndarray]:
             if block.downsample is not None:
                 blobs[f"{prefix}_branch1_w"] = block.downsample[0].weight
                 add_norm(f"{prefix}_branch1_bn", block.downsample[1])
-    return {name: value.detach().numpy() for name, value in blobs.items()}
+    return {name: value.detach() for name, value in blobs.items()}
 
 
 SOLVER = {
@@ -103,7 +107,7 @@ SOLVER = {
 }
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+@pytest.mark.parametrize("depth", [18, 50])
 def test_torchvision(tmp_path, caplog, depth: int) -> None:
     theirs, model = seeded_resnet(depth), build_resnet(depth, *TORCHVISION)
     path = tmp_path / "resnet.pth"
@@ -111,8 +115,8 @@ def test_torchvision(tmp_path, caplog, depth: int) -> None:
     with caplog.at_level(logging.INFO):
         result = load_weights(model, path)
     assert caplog.messages == [
-        f"{path}: left out, of no use here: fc.weight, fc.bias",
-        f"{path}: backbone only: fpn and heads start fresh",
+        f"{path}: entries that are not used: fc.weight, fc.bias",
+        f"{path}: backbone only: fpn and heads keep their initial weights",
     ]
     assert result.unexpected == result.misshapen == []
     above = [n for n in model.state_dict() if not n.startswith("backbone.")]
@@ -123,29 +127,29 @@ def test_torchvision(tmp_path, caplog, depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "depth, spelling, inside",
-    [(50, "gamma", None), (50, "rm", "model"), (50, "s", "blobs"), (101, "s", None)],
+    "depth, spelling, inside", [(18, "gamma", None), (18, "rm", "model"), (50, "s", "blobs")]
 )
 def test_msra(tmp_path, caplog, depth: int, spelling: str, inside: str | None) -> None:
     """Its strides are in the 1x1 convolutions; torchvision's trunk with that is the same."""
     theirs, model = seeded_resnet(depth), build_resnet(depth, *MSRA)
-    blobs = caffe2_blobs(theirs, spelling) | SOLVER
+    blobs = {name: blob.numpy() for name, blob in caffe2_blobs(theirs, spelling).items()} | SOLVER
     path = tmp_path / f"R-{depth}.pkl"
     path.write_bytes(pickle.dumps({inside: blobs} if inside else blobs, 2))
     with caplog.at_level(logging.INFO):
         result = load_weights(model, path)
-    left_out, backbone = caplog.messages
-    assert left_out == f"{path}: left out, of no use here: {', '.join(SOLVER)}"
-    assert backbone == f"{path}: backbone only: fpn and heads start fresh"
+    unused, backbone = caplog.messages
+    assert unused == f"{path}: entries that are not used: {', '.join(SOLVER)}"
+    assert backbone == f"{path}: backbone only: fpn and heads keep their initial weights"
     assert result.unexpected == result.misshapen == []
+    theirs = copy.deepcopy(theirs)
     for module in theirs.modules():
         if isinstance(module, resnet.Bottleneck):
             module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
     assert_same_features(model, theirs)
 
 
-def as_detectron2s_backbone(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """torchvision's names as detectron2's own script renames them."""
+def as_detectron2s_backbone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename torchvision's names as detectron2's own script does."""
     renamed = {}
     for name, value in state.items():
         name = name if "layer" in name else f"stem.{name}"
@@ -154,29 +158,60 @@ def as_detectron2s_backbone(state: dict[str, torch.Tensor]) -> dict[str, np.ndar
         for number in (1, 2, 3):
             name = name.replace(f"bn{number}", f"conv{number}.norm")
         name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        renamed[name] = value.numpy()
+        renamed[name] = value
     return renamed
 
 
 def test_a_backbone_with_detectron2s_names(tmp_path) -> None:
-    theirs = seeded_resnet(50)
-    path = tmp_path / "R-50.pkl"
-    model = as_detectron2s_backbone(theirs.state_dict())
-    content = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+    theirs = seeded_resnet(18)
+    path = tmp_path / "R-18.pkl"
+    weights = as_detectron2s_backbone(theirs.state_dict())
+    content = {"model": {name: value.numpy() for name, value in weights.items()}}
+    content |= {"__author__": "torchvision", "matching_heuristics": True}
     path.write_bytes(pickle.dumps(content))
-    other, ours = build_resnet(50, *MSRA), build_resnet(50, *TORCHVISION)
+    other, ours = build_resnet(18, *MSRA), build_resnet(18, *TORCHVISION)
     with pytest.raises(ValueError, match=r"torchvision's ImageNet weights.*add INPUT\.FORMAT RGB"):
         load_weights(other, path)
     assert load_weights(ours, path).unexpected == []
     assert_same_features(ours, theirs)
-    # Whose weights they are is not known unless the file says so.
+    # The author of the weights is unknown unless the file names it.
     path.write_bytes(pickle.dumps(content | {"__author__": "someone"}))
     assert load_weights(other, path).unexpected == []
     for name, value in other.backbone.state_dict().items():
         assert torch.equal(value, ours.backbone.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+@pytest.mark.parametrize("names", ["torchvision", "Caffe2", "detectron2"])
+@pytest.mark.parametrize("depth", [34, 101])
+def test_names_of_deep_resnets(depth: int, names: str) -> None:
+    """Every entry gets the name and shape of another parameter; without numbers."""
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"resnet{depth}")()
+        model = build_resnet(depth, *MSRA, "MODEL.DEVICE", "meta")
+    state = theirs.state_dict()
+    if names == "torchvision":
+        kind = "torchvision"
+    elif names == "Caffe2":
+        state, kind = caffe2_blobs(theirs, "gamma"), "Caffe2"
+        assert ("res4_22_branch2c_bn_gamma" if depth == 101 else "res4_5_branch2b_w") in state
+    else:
+        state, kind = as_detectron2s_backbone(state), "detectron2's backbone"
+    assert find_kind(state) == kind
+    ours, unused = to_our_names(state, kind, [])
+    assert all(name.split(".")[-2] in ("fc", "num_batches_tracked") for name in unused)
+    own = {n: v for n, v in model.state_dict().items() if n.startswith("backbone.")}
+    counted = ".num_batches_tracked"
+    renamed = {ours[n]: state[n].shape for n in ours if not ours[n].endswith(counted)}
+    assert renamed == {n: v.shape for n, v in own.items() if not n.endswith(counted)}
+    assert len(set(ours.values())) == len(ours)
+    # The index of a block stays the same.
+    for name, renamed_to in ours.items():
+        assert re.findall(r"(?<=[._])\d+(?=[._]\w*(?:conv|bn|down|short|branch))", name) == (
+            re.findall(r"(?<=\.)\d+(?=\.(?:conv|bn|down))", renamed_to)
+        )
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
     theirs = seeded_resnet(18)
     path = tmp_path / "resnet.safetensors"
@@ -184,8 +219,7 @@ def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
     model = build_resnet(18, *TORCHVISION, norm=norm)
     assert load_weights(model, path).unexpected == []
     assert torch.equal(model.backbone.res5[1].bn2.running_var, theirs.layer4[1].bn2.running_var)
-    if norm == "BN":
-        assert model.backbone.res5[1].bn2.num_batches_tracked == 3
+    assert model.backbone.res5[1].bn2.num_batches_tracked == 3
 
 
 # ---- what is refused ----
@@ -215,7 +249,7 @@ def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
 def test_torchvision_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
     path = tmp_path / "resnet.pth"
     path.write_bytes(torch_bytes({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}))
-    model = build_resnet(50, *TORCHVISION, *opts)
+    model = build_resnet(50 if "STRIDE" in overrides else 18, *TORCHVISION, *opts)
     with pytest.raises(ValueError, match=rf"torchvision's .*: add {re.escape(overrides)}$"):
         load_weights(model, path)
 
@@ -235,19 +269,19 @@ def test_torchvision_with_other_images_is_refused(tmp_path, opts: list, override
 def test_msra_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps({"conv1_w": np.zeros((64, 3, 7, 7))}))
-    model = build_resnet(50, *MSRA, *opts)
+    model = build_resnet(50 if "STRIDE" in overrides else 18, *MSRA, *opts)
     with pytest.raises(ValueError, match=rf"MSRA's .*: add {re.escape(overrides)}$"):
         load_weights(model, path)
 
 
-def test_the_stride_of_small_resnets_is_no_matter(tmp_path) -> None:
+def test_the_stride_of_small_resnets_is_ignored(tmp_path) -> None:
     path = tmp_path / "resnet.pth"
     path.write_bytes(torch_bytes(seeded_resnet(18).state_dict()))
     model = build_resnet(18, *TORCHVISION, "MODEL.RESNETS.STRIDE_IN_1X1", True)
     assert load_weights(model, path).unexpected == []
 
 
-def test_a_whole_model_may_have_any_images(tmp_path) -> None:
+def test_a_whole_model_takes_any_images(tmp_path) -> None:
     trained, model = (build_resnet(18, "INPUT.FORMAT", form) for form in ("RGB", "BGR"))
     path = tmp_path / "model.pth"
     path.write_bytes(torch_bytes({"model": trained.state_dict()}))
@@ -258,8 +292,7 @@ def test_a_whole_model_may_have_any_images(tmp_path) -> None:
     "file_depth, depth, norm, part",
     [
         (18, 34, "FrozenBN", "backbone.res2.2.conv1.weight"),  # missing in the file
-        (34, 18, "FrozenBN", "backbone.res2.2.conv1.weight"),  # missing in the model
-        (50, 101, "BN", "backbone.res4.6.conv1.weight"),
+        (34, 18, "BN", "backbone.res2.2.conv1.weight"),  # missing in the model
         (18, 50, "FrozenBN", "backbone.res2.0.conv3.weight"),  # missing, and other shapes
         (18, 18, "GN", "backbone.stem.bn1.running_mean"),  # norms of another kind
     ],
@@ -268,9 +301,10 @@ def test_another_backbone_is_refused(tmp_path, file_depth, depth, norm, part) ->
     path = tmp_path / "resnet.pth"
     with torch.device("meta"):
         state = getattr(torchvision.models, f"resnet{file_depth}")().state_dict()
-    path.write_bytes(torch_bytes({name: torch.zeros(v.shape) for name, v in state.items()}))
+    zero = torch.zeros(())  # the file has one number
+    path.write_bytes(torch_bytes({name: zero.expand(v.shape) for name, v in state.items()}))
     model = build_resnet(depth, *TORCHVISION, norm=norm)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"not the one of the model.*{part}.*RESNETS\.DEPTH"):
+    with pytest.raises(ValueError, match=rf"not the model's.*{part}.*RESNETS\.DEPTH"):
         load_weights(model, path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""The model zoo: its table, its document, and what `resolve` makes of names and addresses."""
+"""The model zoo: its table and its document, and the files of names and addresses."""
 
 import os
 import re
@@ -15,9 +15,10 @@ from loopback import Answer, serve
 from torchvision.models import get_weight
 
 from tensormask import model_zoo
-from tensormask.checkpoint.downloads import cache_folder, cache_path
+from tensormask.checkpoint import downloads
+from tensormask.checkpoint.downloads import cache_folder, cache_path, resolve
 from tensormask.commands import train as train_command
-from tensormask.model_zoo import MODELS, get_config, resolve
+from tensormask.model_zoo import MODELS, get_config
 
 ROOT = Path(__file__).parents[2]
 R_50_6X = (
@@ -34,9 +35,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def downloaded(monkeypatch):
-    """The downloads asked for, as (url, sha256); none is made."""
+    """The requested downloads, as (url, sha256), instead of making them."""
     asked = []
-    monkeypatch.setattr(model_zoo, "download", lambda *args: asked.append(args) or Path("local"))
+    monkeypatch.setattr(downloads, "download", lambda *args: asked.append(args) or Path("local"))
     return asked
 
 
@@ -91,13 +92,13 @@ def test_configs(name):
         assert cfg.MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
 
 
-def test_configs_that_cannot_be_had(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="nearest one is 'tensormask_R_50_FPN_6x'"):
+def test_missing_configs(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="nearest name is 'tensormask_R_50_FPN_6x'"):
         get_config("tensormask_R_50_FPN_6")
     with pytest.raises(ValueError, match="MSRA_R_50 is a backbone"):
         get_config("MSRA_R_50")
     monkeypatch.setattr(model_zoo, "_ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match="in the repository"):
+    with pytest.raises(FileNotFoundError, match="without the repository's YAML files"):
         get_config("tensormask_R_50_FPN_6x")
 
 
@@ -145,7 +146,7 @@ def test_torchvision_with_its_hash(downloaded, name, weights):
 
 def test_a_hash_in_the_table_is_used(downloaded, monkeypatch):
     row = MODELS["tensormask_R_50_FPN_6x"]._replace(sha256="12ab")
-    monkeypatch.setattr(model_zoo, "_ROWS", (row,))
+    monkeypatch.setitem(MODELS, row.name, row)
     resolve(R_50_6X)
     assert downloaded == [(R_50_6X, "12ab")]
 
@@ -155,7 +156,7 @@ def test_paths(downloaded, tmp_path):
         assert resolve(name) == Path(name)
     (tmp_path / "bare").write_text("a file")
     assert resolve("bare") == Path("bare")
-    (tmp_path / "MSRA_R_50").mkdir()  # a folder is no file
+    (tmp_path / "MSRA_R_50").mkdir()  # a folder is not a file
     assert resolve("MSRA_R_50") == Path("local")
     (tmp_path / "MSRA_R_101").write_text("a file")
     assert resolve("MSRA_R_101") == Path("MSRA_R_101")
@@ -172,19 +173,19 @@ def test_file_addresses(downloaded, tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("tensormask_R50_6x", "nearest one is 'tensormask_R_50_FPN_6x'"),
-        ("", "no file and no model of the zoo"),
-        ("htps://host/a.pkl", "'htps' is no kind of address; the nearest one is 'https'"),
-        ("ftp://host/a.pkl", "There are: https, http, detectron2, torchvision, file"),
-        ("torchvision://resnet51", "nearest one is 'resnet50'"),
-        ("torchvision://resnet152", "'resnet152' is no backbone"),
-        ("torchvision://ResNet50_Weights.DEFAULT", "'ResNet50_Weights.DEFAULT' is no backbone"),
+        ("tensormask_R50_6x", "nearest name is 'tensormask_R_50_FPN_6x'"),
+        ("", "'' is not a file or a model of the zoo"),
+        ("htps://host/a.pkl", "'htps' is not a kind of address; the nearest name is 'https'"),
+        ("ftp://host/a.pkl", "Known: https, http, detectron2, torchvision, file"),
+        ("torchvision://resnet51", "nearest name is 'resnet50'"),
+        ("torchvision://resnet152", "'resnet152' is not one of torchvision's ResNets"),
+        ("torchvision://ResNet50_Weights.DEFAULT", "'ResNet50_Weights.DEFAULT' is not one of"),
         ("tensormask_R_101_FPN_6x", "no weights of tensormask_R_101_FPN_6x were released"),
         ("file://host/a.pth", "file:///folder/file"),
         ("file:///", "file:///folder/file"),
     ],
 )
-def test_what_is_refused(downloaded, name, message):
+def test_invalid_names_are_refused(downloaded, name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(name)
     assert downloaded == []
@@ -207,7 +208,7 @@ PIECES = st.sampled_from(
         *("resnet50", "ResNet50_Weights.IMAGENET1K_V2", *MODELS),
     ]
 )
-SCHEMES = st.sampled_from([f"{scheme}://" for scheme in (*model_zoo._SCHEMES, "ftp", "")] + [""])
+SCHEMES = st.sampled_from([f"{scheme}://" for scheme in (*downloads._SCHEMES, "ftp", "")] + [""])
 NAMES = st.text() | st.tuples(SCHEMES, st.lists(PIECES | st.text(max_size=5))).map(
     lambda drawn: drawn[0] + "".join(drawn[1])
 )
@@ -225,7 +226,7 @@ def test_any_text_is_a_path_or_a_value_error(name):
         asked.append(url)
         return cache_path(url)
 
-    with patch.object(model_zoo, "download", no_download), patch("socket.socket") as socket:
+    with patch.object(downloads, "download", no_download), patch("socket.socket") as socket:
         try:
             path = resolve(name)
         except ValueError:
@@ -236,7 +237,7 @@ def test_any_text_is_a_path_or_a_value_error(name):
     if asked:
         folder = cache_folder()
         assert path.parent.parent == folder
-        # Nothing of the address is left that a file system could take for more than a name.
+        # The parts are names to every file system.
         for part in path.relative_to(folder).parts:
             assert re.fullmatch(r"[A-Za-z0-9._-]{1,255}", part)
             assert part not in (os.curdir, os.pardir)

@@ -1,4 +1,4 @@
-"""Files read as data: what old and new versions of Python, NumPy and PyTorch write."""
+"""Read the files of old and new versions of Python, NumPy, PyTorch and safetensors."""
 
 import pickle
 from collections import Counter, OrderedDict
@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from foreign import torch_bytes
 
-from tensormask.checkpoint.files import read_checkpoint, read_description, read_weights
+from tensormask.checkpoint.files import get_description, read_checkpoint, read_weights
+from tensormask.utils.errors import UserError
 
 ARRAYS = {
     "float32": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -46,7 +47,8 @@ def test_pickles(tmp_path, protocol: int, before_numpy_2: bool) -> None:
     content = {
         "model": OrderedDict(ARRAYS),
         "iteration": np.float64(2.5),
-        "other": (1, -(2**70), 2.5, None, "ä", b"\xff", [True, False], Counter({3: 2})),
+        "other": (1, -(2**70), 2.5, None, "ä", b"\xff", b"", [True, False], Counter({3: 2})),
+        "state": torch.nn.BatchNorm1d(2).state_dict()._metadata,
     }
     data = pickle.dumps(content, protocol)
     if before_numpy_2 and protocol < 4:  # names as plain text, of any length
@@ -84,13 +86,9 @@ def test_pickles_of_python_2(tmp_path, protocol: int) -> None:
     assert read["lr"] == 0.5
 
 
-def test_names_that_are_bytes(tmp_path) -> None:
-    data = pickle.dumps({b"model": {b"a": ARRAYS["float32"]}})
-    assert list(read_weights(write(tmp_path, data))) == ["a"]
-
-
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_torch_formats_give_what_torch_gives(tmp_path, legacy: bool) -> None:
+def test_torch_files(tmp_path, legacy: bool, mmap: bool) -> None:
     base = torch.arange(24.0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -111,9 +109,10 @@ def test_torch_formats_give_what_torch_gives(tmp_path, legacy: bool) -> None:
         "size": torch.Size([2, 3]),
         "milestones": Counter([3, 3, 4]),
         "array": ARRAYS["float32"],
+        "number": np.float64(2.5),
     }
     path = write(tmp_path, torch_bytes(content, legacy=legacy))
-    read = read_checkpoint(path)
+    read = read_checkpoint(path, mmap=mmap)
     assert list(read) == list(content)
     for name, value in content["model"].items():
         assert torch.equal(read["model"][name], value), name
@@ -124,6 +123,27 @@ def test_torch_formats_give_what_torch_gives(tmp_path, legacy: bool) -> None:
     assert read["size"] == (2, 3)
     assert read["milestones"] == {3: 2, 4: 1}
     assert np.array_equal(read["array"], ARRAYS["float32"])
+    assert read["number"] == 2.5
+    assert not any(weight.requires_grad for weight in read_weights(path).values())
+
+
+def test_tensors_are_mapped_or_copied(tmp_path) -> None:
+    """Only copies stay right when the file is changed in place."""
+    path = write(tmp_path, torch_bytes({"model": {"a": torch.zeros(1000)}}))
+    mapped, copied = read_checkpoint(path), read_checkpoint(path, mmap=False)
+    place = path.read_bytes().index(bytes(4000))
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(np.ones(1000, np.float32).tobytes())
+    assert mapped["model"]["a"].eq(1).all()
+    assert copied["model"]["a"].eq(0).all()
+
+
+def test_a_checkpoint_with_very_many_issues(tmp_path) -> None:
+    """More than a million instructions in the pickle, as lists of this library's first version."""
+    issues = [["train", "object_too_small", i] for i in range(160_000)]
+    path = write(tmp_path, torch_bytes({"model": {"a": torch.ones(2)}, "faults": issues}))
+    assert read_checkpoint(path)["faults"] == issues
 
 
 def test_safetensors(tmp_path) -> None:
@@ -137,9 +157,10 @@ def test_safetensors(tmp_path) -> None:
     read = read_weights(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert read_description(path) == {"class_names": ["cat", "dog"], "category_ids": [3, 4]}
+    description = get_description(read_checkpoint(path))
+    assert description == {"class_names": ["cat", "dog"], "category_ids": [3, 4]}
     path = write(tmp_path, safetensors.torch.save(tensors, {"class_names": "cat, dog"}))
-    assert read_description(path) == {}
+    assert get_description(read_checkpoint(path)) == {}
 
 
 @pytest.mark.parametrize(
@@ -155,13 +176,12 @@ def test_safetensors(tmp_path) -> None:
         ({"category_ids": [7]}, {}),
     ],
 )
-def test_description(tmp_path, description: dict, expected: dict) -> None:
-    path = write(tmp_path, torch_bytes({"model": {"a": torch.ones(1)}, **description}))
-    assert read_description(path) == expected
+def test_description(description: dict, expected: dict) -> None:
+    assert get_description({"model": {"a": torch.ones(1)}, **description}) == expected
 
 
 @pytest.mark.parametrize("inside", [("model",), ("blobs",), ("model", "blobs"), ()])
-def test_where_the_weights_stand(tmp_path, inside: tuple[str, ...]) -> None:
+def test_keys_of_the_weights(tmp_path, inside: tuple[str, ...]) -> None:
     content: dict = dict(ARRAYS)
     for key in reversed(inside):
         content = {key: content}
@@ -171,23 +191,38 @@ def test_where_the_weights_stand(tmp_path, inside: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1, 2], "no dict of weights in it, but list"),
-        ({}, "the dict of weights in it is empty"),
-        ({"model": {}, "iteration": 3}, "the dict of weights in it is empty"),
-        (3, "no dict of weights in it, but int"),
+        ([1, 2], "it contains list, not a dict of weights"),
+        ({}, "the dict of weights is empty"),
+        ({"model": {}, "iteration": 3}, "the dict of weights is empty"),
+        (3, "it contains int, not a dict of weights"),
         ({"model": {"a": "text"}}, "entry a is str, not an array of numbers"),
         ({"a": {"b": 1}}, "entry a is dict"),
-        ({"a": np.ones(2), 3: np.ones(2)}, "entry 3 is ndarray"),
+        ({"a": np.ones(2), 3: np.ones(2)}, "the name 3 of an entry is not a text"),
         ({"x" * 500: None}, r"entry x{97}\.\.\. is NoneType"),
         ({"a\n\x1b[31m": None}, r"entry 'a\\n\\x1b\[31m' is NoneType"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, content, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"model\.pth: {message}"):
+    with pytest.raises(UserError, match=rf"model\.pth: {message}"):
         read_weights(write(tmp_path, pickle.dumps(content)))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    "tensor, kind",
+    [
+        (torch.eye(2).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(2, device="meta"), "on meta"),
+        (torch.zeros(2, dtype=torch.complex64), "torch.complex64"),
+    ],
+)
+def test_other_tensors_are_refused(tmp_path, tensor: torch.Tensor, kind: str) -> None:
+    path = write(tmp_path, torch_bytes({"model": {"a": tensor}}))
+    with pytest.raises(UserError, match=f"entry a is a Tensor of .*{kind}.*, not an array of num"):
+        read_weights(path)
+
+
 def test_a_missing_file(tmp_path) -> None:
-    for path in (tmp_path / "nothing.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no weights at"):
+    for path in (tmp_path / "missing.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no weights file at"):
             read_weights(path)
