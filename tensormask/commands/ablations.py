@@ -1,4 +1,4 @@
-"""Train every row of the paper's tables on one small config, and print them as a table.
+"""Train every row of the paper's tables on one small config, and print their results.
 
 Example: `python tools/run_ablations.py --config-file configs/quickstart.yaml --rows "upscale_*"`
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensormask.config import CfgNode, get_cfg
+from tensormask.commands.common import add_config_file, exits_on_user_error, read_config
 from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
 
@@ -23,24 +23,21 @@ BASE = ROOT / "configs" / "tensormask_R_50_FPN_6x.yaml"
 SIZES = "MODEL.ANCHOR_GENERATOR.SIZES"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EXIT_FAILED = 1
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; `opts` holds the trailing `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
-        description="Train the rows of configs/ablations, each on top of a config of yours.",
-        epilog="A run goes to OUTPUT/ROW; one that is finished there is not trained again.",
+        description="Train the rows of configs/ablations, each as overrides of one config.",
+        epilog="The output folder of a row is OUTPUT/ROW. Finished rows are not trained again.",
     )
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="what all rows share: YAML config"
-    )
+    add_config_file(parser)
     parser.add_argument(
         "--rows",
         nargs="+",
         default=["*"],
         metavar="NAME",
-        help="names of files in configs/ablations, * and ? allowed (default: all)",
+        help="names of files in configs/ablations; * and ? are wildcards (default: all)",
     )
     parser.add_argument(
         "--output", default="output/ablations", metavar="DIR", help="default: %(default)s"
@@ -52,39 +49,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_rows(patterns: list[str]) -> list[str]:
-    """Names of the rows that a pattern fits, sorted.
+    """Return the sorted names of the rows that match a pattern.
 
     Raises:
-        ValueError: a pattern fits none.
+        UserError: a pattern matches no row.
     """
     names = sorted(path.stem for path in ROWS.glob("*.yaml"))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"no row is named {pattern}; there are {', '.join(names)}")
+            raise UserError(f"no row is named {pattern}; available: {', '.join(names)}")
     return [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
 def row_options(name: str, num_levels: int) -> list[str]:
-    """What a row says beyond its base, as `KEY VALUE` words, for a model of `num_levels` levels."""
-    base, words = dict(leaves(load(BASE))), []
-    for key, value in leaves(load(ROWS / f"{name}.yaml")):
+    """Return the overrides of a row over its base, for a model of `num_levels` levels."""
+    base, words = dict(leaves(read_config(BASE, []))), []
+    for key, value in leaves(read_config(ROWS / f"{name}.yaml", [])):
         if value != base[key]:
             words += [key, str(value[:num_levels] if key == SIZES else value)]
     return words
 
 
-def load(path: str | Path) -> CfgNode:
-    cfg = get_cfg()
-    cfg.merge_from_file(path)
-    return cfg
-
-
 def train_row(args: argparse.Namespace, name: str, num_levels: int) -> dict[str, float]:
-    """Train a row, unless that was done before; its last evaluation's metrics."""
+    """Train a row unless it is finished, and return the metrics of its last evaluation."""
     folder = Path(args.output) / name
     if not (folder / "model_final.pth").is_file():
         command = [
-            *(sys.executable, str(ROOT / "tools" / "train_net.py")),
+            *(sys.executable, "-m", "tensormask.commands.train"),
             *("--config-file", args.config_file, "--resume", "TEST.EXPECTED_RESULTS", "[]"),
             *row_options(name, num_levels),
             *(*args.opts, "OUTPUT_DIR", str(folder)),
@@ -96,31 +87,28 @@ def train_row(args: argparse.Namespace, name: str, num_levels: int) -> dict[str,
     return evaluations[-1]
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of mask AP, a row of the paper a line."""
+def markdown_table(results: dict[str, dict[str, float]]) -> str:
+    """Return mask AP and box AP as a Markdown table, one line per row."""
     lines = [f"| row | {' | '.join(METRICS)} | box AP |", "|---" * (len(METRICS) + 2) + "|"]
     for name, result in results.items():
         keys = [*(f"segm/{metric}" for metric in METRICS), "bbox/AP"]
-        values = (result.get(key) for key in keys)  # none where no object is of that size
+        values = (result.get(key) for key in keys)  # None without objects of that size
         texts = ("-" if value is None else f"{value:.1f}" for value in values)
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 1 for a failed run, 2 for a user's mistake."""
+    """Run the command and return its exit code: 1 for a failed run, 2 for an error of the user."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = find_rows(args.rows)
+    cfg = read_config(args.config_file, args.opts)
+    num_levels = len(cfg.MODEL.TENSOR_MASK.IN_FEATURES)
     try:
-        rows = find_rows(args.rows)
-        cfg = load(args.config_file)
-        cfg.merge_from_list(args.opts)
-        num_levels = len(cfg.MODEL.TENSOR_MASK.IN_FEATURES)
         results = {name: train_row(args, name, num_levels) for name in rows}
     except subprocess.CalledProcessError as error:
         return error.returncode or EXIT_FAILED
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
-    print(format_table(results))
+    print(markdown_table(results))
     return 0

@@ -1,45 +1,48 @@
-"""Parameters, FLOPs and activations of a model: `python tools/analyze_model.py --config-file C`.
+"""Count a model's parameters, FLOPs and activations: `python tools/analyze_model.py`.
 
-Nothing is computed, shapes alone are followed, so that any size takes a second or two.
+The model runs on the meta device: only shapes are computed, which takes seconds at any size.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.models import objects_per_level
-from benchmarks.timing import format_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tensormask.config import CfgNode, get_cfg
+from tensormask.commands.common import (
+    add_config_file,
+    add_overrides,
+    exits_on_user_error,
+    read_config,
+    write_json,
+)
+from tensormask.commands.synthetic import objects_per_level
+from tensormask.config import CfgNode
 from tensormask.layers import op_backend
 from tensormask.modeling import TensorMask, build_model
 from tensormask.modeling.inputs import padded_size
 from tensormask.utils.errors import UserError
+from tensormask.utils.tables import format_records
 
 REST = "rest"
 _BYTES_PER_MIB = 2**20
 _BYTES_PER_VALUE = 4  # float32
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; `opts` holds the `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
-        description="Count a model's parameters and, for one image, its FLOPs (two for each "
-        "multiplication with addition) and activations (outputs of convolutions and of products "
-        "of matrices, float32): with masks at all windows, and at TEST.DETECTIONS_PER_IMAGE "
-        "windows on levels as for objects of COCO's sizes.",
+        description="Count a model's parameters and, for one image, its FLOPs (two per "
+        "multiplication with addition) and activations (float32 outputs of convolutions and "
+        "matrix products): with masks at all windows, and at TEST.DETECTIONS_PER_IMAGE windows "
+        "on the levels of objects of COCO's sizes.",
         epilog="example: analyze_model.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
         "--size 480 640 MODEL.TENSOR_MASK.HEAD simple_natural",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument(
         "--size",
         nargs=2,
@@ -49,9 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the image, in pixels (default: 800 1344)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
-    )
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 
@@ -59,11 +60,11 @@ def analyze(cfg: CfgNode, size: tuple[int, int]) -> dict[str, Any]:
     """Count a config's model for an image of `size` (height, width).
 
     Returns:
-        `parameters`, their number; `parts`, rows of the table of parts, whose last is the sum;
+        `parameters`, their number; `parts`, rows of the table of parts, the last one is the sum;
         `levels`, rows of the table of levels.
 
     Raises:
-        ValueError: an image without pixels, or a config that is no TensorMask.
+        UserError: an image without pixels, or a config that is no TensorMask.
     """
     if min(size) < 1:
         raise UserError(f"--size must be positive, got {size[0]} {size[1]}")
@@ -100,7 +101,7 @@ def analyze(cfg: CfgNode, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def model_parts(model: TensorMask) -> dict[str, nn.Module]:
-    """The modules that are counted, by name; between them they have all parameters."""
+    """Return the modules that are counted, by name; together they have all parameters."""
     parts = {"backbone": model.backbone, "fpn": model.fpn}
     for head in (model.head, model.mask_head):
         parts |= dict(head.named_children()) if head is not None else {}
@@ -108,17 +109,19 @@ def model_parts(model: TensorMask) -> dict[str, nn.Module]:
 
 
 def count(model: TensorMask, call: Callable[[], object]) -> dict[str, tuple[int, int]]:
-    """Per part the FLOPs and the values of activations in a call; what is in none is the rest."""
+    """Return the FLOPs and values of activations in a call by part; the rest is in no part."""
     counter, handles = _Counter(), []
 
     def leave(*_: Any) -> None:
-        counter.open.pop()
+        counter.running.pop()
 
     for name, module in model_parts(model).items():
         # A list of modules is never called itself.
         for called in module if isinstance(module, nn.ModuleList) else [module]:
             handles += [
-                called.register_forward_pre_hook(lambda *_, name=name: counter.open.append(name)),
+                called.register_forward_pre_hook(
+                    lambda *_, name=name: counter.running.append(name)
+                ),
                 called.register_forward_hook(leave),
             ]
     with counter:
@@ -129,26 +132,28 @@ def count(model: TensorMask, call: Callable[[], object]) -> dict[str, tuple[int,
 
 
 class _Counter(TorchDispatchMode):
-    """Counts products, for the part that was entered last."""
+    """Counts products for the innermost part that is running."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.open = [REST]
+        self.running = [REST]
         self.counts: dict[str, tuple[int, int]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         flops_of = flop_registry.get(function.overloadpacket)
         if flops_of is not None:
-            flops, values = self.counts.get(self.open[-1], (0, 0))
+            flops, values = self.counts.get(self.running[-1], (0, 0))
             flops += flops_of(*args, **kwargs, out_val=result)
-            self.counts[self.open[-1]] = flops, values + result.numel()
+            self.counts[self.running[-1]] = flops, values + result.numel()
         return result
 
 
 def _run(model: TensorMask, image: Tensor, groups: list[tuple[int, int, Tensor]] | None) -> None:
-    """What a model does between preprocessing and candidates, and then masks; None: all masks."""
+    """Run a model from the backbone to the heads, with masks of the groups (None: of all)."""
     features = model.fpn(model.backbone(image))
     model.head(features)
     if model.mask_head is not None:
@@ -158,7 +163,7 @@ def _run(model: TensorMask, image: Tensor, groups: list[tuple[int, int, Tensor]]
 def _windows(
     model: TensorMask, size: tuple[int, int]
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, Tensor]]]:
-    """The rows of the table of levels, and as many windows as detections, in groups."""
+    """Return the rows of the table of levels, and as many windows as detections, in groups."""
     windows, (height, width) = model.windows, padded_size(*size, model.size_divisor)
     largest = [max(sides) for sides in windows.sizes]
     chosen = objects_per_level(largest, size, model.num_detections)
@@ -188,25 +193,19 @@ def _windows(
     return rows, groups
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 2 for a user's mistake."""
+    """Run the command and return its exit code: 2 for an error of the user."""
     args = parse_arguments(arguments)
-    try:
-        cfg = get_cfg()
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-        results = analyze(cfg, tuple(args.size))
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    cfg = read_config(args.config_file, args.opts)
+    height, width = args.size
+    results = analyze(cfg, (height, width))
+    write_json(args.json, results)
     print(
-        f"{results['parameters'] / 1e6:.1f} M parameters; an image of {args.size[0]} x "
-        f"{args.size[1]} px, with masks at all windows and at those of "
-        f"{cfg.TEST.DETECTIONS_PER_IMAGE} detections (some)"
+        f"{results['parameters'] / 1e6:.1f} M parameters; an image of {height} x {width} px, with "
+        f"masks at all windows and at those of {cfg.TEST.DETECTIONS_PER_IMAGE} detections (some)"
     )
-    print(format_table(results["parts"]))
+    print(format_records(results["parts"]))
     print()
-    print(format_table(results["levels"]))
+    print(format_records(results["levels"]))
     return 0

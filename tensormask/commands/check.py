@@ -1,19 +1,18 @@
-"""Say what is in a data set and what is wrong with it: `python tools/check_dataset.py SET`.
+"""Report the contents and the issues of a data set: `python tools/check_dataset.py SET`.
 
-Nothing is trained and nothing is written but the file of --json.
+Nothing is trained, and only the file of --json is written.
 """
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tensormask.config import CfgNode, get_cfg
+from tensormask.commands.common import exits_on_user_error, read_config, write_json
+from tensormask.config import CfgNode
 from tensormask.data import CocoDataset, get_dataset
 from tensormask.data.statistics import AREA_LIMITS, Statistics, check_files, count_contents
 from tensormask.data.transforms import build_test_transform
@@ -27,20 +26,19 @@ from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "Base-TensorMask.yaml"
-NUM_NAMES = 10  # that a line lists
+NUM_NAMES = 10  # in one line
 EXIT_ISSUES = 1
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `sets` holds the names of sets, `opts` the `KEY VALUE` words."""
+    """Read the command line; `sets` holds names of data sets, `opts` the `KEY VALUE` words."""
     parser = argparse.ArgumentParser(
-        description="Check data sets in COCO's format: their issues, what is in them, and which "
+        description="Check data sets in COCO's format: their issues, their contents, and which "
         "objects match a window.",
-        epilog="The exit code is 0 where all is sound, 1 where there are issues, and 2 where "
-        "something is wrong with the command. Objects are measured at the size of INPUT."
-        "MIN_SIZE_TEST and MAX_SIZE_TEST. Example: check_dataset.py annotations.json@images/ "
-        "--config-file configs/quickstart.yaml INPUT.MIN_SIZE_TEST 384 INPUT.MAX_SIZE_TEST 640",
+        epilog="The exit code is 0 without issues, 1 with issues, and 2 if the command is wrong. "
+        "Objects are measured at the size of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST. Example: "
+        "check_dataset.py annotations.json@images/ --config-file configs/quickstart.yaml "
+        "INPUT.MIN_SIZE_TEST 384 INPUT.MAX_SIZE_TEST 640",
     )
     parser.add_argument(
         "words",
@@ -60,18 +58,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="do not open the images and rasterise the masks: issues that only this shows "
-        "(image_broken, image_size, mask_empty of polygons) are not found",
+        help="do not open images and rasterise masks: image_broken, image_size and mask_empty of "
+        "polygons are not found",
     )
     parser.add_argument(
         "--num-workers",
         type=int,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes that open images; 0 for none but this one (default: %(default)s)",
+        help="processes that open images; 0: only this process (default: %(default)s)",
     )
     args = parser.parse_intermixed_args(arguments)
-    # A key is in capitals, as in INPUT.MIN_SIZE_TEST; no name of a set or a file with .json is.
+    # A key is in capitals, as in INPUT.MIN_SIZE_TEST; names of sets and of .json files are not.
     first_key = next((i for i, word in enumerate(args.words) if word.isupper()), len(args.words))
     args.sets, args.opts = args.words[:first_key], args.words[first_key:]
     if not args.sets:
@@ -82,10 +80,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(
     cfg: CfgNode, name: str, *, fast: bool, num_workers: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Checks one data set.
+    """Check one data set.
 
     Returns:
-        Everything found as a dict for JSON, and as lines to print.
+        The findings as a dict for JSON, and as lines to print.
     """
     dataset = get_dataset(name)
     if not fast:
@@ -115,15 +113,15 @@ def check(
 
 
 def describe_contents(found: Statistics) -> list[str]:
-    """Images, annotations, sizes, classes."""
+    """Format the numbers of images, annotations and classes."""
     (low, median, high), (left, middle, right) = found.sizes["width"], found.sizes["height"]
     per_image, most = found.objects_per_image
     lines = [
         f"{found.images} images, {found.images_without_objects} of them without objects; "
         f"width {low:.0f} to {high:.0f} px (median {median:g}), "
         f"height {left:.0f} to {right:.0f} px (median {middle:g})",
-        f"{found.annotations} annotations: {found.objects} objects with a sound box and mask, "
-        f"{found.crowds} crowds, {found.annotations - found.objects - found.crowds} not sound",
+        f"{found.annotations} annotations: {found.objects} objects with a valid box and mask, "
+        f"{found.crowds} crowds, {found.annotations - found.objects - found.crowds} invalid",
         f"{per_image:g} objects an image in the median, {most:.0f} at most",
     ]
     if most > 100:
@@ -132,8 +130,8 @@ def describe_contents(found: Statistics) -> list[str]:
             "or more."
         )
     for names, what in (
-        (found.repeated_names, "Names that several classes have"),
-        (found.repeated_files, "Files that several images are in"),
+        (found.repeated_names, "Names of several classes"),
+        (found.repeated_files, "Files of several images"),
         (dict.fromkeys(found.classes_without_objects, 0), "Classes without objects"),
     ):
         if names:
@@ -148,11 +146,11 @@ def describe_contents(found: Statistics) -> list[str]:
 
 
 def describe_issues(dataset: CocoDataset, *, fast: bool) -> list[str]:
-    """The table of issues."""
-    seen = "; images have not been opened" if fast else ""
+    """Format the table of issues."""
+    opened = "; images were not opened" if fast else ""
     if not dataset.issues:
-        return ["", f"No issues{seen}."]
-    return ["", f"{len(dataset.issues)} issues{seen}:", dataset.issues.table()]
+        return ["", f"No issues{opened}."]
+    return ["", f"{len(dataset.issues)} issues{opened}:", dataset.issues.table()]
 
 
 def describe_coverage(cfg: CfgNode, windows: Windows, coverage: Coverage) -> list[str]:
@@ -188,11 +186,12 @@ def describe_proposal(
     proposed: Windows,
     proposed_coverage: Coverage,
 ) -> list[str]:
-    """The overrides to paste, with what they change."""
-    own, wanted = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
-    lines = ["", f"Classes: {own}" + ("" if own == wanted else f", and {wanted} in the config")]
+    """Format the overrides to paste, and what they change."""
+    num_classes, configured = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
+    differs = "" if num_classes == configured else f", and {configured} in the config"
+    lines = ["", f"Classes: {num_classes}{differs}"]
     if proposed == given:
-        lines.append("Windows: those of the config; none that were tried match more objects")
+        lines.append("Windows: those of the config; no tried ones match more objects")
     else:
         total = coverage.num_objects
         lines.append(
@@ -200,13 +199,13 @@ def describe_proposal(
             f"{_share(coverage.num_matched, total)}; {proposed.num_levels} levels, "
             f"against {given.num_levels}"
         )
-    if proposed != given or own != wanted:
+    if proposed != given or differs:
         lines += ["Overrides:", f"  {proposed_overrides(dataset, given, proposed)}"]
     return lines
 
 
 def proposed_overrides(dataset: CocoDataset, given: Windows, proposed: Windows) -> str:
-    """`KEY VALUE` pairs for a shell; without those of windows that stay as they are."""
+    """Return `KEY VALUE` pairs for a shell; those of windows only if they differ."""
     classes = f"MODEL.TENSOR_MASK.NUM_CLASSES {len(dataset.class_names)}"
     if proposed == given:
         return classes
@@ -225,21 +224,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NUM_NAMES]) + more
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 1 where a set has issues, 2 for a mistake."""
+    """Run the command and return its exit code: 1 if a data set has issues, 2 for a user error."""
     args = parse_arguments(arguments)
+    cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     records = {}
-    try:
-        cfg = get_cfg()
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu"])
-        for name in args.sets:
-            print(f"== {name}")
-            records[name], lines = check(cfg, name, fast=args.fast, num_workers=args.num_workers)
-            print("\n".join(lines) + "\n")
-        if args.json:
-            Path(args.json).write_text(json.dumps(records, indent=1), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    for name in args.sets:
+        print(f"== {name}")
+        records[name], lines = check(cfg, name, fast=args.fast, num_workers=args.num_workers)
+        print("\n".join(lines) + "\n")
+    write_json(args.json, records)
     return EXIT_ISSUES if any(record["issues"] for record in records.values()) else 0

@@ -5,7 +5,6 @@ Reads `metrics.json` of each run, and draws a panel for each metric, with a curv
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from tensormask.commands.common import exits_on_user_error
 from tensormask.engine.events import read_metrics
 from tensormask.utils.errors import UserError
 
@@ -23,8 +23,9 @@ TIMES = ("time", "data_time", "forward_time", "backward_time", "optimizer_time",
 Curve = tuple[list[int], list[float]]
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 2 for a user's mistake."""
+    """Run the command and return its exit code: 2 for an error of the user."""
     parser = argparse.ArgumentParser(
         description="Draw the curves of one or several runs.",
         epilog="example: plot_metrics.py output/a output/b --metrics total_loss segm/AP --smooth 5",
@@ -34,35 +35,31 @@ def main(arguments: list[str] | None = None) -> int:
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="names in metrics.json; all but times, and of APs by class, if it is left out",
+        help="names in metrics.json (default: all except times and AP by class)",
     )
     parser.add_argument(
         "--smooth",
         type=int,
         default=1,
         metavar="N",
-        help="mean over N records, the noise behind it in grey (default: 1)",
+        help="draw the mean over N records, and the raw values behind it in gray (default: 1)",
     )
     parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE")
     args = parser.parse_args(arguments)
-    try:
-        curves = {run: read_curves(run) for run in dict.fromkeys(args.runs)}
-        metrics = choose_metrics(curves, args.metrics)
-        if args.smooth < 1:
-            raise UserError(f"--smooth is {args.smooth}; give 1 or more")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.smooth < 1:
+        raise UserError(f"--smooth is {args.smooth}; give 1 or more")
+    curves = {run: read_curves(run) for run in dict.fromkeys(args.runs)}
+    metrics = choose_metrics(curves, args.metrics)
     draw(curves, metrics, args.smooth, args.output)
     print(f"{len(metrics)} metrics of {len(curves)} runs: {args.output}")
     return 0
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Iterations, counted from 1, and values of each metric of a run, by its name.
+    """Return iterations, counted from 1, and values of each metric of a run, by name.
 
     Raises:
-        ValueError: there is no `metrics.json`, or nothing in it.
+        UserError: the folder has no `metrics.json`, or one without metrics.
     """
     curves: dict[str, Curve] = {}
     for record in read_metrics(run / "metrics.json"):
@@ -72,32 +69,29 @@ def read_curves(run: Path) -> dict[str, Curve]:
                 iterations.append(record["iteration"] + 1)
                 values.append(value)
     if not curves:
-        raise UserError(f"there are no metrics in {run / 'metrics.json'}: give the OUTPUT_DIR")
+        raise UserError(f"no metrics in {run / 'metrics.json'}: give the OUTPUT_DIR of a run")
     return curves
 
 
 def choose_metrics(curves: dict[Path, dict[str, Curve]], wanted: Sequence[str] | None) -> list[str]:
-    """The metrics to draw: `wanted`, or those that the runs have and that say most.
+    """Return the metrics to draw: `wanted`, or all except times and AP by class.
 
     Raises:
-        ValueError: no run has a wanted one.
+        UserError: no run has a wanted metric.
     """
     known = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
     if wanted is None:
         return [name for name in known if name not in TIMES and "/AP-" not in name]
     for name in wanted:
         if name not in known:
-            raise UserError(f"no run has a metric {name!r}; there are {', '.join(known)}")
+            raise UserError(f"no run has a metric {name!r}; available: {', '.join(known)}")
     return list(wanted)
 
 
 def smoothed(values: Sequence[float], num: int) -> list[float]:
-    """The mean of each value and of up to `num - 1` before it."""
-    return [math.fsum(part) / len(part) for part in windows(values, num)]
-
-
-def windows(values: Sequence[float], num: int) -> list[Sequence[float]]:
-    return [values[max(0, end - num) : end] for end in range(1, len(values) + 1)]
+    """Return the mean of each value and of up to `num - 1` before it."""
+    parts = (values[max(0, end - num) : end] for end in range(1, len(values) + 1))
+    return [math.fsum(part) / len(part) for part in parts]
 
 
 def draw(
@@ -116,10 +110,10 @@ def draw(
                 continue
             iterations, values = of_run[metric]
             few = len(values) <= 20
-            as_it_is = few or smooth == 1 or metric == "lr"
-            if not as_it_is:
+            raw = few or smooth == 1 or metric == "lr"
+            if not raw:
                 axis.plot(iterations, values, color="0.8", linewidth=0.8, zorder=0)
-            line = values if as_it_is else smoothed(values, smooth)
+            line = values if raw else smoothed(values, smooth)
             marker = "o" if few else None
             axis.plot(iterations, line, color=f"C{number}", marker=marker, markersize=3)
         axis.set_title(metric)
@@ -135,7 +129,7 @@ def draw(
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart."""
+    """Return the last parts of the paths, as many as needed to tell them apart."""
     parts = [run.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(of_run[-length:]) for of_run in parts]

@@ -1,20 +1,24 @@
-"""Draw what a model finds: `python tools/demo.py --config-file C --weights W --input images/`.
+"""Detect objects and draw them: `python tools/demo.py --config-file C --weights W --input DIR`.
 
-Writes a drawing of each image and all detections, in COCO's results format, to --output.
+Write a drawing of each image and all detections, in COCO's results format, to --output.
 """
 
 import argparse
 import glob
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from tensormask.config import get_cfg
+from tensormask.commands.common import (
+    add_config_file,
+    add_overrides,
+    exits_on_user_error,
+    read_config,
+)
 from tensormask.data.images import ImageError, read_image
 from tensormask.evaluation import coco_results
 from tensormask.predictor import Predictor
@@ -25,7 +29,6 @@ logger = logging.getLogger("tensormask.commands.predict")
 
 DETECTIONS_FILE = "detections.json"
 EXIT_NOTHING_READ = 1
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,25 +36,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Detect and draw the objects in images.",
         epilog="KEY VALUE pairs at the end override the config, as in --input a.jpg --output out "
-        "MODEL.DEVICE cpu. Directly after --input's list they need --opts before them.",
+        "MODEL.DEVICE cpu. Put --opts before them if they follow the list of --input.",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="PATH",
-        help="images, folders (their images, not those of folders in them) or quoted globs; "
-        "** goes through folders",
+        help="images, folders (without their subfolders) or quoted globs; ** matches subfolders",
     )
     parser.add_argument(
         "--output",
         default="output/demo",
         metavar="DIR",
         help="folder for a PNG per image, named like it (a_2.png for a second a), and "
-        f"{DETECTIONS_FILE}: a list of COCO results with image_id (the place of the image in the "
-        "sorted list of inputs, from 0), category_id, category_name, bbox (x, y, width, height), "
-        "score, segmentation (RLE) and file_name (default: %(default)s)",
+        f"{DETECTIONS_FILE}: a list of COCO results with image_id (index in the sorted list of "
+        "inputs, from 0), category_id, category_name, bbox (x, y, width, height), score, "
+        "segmentation (RLE) and file_name (default: %(default)s)",
     )
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)"
@@ -61,50 +63,48 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="lowest score that is drawn and written; the model itself drops what is below "
+        help="lowest score that is drawn and written; the model itself drops detections below "
         "MODEL.TENSOR_MASK.SCORE_THRESH_TEST (default: %(default)s)",
     )
     parser.add_argument(
         "--opts", dest="more_opts", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
-    )
+    add_overrides(parser)
     args = parser.parse_args(arguments)
     args.opts += args.more_opts
     return args
 
 
 def find_images(inputs: list[str]) -> list[Path]:
-    """The files that `inputs` mean, sorted, each once; what matches nothing is kept as it is.
+    """Return the files of `inputs`, sorted and without duplicates.
 
-    A folder stands for the files in it whose suffix is an image's, a glob for the files that it
-    matches.
+    A folder gives its files with the suffix of an image format, a glob all files that it matches.
+    An input that matches no file is returned unchanged.
     """
     suffixes = Image.registered_extensions()
-    found = set()
+    files = set()
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            found |= {file for file in path.iterdir() if file.suffix.lower() in suffixes}
+            files |= {file for file in path.iterdir() if file.suffix.lower() in suffixes}
         elif path.exists():  # before globs: a name may hold brackets
-            found.add(path)
+            files.add(path)
         else:
             matches = (Path(match) for match in glob.glob(text, recursive=True))
-            found |= {match for match in matches if match.is_file()} or {path}
-    return sorted(found)
+            files |= {match for match in matches if match.is_file()} or {path}
+    return sorted(files)
 
 
 def process(
     predictor: Predictor, images: list[Path], output: Path, min_score: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """Draws each image to `output`.
+    """Detect in each image, and draw it to `output`.
 
     Returns:
-        The detections in COCO's results format, and how many of the images could not be read.
+        The detections in COCO's results format, and the number of images that cannot be read.
 
     Raises:
-        ValueError: a drawing would overwrite an image; nothing has been written then.
+        UserError: a drawing would overwrite an image; nothing has been written.
     """
     taken: set[str] = set()
     drawings = [output / f"{unique_stem(image.stem, taken)}.png" for image in images]
@@ -125,11 +125,11 @@ def process(
             continue
         detections = predictor(rgb)
         names = detections.pop("class_names")
-        # Best first: a slice of masks, and not a copy, which for a large image is gigabytes.
+        # Sorted by score: a slice of the masks, because a copy may take gigabytes.
         num_shown = int((detections["scores"] >= min_score).sum())
         fields = {key: value[:num_shown] for key, value in detections.items()}
-        found = coco_results(fields, image_id, predictor.category_ids)
-        for result, name in zip(found, names[:num_shown], strict=True):
+        coco = coco_results(fields, image_id, predictor.category_ids)
+        for result, name in zip(coco, names[:num_shown], strict=True):
             results.append(result | {"category_name": name, "file_name": str(image)})
         drawn = draw_instances(
             rgb,
@@ -143,21 +143,14 @@ def process(
     return results, num_unread
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code: 1 if no image could be read, 2 for a mistake."""
+    """Run the command and return its exit code: 1 if no image could be read, 2 for a user error."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    images = find_images(args.input)
-    output = Path(args.output)
-    try:
-        cfg = get_cfg()
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-        predictor = Predictor(cfg, args.weights or None)
-        results, num_unread = process(predictor, images, output, args.confidence_threshold)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+    images, output = find_images(args.input), Path(args.output)
+    predictor = Predictor(read_config(args.config_file, args.opts), args.weights or None)
+    results, num_unread = process(predictor, images, output, args.confidence_threshold)
     num_read = len(images) - num_unread
     if num_read:
         (output / DETECTIONS_FILE).write_text(json.dumps(results), encoding="utf-8")

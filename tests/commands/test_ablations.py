@@ -13,7 +13,7 @@ import tensormask
 from tensormask.commands import ablations as run_ablations
 from tensormask.config import CfgNode
 from tensormask.config.node import leaves
-from tensormask.data.shapes import draw_image
+from tensormask.data.shapes import generate_image
 
 ROOT = Path(__file__).parents[2]
 ROWS = sorted((CONFIGS / "ablations").glob("*.yaml"))
@@ -29,7 +29,7 @@ def small(name: str) -> CfgNode:
 
 def shapes(index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A drawn image and its objects as a target."""
-    image, objects = draw_image("train", index)
+    image, objects = generate_image("train", index)
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32)
     boxes[:, 2:] += boxes[:, :2]
     masks = []
@@ -76,7 +76,7 @@ def test_a_row_runs_and_each_of_its_options_changes_something(path: Path) -> Non
     cfg = small(path.stem)
     numbers = run(cfg)
     assert all(np.isfinite(value) for value in numbers.values())
-    base = dict(leaves(run_ablations.load(run_ablations.BASE)))
+    base = dict(leaves(run_ablations.read_config(run_ablations.BASE, [])))
     for key in options_of(path):
         without = cfg.clone()
         without.merge_from_list([key, base[key]])

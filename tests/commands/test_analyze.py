@@ -1,7 +1,6 @@
 """The command `tools/analyze_model.py`: its numbers by hand, and against PyTorch's counter."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tensormask
 from tensormask.commands import analyze as command
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SIZE = (96, 130)  # padded to 96 x 160: grids from 24 x 40 to 1 x 2
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
-PLACES = sum(height * width for height, width in GRIDS)
+LOCATIONS = sum(height * width for height, width in GRIDS)
 
 
 def parts_of(results):
@@ -30,20 +28,20 @@ def test_parameters_of_the_paper_s_model():
     assert parts["sum"]["parameters"] == results["parameters"]
     heads = parts["sum"]["parameters"] - sum(parts[n]["parameters"] for n in ("backbone", "fpn"))
     assert round(heads / 1e6, 1) == 4.4
-    # p2's convolution and its like: 4 of 3x3 and 256 -> 256, 4 of 1x1, p6 and p7
+    # Laterals of 1x1; outputs of 3x3 for p2 to p5 and p7, and for p6 from res5.
     laterals = sum((channels + 1) * 256 for channels in (256, 512, 1024, 2048))
     outputs = 5 * (9 * 256 + 1) * 256 + (9 * 2048 + 1) * 256
     assert parts["fpn"]["parameters"] == laterals + outputs
 
 
 def test_convolutions_by_hand():
-    """A 3x3 convolution has 2 * 9 * C_in * C_out FLOPs a place; biases are not counted."""
+    """A 3x3 convolution has 2 * 9 * C_in * C_out FLOPs per location; biases are not counted."""
     parts = parts_of(command.analyze(get_cfg(), SIZE))
     for title in ("all", "some"):  # 3 classes, 2 window sizes, towers of one convolution
-        assert parts["cls_subnet"][f"{title}: GFLOP"] * 1e9 == 2 * 9 * 16 * 16 * PLACES
-        assert parts["cls_score"][f"{title}: GFLOP"] * 1e9 == 2 * 9 * 16 * 6 * PLACES
-        assert parts["bbox_pred"][f"{title}: Mvalues"] * 1e6 == 8 * PLACES
-        assert parts["bbox_pred"][f"{title}: MiB"] * 2**20 == 4 * 8 * PLACES
+        assert parts["cls_subnet"][f"{title}: GFLOP"] * 1e9 == 2 * 9 * 16 * 16 * LOCATIONS
+        assert parts["cls_score"][f"{title}: GFLOP"] * 1e9 == 2 * 9 * 16 * 6 * LOCATIONS
+        assert parts["bbox_pred"][f"{title}: Mvalues"] * 1e6 == 8 * LOCATIONS
+        assert parts["bbox_pred"][f"{title}: MiB"] * 2**20 == 4 * 8 * LOCATIONS
     # On the bipyramid all levels have p2's grid: 6 times both mask sizes.
     masks = 6 * 2 * 16 * (15**2 + 11**2) * 24 * 40
     assert parts["mask_pred"]["all: GFLOP"] * 1e9 == pytest.approx(masks)
@@ -51,7 +49,7 @@ def test_convolutions_by_hand():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_sum_is_that_of_pytorch_s_counter(head):
+def test_sum_equals_the_one_of_pytorch(head):
     cfg, model = get_cfg(head), build(head).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         features = model.fpn(model.backbone(torch.zeros(1, 3, 96, 160)))
@@ -72,8 +70,8 @@ def test_levels():
     assert levels[5]["masks of all, MiB"] * 2**18 == 2 * (352**2 + 480**2)
 
 
-def test_parts_that_are_not_there():
-    """Neither boxes nor masks: their rows are left out."""
+def test_a_model_without_masks():
+    """The rows of its mask head are left out."""
     results = command.analyze(get_cfg(opts=["MODEL.MASK_ON", False]), SIZE)
     assert set(parts_of(results)) == {
         *("backbone", "fpn", "cls_subnet", "cls_score", "bbox_subnet", "bbox_pred", "sum")
@@ -94,7 +92,7 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [["--size", "0", "64"], ["MODEL.NO_SUCH_KEY", "1"]])
-def test_mistakes_are_said(tmp_path, capsys, words):
+def test_user_errors_are_one_line(tmp_path, capsys, words):
     config = tmp_path / "config.yaml"
     config.write_text(get_cfg().dump())
     assert command.main(["--config-file", str(config), *words]) == 2

@@ -1,4 +1,4 @@
-"""The command `tools/check_dataset.py`: what it prints, its exit codes, the facts of real sets."""
+"""The command `tools/check_dataset.py`: its output, its exit codes, the facts of real data sets."""
 
 import json
 import re
@@ -18,7 +18,7 @@ QUICKSTART = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
 
 @pytest.fixture(autouse=True)
 def _fresh_sets():
-    catalog._load.cache_clear()  # what a check finds is added to the set that is kept
+    catalog._load.cache_clear()  # a check adds issues to the cached data set
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(arguments, tmp_path, capsys):
     return code, json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
 
 
-def test_a_sound_set(drawn, tmp_path, capsys):
+def test_a_data_set_without_issues(drawn, tmp_path, capsys):
     name = name_of(drawn)
     code, records, printed = run([name, *QUICKSTART], tmp_path, capsys)
     assert code == 0
@@ -59,7 +59,7 @@ def test_a_sound_set(drawn, tmp_path, capsys):
 
 
 def test_proposed_overrides_can_be_pasted(drawn, tmp_path, capsys):
-    # Windows that are too small for half of the objects, and a number of classes that is wrong.
+    # Windows too small for half of the objects, and a wrong number of classes.
     small = ["MODEL.TENSOR_MASK.IN_FEATURES", "['p2']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[20,28]]"]
     arguments = [name_of(drawn), *QUICKSTART, *small, "MODEL.TENSOR_MASK.NUM_CLASSES", "80"]
     code, records, printed = run(arguments, tmp_path, capsys)
@@ -92,7 +92,7 @@ def test_issues_of_files_are_found_unless_fast(tmp_path, capsys):
     arguments = [name_of(tmp_path), *QUICKSTART]
     code, _, printed = run([*arguments, "--fast"], tmp_path, capsys)
     assert code == 0
-    assert "images have not been opened" in printed
+    assert "images were not opened" in printed
     code, records, printed = run(arguments, tmp_path, capsys)
     assert code == 1
     assert "1  image_broken: the file cannot be read as an image" in printed
@@ -100,7 +100,7 @@ def test_issues_of_files_are_found_unless_fast(tmp_path, capsys):
     assert found["issues"] == {"image_broken": {"count": 1, "first_ids": [2]}}
 
 
-def test_what_is_no_issue_is_said(tmp_path, capsys):
+def test_hints_that_are_no_issues(tmp_path, capsys):
     shapes.write_split("val", 3, tmp_path)
     content = json.loads((tmp_path / "annotations.json").read_text())
     content["images"][2]["file_name"] = content["images"][1]["file_name"]
@@ -111,14 +111,14 @@ def test_what_is_no_issue_is_said(tmp_path, capsys):
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     code, _, printed = run([name_of(tmp_path), *QUICKSTART], tmp_path, capsys)
     assert code == 0
-    assert "Names that several classes have: disc\n" in printed
-    assert "Files that several images are in: 000002.png\n" in printed
+    assert "Names of several classes: disc\n" in printed
+    assert "Files of several images: 000002.png\n" in printed
     assert re.search(r"Classes without objects: .*hexagon", printed)
     assert re.search(r"TEST.DETECTIONS_PER_IMAGE and TEST.MAX_DETS to 1\d\d or more", printed)
     assert "match several objects" in printed
 
 
-def test_mistakes_are_said_in_one_line(drawn, tmp_path, capsys):
+def test_user_errors_are_one_line(drawn, tmp_path, capsys):
     no_set = tmp_path / "list.json"
     no_set.write_text("[]")
     for arguments in (
@@ -144,7 +144,7 @@ def test_the_documentation_has_the_table_of_issues():
     ]
 
 
-# What the READMEs of these sets state.
+# From the READMEs of these data sets.
 FACTS = {
     "coco_cc/instances_train.json@coco_cc/train": {
         **{"images": 92, "annotations": 829, "crowds": 9, "images_without_objects": 1},
@@ -165,22 +165,22 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("place", FACTS)
-def test_real_sets_are_sound_and_as_their_readme_says(place, tmp_path, capsys):
-    json_file, folder = place.split("@")
+@pytest.mark.parametrize("data_set", FACTS)
+def test_real_sets_have_no_issues_and_the_facts_of_their_readme(data_set, tmp_path, capsys):
+    json_file, folder = data_set.split("@")
     if not (DATA / json_file).exists():
-        pytest.skip(f"{DATA / json_file} is not there")
+        pytest.skip(f"{DATA / json_file} is not available")
     name = f"{DATA / json_file}@{DATA / folder}"
     # The annotations of the largest are enough here.
-    fast = ["--fast"] if "nuclei_dsb2018/train" in place else []
+    fast = ["--fast"] if "nuclei_dsb2018/train" in data_set else []
     code, records, printed = run([name, *QUICKSTART, *fast], tmp_path, capsys)
     found = records[name]["contents"]
     assert code == 0, printed
-    facts = dict(FACTS[place])
+    facts = dict(FACTS[data_set])
     if (most := facts.pop("most")) is not None:
         assert found["objects_per_image"][1] == most
     assert len(found["by_class"]) == facts.pop("num_classes")
     used = [row for row in found["by_class"].values() if any(row.values())]
-    # Crowds are of classes, too, but none of a class that has nothing else.
+    # Every class with crowds also has objects.
     assert len(used) == facts.pop("num_classes_used")
     assert {key: found[key] for key in facts} == facts

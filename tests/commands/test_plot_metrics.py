@@ -1,4 +1,4 @@
-"""tools/plot_metrics.py: what it reads, chooses and draws."""
+"""The command `tools/plot_metrics.py`: reading, choosing and drawing curves."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_choice_of_metrics(tmp_path):
     curves = {tmp_path: plot_metrics.read_curves(write_run(tmp_path / "a"))}
     assert plot_metrics.choose_metrics(curves, None) == ["total_loss", "lr", "segm/AP"]
     assert plot_metrics.choose_metrics(curves, ["time"]) == ["time"]
-    with pytest.raises(ValueError, match="no run has a metric 'loss'; there are total_loss"):
+    with pytest.raises(ValueError, match="no run has a metric 'loss'; available: total_loss"):
         plot_metrics.choose_metrics(curves, ["loss"])
 
 
@@ -63,7 +63,7 @@ def test_the_image(tmp_path, capsys):
         assert (image == blue_green_red).all(axis=2).sum() > 100
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_user_errors_are_one_line(tmp_path, capsys):
     run = str(write_run(tmp_path / "a"))
     for arguments in ([str(tmp_path)], [run, "--metrics", "x"], [run, "--smooth", "0"]):
         assert plot_metrics.main(arguments) == 2
