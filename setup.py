@@ -1,7 +1,7 @@
-"""Builds the package and, where it can, its compiled op. What it decided is printed.
+"""Build the package and, where possible, its compiled op; print what is built and why.
 
-TENSORMASK_WITHOUT_EXT=1 builds no op (plain PyTorch does its work), FORCE_CUDA=1 builds the CUDA
-kernels without a GPU in sight, TORCH_CUDA_ARCH_LIST names the GPUs, CUDA_HOME the toolkit.
+TENSORMASK_WITHOUT_EXT=1 builds no op (it then runs in plain PyTorch), FORCE_CUDA=1 builds the CUDA
+kernels on a machine without a GPU, TORCH_CUDA_ARCH_LIST chooses the GPUs, CUDA_HOME the toolkit.
 """
 
 import os
@@ -23,15 +23,15 @@ SOURCES = [
 ]
 CUDA_SOURCES = ["csrc/swap_align2nat_cuda.cu"]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
-# The stable ABI as of PyTorch 2.11: the library runs with that version and all later ones.
+# The stable ABI of PyTorch 2.11: the library runs with this version and all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# Where no GPU says what it is. A100, RTX 30, H100, and by PTX all that comes after.
+# For machines without a GPU: A100, RTX 30, H100, and by PTX all later ones.
 DEFAULT_ARCHITECTURES = "8.0;8.6;9.0+PTX"
 INSTALL = "pip install --no-build-isolation --no-deps -e ."
 
 
 def read_version() -> str:
-    """The package's version, without importing it: torch may not be there yet."""
+    """Return the package's version without importing it: torch may not be installed yet."""
     text = (ROOT / "tensormask" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
@@ -44,34 +44,34 @@ def is_on(name: str) -> bool:
 
 
 def extension() -> dict:
-    """Arguments of `setup` for the compiled op; none where there is to be none."""
+    """Return the arguments of `setup` for the compiled op; empty to build no op."""
     if is_on("TENSORMASK_WITHOUT_EXT"):
         return without_extension("TENSORMASK_WITHOUT_EXT is set")
     if not sys.platform.startswith("linux"):
-        return without_extension(f"it is not built on {sys.platform}")
+        return without_extension(f"{sys.platform} is not supported")
     if {"sdist", "egg_info", "clean", "--version", "--name"} & set(sys.argv[1:]):
-        return {}  # nothing is compiled
+        return {}  # these compile nothing
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         sys.exit(
-            f"tensormask: the compiled op needs PyTorch at build time ({error}). pip builds in an "
-            f"environment of its own, which cannot see yours: install torch first, then run\n"
+            f"tensormask: building the op needs PyTorch ({error}). By default pip builds in an "
+            f"isolated environment, without your packages. Install torch first, then run\n"
             f"    {INSTALL}\n"
-            "or set TENSORMASK_WITHOUT_EXT=1 to do without the compiled op."
+            "or set TENSORMASK_WITHOUT_EXT=1 to install without the compiled op."
         )
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 11):
         sys.exit(
             "tensormask: the compiled op needs PyTorch 2.11 or newer, this is "
-            f"{torch.__version__}: upgrade it, or set TENSORMASK_WITHOUT_EXT=1."
+            f"{torch.__version__}. Upgrade PyTorch, or set TENSORMASK_WITHOUT_EXT=1."
         )
     setuptools_version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
     if setuptools_version < (70, 1) and "build_ext" not in sys.argv:
         sys.exit(
-            f"tensormask: setuptools {setuptools.__version__} cannot build wheels by itself: "
-            "pip install 'setuptools>=77'"
+            f"tensormask: setuptools {setuptools.__version__} cannot build wheels by itself. "
+            "Run pip install 'setuptools>=77'."
         )
     cuda = wants_cuda(torch, cpp_extension.CUDA_HOME)
     flags = {"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", STABLE_ABI]}
@@ -103,38 +103,38 @@ def without_extension(reason: str) -> dict:
 
 
 def wants_cuda(torch, cuda_home: str | None) -> bool:
-    """Whether to build the CUDA kernels; sets what torch cannot guess."""
+    """Return whether to build the CUDA kernels; set TORCH_CUDA_ARCH_LIST if there is no GPU."""
     forced, visible = is_on("FORCE_CUDA"), torch.cuda.is_available()
     if not forced and not visible:
-        print("tensormask: no GPU in sight and FORCE_CUDA is not set: no CUDA kernels")
+        print("tensormask: PyTorch sees no GPU and FORCE_CUDA is not set: no CUDA kernels")
         return False
     if torch.version.cuda is None:
         sys.exit(
             f"tensormask: FORCE_CUDA is set, but PyTorch {torch.__version__} is built without "
-            "CUDA: install a CUDA build of it, or unset FORCE_CUDA."
+            "CUDA. Install a PyTorch with CUDA, or unset FORCE_CUDA."
         )
     if cuda_home is None and not forced:
         print(
-            "tensormask: a GPU is in sight, but no CUDA toolkit (nvcc): no CUDA kernels. Set "
-            "CUDA_HOME to the toolkit and install again to have them."
+            "tensormask: PyTorch sees a GPU, but no CUDA toolkit (nvcc): no CUDA kernels. To build "
+            "them, set CUDA_HOME to the toolkit and install again."
         )
         return False
     if cuda_home is None or not Path(cuda_home, "include", "cuda_runtime.h").is_file():
         standard = Path("/usr/local/cuda")
-        there = (standard / "include" / "cuda_runtime.h").is_file()
+        exists = (standard / "include" / "cuda_runtime.h").is_file()
         sys.exit(
-            f"tensormask: no CUDA toolkit in CUDA_HOME={cuda_home}: include/cuda_runtime.h is not "
-            "there (where nvcc is a wrapper script, its folder is guessed wrong). "
-            f"Set CUDA_HOME={standard if there else '/path/to/cuda'} and run again."
+            f"tensormask: no CUDA toolkit in CUDA_HOME={cuda_home}: include/cuda_runtime.h is "
+            "missing (PyTorch guesses a wrong folder if nvcc is a wrapper script). "
+            f"Set CUDA_HOME={standard if exists else '/path/to/cuda'} and run again."
         )
     if not visible and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
-        print(f"tensormask: no GPU in sight: TORCH_CUDA_ARCH_LIST={DEFAULT_ARCHITECTURES}")
+        print(f"tensormask: PyTorch sees no GPU: TORCH_CUDA_ARCH_LIST={DEFAULT_ARCHITECTURES}")
     return True
 
 
 def cuda_include_dirs(torch) -> list[str]:
-    """Headers of CUDA libraries, which a small toolkit lacks and PyTorch's own packages have."""
+    """Return folders of CUDA headers in PyTorch's packages: a small toolkit may lack them."""
     packages = Path(torch.__file__).parents[1] / "nvidia"
     return [str(path) for path in packages.glob("cu*/include")]
 
@@ -156,15 +156,15 @@ setup(
         "fvcore>=0.1.5.post20221221,<0.2",
         "yacs>=0.1.8,<0.2",
         "PyYAML>=6.0,<7",
-        # The headless build is the same cv2 without windows on the screen, which need system
-        # libraries (libGL, X11) that servers and containers lack.
+        # The headless build is the same cv2 without GUI windows. These need system libraries
+        # (libGL, X11) that servers and containers lack.
         "opencv-python-headless>=4.9,<6",
         "pillow>=10,<14",
         "tensorboard>=2.16,<3",
         "tqdm>=4.66,<5",
         "safetensors>=0.5,<1",
         "pooch>=1.8.2,<2",
-        # pooch's own: from 2 on, a download that ends early is an error.
+        # Used by pooch: since version 2, an incomplete download is an error.
         "urllib3>=2,<3",
     ],
 )

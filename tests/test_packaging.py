@@ -1,0 +1,196 @@
+"""setup.py: what it builds and reports, pinned requirements, and a wheel that works elsewhere."""
+
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("FORCE_CUDA", "CUDA_HOME", "TENSORMASK_WITHOUT_EXT", "TORCH_CUDA_ARCH_LIST")
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in VARIABLES} | variables
+
+
+def run_setup(monkeypatch, modules: dict, **variables: str) -> tuple[dict, dict[str, str]]:
+    """Run setup.py with other modules; return the arguments of `setup`, and the environment."""
+    arguments = {}
+    environment = clean_environment(**variables)
+    with monkeypatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(setuptools, "setup", lambda **options: arguments.update(options))
+        patch.setattr(os, "environ", environment)
+        patch.setattr(sys, "argv", ["setup.py", "build_ext"])
+        patch.chdir(ROOT)
+        runpy.run_path("setup.py", run_name="__main__")
+    return arguments, environment
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Run setup.py as far as its decision, with a stand-in for PyTorch."""
+
+    def build(version="2.11.0", cuda="13.0", gpu=False, home=None, **variables: str):
+        torch, utils = ModuleType("torch"), ModuleType("torch.utils")
+        torch.__file__ = str(tmp_path / "torch" / "__init__.py")
+        torch.__version__ = version
+        torch.version = SimpleNamespace(cuda=cuda)
+        torch.cuda = SimpleNamespace(is_available=lambda: gpu)
+        utils.cpp_extension = SimpleNamespace(
+            CUDA_HOME=home,
+            CppExtension=lambda name, sources, **options: ("CPU", sources),
+            CUDAExtension=lambda name, sources, **options: ("CUDA", sources),
+            BuildExtension=None,
+        )
+        return run_setup(monkeypatch, {"torch": torch, "torch.utils": utils}, **variables)
+
+    return build
+
+
+@pytest.fixture
+def toolkit(tmp_path) -> str:
+    (tmp_path / "cuda" / "include").mkdir(parents=True)
+    (tmp_path / "cuda" / "include" / "cuda_runtime.h").touch()
+    return str(tmp_path / "cuda")
+
+
+def test_cpu_kernels_without_a_gpu(build, toolkit, capsys) -> None:
+    arguments, _ = build(home=toolkit)
+    ((kind, sources),) = arguments["ext_modules"]
+    assert (kind, len(sources)) == ("CPU", 6)
+    text = capsys.readouterr().out
+    assert "sees no GPU and FORCE_CUDA is not set: no CUDA kernels" in text
+    assert "compiling swap_align2nat for the CPU\n" in text
+
+
+@pytest.mark.parametrize("variables, gpu", [({"FORCE_CUDA": "1"}, False), ({}, True)])
+def test_cuda_kernels_with_a_gpu_or_by_force(build, toolkit, capsys, variables, gpu) -> None:
+    arguments, environment = build(home=toolkit, gpu=gpu, **variables)
+    ((kind, sources),) = arguments["ext_modules"]
+    assert (kind, len(sources)) == ("CUDA", 7)
+    assert "compiling swap_align2nat for the CPU and CUDA" in capsys.readouterr().out
+    # Without a GPU PyTorch would stop at an empty list of architectures.
+    architectures = None if gpu else "8.0;8.6;9.0+PTX"
+    assert environment.get("TORCH_CUDA_ARCH_LIST") == architectures
+
+
+def test_a_gpu_without_toolkit_gets_the_cpu_kernels(build, capsys) -> None:
+    arguments, _ = build(gpu=True, home=None)
+    assert arguments["ext_modules"][0][0] == "CPU"
+    assert "sees a GPU, but no CUDA toolkit (nvcc): no CUDA kernels" in capsys.readouterr().out
+
+
+def test_without_extension(build, capsys) -> None:
+    arguments, _ = build(version="1.0", TENSORMASK_WITHOUT_EXT="1")
+    assert "ext_modules" not in arguments
+    assert "no compiled op: TENSORMASK_WITHOUT_EXT is set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"version": "2.10.1"}, "needs PyTorch 2.11 or newer, this is 2.10.1"),
+        ({"cuda": None, "FORCE_CUDA": "1"}, "is built without CUDA"),
+        ({"home": None, "FORCE_CUDA": "1"}, "no CUDA toolkit in CUDA_HOME=None"),
+        ({"home": "/usr/nowhere", "FORCE_CUDA": "1"}, "no CUDA toolkit in CUDA_HOME=/usr/nowhere"),
+        ({"home": "/usr/nowhere", "gpu": True}, "no CUDA toolkit in CUDA_HOME=/usr/nowhere"),
+    ],
+)
+def test_errors_say_what_to_do(build, options, message) -> None:
+    with pytest.raises(SystemExit, match=message):
+        build(**options)
+
+
+def test_build_isolation_is_explained(monkeypatch) -> None:
+    with pytest.raises(SystemExit, match="pip install --no-build-isolation --no-deps -e"):
+        run_setup(monkeypatch, {"torch": None})
+
+
+def test_setup_reads_the_version_without_importing(tmp_path) -> None:
+    """In a Python with setuptools, but without torch and this package on its path."""
+    (tmp_path / "torch.py").write_text("raise ImportError('setup.py imported torch')\n")
+    env = {"PATH": "", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    version = (ROOT / "tensormask" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{done.stdout.split()[-1]}"' in version
+
+
+def test_pins_are_within_the_bounds_of_setup(build) -> None:
+    arguments, _ = build()
+    bounds = [Requirement(text) for text in arguments["install_requires"]]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert len(bounds) >= 10
+    for bound in bounds:
+        assert "<" in str(bound.specifier), bound
+        assert bound.specifier.contains(pins[bound.name]), bound
+    assert pins["torch"] == "2.14.1"
+
+
+CHECK = """
+import sys, torch
+import tensormask
+from tensormask.layers import _native, op_backend, swap_align2nat
+assert tensormask.__file__.startswith(sys.argv[1]), tensormask.__file__
+assert str(_native.LIBRARY).startswith(sys.argv[1]), (_native.LIBRARY, _native.REASON)
+x = torch.randn(1, 9, 12, 10)
+with op_backend("native"):
+    native = swap_align2nat(x, 2)
+with op_backend("reference"):
+    torch.testing.assert_close(native, swap_align2nat(x, 2))
+print("it works")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TENSORMASK_WITHOUT_EXT" in os.environ, reason="nothing is compiled")
+def test_wheel_from_the_sdist_in_a_clean_environment(tmp_path) -> None:
+    def setup_py(folder: Path, *arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", *arguments, "--dist-dir", str(tmp_path)],
+            cwd=folder,
+            env=clean_environment(CUDA_VISIBLE_DEVICES=""),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    setup_py(ROOT, "egg_info", "--egg-base", str(tmp_path), "sdist")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    setup_py(source, "bdist_wheel")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    assert "tensormask/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+
+    # An environment with only the wheel, and a path to the packages that it needs.
+    clean = tmp_path / "clean"
+    venv.create(clean, with_pip=False)
+    (packages,) = clean.glob("lib/python*/site-packages")
+    (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(clean)]
+    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", str(wheel)], check=True)
+    done = subprocess.run(
+        [clean / "bin" / "python", "-I", "-c", CHECK, str(clean)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "it works\n", done.stderr
