@@ -1,7 +1,7 @@
-"""Seeded inputs for the parity cases: weights under detectron2's parameter names, and images.
+"""Seeded weights, under detectron2's parameter names, and images for the parity cases.
 
-Nothing is stored: every array follows from its own name, its shape and a seed, so that two programs
-which share no code can be given the same model and the same images.
+Every array depends only on its name, its shape and a seed. Two programs that share no code can so
+get the same model and the same images without stored files.
 """
 
 import zlib
@@ -14,7 +14,7 @@ def _rng(seed: int, name: str) -> np.random.RandomState:
 
 
 def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """One parameter or buffer, float32, scaled so that activations stay near one."""
+    """Return a parameter or buffer, float32, scaled so that activations stay near one."""
     rng = _rng(seed, name)
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
@@ -40,7 +40,7 @@ def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         fan_in = int(np.prod(shape[1:]))
         gain = 2.0
         if "stem.conv1" in name:
-            gain = 2.0 / 60**2  # pixels are centred, not divided by their deviation
+            gain = 2.0 / 60**2  # pixels are centered, not divided by their standard deviation
         elif "cls_score" in name:
             gain = 1.6
         elif "bbox_pred" in name:
@@ -54,12 +54,12 @@ def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def state_dict(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Weights for a table of names and shapes (see shapes_*.json)."""
+    """Return weights for a table of names and shapes (see shapes_*.json)."""
     return {name: weight(name, tuple(shape), seed) for name, shape in shapes.items()}
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
-    """A uint8 RGB image (H, W, 3): smooth colour fields, with sharp discs and boxes on them."""
+    """Return a uint8 RGB image (H, W, 3): smooth color fields with sharp discs and boxes."""
     rng = _rng(seed, f"image{height}x{width}")
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float64)
     out = np.empty((height, width, 3))

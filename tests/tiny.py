@@ -1,4 +1,4 @@
-"""A small model and images for tests: random weights, every head, seconds on a CPU."""
+"""A small model with random weights, every head, and images and targets for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import tensormask
 from tensormask.config import CfgNode
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# The paper's heads, detectron2's three by its own switches.
+# The paper's heads. The first three are set by detectron2's switches.
 HEADS = {
     "natural": {"ALIGNED_ON": False, "BIPYRAMID_ON": False},
     "aligned": {"ALIGNED_ON": True, "BIPYRAMID_ON": False},
@@ -26,9 +26,9 @@ HEADS = {
 
 
 def get_cfg(head: str = "bipyramid", opts: Sequence[object] = ()) -> CfgNode:
-    """A config of an R-18 with 16 channels, 3 classes and the published windows.
+    """Return a config of an R-18 with 16 channels, 3 classes and the published windows.
 
-    Upscale heads have one of the two window sizes: 15 pixels come from whole masks, 11 do not.
+    Upscale heads have one of the two window sizes: only 15 pixels are divisible.
     """
     cfg = tensormask.get_cfg()
     cfg.merge_from_file(str(CONFIGS / "Base-TensorMask.yaml"))
@@ -60,7 +60,7 @@ def make_image(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def target(height: int, width: int, boxes: list[list[float]]) -> dict[str, Tensor]:
-    """Objects that fill their boxes, labels in turn."""
+    """Return objects that fill their boxes, with labels 0, 1, 2, 0, ..."""
     boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
@@ -68,10 +68,10 @@ def target(height: int, width: int, boxes: list[list[float]]) -> dict[str, Tenso
     return {"boxes": boxes, "labels": torch.arange(len(boxes)) % 3, "masks": masks}
 
 
-# Overrides of the tiny config: models whose weights have other names or shapes.
+# Overrides of the tiny config that change names or shapes of weights.
 MODELS = {
     "GN": [],
-    "BN, which counts": ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 2],
+    "BN": ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 2],
     "SyncBN": ["MODEL.RESNETS.NORM", "SyncBN"],
     "R-50, frozen": ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NORM", "FrozenBN"],
     "norm in the pyramid": ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 32],

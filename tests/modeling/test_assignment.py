@@ -1,4 +1,4 @@
-"""The assignment against the rule as it is written, window by window and object by object."""
+"""The assignment against the written rule, for every window and object; box offsets; windows."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tensormask.modeling.assignment import assign
+from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.box_coder import decode_boxes, encode_boxes
 from tensormask.modeling.windows import Windows
 
@@ -16,9 +16,9 @@ WINDOWS = Windows(strides=(4, 8, 16), sizes=((44, 60), (88, 120), (176, 240)))
 GRIDS = [(25, 30), (13, 15), (7, 8)]
 
 
-def owners_by_the_rule(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
-    """Every window against every object: (object, level, size, y, x) where one is owned."""
-    owners = {}
+def matches_by_the_rule(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
+    """Test every window against every object: (object, level, size, y, x) of each match."""
+    matches = {}
     for level, (stride, sizes) in enumerate(zip(windows.strides, windows.sizes, strict=True)):
         for s, side in enumerate(sizes):
             for y, x in itertools.product(*map(range, grids[level])):
@@ -35,19 +35,23 @@ def owners_by_the_rule(boxes: torch.Tensor, windows: Windows, grids) -> set[tupl
                     dx, dy = (x0 + x1) / 2 - cx, (y0 + y1) / 2 - cy
                     central = (dx / stride) ** 2 + (dy / stride) ** 2 <= 1
                     if inside and small and central:
-                        owners.setdefault((level, s, y, x), []).append(k)
-    return {(ks[0], *window) for window, ks in owners.items() if len(ks) == 1}
+                        matches.setdefault((level, s, y, x), []).append(k)
+    return {(ks[0], *window) for window, ks in matches.items() if len(ks) == 1}
 
 
-def owners(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
-    owned = assign([boxes], windows, grids)
-    columns = (owned.object, owned.level, owned.size, owned.y, owned.x)
-    rows = [tuple(row) for row in torch.stack(columns, 1).tolist()]
+def matches(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
+    assignment = assign([boxes], windows, grids)
+    rows = [tuple(row) for row in rows_of(assignment).tolist()]
     assert len(set(rows)) == len(rows)
     return set(rows)
 
 
-# Quarters of a pixel are exact in float32, so that the rule has one answer on its boundaries too.
+def rows_of(assignment: Assignment) -> torch.Tensor:
+    columns = (assignment.object, assignment.level, assignment.size, assignment.y, assignment.x)
+    return torch.stack(columns, 1)
+
+
+# Quarters of a pixel are exact in float32, so that the rule is exact at its boundaries.
 coordinate = st.integers(-40, 480).map(lambda i: i / 4)
 side = st.one_of(
     st.integers(1, 480).map(lambda i: i / 4), st.sampled_from([36.0, 40.0, 44.0, 60.0])
@@ -58,17 +62,17 @@ side = st.one_of(
 @given(st.lists(st.tuples(coordinate, coordinate, side, side), min_size=1, max_size=5))
 def test_equals_the_rule(objects) -> None:
     boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in objects])
-    assert owners(boxes, WINDOWS, GRIDS) == owners_by_the_rule(boxes, WINDOWS, GRIDS)
+    assert matches(boxes, WINDOWS, GRIDS) == matches_by_the_rule(boxes, WINDOWS, GRIDS)
 
 
 @pytest.mark.parametrize(
     "box",
     [
-        (38.0, 38.0, 82.0, 82.0),  # as large as a window of 44, centred on it
-        (18.0, 18.0, 62.0, 62.0),  # the same, between windows
-        (36.0, 38.0, 44.0, 42.0),  # a centre on a window's
-        (36.0, 38.0, 44.0, 46.0),  # a centre between four windows
-        (30.0, 40.0, 50.0, 40.5),  # 40 = 44 - 4 <= 2 * 20: on the limit of the scale rule
+        (38.0, 38.0, 82.0, 82.0),  # as large as a window of 44, centered at it
+        (18.0, 18.0, 62.0, 62.0),  # the same size, between windows
+        (36.0, 38.0, 44.0, 42.0),  # at the center of a window
+        (36.0, 38.0, 44.0, 46.0),  # between four windows
+        (30.0, 40.0, 50.0, 40.5),  # 40 = 44 - 4 <= 2 * 20: at the limit of the scale rule
         (30.0, 40.0, 49.75, 40.5),
         (0.0, 0.0, 3.0, 3.0),
         (110.0, 90.0, 120.0, 100.0),  # at the end of the grid
@@ -76,22 +80,24 @@ def test_equals_the_rule(objects) -> None:
 )
 def test_boundaries(box) -> None:
     boxes = torch.tensor([box])
-    assert owners(boxes, WINDOWS, GRIDS) == owners_by_the_rule(boxes, WINDOWS, GRIDS)
+    assert matches(boxes, WINDOWS, GRIDS) == matches_by_the_rule(boxes, WINDOWS, GRIDS)
 
 
 def test_by_hand() -> None:
-    """A box of 8x8 centred on place (10, 10) of p2: that place and its four neighbours own it, at
-    the small size only: 60 - 4 = 56 > max(2 * 8, 40), and on p3 88 - 8 = 80 > 40."""
-    found = owners(torch.tensor([[36.0, 36.0, 44.0, 44.0]]), WINDOWS, GRIDS)
-    places = [(10, 10), (9, 10), (11, 10), (10, 9), (10, 11)]
-    assert found == {(0, 0, 0, y, x) for y, x in places}
+    """A box of 8x8 at location (10, 10) of p2 matches there and at the four neighbors.
+
+    Only at the small size: 60 - 4 = 56 > max(2 * 8, 40), and on p3 88 - 8 = 80 > 40.
+    """
+    found = matches(torch.tensor([[36.0, 36.0, 44.0, 44.0]]), WINDOWS, GRIDS)
+    locations = [(10, 10), (9, 10), (11, 10), (10, 9), (10, 11)]
+    assert found == {(0, 0, 0, y, x) for y, x in locations}
 
 
-def test_windows_claimed_twice_are_background() -> None:
+def test_windows_that_match_two_objects_are_background() -> None:
     box = torch.tensor([36.0, 36.0, 44.0, 44.0])
-    assert not owners(torch.stack([box, box]), WINDOWS, GRIDS)
-    moved = owners(torch.stack([box, box + 4]), WINDOWS, GRIDS)
-    assert moved == owners_by_the_rule(torch.stack([box, box + 4]), WINDOWS, GRIDS)
+    assert not matches(torch.stack([box, box]), WINDOWS, GRIDS)
+    moved = matches(torch.stack([box, box + 4]), WINDOWS, GRIDS)
+    assert moved == matches_by_the_rule(torch.stack([box, box + 4]), WINDOWS, GRIDS)
     assert {k for k, *_ in moved} == {0, 1}
 
 
@@ -105,43 +111,42 @@ def test_batch_is_sorted_and_counted() -> None:
                 [corner, corner + 5 + torch.rand(num_objects, 2, generator=generator) * 60], 1
             )
         )
-    owned = assign(images, WINDOWS, GRIDS)
+    assignment = assign(images, WINDOWS, GRIDS)
     for n, boxes in enumerate(images):
-        here = owned.image == n
-        rows = torch.stack([owned.object, owned.level, owned.size, owned.y, owned.x], 1)[here]
-        assert {tuple(r) for r in rows.tolist()} == owners(boxes, WINDOWS, GRIDS)
-    keys = torch.stack([owned.level, owned.size, owned.image], 1).tolist()
+        rows = rows_of(assignment)[assignment.image == n]
+        assert {tuple(row) for row in rows.tolist()} == matches(boxes, WINDOWS, GRIDS)
+    keys = torch.stack([assignment.level, assignment.size, assignment.image], 1).tolist()
     assert keys == sorted(keys)
-    for level, at in enumerate(owned.levels()):
-        assert (owned.level[at] == level).all()
-    assert sum(at.stop - at.start for at in owned.levels()) == len(keys)
+    for level, at in enumerate(assignment.levels()):
+        assert (assignment.level[at] == level).all()
+    assert sum(at.stop - at.start for at in assignment.levels()) == len(keys)
     seen = 0
-    for level, size, at in owned.groups():
-        assert (owned.level[at] == level).all()
-        assert (owned.size[at] == size).all()
-        per_image = torch.bincount(owned.image[at], minlength=3).tolist()
-        assert owned.counts[level][size] == per_image
+    for level, size, at in assignment.groups():
+        assert (assignment.level[at] == level).all()
+        assert (assignment.size[at] == size).all()
+        per_image = torch.bincount(assignment.image[at], minlength=3).tolist()
+        assert assignment.counts[level][size] == per_image
         seen += at.stop - at.start
     assert seen == len(keys)
-    sides = torch.tensor(WINDOWS.sizes)[owned.level, owned.size].float()
-    assert_close(owned.boxes[:, 2] - owned.boxes[:, 0], sides)
+    sides = torch.tensor(WINDOWS.sizes)[assignment.level, assignment.size].float()
+    assert_close(assignment.boxes[:, 2] - assignment.boxes[:, 0], sides)
     assert_close(
-        owned.boxes[:, :2] + sides[:, None] / 2,
-        torch.stack([owned.x, owned.y], 1)
-        * torch.tensor(WINDOWS.strides)[owned.level, None].float(),
+        assignment.boxes[:, :2] + sides[:, None] / 2,
+        torch.stack([assignment.x, assignment.y], 1)
+        * torch.tensor(WINDOWS.strides)[assignment.level, None].float(),
     )
 
 
 def test_no_objects() -> None:
-    owned = assign([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
-    assert len(owned.object) == 0
-    assert owned.groups() == []
-    assert owned.levels() == [slice(0, 0)] * 3
+    assignment = assign([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
+    assert len(assignment.object) == 0
+    assert assignment.groups() == []
+    assert assignment.levels() == [slice(0, 0)] * 3
 
 
 def test_box_offsets_by_hand() -> None:
     window = torch.tensor([[0.0, 0.0, 40.0, 40.0]])
-    box = torch.tensor([[10.0, 20.0, 30.0, 40.0]])  # centre (20, 30), side 20
+    box = torch.tensor([[10.0, 20.0, 30.0, 40.0]])  # center (20, 30), side 20
     deltas = encode_boxes(box, window, (1.5, 1.5, 0.75, 0.75))
     log_half = 0.75 * torch.tensor(0.5).log().item()
     assert_close(deltas, torch.tensor([[0.0, 1.5 * 10 / 40, log_half, log_half]]))
@@ -159,6 +164,6 @@ def test_box_offsets_by_hand() -> None:
         ((4,), ((4,),), "larger"),
     ],
 )
-def test_geometry_that_does_not_fit_is_refused(strides, sizes, message) -> None:
+def test_invalid_geometry_is_refused(strides, sizes, message) -> None:
     with pytest.raises(ValueError, match=message):
         Windows(strides, sizes)

@@ -1,4 +1,4 @@
-"""From dense outputs to detections: candidates against a plain search, and the options of speed."""
+"""Inference: candidates against a plain search, and options for speed."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BOX_WEIGHTS = (1.5, 1.5, 0.75, 0.75)
 
 
 def dense_outputs(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of 2 sizes and 3 classes, some of them equal, and deltas."""
+    """Return logits of 2 sizes and 3 classes, some of them equal, and deltas."""
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(6, 5, 7, generator=generator), torch.randn(6, 3, 4, generator=generator)]
     logits = [(x * 2).round() / 2 for x in logits]
@@ -25,7 +25,7 @@ def dense_outputs(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[tuple]:
-    """(score, label, level, size, y, x, box) of every pair above the threshold, best first."""
+    """Return (score, label, level, size, y, x, box) of pairs above the threshold, best first."""
     found = []
     for level, x in enumerate(logits):
         for channel, y, column in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
@@ -33,14 +33,14 @@ def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[
             if score > threshold:
                 size, label = divmod(channel, 3)
                 delta = deltas[level][size * 4 : size * 4 + 4, y, column]
-                place = (torch.tensor([i]) for i in (level, size, y, column))
-                box = decode_boxes(delta[None], WINDOWS.boxes(*place), BOX_WEIGHTS)[0]
+                index = (torch.tensor([i]) for i in (level, size, y, column))
+                box = decode_boxes(delta[None], WINDOWS.boxes(*index), BOX_WEIGHTS)[0]
                 found.append((score, label, level, size, y, column, box))
     return sorted(found, key=lambda pair: -pair[0])[:num_candidates]
 
 
 def picked_from(deltas_per_level):
-    """The deltas at windows, taken from those of all windows."""
+    """Return a `deltas_at` that selects from the deltas of all windows."""
 
     def deltas_at(level, size, y, x):
         return deltas_per_level[level].unflatten(0, (-1, 4))[size, :, y, x]
@@ -63,7 +63,7 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
     expected = plain_search(logits, deltas, threshold, num_candidates)
     assert len(found.scores) == len(expected)
     assert_close(found.scores, torch.tensor([pair[0] for pair in expected]))
-    # Of equal scores at the end of the list it is open which are taken.
+    # Of equal scores at the end of the list, any may be returned.
     certain = [i for i, pair in enumerate(expected) if pair[0] > expected[-1][0]]
     if len(expected) < num_candidates:
         certain = range(len(expected))
@@ -72,8 +72,8 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
         numbers = [int(t[i]) for t in (found.labels, found.level, found.size, found.y, found.x)]
         assert numbers == [label, level, size, y, x]
         assert_close(found.boxes[i], box)
-        place = (t[i : i + 1] for t in (found.level, found.size, found.y, found.x))
-        assert torch.equal(found.windows[i : i + 1], WINDOWS.boxes(*place))
+        index = (t[i : i + 1] for t in (found.level, found.size, found.y, found.x))
+        assert torch.equal(found.windows[i : i + 1], WINDOWS.boxes(*index))
 
 
 def test_candidates_of_channels_last_logits() -> None:
@@ -85,6 +85,18 @@ def test_candidates_of_channels_last_logits() -> None:
     found = find_candidates(last, deltas_at, WINDOWS, **options)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_candidates_are_a_tuple() -> None:
+    logits, deltas = dense_outputs()
+    options = {"box_weights": BOX_WEIGHTS, "score_threshold": 0.3, "num_candidates": 50}
+    found = find_candidates(logits, picked_from(deltas), WINDOWS, **options)
+    assert found[0] is found.boxes
+    assert found[-1] is found.windows
+    assert [found[i] is column for i, column in enumerate(found)] == [True] * 8
+    chosen = found.select(found.labels == 1)
+    assert chosen.labels.tolist() == [1] * len(chosen.scores)
+    assert torch.equal(chosen.boxes, found.boxes[found.labels == 1])
 
 
 def with_detections(opts: list) -> tensormask.TensorMask:
@@ -104,17 +116,17 @@ def detections(opts: list, images: list[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> None:
-    """Nearly equal scores may change places: what stands on one side has a partner on the other."""
+    """Compare as sets: nearly equal scores may be in another order."""
     for one, other in zip(found, expected, strict=True):
         assert len(one["scores"]) == pytest.approx(len(other["scores"]), rel=0.1)
         distance = (one["boxes"][:, None] - other["boxes"]).abs().amax(2)
         distance[one["labels"][:, None] != other["labels"]] = torch.inf
-        # Clipped boxes may be equal: of those within reach, the one with the nearest score.
+        # Clipped boxes can be equal: of those that match, take the one with the nearest score.
         apart = (one["scores"][:, None] - other["scores"]).abs()
         partner = torch.where(distance < 100 * tolerance, apart, torch.inf).min(1)
-        found_again = partner.values < tolerance
-        assert found_again.float().mean() >= 0.75  # NMS between near scores goes one way or other
-        same = (one["masks"] == other["masks"][partner.indices])[found_again]
+        matched = partner.values < tolerance
+        assert matched.float().mean() >= 0.75  # NMS can choose either of two near scores
+        same = (one["masks"] == other["masks"][partner.indices])[matched]
         assert same.float().mean() > 1 - tolerance
 
 
@@ -126,13 +138,13 @@ def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> N
         (["TEST.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True], 0.03),
     ],
 )
-def test_options_of_speed_find_the_same(opts, tolerance) -> None:
+def test_options_for_speed_keep_the_detections(opts, tolerance) -> None:
     images = [make_image(96, 128), make_image(64, 96, seed=1)]
     assert_alike(detections(opts, images), detections([], images), tolerance)
 
 
-def test_autocast_is_on_where_it_is_asked_for() -> None:
-    """Masks at windows are in half precision on the way, and results are not."""
+def test_autocast_of_inference() -> None:
+    """Features of masks are in half precision, results are not."""
     seen = []
     for enabled in (False, True):
         model = with_detections(["TEST.AMP.ENABLED", enabled])
@@ -169,6 +181,6 @@ def test_size_divisor() -> None:
         (["TEST.AMP.DTYPE", "float32"], r"TEST\.AMP\.DTYPE must be 'bfloat16' or 'float16'"),
     ],
 )
-def test_options_that_do_not_exist(opts, message) -> None:
+def test_invalid_options_are_refused(opts, message) -> None:
     with pytest.raises(ValueError, match=message):
         tensormask.build_model(get_cfg(opts=opts))

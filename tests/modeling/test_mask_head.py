@@ -1,4 +1,4 @@
-"""The fast path against the dense tensor: equal masks at windows, and equal gradients."""
+"""Mask heads at windows: masks and gradients against the dense tensor."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ SIZES = [3, 6]  # pixels
 def make_head(kind: str) -> MaskHead:
     torch.manual_seed(0)
     head = MaskHead(6, SIZES, STRIDES, **KINDS[kind], channels=5, num_convs=1, init="he").double()
-    for pred in head.mask_pred:  # std 0.01 would make every mask nearly the same
+    for pred in head.mask_pred:  # with std 0.01 all masks would be nearly equal
         torch.nn.init.normal_(pred.weight)
         torch.nn.init.normal_(pred.bias)
     return head
 
 
 def make_features(height: int, width: int) -> list[Tensor]:
-    """A pyramid over p2 of odd size: each level is half of the last, rounded up."""
+    """Return a pyramid over p2 of any size: each level is half of the finer one, rounded up."""
     features = []
     for _ in STRIDES:
         features.append(torch.randn(2, 6, height, width, dtype=torch.float64, requires_grad=True))
@@ -115,7 +115,7 @@ def test_iter_masks_equals_forward(kind: str) -> None:
 
 
 def test_upscale_natural_by_hand() -> None:
-    """The window's mask of 2 x 2 is that of the 1x1 convolution, upscaled."""
+    """The 1x1 convolution predicts a mask of 2 x 2, which is upscaled."""
     head = MaskHead(
         2, [4], (4,), aligned=False, bipyramid=False, upscale=2, channels=2, num_convs=0
     )
@@ -151,7 +151,7 @@ def test_invalid_upscaling_is_refused(options, message) -> None:
         MaskHead(6, [3, 4], STRIDES, **{"aligned": False, "bipyramid": False, **options})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["natural", "bipyramid"])
 def test_bfloat16_autocast(kind: str) -> None:
     """Masks and gradients at windows, near those of float32."""
     head, features = make_head(kind).float(), [x.detach().float() for x in make_features(8, 8)]
@@ -167,5 +167,5 @@ def test_bfloat16_autocast(kind: str) -> None:
     for one, other in zip(full, half, strict=True):
         assert other.dtype == torch.bfloat16
         assert (one - other.float()).norm() < 0.02 * one.norm()
-    # ReLUs near 0 open and close.
+    # ReLUs near 0 can differ.
     assert (grads[0] - grads[1]).norm() < 0.1 * grads[0].norm()

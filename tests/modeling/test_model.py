@@ -1,8 +1,11 @@
-"""The model as its users call it: shapes, sizes, empty images, gradients."""
+"""The model as its users call it: losses, gradients, detections, and options that remove parts."""
+
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
-from tiny import HEADS, build, make_image, target
+from tiny import HEADS, build, get_cfg, make_image, target
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
@@ -14,7 +17,7 @@ BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
 
 @pytest.mark.parametrize("head", HEADS)
 def test_training_step(head: str) -> None:
-    """Images of unequal sizes, one without objects: finite losses, and a gradient everywhere."""
+    """Images of different sizes, one without objects: finite losses and gradients."""
     model = build(head).train()
     images = [make_image(100, 140), make_image(96, 80)]
     losses = model(images, [target(100, 140, BOXES), target(96, 80, [])])
@@ -27,8 +30,8 @@ def test_training_step(head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_no_object_at_all(head: str) -> None:
-    """Box and mask losses are 0 and reach every parameter: no rank of several may lack one."""
+def test_no_objects(head: str) -> None:
+    """Box and mask losses are 0, with gradients for all parameters, as all ranks need them."""
     model = build(head).train()
     losses = model([make_image(64, 64)], [target(64, 64, [])])
     assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == 0
@@ -38,12 +41,32 @@ def test_no_object_at_all(head: str) -> None:
 
 
 def test_losses_are_per_foreground_window() -> None:
-    """An image given twice has twice the windows: the losses stay the same."""
+    """A repeated image doubles the positive windows and keeps the losses."""
     model = build().train()
     once = model([make_image(96, 96)], [target(96, 96, BOXES[:1])])
     twice = model([make_image(96, 96)] * 2, [target(96, 96, BOXES[:1])] * 2)
     for name, loss in once.items():
         assert_close(loss, twice[name], rtol=1e-5, atol=1e-6)
+
+
+def sum_over_two_equal_ranks(counts: torch.Tensor) -> torch.Tensor:
+    return 2 * counts
+
+
+def test_losses_use_the_sum_over_ranks() -> None:
+    """The mean over two ranks with equal batches is the loss of one. Copies keep the sum."""
+    model = tensormask.build_model(get_cfg(), sum_over_ranks=sum_over_two_equal_ranks).train()
+    inputs = [make_image(96, 96)], [target(96, 96, BOXES[:1])]
+    plain = build().train()
+    model.load_state_dict(plain.state_dict())
+    expected = plain(*inputs)
+    for copy in (model, deepcopy(model), pickle.loads(pickle.dumps(model))):
+        losses = copy(*inputs)
+        assert all(torch.equal(losses[name], loss) for name, loss in expected.items())
+    # A second rank with nine times as many positive windows: five times the mean of both.
+    model.sum_over_ranks = lambda counts: torch.stack([10 * counts[0], 2 * counts[1]])
+    ratio = model(*inputs)["loss_cls"] / expected["loss_cls"]
+    assert ratio.item() == pytest.approx(1 / 5, rel=1e-6)
 
 
 def with_many_detections(model: tensormask.TensorMask) -> tensormask.TensorMask:
@@ -76,23 +99,23 @@ def test_detections(head: str) -> None:
         assert (y1 <= height).all()
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_batch_equals_images_one_by_one(head: str) -> None:
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
+def test_batch_equals_single_images(head: str) -> None:
     model = with_many_detections(build(head))
     images = [make_image(96, 128, seed=i) for i in range(3)]
     with torch.inference_mode():
         batch = model(images)
-        alone = [model([image])[0] for image in images]
-    for together, single in zip(batch, alone, strict=True):
-        assert together.keys() == single.keys()
-        assert_close(together["scores"], single["scores"], rtol=1e-4, atol=1e-5)
-        assert_close(together["boxes"], single["boxes"], rtol=1e-3, atol=1e-2)
-        assert (together["masks"] == single["masks"]).float().mean() > 0.999
+        singles = [model([image])[0] for image in images]
+    for of_batch, single in zip(batch, singles, strict=True):
+        assert of_batch.keys() == single.keys()
+        assert_close(of_batch["scores"], single["scores"], rtol=1e-4, atol=1e-5)
+        assert_close(of_batch["boxes"], single["boxes"], rtol=1e-3, atol=1e-2)
+        assert (of_batch["masks"] == single["masks"]).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_masks_are_pasted_into_their_windows(scale: int) -> None:
-    """Every mask is full and every box a quarter of its window: masks keep the windows' size."""
+    """Masks fill their windows and boxes a quarter of them: masks keep the size of the windows."""
     opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
     model = with_many_detections(build("natural", [*opts, "TEST.DETECTIONS_PER_IMAGE", 20]))
     for layer, bias in ((model.mask_head.mask_pred[0], 20.0), (model.head.bbox_pred, 0.0)):
@@ -113,28 +136,28 @@ def test_masks_are_pasted_into_their_windows(scale: int) -> None:
     assert complete > 0
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_detect_has_the_masks_of_forward_in_their_windows(head: str) -> None:
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
+def test_detect_returns_the_masks_of_forward_unpasted(head: str) -> None:
     model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 40]))
     images, sizes = [make_image(100, 140), make_image(96, 80, seed=1)], [(50, 70), (96, 80)]
     with torch.inference_mode():
-        in_frames = model(images, output_sizes=sizes)
-        in_windows = model.detect(images, sizes)
+        pasted = model(images, output_sizes=sizes)
+        unpasted = model.detect(images, sizes)
         assert len(model.detect(images)[0]["scores"]) > 0
-    for frames, windows, size in zip(in_frames, in_windows, sizes, strict=True):
-        assert set(windows) == {"boxes", "scores", "labels", "windows", "window_masks"}
+    for full, cropped, size in zip(pasted, unpasted, sizes, strict=True):
+        assert set(cropped) == {"boxes", "scores", "labels", "windows", "window_masks"}
         for name in ("boxes", "scores", "labels"):
-            assert torch.equal(frames[name], windows[name])
-        assert windows["windows"].shape == windows["boxes"].shape
-        masks = paste_masks(windows["window_masks"], windows["windows"], size)
-        assert torch.equal(frames["masks"], masks)
+            assert torch.equal(full[name], cropped[name])
+        assert cropped["windows"].shape == cropped["boxes"].shape
+        masks = paste_masks(cropped["window_masks"], cropped["windows"], size)
+        assert torch.equal(full["masks"], masks)
         assert masks.any()
-        assert all(0 <= mask.min() <= mask.max() <= 1 for mask in windows["window_masks"])
+        assert all(0 <= mask.min() <= mask.max() <= 1 for mask in cropped["window_masks"])
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
 def test_bfloat16_autocast(head: str) -> None:
-    """A training step under autocast: losses in float32, near those without, and a gradient."""
+    """A training step under autocast: losses in float32, near those without, and gradients."""
     model = build(head).train()
     inputs = [make_image(96, 112)], [target(96, 112, BOXES)]
     full = model(*inputs)
@@ -147,10 +170,10 @@ def test_bfloat16_autocast(head: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_checkpointed_heads_compute_the_same_with_less(head: str) -> None:
-    """Equal losses and gradients; fewer bytes kept between forward and backward pass."""
-    grads, kept, losses = [], [], []
+@pytest.mark.parametrize("head", ["natural", "bipyramid"])
+def test_checkpointed_heads_save_memory(head: str) -> None:
+    """Equal losses and gradients; fewer bytes saved for the backward pass."""
+    grads, saved, losses = [], [], []
     for on in (False, True):
         options = ["CHECKPOINT_ACTIVATIONS", on, "NUM_CONVS", 4]
         options[::2] = [f"MODEL.TENSOR_MASK.{name}" for name in options[::2]]
@@ -165,17 +188,17 @@ def test_checkpointed_heads_compute_the_same_with_less(head: str) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             loss = sum(model([make_image(96, 112)], [target(96, 112, BOXES)]).values())
-        kept.append(sum(sizes.values()))
+        saved.append(sum(sizes.values()))
         losses.append(loss)
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     assert_close(losses[0], losses[1])
     for one, other in zip(*grads, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert kept[1] < 0.9 * kept[0]  # the rest is the backbone's
+    assert saved[1] < 0.9 * saved[0]  # the rest is the backbone's
 
 
 def brute_force_nms(boxes, scores, labels, threshold: float) -> list[int]:
-    """Best first; one that overlaps a kept one of its class falls."""
+    """Best first, drop every box that overlaps a better one of its class."""
     kept: list[int] = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         same = [k for k in kept if labels[k] == labels[i]]
@@ -186,7 +209,7 @@ def brute_force_nms(boxes, scores, labels, threshold: float) -> list[int]:
 
 @pytest.mark.parametrize("box_on", [True, False])
 def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
-    """What is kept, found again from the dense masks of every candidate."""
+    """Against the dense masks of every candidate."""
     opts = [
         *("MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p3"]),
         *("MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60], [88, 120]]),
@@ -226,10 +249,29 @@ def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
         assert_close(found["boxes"], clipped[visible], atol=1e-3, rtol=0)
         assert_close(found["scores"], scores[kept][visible])
         assert torch.equal(found["labels"], labels[kept][visible])
-    else:  # boxes are the regressed ones, some of which lie outside
+    else:  # boxes are the regressed ones, some outside of the image
         apart = (found["scores"][:, None] - scores[kept]).abs().amin(1)
         assert apart.max() < 1e-6
         assert len(found["scores"]) > 0.8 * len(kept)
+
+
+def test_nms_on_masks_computes_each_window_once(monkeypatch) -> None:
+    """All classes of all windows are candidates: masks are class-agnostic."""
+    opts = ["MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.0]
+    model = build(opts=[*opts, "TEST.DETECTIONS_PER_IMAGE", 5]).eval()
+    calls = []
+    iter_masks = model.mask_head.iter_masks
+    monkeypatch.setattr(
+        model.mask_head,
+        "iter_masks",
+        lambda features, groups: calls.append(groups) or iter_masks(features, groups),
+    )
+    with torch.inference_mode():
+        model([make_image(32, 64), make_image(64, 64, seed=1)])
+    num_windows = [sum(len(rows) for _, _, rows in groups) for groups in calls]
+    # 2 images padded to 64 x 64 px, 2 window sizes, grids of 16 x 16, 8 x 8, ... windows.
+    assert num_windows[0] == 2 * 2 * sum(side**2 for side in (16, 8, 4, 2, 1, 1))
+    assert num_windows[1] <= 2 * 5
 
 
 def test_without_a_box_head() -> None:
@@ -242,13 +284,13 @@ def test_without_a_box_head() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_no_candidate_for_nms_on_masks() -> None:
+def test_no_candidates_for_nms_on_masks() -> None:
     opts = ["MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]
     (found,) = build(opts=opts).eval()([make_image(40, 50)])
     assert found["masks"].shape == (0, 40, 50)
 
 
-def test_nothing_found() -> None:
+def test_no_detections() -> None:
     model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
     (found,) = model([make_image(40, 50)], output_sizes=[(80, 100)])
     assert found["boxes"].shape == (0, 4)

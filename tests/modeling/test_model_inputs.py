@@ -1,4 +1,4 @@
-"""What the model takes, and what it refuses: images, targets, configs."""
+"""Valid and invalid inputs of the model: images, targets, configs."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ import tensormask
 BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
 
 
-def test_uint8_and_floating_images_are_the_same() -> None:
+def test_uint8_and_floating_images_are_equal() -> None:
     model = build().eval()
     image = make_image(33, 40)
     assert_close(model.preprocess([image]), model.preprocess([image.float() / 255]))
 
 
-def test_masks_of_0_and_255_are_masks() -> None:
+def test_masks_of_0_and_255() -> None:
     model = build().train()
     truth = target(96, 96, BOXES)
     scaled = truth | {"masks": truth["masks"].to(torch.uint8) * 255}
@@ -106,7 +106,7 @@ def test_targets_are_needed_in_train_mode() -> None:
 )
 def test_configs_that_cannot_be_built(opts, message) -> None:
     if message == "no GPU" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("a GPU is available")
     with pytest.raises(ValueError, match=message):
         tensormask.build_model(get_cfg(opts=opts))
 

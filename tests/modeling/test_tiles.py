@@ -160,11 +160,10 @@ def test_masks_at_windows_from_tiles_equal_the_whole_feature_map(monkeypatch) ->
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("head", ["natural", "bipyramid"])
-def test_a_model_trains_the_same_with_tiles(head, always_tiles, monkeypatch) -> None:
-    """Losses and weights over several steps, one image without objects; in float64.
+def test_training_with_tiles_equals_training_without(always_tiles, monkeypatch) -> None:
+    """Losses and weights over several steps, one image without objects.
 
-    In float32 a model this small lets one rounding grow to percents in six steps.
+    In float64, because float32 rounding of a model this small grows to percents in a few steps.
     """
     images = [tiny.make_image(96, 128, seed) for seed in range(3)]
     boxes = [[], [[8.0, 8.0, 40.0, 52.0], [50.0, 20.0, 120.0, 90.0]], [[70.0, 40.0, 90.0, 60.0]]]
@@ -172,11 +171,11 @@ def test_a_model_trains_the_same_with_tiles(head, always_tiles, monkeypatch) -> 
     results = []
     for max_work in (1e9, -1):
         monkeypatch.setattr(tiles, "_MAX_WORK", max_work)
-        model = tiny.build(head).double().train()
+        model = tiny.build().double().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-        for step in range(6):
+        for step in range(3):
             optimizer.zero_grad()
-            both = [step % 3, (step + 1) % 3]
+            both = [step, (step + 1) % 3]
             losses = model([images[i] for i in both], [targets[i] for i in both])
             sum(losses.values()).backward()
             optimizer.step()
@@ -185,8 +184,8 @@ def test_a_model_trains_the_same_with_tiles(head, always_tiles, monkeypatch) -> 
         assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_a_image_of_a_batch_costs_what_it_costs_alone(monkeypatch) -> None:
-    """Candidates everywhere: the box tower convolves each image once, not all for each."""
+def test_the_box_tower_convolves_each_image_once(monkeypatch) -> None:
+    """All windows are candidates: one convolution per image and level."""
     model = tiny.build(opts=["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.0]).eval()
     convolved = []
     model.head.bbox_pred.register_forward_hook(
