@@ -1,8 +1,7 @@
 """Read checkpoint files as data: PyTorch's two formats, pickles of arrays, safetensors.
 
 The format follows from the content of a file, not from its suffix. No code that a file names is
-run: PyTorch's files are read with ``weights_only=True``, and other pickles with a short table of
-names.
+run: PyTorch's files are read with ``weights_only=True``, other pickles with a table of a few names.
 """
 
 import json
@@ -194,10 +193,10 @@ def _load_torch(file: BinaryIO, path: Path, mmap: bool) -> Any:
 def _explain(error: Exception) -> str:
     """Say what is wrong with a file, from the error of its reader."""
     text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
-    if foreign := re.search(r"\bGLOBAL (\S+)", text):  # as PyTorch and `_ArrayUnpickler` say it
+    if foreign := re.search(r"\bGLOBAL (\S+)", text):  # of PyTorch or `_ArrayUnpickler`
         return (
-            f"asks for {shorten(foreign[1])}, which is neither an array nor a plain container, "
-            "and is not loaded: save the weights alone"
+            f"asks for {shorten(foreign[1])}, which is neither an array nor a plain container and "
+            "is not loaded: save only the weights"
         )
     return (
         "cannot be read as a checkpoint of plain data: it is damaged, or not a checkpoint "
@@ -211,9 +210,9 @@ _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f
 
 
 class _Dtype:
-    """What `numpy.dtype` is in a pickle: numbers only, in either byte order.
+    """Stand-in for `numpy.dtype` in a pickle: numbers only, in either byte order.
 
-    NumPy's own would take flags from the file that are false, and read out of bounds then.
+    NumPy's own takes flags from the file, and false flags would make it read out of bounds.
     """
 
     def __init__(self, code: str, *_flags: Any) -> None:
@@ -226,9 +225,10 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """What `numpy.ndarray` is in a pickle, made empty and filled by its state.
+    """Stand-in for `numpy.ndarray` in a pickle: created empty, then filled by its state.
 
-    `__setstate__` of this class and of `_Dtype` also keeps a file from changing the class itself.
+    A pickle can set attributes of a class that it names; `__setstate__`, here and in `_Dtype`,
+    prevents this.
     """
 
     def __new__(cls, *_: Any) -> Self:
@@ -255,7 +255,7 @@ def _dtype_of(dtype: _Dtype) -> np.dtype:
     return dtype.dtype
 
 
-# A file can set attributes of what it names. These names stand for what has none to set.
+# A pickle can set attributes of the objects that it names. None of these objects allows it.
 _NUMPY_NAMES: dict[str, Any] = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
 for _core in ("numpy._core", "numpy.core"):  # since NumPy 2, and before
     _NUMPY_NAMES[f"{_core}.multiarray._reconstruct"] = _Array
@@ -271,7 +271,7 @@ _NAMES: dict[str, Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Python's unpickler with a table of the only names that a file may use."""
+    """Python's unpickler, restricted to a table of names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _NAMES:

@@ -11,6 +11,7 @@ import torch
 from foreign import torch_bytes
 
 from tensormask.checkpoint.files import get_description, read_checkpoint, read_weights
+from tensormask.engine import resume
 from tensormask.utils.errors import UserError
 
 ARRAYS = {
@@ -128,15 +129,18 @@ def test_torch_files(tmp_path, legacy: bool, mmap: bool) -> None:
 
 
 def test_tensors_are_mapped_or_copied(tmp_path) -> None:
-    """Only copies stay right when the file is changed in place."""
-    path = write(tmp_path, torch_bytes({"model": {"a": torch.zeros(1000)}}))
+    """Only copies stay the same when the file is changed in place, as a resumed run needs it."""
+    content = {"model": {"a": torch.zeros(1000)}, **dict.fromkeys(resume.KEYS[1:])}
+    path = write(tmp_path, torch_bytes(content))
     mapped, copied = read_checkpoint(path), read_checkpoint(path, mmap=False)
-    place = path.read_bytes().index(bytes(4000))
+    to_resume = resume.load_checkpoint(path)
+    offset = path.read_bytes().index(bytes(4000))
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(np.ones(1000, np.float32).tobytes())
     assert mapped["model"]["a"].eq(1).all()
     assert copied["model"]["a"].eq(0).all()
+    assert to_resume["model"]["a"].eq(0).all()
 
 
 def test_a_checkpoint_with_very_many_issues(tmp_path) -> None:

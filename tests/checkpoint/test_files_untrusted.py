@@ -4,6 +4,7 @@
 """
 
 import codecs
+import io
 import json
 import os
 import pickle
@@ -89,7 +90,7 @@ CHANGES = {  # the name, a state, and an attribute that it would set
     "a dtype": ("numpy dtype", None, {"__setstate__": 1}),
     "a function": ("numpy.core.multiarray scalar", None, {"__func__": 1}),
     "a container": ("collections OrderedDict", None, {"__init__": 1}),
-    "a counter": ("collections Counter", {"update": 1}, {"update": 1}),
+    "a counter": ("collections Counter", None, {"update": 1}),
 }
 
 
@@ -139,16 +140,12 @@ def entry(shape: list[int], *offsets: int, dtype: str = "F32") -> dict:
 
 def compressed_copy(data: bytes) -> bytes:
     """Return the archive as other programs write it, for example after a new `zip -r`."""
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as file:
-        source.write(data)
-        with (
-            zipfile.ZipFile(source) as old,
-            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new,
-        ):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        with zipfile.ZipFile(io.BytesIO(data)) as old:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
-        file.seek(0)
-        return file.read()
+    return file.getvalue()
 
 
 GOOD = {"model": {"a": torch.arange(300.0)}}

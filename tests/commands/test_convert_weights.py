@@ -60,7 +60,7 @@ def assert_same(weights: dict, state: dict) -> None:
 @pytest.mark.parametrize("suffix, other", [(".pkl", ".pth"), (".pth", ".safetensors")])
 def test_there_and_back(tmp_path, suffix: str, other: str) -> None:
     """The names of every model are tested with the tables (test_loading.py)."""
-    state = build(opts=MODELS["BN, which counts"]).state_dict()
+    state = build(opts=MODELS["BN"]).state_dict()
     for name, value in state.items():
         if name.endswith("num_batches_tracked"):
             value.fill_(2**40)
@@ -211,7 +211,7 @@ def test_unsupported_models_are_refused(tmp_path, capsys) -> None:
     assert not (tmp_path / "theirs.pkl").exists()
 
 
-@pytest.mark.parametrize("config", [3, "", "[", "MODEL: 3", "a: &a [*a]", "[" * 1500, "MODEL: {}"])
+@pytest.mark.parametrize("config", [3, "", "[", "MODEL: 3", "a: &a [*a]", "[" * 500, "MODEL: {}"])
 def test_an_unusable_config_is_ignored(tmp_path, config) -> None:
     source = save(tmp_path / "ours.pth", small_state(), config=config)
     run(source, tmp_path / "theirs.pth")
