@@ -6,16 +6,18 @@ Each subcommand is a module of dev/benchmarks. `tools/benchmark.py` measures one
 
 import argparse
 import importlib
+import json
 import sys
+from pathlib import Path
 
 import benchmarks  # noqa: F401 (makes tensormask importable)
 
-from tensormask.commands.benchmark import describe_machine
-from tensormask.commands.common import exits_on_user_error, write_json
+from tensormask.utils.env import describe_machine
+from tensormask.utils.errors import UserError
 
 BENCHMARKS = {
     "data": "reading training images, against torchvision; memory of worker processes",
-    "inference": "detection against torchvision's Mask R-CNN and against our dense path",
+    "inference": "detection against torchvision's Mask R-CNN",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",
     "train": "a training step against torchvision's Mask R-CNN's",
 }
@@ -39,13 +41,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for an error of the user."""
     args = parse_arguments(arguments)
-    results = args.run(args)
-    options = {key: value for key, value in vars(args).items() if key not in ("run", "json")}
-    write_json(args.json, {"options": options, "machine": describe_machine(), "results": results})
+    try:
+        results = args.run(args)
+        if args.json:
+            options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
+            record = {"options": options, "machine": describe_machine(), "results": results}
+            Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

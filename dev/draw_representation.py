@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draws the figures of docs/representation.md: `python dev/draw_representation.py`.
+"""Draw the figures of docs/representation.md: `python dev/draw_representation.py`.
 
-Each of them is computed with the library's own functions on images of the shapes data set, and
-comes out the same every time.
+They are computed with the library's functions on images of the shapes data set, always with the
+same result.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from tensormask.visualization.windows import (
 DOCS = Path(__file__).parent.parent / "docs"
 ORANGE, VIOLET = (255, 150, 0), (170, 0, 220)
 
-# A triangle and a disc through the windows of p2 of 60 px: masks of 15 x 15, of 4 px a pixel.
+# A triangle and a disc in the windows of p2 of 60 px: masks of 15 x 15 pixels of 4 px.
 IMAGE, STRIDE, WINDOW, SIDE = 7, 4, 60, 15
-BEST = (15, 15)  # row and column of the window that is followed through the figures
+BEST = (15, 15)  # row and column of the window that all figures show
 FRAMED = {BEST: MARK, (15, 21): ORANGE, (6, 15): VIOLET}
-OFFSETS = (-6, -3, 0, 3, 6)  # pixels of the mask from its middle
+OFFSETS = (-6, -3, 0, 3, 6)  # pixels of the mask, from its center
 AT_THE_BORDER = (12, 15)  # two rows above it, windows belong to the disc
 LAMBDA = 5  # of the upscaling
 # A star, drawn four times as large, in a window of p5.
@@ -51,45 +51,47 @@ LARGE_IMAGE, LARGE_OBJECT, LARGE_SCALE, LARGE_STRIDE, LARGE_WINDOW = 18, 1, 4, 3
 
 
 def read_scene(image: int, scale: int) -> tuple[np.ndarray, Tensor]:
-    """An image of shapes_val, `scale` times as large, and its objects' masks, bool (M, H, W)."""
+    """Return an image of shapes_val, `scale` times as large, and its masks, bool (M, H, W)."""
     rgb, annotations = generate_image("val", image)
     rgb = enlarge(rgb, scale)
     masks = []
     for annotation in annotations:
-        polygons = [[scale * place for place in line] for line in annotation["segmentation"]]
+        polygons = [
+            [scale * coordinate for coordinate in line] for line in annotation["segmentation"]
+        ]
         masks.append(rle_tools.decode(segmentation_to_rle(polygons, rgb.shape[:2])))
     return rgb, torch.from_numpy(np.stack(masks)).bool()
 
 
 def natural_tensor(masks: Tensor) -> Tensor:
-    """Masks bool (M, H, W) in all windows: the natural tensor (V, U, H, W), float 0 and 1.
+    """Return masks, bool (M, H, W), as the natural tensor (V, U, H, W), float 0 and 1.
 
-    A window has the mask of the object whose centre is nearest to its own.
+    A window has the mask of the object with the nearest center.
     """
     height, width = (extent // STRIDE for extent in masks.shape[1:])
     y, x = torch.ones(height, width).nonzero().T
     level = torch.zeros_like(y)
     boxes = Windows((STRIDE,), ((WINDOW,),)).boxes(level, level, y, x)
-    middles = torch.stack([mask.nonzero().float().mean(0) for mask in masks])
-    places = torch.stack([y, x], dim=1) * STRIDE
-    nearest = torch.cdist(places.float(), middles).argmin(1)
+    centers = torch.stack([mask.nonzero().float().mean(0) for mask in masks])
+    locations = torch.stack([y, x], dim=1) * STRIDE
+    nearest = torch.cdist(locations.float(), centers).argmin(1)
     natural = crop_masks(masks, nearest, boxes, SIDE)
     return natural.permute(1, 2, 0).unflatten(2, (height, width)).float()
 
 
 def draw_natural(rgb: np.ndarray, natural: Tensor) -> np.ndarray:
-    """The image with three windows, what each of them sees, and masks of a grid of windows."""
+    """Draw the image with three windows, their crops and masks, and masks of a grid of windows."""
     factor = 3
     image = enlarge(rgb, factor)
     pairs = []
-    for (y, x), colour in FRAMED.items():
-        box = [STRIDE * place + half for half in (-WINDOW // 2, WINDOW // 2) for place in (x, y)]
+    for (y, x), color in FRAMED.items():
+        box = [STRIDE * index + half for half in (-WINDOW // 2, WINDOW // 2) for index in (x, y)]
         x0, y0, x1, y1 = (factor * edge for edge in box)
-        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), colour, 2)
-        cv2.circle(image, ((x0 + x1) // 2, (y0 + y1) // 2), 4, colour, cv2.FILLED)
+        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), color, 2)
+        cv2.circle(image, ((x0 + x1) // 2, (y0 + y1) // 2), 4, color, cv2.FILLED)
         mask = enlarge(mask_colors(natural[:, :, y, x].numpy()), 6)
         pair = side_by_side(window_crop(rgb, box, len(mask)), mask)
-        cv2.rectangle(pair, (0, 0), (len(mask) - 1, len(mask) - 1), colour, 2)
+        cv2.rectangle(pair, (0, 0), (len(mask) - 1, len(mask) - 1), color, 2)
         pairs.append(titled(pair, f"window y {y}, x {x}; its mask"))
     rows = columns = range(3, 32, 3)
     tiles = natural[:, :, rows][..., columns].permute(2, 3, 0, 1).numpy()
@@ -100,7 +102,7 @@ def draw_natural(rgb: np.ndarray, natural: Tensor) -> np.ndarray:
 
 
 def draw_aligned(natural: Tensor, aligned: Tensor) -> np.ndarray:
-    """Maps (v, u) over all windows, natural and aligned, and where one window's mask is in them."""
+    """Draw channels (v, u) over all windows, natural and aligned, and mark one window's mask."""
     chosen = [offset + SIDE // 2 for offset in OFFSETS]
     panels = []
     for tensor, alpha, title in (
@@ -108,7 +110,7 @@ def draw_aligned(natural: Tensor, aligned: Tensor) -> np.ndarray:
         (aligned, 1, "aligned: maps A(v, u, :, :)"),
     ):
         maps = tensor[chosen][:, chosen].numpy()
-        read = [[place + alpha * offset for offset in OFFSETS] for place in BEST]
+        read = [[index + alpha * offset for offset in OFFSETS] for index in BEST]
         panels.append(titled(aligned_view(maps, (OFFSETS, OFFSETS), 96, read), title))
     return captioned(
         montage(panels, 2),
@@ -117,11 +119,11 @@ def draw_aligned(natural: Tensor, aligned: Tensor) -> np.ndarray:
 
 
 def draw_upscaled(natural: Tensor, aligned: Tensor) -> np.ndarray:
-    """Two masks, and what is left of them when (V, U) are predicted five times coarser."""
+    """Draw two masks, and their versions upscaled from five times coarser predictions."""
     blocks = natural.unflatten(0, (-1, LAMBDA)).unflatten(2, (-1, LAMBDA))
     coarse_natural = blocks.mean((1, 3))
-    middles = slice(LAMBDA // 2, None, LAMBDA)
-    coarse_aligned = aligned[middles, middles]
+    centers = slice(LAMBDA // 2, None, LAMBDA)
+    coarse_aligned = aligned[centers, centers]
     upscaled = {
         "natural": up_bilinear(coarse_natural, LAMBDA),
         "aligned": up_align2nat(coarse_aligned, LAMBDA, pad_val=0.0),
@@ -137,9 +139,9 @@ def draw_upscaled(natural: Tensor, aligned: Tensor) -> np.ndarray:
 
 
 def draw_bipyramid(rgb: np.ndarray, mask: Tensor) -> np.ndarray:
-    """A large object in a window of a coarse level, and its masks on the two pyramids."""
-    middle = mask.nonzero().float().mean(0)
-    y, x = (middle / LARGE_STRIDE).round().long().view(2, 1)
+    """Draw a large object in a window of a coarse level, and its masks on the two pyramids."""
+    center = mask.nonzero().float().mean(0)
+    y, x = (center / LARGE_STRIDE).round().long().view(2, 1)
     level = torch.zeros_like(y)
     windows = Windows((LARGE_STRIDE,), ((LARGE_WINDOW,),))
     boxes = windows.boxes(level, level, y, x)
@@ -160,7 +162,7 @@ def iou(mask: Tensor, truth: Tensor) -> float:
 
 
 def figures() -> dict[str, np.ndarray]:
-    """The figures by the name of their file."""
+    """Return the figures by file name."""
     rgb, masks = read_scene(IMAGE, 1)
     natural = natural_tensor(masks)
     aligned = nat2align(natural, pad_val=0.0)
@@ -174,7 +176,7 @@ def figures() -> dict[str, np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and give its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description="Draw the figures of docs/representation.md.")
     parser.add_argument(
         "--output", default=str(DOCS), metavar="DIR", help="folder (default: docs/)"

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Kill training at random moments, resume it, and compare its weights with those of a run in peace.
+"""Kill training at random moments, resume it, and compare its weights with an undisturbed run.
 
     python dev/kill_test.py --kills 50
 
-A small model trains on drawn shapes, with worker processes, accumulation, averaged weights and
-evaluations on the way, by the real command. Each attempt is `train_net.py --resume` and ends in one
-of the ways of `KINDS`. After each, the checkpoint that `last_checkpoint` names must be whole; a run
-that came to its end must have the same bits as the one in peace: weights, averages, optimiser,
-results of all evaluations. The exit code is 1 if anything differs.
+A small model trains on drawn shapes by the real command, with worker processes, accumulation,
+averaged weights and evaluations. Each attempt is `train_net.py --resume` and ends in one of
+`KINDS`. After each, the checkpoint named by `last_checkpoint` must be complete. A finished run must
+have the same bits as the undisturbed one: weights, averages, optimizer, and the results of all
+evaluations. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -32,24 +32,24 @@ from tensormask.engine.events import read_metrics
 from tensormask.engine.resume import find_last_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-# How an attempt ends, and the exit codes that are right for it.
+# How an attempt ends, and its correct exit codes.
 KINDS = {
     "SIGKILL, while a checkpoint is written": {-signal.SIGKILL},
     "SIGTERM, to the process": {128 + signal.SIGTERM},
     "full disk": {1},
     "SIGKILL, at any moment": {-signal.SIGKILL},
     "SIGKILL, between iterations": {-signal.SIGKILL},
-    "SIGINT, to all processes, as by Ctrl-C": {128 + signal.SIGINT},
+    "SIGINT, to all processes, like Ctrl-C": {128 + signal.SIGINT},
     "SIGTERM, twice": {-signal.SIGTERM, 128 + signal.SIGTERM},
 }
-TIMEOUT = 300  # seconds that nothing here may take
+TIMEOUT = 300  # seconds, of anything here
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the test and print its table; 0 if nothing was lost."""
+    """Run the test, print its table, and return 0 if all runs are equal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--iterations", type=int, default=16, help="of each run")
     args = parser.parse_args(arguments)
     random.seed(args.seed)
@@ -57,19 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         opts = prepare(folder, args.iterations)
         with small_disk(folder / "disk") as disk:
-            peace = (disk or folder) / "peace"
+            undisturbed = (disk or folder) / "undisturbed"
             started = time.monotonic()
-            if start(opts, peace).wait(TIMEOUT) != 0:
-                print(peace.with_suffix(".out").read_text())
+            if start(opts, undisturbed).wait(TIMEOUT) != 0:
+                print(undisturbed.with_suffix(".out").read_text())
                 return 1
             duration = time.monotonic() - started
-            print(f"the run in peace took {duration:.1f} s; full disk by {disk or 'RLIMIT_FSIZE'}")
-            expected = outcome(peace)
-            remove(peace)
-            return torment(opts, folder, disk, expected, duration, args.kills)
+            print(f"undisturbed run: {duration:.1f} s; full disk by {disk or 'RLIMIT_FSIZE'}")
+            expected = outcome(undisturbed)
+            remove(undisturbed)
+            return kill_runs(opts, folder, disk, expected, duration, args.kills)
 
 
-def torment(
+def kill_runs(
     opts: list[str],
     folder: Path,
     disk: Path | None,
@@ -77,7 +77,7 @@ def torment(
     duration: float,
     kills: int,
 ) -> int:
-    """Kill runs one after the other until there were `kills`, and the last one has ended."""
+    """Kill runs until there were `kills`, let the last one end, and return the exit code."""
     counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
     num_runs, failures, killed = 0, [], 0
     while killed < kills:
@@ -85,38 +85,40 @@ def torment(
         output = (disk or folder) / f"run_{num_runs}"
         output.mkdir()
         while True:
-            # The kinds in turn; once there are enough, the run may end.
+            # The kinds take turns; after the last kill the run may end.
             kind = list(KINDS)[killed % len(KINDS)] if killed < kills else ""
             code = attempt(opts, output, kind, duration, disk)
             if code == 0:
                 break
             killed += 1
-            resumes = whole_checkpoint(output)
+            resumes = describe_checkpoint(output)
             codes = KINDS.get(kind, ())
-            if (output / "model_final.pth").is_file():  # all is saved, and signals are the system's
+            if (
+                output / "model_final.pth"
+            ).is_file():  # all is saved, and signals have their default action
                 codes = (*codes, -signal.SIGTERM, -signal.SIGINT)
-            right = code in codes and resumes is not None
+            correct = code in codes and resumes is not None
             counts[kind][f"exit code {code}"] += 1
             print(f"{killed:4d}  {kind:<40} exit code {code:4d}  {resumes}", flush=True)
-            if not right:
+            if not correct:
                 failures.append(f"run {num_runs}: {kind}: exit code {code}, {resumes}")
                 print(output.with_suffix(".out").read_text()[-3000:])
                 if kind == "":
                     break
         different = [name for name, value in outcome(output).items() if value != expected[name]]
-        failures += [f"run {num_runs}: another {name}" for name in different]
-        print(f"run {num_runs} has ended: {'another ' + str(different) if different else 'equal'}")
+        failures += [f"run {num_runs}: {name} differs" for name in different]
+        print(f"run {num_runs} has ended: {f'{different} differ' if different else 'equal'}")
         remove(output)
     print("\n| ended by | times | exit codes |\n|---|---|---|")
-    for kind, found in counts.items():
-        codes = ", ".join(f"{c.removeprefix('exit code ')}: {n}" for c, n in sorted(found.items()))
-        print(f"| {kind} | {sum(found.values())} | {codes} |")
+    for kind, count in counts.items():
+        codes = ", ".join(f"{c.removeprefix('exit code ')}: {n}" for c, n in sorted(count.items()))
+        print(f"| {kind} | {sum(count.values())} | {codes} |")
     print(f"\n{killed} kills in {num_runs} runs; {len(failures)} failures", *failures, sep="\n")
     return 1 if failures else 0
 
 
 def prepare(folder: Path, iterations: int) -> list[str]:
-    """Draw the data, and give the config's overrides."""
+    """Write the data sets, and return the overrides of the config."""
     names = {}
     for split, num_images in (("train", 16), ("val", 2)):
         write_split(split, num_images, folder / split)
@@ -150,7 +152,7 @@ def prepare(folder: Path, iterations: int) -> list[str]:
 
 
 def start(opts: list[str], output: Path, max_bytes: int | None = None) -> subprocess.Popen:
-    """Start the command in a process group of its own; what it says goes to `<output>.out`."""
+    """Start the command in its own process group; its output goes to `<output>.out`."""
 
     def limit() -> None:
         if max_bytes is not None:
@@ -172,7 +174,7 @@ def start(opts: list[str], output: Path, max_bytes: int | None = None) -> subpro
 
 
 def attempt(opts: list[str], output: Path, kind: str, duration: float, disk: Path | None) -> int:
-    """Go on with a run until it ends, by what `kind` says; its exit code."""
+    """Continue a run until it ends in the way of `kind`, and return its exit code."""
     if kind == "full disk":
         return with_full_disk(opts, output, disk)
     process = start(opts, output)
@@ -199,7 +201,7 @@ def attempt(opts: list[str], output: Path, kind: str, duration: float, disk: Pat
 
 
 def with_full_disk(opts: list[str], output: Path, disk: Path | None) -> int:
-    """Let an attempt run out of space: of a real disk that is filled, or of a file's size."""
+    """Let an attempt run out of space, on a filled disk or by a limit of the file size."""
     share = random.uniform(0.0, 0.9)
     size = checkpoint_size(output) or 100 * 2**20
     if disk is None:
@@ -218,14 +220,14 @@ def checkpoint_size(output: Path) -> int:
 
 
 def wait_for(process: subprocess.Popen, happened: Any, seconds: float = TIMEOUT) -> None:
-    """Wait until something has happened, the process has ended, or some time has passed."""
+    """Wait for an event, the end of the process, or some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not happened():
         time.sleep(0.001)
 
 
-def whole_checkpoint(output: Path) -> str | None:
-    """What the next attempt will do; None if it cannot."""
+def describe_checkpoint(output: Path) -> str | None:
+    """Return what the next attempt will do, or None if the checkpoint is not complete."""
     try:
         path = find_last_checkpoint(output)
         if path is None:
@@ -237,20 +239,20 @@ def whole_checkpoint(output: Path) -> str | None:
 
 
 def outcome(output: Path) -> dict[str, Any]:
-    """What two runs must have in common, by name."""
+    """Return what must be equal in two runs, by name."""
     checkpoint = load_checkpoint(output / "model_final.pth")
     ema_file = torch.load(output / "model_final_ema.pth", weights_only=True)["model"]
     parts = {name: checkpoint[name] for name in ("model", "ema", "optimizer", "scheduler")}
-    found = {name: fingerprint(value) for name, value in {**parts, "ema file": ema_file}.items()}
+    result = {name: fingerprint(value) for name, value in {**parts, "ema file": ema_file}.items()}
     records = read_metrics(output / "metrics.json")
     results = [record for record in records if "segm/AP" in record]
-    # The last evaluation comes once more where an attempt was killed after it.
-    found["evaluations"] = sorted({json.dumps(record) for record in results})
-    return found
+    # An evaluation is repeated if the attempt was killed right after it.
+    result["evaluations"] = sorted({json.dumps(record) for record in results})
+    return result
 
 
 def fingerprint(value: Any) -> Any:
-    """A value with a hash of the bits in place of each tensor."""
+    """Replace each tensor in a value by a hash of its bits."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
@@ -261,7 +263,7 @@ def fingerprint(value: Any) -> Any:
 
 
 class small_disk:
-    """A tmpfs of 2 GiB at `path` while it is entered; None where mounting is not allowed."""
+    """Mount a tmpfs of 2 GiB at `path`; None where mounting is not allowed."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.mounted = path, False

@@ -65,7 +65,7 @@ python tools/train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml \\
 | `path/to/model.pth` | the local file |
 | `https://host/folder/model.pkl`, `http://...` | the file at this URL |
 | `detectron2://X` | `https://dl.fbaipublicfiles.com/detectron2/X` |
-| `torchvision://ResNet50_Weights.IMAGENET1K_V2` | torchvision's ResNet with 18, 34, 50 or 101 layers |
+| `torchvision://ResNet50_Weights.IMAGENET1K_V2` | torchvision's ResNet: 18, 34, 50 or 101 layers |
 | `torchvision://resnet50` | its `IMAGENET1K_V1`, as in torchvision's detection models |
 | `file:///folder/model.pth` | `/folder/model.pth` |
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Parameters, FLOPs and activations of a model: `python tools/analyze_model.py --config-file C`."""
+"""Count parameters, FLOPs and activations: `python tools/analyze_model.py --config-file C`."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Say what is in a data set and what is wrong with it: `python tools/check_dataset.py SET`."""
+"""Report the contents and issues of a data set: `python tools/check_dataset.py SET`."""
 
 import sys
 

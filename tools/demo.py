@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw what a model finds: `python tools/demo.py --config-file C --weights W --input images/`."""
+"""Detect objects and draw them: `tools/demo.py --config-file C --weights W --input images/`."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train every row of the paper's tables on one small config, and print them as a table."""
+"""Train every row of the paper's tables on one small config, and print their results."""
 
 import sys
 

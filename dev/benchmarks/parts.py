@@ -72,8 +72,8 @@ def parts_of(model: Any) -> list[Part]:
             ("candidates and NMS", tensormask, "find_candidates"),
             ("candidates and NMS", tensormask, "suppress"),
             ("op at windows", mask_head, "swap_align2nat_at"),
-            ("rest of the mask head, sigmoid", tensormask, "ungroup_masks"),
-            ("paste", tensormask, "with_frames"),
+            ("rest of the mask head, sigmoid", tensormask, "masks_at_windows"),
+            ("paste", tensormask, "paste_detection"),
         ]
     else:
         modules = {"resize and normalise": model.transform, "backbone": model.backbone.body}

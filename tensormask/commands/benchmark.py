@@ -8,7 +8,6 @@ import argparse
 import ctypes
 import functools
 import gc
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from tensormask.engine.solver import build_gradient_clipper, build_lr_scheduler,
 from tensormask.engine.step import TrainState, train_step
 from tensormask.modeling import TensorMask, build_model
 from tensormask.modeling.build import resolve_device
+from tensormask.utils.env import describe_machine
 from tensormask.utils.errors import UserError
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
@@ -160,21 +160,6 @@ def peak_memory(call: Callable[[], object], device: str) -> float | None:
 def _status_kib(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what times depend on: processor, threads, GPU and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": cpus[0] if cpus else platform.machine(),
-        "num_cpus": len(cpus),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

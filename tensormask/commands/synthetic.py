@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from tensormask.modeling import TensorMask
+from tensormask.modeling.head import DenseOutputs
 
 # COCO's small, medium and large objects: their share, and the range of their longer side in
 # pixels, in an image whose shorter side is 480 px.
@@ -118,7 +118,8 @@ def make_up_scores(model: TensorMask) -> None:
     The detections are on levels as for objects of COCO's sizes. As many windows as the model
     takes are candidates for NMS. What the heads compute is computed as before.
     """
-    dense, made = model.dense, {}
+    dense = model.dense
+    made: dict[tuple[int, int], list[Tensor]] = {}  # per level, by image size
     # Half of the strong ones may be suppressed by others.
     num_strong = 2 * model.num_detections
     lowest = math.log(model.score_threshold / (1 - model.score_threshold)) + 0.1
@@ -126,13 +127,15 @@ def make_up_scores(model: TensorMask) -> None:
     weak = torch.linspace(lowest, -0.1, max(0, model.num_candidates - num_strong))
     largest = [max(sides) for sides in model.windows.sizes]
 
-    def dense_with_scores(images: list[Tensor]) -> tuple[Any, ...]:
-        features, logits, deltas = dense(images)
+    def dense_with_scores(images: list[Tensor]) -> DenseOutputs:
+        outputs = dense(images)
         size = (max(x.shape[1] for x in images), max(x.shape[2] for x in images))
         if size not in made:
             counts = objects_per_level(largest, size, model.num_detections)
-            shapes = [x.shape[1:] for x in logits]
-            made[size] = [x.to(logits[0]) for x in scatter_logits(shapes, counts, strong, weak)]
-        return features, [x.expand(len(images), *x.shape) for x in made[size]], deltas
+            shapes = [x.shape[1:] for x in outputs.logits]
+            logits = scatter_logits(shapes, counts, strong, weak)
+            made[size] = [x.to(outputs.logits[0]) for x in logits]
+        logits = [x.expand(len(images), *x.shape) for x in made[size]]
+        return outputs._replace(logits=logits)
 
     vars(model)["dense"] = dense_with_scores

@@ -4,6 +4,8 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,21 @@ def describe() -> str:
     rows += [(f"  on {device}", _native.describe(device)) for device in ("cpu", "cuda")]
     rows.append(("  TENSORMASK_OP", os.environ.get("TENSORMASK_OP", "auto (not set)")))
     return "\n".join(f"{name:<24} {text}" for name, text in rows)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what times depend on: processor, threads, GPU and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": cpus[0] if cpus else platform.machine(),
+        "num_cpus": len(cpus),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _version(name: str) -> str:

@@ -165,7 +165,10 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("data_set", FACTS)
+@pytest.mark.parametrize(
+    "data_set",
+    [pytest.param(n, marks=[pytest.mark.slow] if "train" in n else []) for n in FACTS],
+)
 def test_real_sets_have_no_issues_and_the_facts_of_their_readme(data_set, tmp_path, capsys):
     json_file, folder = data_set.split("@")
     if not (DATA / json_file).exists():

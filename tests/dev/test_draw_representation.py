@@ -1,4 +1,4 @@
-"""docs/representation.md: its figures are those of their script, its examples and tables hold."""
+"""docs/representation.md: its figures are up to date, its examples run, its tables are correct."""
 
 import doctest
 import re
@@ -52,15 +52,15 @@ def test_figures_are_what_the_script_draws(tmp_path):
 
 
 def test_the_natural_tensor_by_brute_force():
-    """The share of each 4 x 4 px of a window that the nearest object covers."""
+    """A pixel is 1 where the nearest object covers at least half of 4 x 4 px of the window."""
     _, masks = draw_representation.read_scene(draw_representation.IMAGE, 1)
     natural = draw_representation.natural_tensor(masks)
-    middles = [mask.nonzero().double().mean(0) for mask in masks]
+    centers = [mask.nonzero().double().mean(0) for mask in masks]
     assert len(masks) == 2
     padded = torch.nn.functional.pad(masks.double(), (40, 40, 40, 40))
     for y, x in [(15, 15), (6, 15), (0, 0), (11, 18), (31, 31), (20, 10)]:
-        place = torch.tensor([4.0 * y, 4.0 * x])
-        nearest = min((0, 1), key=lambda i: float((middles[i] - place).norm()))
+        location = torch.tensor([4.0 * y, 4.0 * x])
+        nearest = min((0, 1), key=lambda i: float((centers[i] - location).norm()))
         top, left = 4 * y - 30 + 40, 4 * x - 30 + 40
         cells = padded[nearest, top : top + 60, left : left + 60].reshape(15, 4, 15, 4)
         assert torch.equal(natural[:, :, y, x].bool(), cells.mean((1, 3)) >= 0.5)
@@ -84,7 +84,7 @@ def test_examples():
 
 @pytest.mark.parametrize("row", table_after("## The heads"), ids=lambda row: row[0])
 def test_heads(row):
-    """The line that chooses a head gives the channels and the masks that the table says."""
+    """The options of a head give the channels and masks of the table."""
     _, options, predicted, _, final = row
     cfg = get_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / "Base-TensorMask.yaml"))
