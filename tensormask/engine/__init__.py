@@ -1,1 +1,1 @@
-"""Training and evaluation runs: the loop, the solver, checkpoints and what a run writes down."""
+"""Training and evaluation runs: the loop, the solver, checkpoints, ranks, logs and metrics."""

@@ -290,16 +290,16 @@ def drop_metrics_from(path: str | Path, start_iteration: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _iteration_of(line) < start_iteration]
-    if len(kept) < len(lines):
+    earlier = [line for line in lines if _iteration_of(line) < start_iteration]
+    if len(earlier) < len(lines):
         logger.info(
             "%s: removed %d of %d lines of an earlier run, from iteration %d on",
             path,
-            len(lines) - len(kept),
+            len(lines) - len(earlier),
             len(lines),
             start_iteration,
         )
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(path, lambda file: file.write("".join(earlier).encode()))
 
 
 def _iteration_of(line: str) -> float:

@@ -109,4 +109,4 @@ def git_state(folder: Path) -> str:
         changed = [line[3:] for line in git("status", "--porcelain", "-uno").splitlines()]
     except (OSError, subprocess.SubprocessError):
         return "no repository, or no git"
-    return commit + (f", changed: {', '.join(changed)}" if changed else ", nothing changed")
+    return commit + (f", changed: {', '.join(changed)}" if changed else ", no changes")

@@ -31,9 +31,10 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "greeting.txt"
-        >>> write_atomically(path, lambda file: file.write(b"hello"))
-        >>> path.read_text()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "greeting.txt"
+        ...     write_atomically(path, lambda file: file.write(b"hello"))
+        ...     path.read_text()
         'hello'
     """
     path = Path(path)

@@ -80,7 +80,7 @@ def test_git_state(tmp_path):
     (tmp_path / "b.py").write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    assert git_state(tmp_path).endswith(", nothing changed")
+    assert git_state(tmp_path).endswith(", no changes")
     (tmp_path / "a.py").write_text("2")
     (tmp_path / "b.py").write_text("2")
     commit, _, changed = git_state(tmp_path).partition(", changed: ")

@@ -243,7 +243,7 @@ class ReportingLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[list[Mapping[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for samples in self.loader:
             self.reporter.add(samples)
             yield samples
