@@ -1,6 +1,7 @@
 """ResNet backbones: torchvision's layers, split into the stages res2..res5 that the FPN reads."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from tensormask.layers.winograd import conv2d
 from tensormask.utils.errors import UserError
 
 
-def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """Return ``norm(conv(x))``, with a frozen batch norm folded into the weights."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
@@ -21,11 +22,19 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
+def _shortcut(downsample: Any, x: Tensor) -> Tensor:
+    """Apply the convolution and norm of a block's shortcut, if it has any."""
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    return conv_norm(conv, norm, x)
+
+
 class BasicBlock(resnet.BasicBlock):
     """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        identity = _shortcut(self.downsample, x)
         out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
         out = conv_norm(self.conv2, self.bn2, out)
         out += identity
@@ -36,7 +45,7 @@ class Bottleneck(resnet.Bottleneck):
     """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        identity = _shortcut(self.downsample, x)
         out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
         out = F.relu(conv_norm(self.conv2, self.bn2, out), inplace=True)
         out = conv_norm(self.conv3, self.bn3, out)
@@ -44,7 +53,7 @@ class Bottleneck(resnet.Bottleneck):
         return F.relu(out, inplace=True)
 
 
-_BLOCKS = {
+_BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     18: (BasicBlock, [2, 2, 2, 2]),
     34: (BasicBlock, [3, 4, 6, 3]),
     50: (Bottleneck, [3, 4, 6, 3]),
@@ -105,7 +114,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of res2..res5, strides 4 to 32, of normalized images (N, 3, H, W)."""
-        stem = self.stem
+        stem: Any = self.stem
         x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
         features = []
         for stage in (self.res2, self.res3, self.res4, self.res5):

@@ -34,10 +34,11 @@ def build_model(
         UserError: the config is not of a TensorMask, or an option is invalid.
 
     Example:
-        >>> import tensormask
-        >>> cfg = tensormask.get_cfg()
-        >>> cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "TensorMask"])
-        >>> model = build_model(cfg)
+        >>> from tensormask import model_zoo
+        >>> cfg = model_zoo.get_config("quickstart")
+        >>> cfg.MODEL.DEVICE = "cpu"
+        >>> build_model(cfg).windows.mask_sizes
+        [11, 15]
     """
     model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
     if model.META_ARCHITECTURE != "TensorMask":
@@ -130,11 +131,11 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
         part.compile(dynamic=False, **options)
         assert part._compiled_call_impl is not None
         part._compiled_call_impl = _with_recompile_limits(part._compiled_call_impl)
-    model.dense_boxes = True  # the same work for every image
+    model.dense_boxes = True  # a compiled head does the same work for every image
 
 
 def _with_recompile_limits(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise PyTorch's limits during each call: beyond them it runs new input sizes uncompiled."""
+    """Raise PyTorch's limits on compilations, beyond which it runs uncompiled, during each call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         config = torch._dynamo.config

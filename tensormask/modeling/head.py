@@ -101,6 +101,7 @@ class ClassBoxHead(nn.Module):
         init_convs(self.cls_score, "normal")
         if with_boxes:
             init_convs(self.bbox_pred, "normal")
+        assert self.cls_score.bias is not None
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
 
     def forward(

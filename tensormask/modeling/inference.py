@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,9 +171,7 @@ def boxes_from_masks(
     return non_empty_per_image, boxes_per_image
 
 
-def paste_detection(
-    detection: dict[str, Tensor | list[Tensor]], size: tuple[int, int]
-) -> dict[str, Tensor]:
+def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
     """Convert an image's result of `TensorMask.detect` to that of `TensorMask.forward`."""
     pasted = {name: detection[name] for name in ("boxes", "scores", "labels")}
     if "window_masks" in detection:

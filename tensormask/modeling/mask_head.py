@@ -119,15 +119,17 @@ class MaskHead(nn.Module):
         self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
     ) -> Iterator[Tensor]:
         """Yield the mask logits of `forward` group by group: only one group is in memory."""
-        finest = tiles = None
+        finest: Tensor | None = None
         for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
             groups = list(of_level)
+            tiles, untile = None, None
             if self.bipyramid:
                 if finest is None:
                     finest = self._call(self.mask_subnet, features[0])
                 tiles = self._tiles(finest, groups)
+                if tiles is not None:
+                    untile = functools.partial(tiles.scatter, x=finest)
             x = self._call(self.level_features, features, level, finest, tiles)
-            untile = None if tiles is None else functools.partial(tiles.scatter, x=finest)
             for _, size, windows in groups:
                 yield self._masks_at(x, level, size, windows, untile)
 
@@ -172,7 +174,8 @@ class MaskHead(nn.Module):
         x = x[:, :, :height, :width] + finest
         if tiles is None:
             return self.mask_fuse(x)
-        return F.relu(tiles.convolve([self.mask_fuse[0]], x), inplace=True)
+        conv: Any = self.mask_fuse[0]
+        return F.relu(tiles.convolve([conv], x), inplace=True)
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
@@ -193,7 +196,8 @@ class MaskHead(nn.Module):
             boxes.append(torch.cat([middle - reach, middle + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        return tiles if tiles.are_faster([self.mask_fuse[0]], finest) else None
+        conv: Any = self.mask_fuse[0]
+        return tiles if tiles.are_faster([conv], finest) else None
 
     def _masks_at(
         self,
@@ -204,7 +208,7 @@ class MaskHead(nn.Module):
         untile: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """Return masks of windows from `level_features`; ``untile`` turns tiles into a map."""
-        pred = self.mask_pred[size]
+        pred: Any = self.mask_pred[size]
         if self.aligned:
             masks = pred(x) if untile is None else untile(pred(x))
             if self.upscale > 1:

@@ -250,6 +250,7 @@ class TensorMask(nn.Module):
     def _mask_loss(
         self, features: list[Tensor], assignment: Assignment, masks: list[Tensor]
     ) -> Tensor:
+        """Return the mask loss of the positive windows, summed and weighted."""
         assert self.mask_head is not None
         windows = torch.stack([assignment.image, assignment.y, assignment.x], dim=1)
         windows = to_device(windows, self.device)
@@ -274,7 +275,7 @@ class TensorMask(nn.Module):
     def detect(
         self, images: list[Tensor], output_sizes: list[tuple[int, int]] | None = None
     ) -> list[dict[str, Tensor | list[Tensor]]]:
-        """Return the detections of `forward` in eval mode, with masks that are not pasted.
+        """Return the detections of `forward` in eval mode, with masks that are not pasted yet.
 
         ``layers.paste_masks(window_masks, windows, output_size)`` returns `forward`'s ``masks``,
         and ``layers.paste_regions`` yields the same masks, each cropped to its window.
@@ -292,11 +293,9 @@ class TensorMask(nn.Module):
         sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
         with self._autocast():
             dense = self.dense(images)
+            found = self.find_detections(dense, self.score_threshold)
             detections = [
-                rescale_and_clip(of_image, *in_and_out)
-                for of_image, in_and_out in zip(
-                    self.find_detections(dense, self.score_threshold), sizes, strict=True
-                )
+                rescale_and_clip(d, *in_and_out) for d, in_and_out in zip(found, sizes, strict=True)
             ]
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
