@@ -1,5 +1,6 @@
 """The command `tools/visualize_windows.py`: its counts and views are those of the model."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -20,9 +21,10 @@ HEIGHT, WIDTH = 64, 96
 THRESHOLD = 0.6
 
 
-def build(head: str, opts=()):
+@functools.cache
+def build(head: str, *opts):
     """A model whose scores and masks differ between windows."""
-    model = tiny.build(head, opts).eval()
+    model = tiny.build(head, list(opts)).eval()
     with torch.no_grad():
         model.head.cls_score.weight.normal_(std=0.05)
         model.head.cls_score.bias.zero_()
@@ -34,7 +36,7 @@ def build(head: str, opts=()):
 def save_run(folder: Path, head: str = "bipyramid", opts=()) -> list[str]:
     """Save a config, a checkpoint and an image, and return the command line that uses them."""
     opts = ["INPUT.MIN_SIZE_TEST", 0, *opts]
-    model = build(head, opts)
+    model = build(head, *opts)
     (folder / "config.yaml").write_text(tiny.get_cfg(head, opts).dump())
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     rgb = tiny.make_image(HEIGHT, WIDTH).permute(1, 2, 0).numpy()
@@ -116,7 +118,7 @@ def test_the_aligned_view_of_an_aligned_head_makes_its_masks(head):
 @pytest.mark.parametrize("head, level", [("aligned", 2), ("upscale_aligned", 1), ("bipyramid", 2)])
 def test_where_a_window_reads_its_mask(head, level):
     """On a ramp, whose values are the row, each mask pixel reads its row."""
-    mask_head = tiny.build(head).mask_head
+    mask_head = build(head).mask_head
     steps, alpha = aligned_units(mask_head, level)
     side = round(mask_head.mask_pred[0].out_channels ** 0.5)
     ramp = torch.arange(130.0)[:, None].expand(side, side, 130, 130)
@@ -135,7 +137,7 @@ def test_where_a_window_reads_its_mask(head, level):
 
 def test_units_of_the_natural_heads():
     for head in ("natural", "upscale_natural"):
-        assert aligned_units(tiny.build(head).mask_head, 3) == (1, 1.0)
+        assert aligned_units(build(head).mask_head, 3) == (1, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,8 @@ def test_units_of_the_natural_heads():
 )
 @torch.no_grad()
 def test_the_detections_are_the_models(opts):
-    opts = [*opts, "TEST.DETECTIONS_PER_IMAGE", 5000]
-    model, image = build("aligned", opts), tiny.make_image(HEIGHT, WIDTH)
+    opts = [*opts, "TEST.DETECTIONS_PER_IMAGE", 500]
+    model, image = build("aligned", *opts), tiny.make_image(HEIGHT, WIDTH)
     inspection = inspect_image(model, image, THRESHOLD)
     (found,) = model.detect([image])  # at a threshold of 0.05
     above = found["scores"] > THRESHOLD
@@ -174,8 +176,8 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     assert files == [*(f"level_p{level}.png" for level in range(2, 8)), "windows.png"]
     assert lines[-1].startswith("6 levels")
 
-    model = build(head, ["INPUT.MIN_SIZE_TEST", 0])
-    model.score_threshold = THRESHOLD
+    model = build(head, "INPUT.MIN_SIZE_TEST", 0)
+    monkeypatch.setattr(model, "score_threshold", THRESHOLD)
     image = tiny.make_image(HEIGHT, WIDTH)
     with torch.no_grad():
         inspection = inspect_image(model, image, THRESHOLD)

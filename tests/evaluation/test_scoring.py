@@ -120,10 +120,9 @@ def test_numbers_on_photographs_are_pycocotools_own(tmp_path):
     """COCO's polygons and crowds, read by our data set; by hand from the same two files."""
     content = json.loads((PHOTOGRAPHS / "instances_val.json").read_text())
     crowded = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
-    chosen = crowded | {image["id"] for image in content["images"][:12]}
+    chosen = {*sorted(crowded)[:3], *(image["id"] for image in content["images"][:8])}
     content["images"] = [image for image in content["images"] if image["id"] in chosen]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
-    assert 12 < len(chosen) < 25
     path = tmp_path / "photographs.json"
     path.write_text(json.dumps(content))
     dataset = CocoDataset("cc", path, PHOTOGRAPHS / "val")
