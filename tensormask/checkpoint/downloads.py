@@ -207,13 +207,13 @@ def _download_once(url: str, temporary: str, _: pooch.Pooch, *, sha256: str | No
         if status < 500 and status not in _TRANSIENT_STATUS:
             raise OSError(str(error)) from None
         raise
-    size, found = os.path.getsize(temporary), pooch.file_hash(temporary)
+    size, actual = os.path.getsize(temporary), pooch.file_hash(temporary)
     if not size:  # for example a redirect without a location
         raise OSError("the server sent an empty file")
-    if sha256 is not None and not found.startswith(sha256):
+    if sha256 is not None and not actual.startswith(sha256):
         raise OSError(
-            f"the downloaded file has the SHA-256 {found}, but the published one has {sha256}"
-            f"{'...' if len(sha256) < len(found) else ''}"
+            f"the downloaded file has the SHA-256 {actual}, but the published one has {sha256}"
+            f"{'...' if len(sha256) < len(actual) else ''}"
         )
     os.chmod(temporary, 0o644)  # the mode of temporary files is 600, but a cache may be shared
-    logger.info("downloaded %s (%.1f MB, SHA-256 %s)", url, size / 1e6, found)
+    logger.info("downloaded %s (%.1f MB, SHA-256 %s)", url, size / 1e6, actual)

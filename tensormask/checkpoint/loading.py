@@ -101,29 +101,29 @@ def load_weights(
     if left_out:
         logger.info("%s: entries that are not used: %s", path, _list(left_out))
 
-    own = model.state_dict()
+    state = model.state_dict()
     used = ours.keys() - left_out
     weights = {ours[name]: array for name, array in arrays.items() if name in used}
-    weights |= _default_statistics(own, weights)
+    weights |= _default_statistics(state, weights)
     fitting, misshapen = {}, []
     for name, value in weights.items():
-        if name in own and value.shape == own[name].shape:
+        if name in state and value.shape == state[name].shape:
             fitting[name] = value
-        elif name in own:
-            shapes = f"{tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
+        elif name in state:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(state[name].shape)} in the model"
             misshapen.append(f"{name}: {shapes}")
     if not fitting:
         raise UserError(f"{path}: none of its {len(arrays)} entries fits a parameter of the model")
     # A batch norm counts its batches, a frozen one does not.
     counted = ".num_batches_tracked"
-    missing = [n for n in own if n not in weights and not n.endswith(counted)]
-    unexpected = [n for n in weights if n not in own and not n.endswith(counted)]
+    missing = [n for n in state if n not in weights and not n.endswith(counted)]
+    unexpected = [n for n in weights if n not in state and not n.endswith(counted)]
     result = LoadResult(missing, unexpected, misshapen)
     is_backbone = {name.partition(".")[0] for name in weights}.isdisjoint(_ABOVE_BACKBONE)
     if is_backbone:
         _check_whole_backbone(result, path)
     model.load_state_dict(fitting, strict=False)
-    _log_misfits(result, _changed_classes(model, own, weights), is_backbone, path)
+    _log_misfits(result, _changed_classes(model, state, weights), is_backbone, path)
     return result
 
 
@@ -144,10 +144,10 @@ def _is_unused_level(name: str, model: TensorMask) -> bool:
     return level is not None and not model.fpn.first <= int(level[1]) <= model.fpn.last
 
 
-def _default_statistics(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _default_statistics(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return mean 0 and variance 1 for batch norms with only scale and shift in the file."""
     statistics = {}
-    for mean in (name for name in own if name.endswith(".running_mean")):
+    for mean in (name for name in state if name.endswith(".running_mean")):
         scale, var = (mean.replace("running_mean", leaf) for leaf in ("weight", "running_var"))
         if scale in weights and mean not in weights and var not in weights:
             statistics[mean] = torch.zeros_like(weights[scale])
@@ -208,15 +208,15 @@ def _check_whole_backbone(result: LoadResult, path: str | PathLike[str]) -> None
 
 
 def _changed_classes(
-    model: TensorMask, own: dict[str, Tensor], weights: dict[str, Tensor]
+    model: TensorMask, state: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> tuple[int, int] | None:
     """Return the classes of file and model, if these are the only difference of the classifiers."""
-    if not all(name in own and name in weights for name in _CLASSIFIER):
+    if not all(name in state and name in weights for name in _CLASSIFIER):
         return None
     (theirs, *inner), (theirs_of_bias,) = (weights[name].shape for name in _CLASSIFIER)
-    (ours, *own_inner), _ = (own[name].shape for name in _CLASSIFIER)
+    (ours, *our_inner), _ = (state[name].shape for name in _CLASSIFIER)
     num_sizes = model.windows.num_sizes
-    if theirs == ours or theirs != theirs_of_bias or inner != own_inner or theirs % num_sizes:
+    if theirs == ours or theirs != theirs_of_bias or inner != our_inner or theirs % num_sizes:
         return None
     return theirs // num_sizes, ours // num_sizes
 
