@@ -35,7 +35,7 @@ def build_model(
 
     Example:
         >>> from tensormask import model_zoo
-        >>> cfg = model_zoo.get_config("quickstart")
+        >>> cfg = model_zoo.get_config("tensormask_R_50_FPN_1x")
         >>> cfg.MODEL.DEVICE = "cpu"
         >>> build_model(cfg).windows.mask_sizes
         [11, 15]
@@ -135,7 +135,7 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
 
 
 def _with_recompile_limits(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise PyTorch's limits on compilations, beyond which it runs uncompiled, during each call."""
+    """Raise PyTorch's limits on compilations during calls: beyond them it runs uncompiled."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         config = torch._dynamo.config

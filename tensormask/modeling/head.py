@@ -69,7 +69,7 @@ class ClassBoxHead(nn.Module):
         cls_channels, bbox_channels: channels of the towers.
         num_convs: convolutions in each tower.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
-        checkpointed: save no activations of the towers for the backward pass (`maybe_checkpoint`).
+        checkpointed: recompute activations in the backward pass instead of saving them.
         prior: the initial score of every window.
     """
 

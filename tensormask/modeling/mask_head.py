@@ -44,7 +44,8 @@ class MaskHead(nn.Module):
         upscale_mode: "bilinear" or "nearest".
         channels, num_convs: of the tower of convolutions.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
-        checkpointed: save no activations before the last convolutions for the backward pass.
+        checkpointed: recompute activations in the backward pass instead of saving them; those of
+            the last convolutions are saved.
     """
 
     def __init__(
@@ -166,8 +167,7 @@ class MaskHead(nn.Module):
         height, width = finest.shape[-2:]
         x = finest
         if level > 0:
-            # By scale, not by size: a coarse level can be padded. The result is then larger than
-            # the finest level, and is cropped.
+            # By scale, not by size: a coarse level covers padding too, which is cropped afterwards.
             x = self.mask_subnet(features[level])
             scale = float(self.lambdas[level])
             x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
@@ -190,10 +190,10 @@ class MaskHead(nn.Module):
             return None
         boxes = []
         for level, size, windows in groups:
-            middle = windows[:, 1:] * self.lambdas[level]
+            center = windows[:, 1:] * self.lambdas[level]
             # Half a mask, and a cell for the interpolation.
             reach = -(-self.mask_sizes[size] * self.lambdas[level] // 2) + 1
-            boxes.append(torch.cat([middle - reach, middle + reach], dim=1))
+            boxes.append(torch.cat([center - reach, center + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
         conv: Any = self.mask_fuse[0]
@@ -207,7 +207,7 @@ class MaskHead(nn.Module):
         windows: Tensor,
         untile: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        """Return masks of windows from `level_features`; ``untile`` turns tiles into a map."""
+        """Return masks of windows from `level_features`; ``untile`` makes tiles a feature map."""
         pred: Any = self.mask_pred[size]
         if self.aligned:
             masks = pred(x) if untile is None else untile(pred(x))

@@ -293,10 +293,8 @@ class TensorMask(nn.Module):
         sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
         with self._autocast():
             dense = self.dense(images)
-            found = self.find_detections(dense, self.score_threshold)
-            detections = [
-                rescale_and_clip(d, *in_and_out) for d, in_and_out in zip(found, sizes, strict=True)
-            ]
+            detections = self.find_detections(dense, self.score_threshold)
+            detections = [rescale_and_clip(d, *s) for d, s in zip(detections, sizes, strict=True)]
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
             ]

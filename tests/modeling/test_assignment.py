@@ -88,9 +88,9 @@ def test_by_hand() -> None:
 
     Only at the small size: 60 - 4 = 56 > max(2 * 8, 40), and on p3 88 - 8 = 80 > 40.
     """
-    found = matches(torch.tensor([[36.0, 36.0, 44.0, 44.0]]), WINDOWS, GRIDS)
+    matched = matches(torch.tensor([[36.0, 36.0, 44.0, 44.0]]), WINDOWS, GRIDS)
     locations = [(10, 10), (9, 10), (11, 10), (10, 9), (10, 11)]
-    assert found == {(0, 0, 0, y, x) for y, x in locations}
+    assert matched == {(0, 0, 0, y, x) for y, x in locations}
 
 
 def test_windows_that_match_two_objects_are_background() -> None:
@@ -120,14 +120,14 @@ def test_batch_is_sorted_and_counted() -> None:
     for level, at in enumerate(assignment.levels()):
         assert (assignment.level[at] == level).all()
     assert sum(at.stop - at.start for at in assignment.levels()) == len(keys)
-    seen = 0
+    num_windows = 0
     for level, size, at in assignment.groups():
         assert (assignment.level[at] == level).all()
         assert (assignment.size[at] == size).all()
         per_image = torch.bincount(assignment.image[at], minlength=3).tolist()
         assert assignment.counts[level][size] == per_image
-        seen += at.stop - at.start
-    assert seen == len(keys)
+        num_windows += at.stop - at.start
+    assert num_windows == len(keys)
     sides = torch.tensor(WINDOWS.sizes)[assignment.level, assignment.size].float()
     assert_close(assignment.boxes[:, 2] - assignment.boxes[:, 0], sides)
     assert_close(

@@ -91,10 +91,10 @@ def test_levels_share_their_values(levels: tuple[int, int]) -> None:
     whole, part = FPN([2, 3, 4, 5], 6), FPN([2, 3, 4, 5], 6, levels=levels)
     part.load_state_dict({name: whole.state_dict()[name] for name in part.state_dict()})
     res = features([2, 3, 4, 5])
-    found = part(res)
-    for x, expected in zip(found, whole(res)[levels[0] - 2 : levels[1] - 1], strict=True):
+    pyramid = part(res)
+    for x, expected in zip(pyramid, whole(res)[levels[0] - 2 : levels[1] - 1], strict=True):
         assert_close(x, expected)
-    sum(x.sum() for x in found).backward()
+    sum(x.sum() for x in pyramid).backward()
     assert all(p.grad is not None for p in part.parameters())
 
 

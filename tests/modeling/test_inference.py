@@ -26,7 +26,7 @@ def dense_outputs(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
 
 def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[tuple]:
     """Return (score, label, level, size, y, x, box) of pairs above the threshold, best first."""
-    found = []
+    pairs = []
     for level, x in enumerate(logits):
         for channel, y, column in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
             score = float(x[channel, y, column].sigmoid())
@@ -35,8 +35,8 @@ def plain_search(logits, deltas, threshold: float, num_candidates: int) -> list[
                 delta = deltas[level][size * 4 : size * 4 + 4, y, column]
                 index = (torch.tensor([i]) for i in (level, size, y, column))
                 box = decode_boxes(delta[None], WINDOWS.boxes(*index), BOX_WEIGHTS)[0]
-                found.append((score, label, level, size, y, column, box))
-    return sorted(found, key=lambda pair: -pair[0])[:num_candidates]
+                pairs.append((score, label, level, size, y, column, box))
+    return sorted(pairs, key=lambda pair: -pair[0])[:num_candidates]
 
 
 def picked_from(deltas_per_level):
@@ -52,7 +52,7 @@ def picked_from(deltas_per_level):
 @pytest.mark.parametrize("num_candidates", [1, 20, 6000])
 def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) -> None:
     logits, deltas = dense_outputs()
-    found = find_candidates(
+    actual = find_candidates(
         logits,
         picked_from(deltas),
         WINDOWS,
@@ -61,19 +61,21 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
         num_candidates=num_candidates,
     )
     expected = plain_search(logits, deltas, threshold, num_candidates)
-    assert len(found.scores) == len(expected)
-    assert_close(found.scores, torch.tensor([pair[0] for pair in expected]))
+    assert len(actual.scores) == len(expected)
+    assert_close(actual.scores, torch.tensor([pair[0] for pair in expected]))
     # Of equal scores at the end of the list, any may be returned.
     certain = [i for i, pair in enumerate(expected) if pair[0] > expected[-1][0]]
     if len(expected) < num_candidates:
         certain = range(len(expected))
     for i in certain:
         _, label, level, size, y, x, box = expected[i]
-        numbers = [int(t[i]) for t in (found.labels, found.level, found.size, found.y, found.x)]
+        numbers = [
+            int(t[i]) for t in (actual.labels, actual.level, actual.size, actual.y, actual.x)
+        ]
         assert numbers == [label, level, size, y, x]
-        assert_close(found.boxes[i], box)
-        index = (t[i : i + 1] for t in (found.level, found.size, found.y, found.x))
-        assert torch.equal(found.windows[i : i + 1], WINDOWS.boxes(*index))
+        assert_close(actual.boxes[i], box)
+        index = (t[i : i + 1] for t in (actual.level, actual.size, actual.y, actual.x))
+        assert torch.equal(actual.windows[i : i + 1], WINDOWS.boxes(*index))
 
 
 def test_candidates_of_channels_last_logits() -> None:
@@ -82,21 +84,21 @@ def test_candidates_of_channels_last_logits() -> None:
     deltas_at = picked_from(deltas)
     expected = find_candidates(logits, deltas_at, WINDOWS, **options)
     last = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in logits]
-    found = find_candidates(last, deltas_at, WINDOWS, **options)
-    for one, other in zip(found, expected, strict=True):
+    actual = find_candidates(last, deltas_at, WINDOWS, **options)
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
 
 def test_candidates_are_a_tuple() -> None:
     logits, deltas = dense_outputs()
     options = {"box_weights": BOX_WEIGHTS, "score_threshold": 0.3, "num_candidates": 50}
-    found = find_candidates(logits, picked_from(deltas), WINDOWS, **options)
-    assert found[0] is found.boxes
-    assert found[-1] is found.windows
-    assert [found[i] is column for i, column in enumerate(found)] == [True] * 8
-    chosen = found.select(found.labels == 1)
+    actual = find_candidates(logits, picked_from(deltas), WINDOWS, **options)
+    assert actual[0] is actual.boxes
+    assert actual[-1] is actual.windows
+    assert [actual[i] is column for i, column in enumerate(actual)] == [True] * 8
+    chosen = actual.select(actual.labels == 1)
     assert chosen.labels.tolist() == [1] * len(chosen.scores)
-    assert torch.equal(chosen.boxes, found.boxes[found.labels == 1])
+    assert torch.equal(chosen.boxes, actual.boxes[actual.labels == 1])
 
 
 def with_detections(opts: list) -> tensormask.TensorMask:
@@ -115,9 +117,9 @@ def detections(opts: list, images: list[Tensor]) -> list[dict[str, Tensor]]:
         return with_detections(opts)(images)
 
 
-def assert_alike(found: list[dict], expected: list[dict], tolerance: float) -> None:
+def assert_alike(actual: list[dict], expected: list[dict], tolerance: float) -> None:
     """Compare as sets: nearly equal scores may be in another order."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert len(one["scores"]) == pytest.approx(len(other["scores"]), rel=0.1)
         distance = (one["boxes"][:, None] - other["boxes"]).abs().amax(2)
         distance[one["labels"][:, None] != other["labels"]] = torch.inf
@@ -145,15 +147,15 @@ def test_options_for_speed_keep_the_detections(opts, tolerance) -> None:
 
 def test_autocast_of_inference() -> None:
     """Features of masks are in half precision, results are not."""
-    seen = []
+    dtypes = []
     for enabled in (False, True):
         model = with_detections(["TEST.AMP.ENABLED", enabled])
-        model.mask_head.mask_subnet.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        model.mask_head.mask_subnet.register_forward_hook(lambda *a: dtypes.append(a[2].dtype))
         with torch.inference_mode():
-            (found,) = model([make_image(64, 64)])
-        assert found["boxes"].dtype == found["scores"].dtype == torch.float32
-    assert set(seen) == {torch.float32, torch.bfloat16}
-    assert seen[0] == torch.float32
+            (detection,) = model([make_image(64, 64)])
+        assert detection["boxes"].dtype == detection["scores"].dtype == torch.float32
+    assert set(dtypes) == {torch.float32, torch.bfloat16}
+    assert dtypes[0] == torch.float32
 
 
 def test_channels_last_is_the_format_of_the_features() -> None:
@@ -170,8 +172,8 @@ def test_size_divisor() -> None:
     model = with_detections(["MODEL.SIZE_DIVISOR", 128])
     assert model.preprocess([make_image(96, 130)]).shape == (1, 3, 128, 256)
     with torch.inference_mode():
-        (found,) = model([make_image(96, 130)])
-    assert found["masks"].shape[1:] == (96, 130)
+        (detection,) = model([make_image(96, 130)])
+    assert detection["masks"].shape[1:] == (96, 130)
 
 
 @pytest.mark.parametrize(

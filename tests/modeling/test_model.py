@@ -79,8 +79,8 @@ def test_detections(head: str) -> None:
     model = with_many_detections(build(head, ["TEST.DETECTIONS_PER_IMAGE", 20]))
     images = [make_image(100, 140), make_image(96, 80, seed=1)]
     with torch.inference_mode():
-        found = model(images, output_sizes=[(50, 70), (96, 80)])
-    for detection, (height, width) in zip(found, [(50, 70), (96, 80)], strict=True):
+        detections = model(images, output_sizes=[(50, 70), (96, 80)])
+    for detection, (height, width) in zip(detections, [(50, 70), (96, 80)], strict=True):
         k = len(detection["scores"])
         assert 0 < k <= 20
         assert detection["boxes"].shape == (k, 4)
@@ -123,9 +123,9 @@ def test_masks_are_pasted_into_their_windows(scale: int) -> None:
         torch.nn.init.constant_(layer.bias, bias)
     with torch.no_grad():
         model.head.bbox_pred.bias[2:] = 0.75 * torch.tensor(0.25).log()
-        (found,) = model([make_image(128, 128)], output_sizes=[(128 * scale, 128 * scale)])
+        (detection,) = model([make_image(128, 128)], output_sizes=[(128 * scale, 128 * scale)])
     complete, half = 0, 22 * scale
-    for mask, (x0, y0, x1, y1) in zip(found["masks"], found["boxes"].tolist(), strict=True):
+    for mask, (x0, y0, x1, y1) in zip(detection["masks"], detection["boxes"].tolist(), strict=True):
         center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
         if min(center_x, center_y) > 24 * scale and max(center_x, center_y) < 104 * scale:
             assert (x1 - x0, y1 - y0) == pytest.approx((11 * scale, 11 * scale), abs=1e-3)
@@ -221,7 +221,7 @@ def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
         torch.nn.init.normal_(pred.weight, std=0.5)
         torch.nn.init.constant_(pred.bias, -1.0)
     with torch.inference_mode():
-        (found,) = model([make_image(64, 96)])
+        (detection,) = model([make_image(64, 96)])
         features, logits, _ = model.dense([make_image(64, 96)])
         dense = model.mask_head.dense(features)
     boxes, scores, labels = [], [], []
@@ -246,13 +246,13 @@ def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
     clipped = boxes[kept].clamp(min=0).minimum(torch.tensor([96.0, 64.0] * 2))
     visible = (clipped[:, 2:] > clipped[:, :2]).all(1)
     if not box_on:
-        assert_close(found["boxes"], clipped[visible], atol=1e-3, rtol=0)
-        assert_close(found["scores"], scores[kept][visible])
-        assert torch.equal(found["labels"], labels[kept][visible])
+        assert_close(detection["boxes"], clipped[visible], atol=1e-3, rtol=0)
+        assert_close(detection["scores"], scores[kept][visible])
+        assert torch.equal(detection["labels"], labels[kept][visible])
     else:  # boxes are the regressed ones, some outside of the image
-        apart = (found["scores"][:, None] - scores[kept]).abs().amin(1)
+        apart = (detection["scores"][:, None] - scores[kept]).abs().amin(1)
         assert apart.max() < 1e-6
-        assert len(found["scores"]) > 0.8 * len(kept)
+        assert len(detection["scores"]) > 0.8 * len(kept)
 
 
 def test_nms_on_masks_computes_each_window_once(monkeypatch) -> None:
@@ -286,22 +286,26 @@ def test_without_a_box_head() -> None:
 
 def test_no_candidates_for_nms_on_masks() -> None:
     opts = ["MODEL.TENSOR_MASK.NMS_ON", "masks", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]
-    (found,) = build(opts=opts).eval()([make_image(40, 50)])
-    assert found["masks"].shape == (0, 40, 50)
+    (detection,) = build(opts=opts).eval()([make_image(40, 50)])
+    assert detection["masks"].shape == (0, 40, 50)
 
 
 def test_no_detections() -> None:
     model = build("bipyramid", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.99]).eval()
-    (found,) = model([make_image(40, 50)], output_sizes=[(80, 100)])
-    assert found["boxes"].shape == (0, 4)
-    assert found["masks"].shape == (0, 80, 100)
-    assert found["scores"].shape == found["labels"].shape == (0,)
+    (detection,) = model([make_image(40, 50)], output_sizes=[(80, 100)])
+    assert detection["boxes"].shape == (0, 4)
+    assert detection["masks"].shape == (0, 80, 100)
+    assert detection["scores"].shape == detection["labels"].shape == (0,)
 
 
 def test_without_masks() -> None:
     model = with_many_detections(build(opts=["MODEL.MASK_ON", False]))
-    (found,) = model([make_image(64, 64)])
-    assert set(found) == set(model.detect([make_image(64, 64)])[0]) == {"boxes", "scores", "labels"}
+    (detection,) = model([make_image(64, 64)])
+    assert (
+        set(detection)
+        == set(model.detect([make_image(64, 64)])[0])
+        == {"boxes", "scores", "labels"}
+    )
     losses = model.train()([make_image(96, 96)], [target(96, 96, BOXES[:1])])
     assert set(losses) == {"loss_cls", "loss_box_reg"}
 

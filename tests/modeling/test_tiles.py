@@ -120,9 +120,9 @@ def test_tiles_that_boxes_touch(side: int) -> None:
         for column in range(9)
         if y0 < 8 * row + 8 and y1 >= 8 * row and x0 < 8 * column + 8 and x1 >= 8 * column
     }
-    found = tiles.Tiles.touching(torch.zeros(2, 1, 50, 70), n, boxes)
+    touched = tiles.Tiles.touching(torch.zeros(2, 1, 50, 70), n, boxes)
     assert 0 < len(expected) < 2 * 7 * 9
-    assert set(zip(*(t.tolist() for t in found), strict=True)) == expected
+    assert set(zip(*(t.tolist() for t in touched), strict=True)) == expected
 
 
 def test_masks_at_windows_from_tiles_equal_the_whole_feature_map(monkeypatch) -> None:
