@@ -35,6 +35,7 @@ if [ "$PART" = prepare ]; then
 fi
 
 START=$SECONDS
+SHORT=; [ "$DEVICE" = cpu ] && SHORT="--rounds 1 --lambdas 4"
 OUT=${OUT:?}
 log() { echo "[$((SECONDS - START)) s] $*" | tee -a "$OUT/log.txt"; }
 # step SECONDS NAME COMMAND...: run a command with a time limit, and append the end of its output to the log
@@ -672,7 +673,7 @@ torch.cuda.synchronize()'
         (cd "$WORK/patched"; export PYTHONPATH="$WORK/site:$WORK/patched"; step 50 kernels_patched "$PY" "$H/gpu_kernels.py" patched "$OUT/kernels.json"
          step 40 tests_patched "$PY" tests/layers/test_swap_align2nat_cuda.py --small)
     fi
-    step 60 op "$PY" dev/benchmark.py op --device "$DEVICE" --dtypes float32 float16 bfloat16 --without-reference --json "$OUT/op.json"
+    step 60 op "$PY" dev/benchmark.py op --device "$DEVICE" --dtypes float32 float16 bfloat16 --without-reference $SHORT --json "$OUT/op.json"
     step 110 models_bf16 "$PY" "$H/gpu_time_models.py" "$OUT/models.json" bfloat16 infer,train
     step 110 models_tf32 "$PY" "$H/gpu_time_models.py" "$OUT/models.json" tf32 infer,train
     log "part 1 done"
