@@ -454,7 +454,7 @@ def both(*contexts):
 
 def arguments(channels_last, batch=1):
     opts = ["MODEL.CHANNELS_LAST", channels_last, "TEST.DETECTIONS_PER_IMAGE", 100 if DEV == "cuda" else 20]
-    return argparse.Namespace(config_file=models._CONFIG_FILE, size=SIZE, batch=batch, device=DEV, dtype=DTYPE, rounds=ROUNDS,
+    return argparse.Namespace(config_file=models.CONFIG_FILE, size=SIZE, batch=batch, device=DEV, dtype=DTYPE, rounds=ROUNDS,
         threads=torch.get_num_threads(), opts=opts, objects=20, positive_iou=0.5)
 
 

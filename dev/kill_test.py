@@ -93,9 +93,7 @@ def kill_runs(
             killed += 1
             resumes = describe_checkpoint(output)
             codes = KINDS.get(kind, ())
-            if (
-                output / "model_final.pth"
-            ).is_file():  # all is saved, and signals have their default action
+            if (output / "model_final.pth").is_file():  # signals have their default action again
                 codes = (*codes, -signal.SIGTERM, -signal.SIGINT)
             correct = code in codes and resumes is not None
             counts[kind][f"exit code {code}"] += 1

@@ -22,14 +22,14 @@ from tensormask.utils.errors import UserError
 from tensormask.utils.tables import format_records
 
 OURS, THEIRS = "tensormask", "torchvision"
-_CONFIG_FILE = str(ROOT / "configs" / "tensormask_R_50_FPN_1x.yaml")
+CONFIG_FILE = str(ROOT / "configs" / "tensormask_R_50_FPN_1x.yaml")
 _NUM_CLASSES = 91  # of torchvision's COCO models, the background first
 _CANDIDATES = 500  # above Mask R-CNN's score threshold
 
 
 def add_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: int) -> None:
     """Add the options of `inference` and `train`."""
-    parser.add_argument("--config-file", default=_CONFIG_FILE, metavar="FILE", help="our model")
+    parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE", help="our model")
     parser.add_argument("--rounds", type=int, default=rounds, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     names = [OURS, THEIRS]

@@ -29,7 +29,8 @@ Times = dict[str, list[float]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], metavar="DTYPE")
+    dtypes = ("float64", "float32", "float16", "bfloat16")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=dtypes)
     parser.add_argument("--lambdas", nargs="+", type=int, default=_LAMBDAS, metavar="N")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     parser.add_argument(

@@ -76,7 +76,7 @@ def parts_of(model: Any) -> list[Part]:
             ("paste", tensormask, "paste_detection"),
         ]
     else:
-        modules = {"resize and normalise": model.transform, "backbone": model.backbone.body}
+        modules = {"resize and normalize": model.transform, "backbone": model.backbone.body}
         modules |= {"fpn": model.backbone.fpn, "proposals": model.rpn}
         modules |= {f"heads: {name}": m for name, m in model.roi_heads.named_children()}
         modules["rest of the heads"] = model.roi_heads
