@@ -41,6 +41,7 @@ log() { echo "[$((SECONDS - START)) s] $*" | tee -a "$OUT/log.txt"; }
 # step SECONDS NAME COMMAND...: run a command with a time limit, and append the end of its output to the log
 step() {
     local limit=$1 name=$2 began=$SECONDS; shift 2
+    [ "$DEVICE" = cpu ] && limit=$((4 * limit))
     timeout -k 5 "$limit" "$@" >"$WORK/$name.txt" 2>&1; local rc=$?
     { echo "[$((SECONDS - START)) s] $name: rc $rc, $((SECONDS - began)) s"; tail -c 1800 "$WORK/$name.txt"; echo; } | tee -a "$OUT/log.txt"
     return $rc
