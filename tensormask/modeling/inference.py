@@ -120,10 +120,7 @@ def masks_at_windows(
 ) -> list[list[Tensor]]:
     """Return the mask probabilities of the detections of a batch: per image K Tensor[V, U].
 
-    Args:
-        mask_head: makes the masks.
-        features: of the pyramid, per level (N, C, H, W).
-        detections_per_image: one for each of the N images.
+    ``features`` are those of the pyramid, per level (N, C, H, W).
     """
     groups, positions = _group_windows(_window_rows(detections_per_image))
     masks: dict[int, Tensor] = {}

@@ -45,16 +45,13 @@ def normalize_and_pad(
     std: Tensor,
     *,
     bgr: bool,
-    divisor: int = SIZE_DIVISOR,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    divisor: int,
+    memory_format: torch.memory_format,
 ) -> Tensor:
     """Return a batch (N, 3, height, width) of images, padded with 0 at the right and bottom.
 
-    Args:
-        images: as of `TensorMask.forward`.
-        mean, std: Tensor[3, 1, 1] in 0..255, on the device of the result.
-        bgr: whether the result, ``mean`` and ``std`` are in the order BGR.
-        divisor, memory_format: of the result.
+    ``mean`` and ``std`` are Tensor[3, 1, 1] in 0..255. The result has their device and, like them,
+    the channel order BGR if ``bgr``.
     """
     normalized = []
     for image in images:

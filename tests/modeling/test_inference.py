@@ -69,12 +69,9 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
         certain = range(len(expected))
     for i in certain:
         _, label, level, size, y, x, box = expected[i]
-        numbers = [
-            int(t[i]) for t in (actual.labels, actual.level, actual.size, actual.y, actual.x)
-        ]
-        assert numbers == [label, level, size, y, x]
+        index = [t[i : i + 1] for t in (actual.level, actual.size, actual.y, actual.x)]
+        assert [actual.labels[i].item(), *map(int, index)] == [label, level, size, y, x]
         assert_close(actual.boxes[i], box)
-        index = (t[i : i + 1] for t in (actual.level, actual.size, actual.y, actual.x))
         assert torch.equal(actual.windows[i : i + 1], WINDOWS.boxes(*index))
 
 
