@@ -35,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: 
     names = [OURS, THEIRS]
     parser.add_argument("--models", nargs="+", default=names, choices=names)
     tables = ("floor", "parts", "memory")
-    parser.add_argument("--without", nargs="+", default=[], choices=tables, help="tables")
+    parser.add_argument("--without", nargs="+", default=[], choices=tables)
+    parser.epilog = "Put another option between the list of --models or --without and KEY VALUE."
     add_model_options(parser)
     parser.set_defaults(size=size)
 
