@@ -150,12 +150,7 @@ def swap_align2nat(x: Tensor, lambda_val: int, alpha: float = 1.0, pad_val: floa
 
 
 def up_align2nat_at(
-    x: Tensor,
-    windows: Tensor,
-    lambda_val: float,
-    *,
-    mode: str = "bilinear",
-    pad_val: float = -6.0,
+    x: Tensor, windows: Tensor, lambda_val: float, *, mode: str = "bilinear", pad_val: float = -6.0
 ) -> Tensor:
     """Compute `up_align2nat` with ``alpha`` 1 at chosen windows only, without a large tensor.
 

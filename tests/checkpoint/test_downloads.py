@@ -193,16 +193,9 @@ def test_cache_path(cache):
 
 def test_no_two_addresses_share_a_file():
     urls = [
-        "https://h/a/model.pkl",
-        "http://h/a/model.pkl",
-        "https://h:8443/a/model.pkl",
-        "https://h/b/model.pkl",
-        "https://h/a_model.pkl",
-        "https://h/a",
-        "https://h/a/model.pkl?v=1",
-        "https://h/a/model.pkl?v=2",
-        "https://h/a/model.pkl/deeper.pkl",
-        "https://h/A/model.pkl",
+        *("https://h/a/model.pkl", "http://h/a/model.pkl", "https://h:8443/a/model.pkl"),
+        *("https://h/b/model.pkl", "https://h/A/model.pkl", "https://h/a_model.pkl", "https://h/a"),
+        *("https://h/a/model.pkl?v=1", "https://h/a/model.pkl?v=2", "https://h/a/model.pkl/b.pkl"),
         *(f"https://h/{'a' * 5000}{end}.pkl" for end in "bc"),
     ]
     folders = {str(cache_path(url).parent).lower() for url in urls}
@@ -212,16 +205,9 @@ def test_no_two_addresses_share_a_file():
 @pytest.mark.parametrize(
     "path",
     [
-        "/../../../escaped.pkl",
-        "/a/..%2f..%2f..%2fescaped.pkl",
-        "/%2e%2e/%2e%2e/escaped.pkl",
-        "/..%5c..%5cescaped.pkl",
-        "/..\\..\\escaped.pkl",
-        "/.../...escaped.pkl",
-        "/a.pkl?../../../escaped.pkl",
-        "//etc//escaped.pkl",
-        "/a%00b.pkl",
-        "/a/%2e%2e",
+        *("/../../../escaped.pkl", "/a/..%2f..%2f..%2fescaped.pkl", "/%2e%2e/%2e%2e/escaped.pkl"),
+        *("/..%5c..%5cescaped.pkl", "/..\\..\\escaped.pkl", "/.../...escaped.pkl"),
+        *("/a.pkl?../../../escaped.pkl", "//etc//escaped.pkl", "/a%00b.pkl", "/a/%2e%2e"),
         f"/{'long' * 2000}/{'name' * 500}.pkl",
     ],
 )
@@ -237,19 +223,10 @@ def test_no_address_leads_out_of_the_cache(server, cache, tmp_path, path):
 @pytest.mark.parametrize(
     "url",
     [
-        "https://",
-        "https:///a.pkl",
-        "https://host",
-        "https://host/",
-        "https://host/folder/",
-        "https://host/..",
-        "https://host/?file=a.pkl",
-        "https://host:port/a.pkl",
-        "https://host:99999/a.pkl",
-        "https://[host/a.pkl",
-        "https://host/\ud800.pkl",
-        "a.pkl",
-        "",
+        *("https://", "https:///a.pkl", "https://host", "https://host/", "https://host/folder/"),
+        *("https://host/..", "https://host/?file=a.pkl", "https://host:port/a.pkl"),
+        *("https://host:99999/a.pkl", "https://[host/a.pkl", "https://host/\ud800.pkl"),
+        *("a.pkl", ""),
     ],
 )
 def test_broken_addresses_are_refused(url):

@@ -95,12 +95,9 @@ def test_torch_files(tmp_path, legacy: bool, mmap: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(4, 3)).sum().backward()
     optimizer.step()
-    dtypes = [
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    ]
+    dtypes = "float16 bfloat16 float32 float64 bool uint8 int8 int16 int32 int64"
     tensors = {
-        **{str(dtype): torch.arange(3).to(dtype) for dtype in dtypes},
+        **{dtype: torch.arange(3).to(getattr(torch, dtype)) for dtype in dtypes.split()},
         **{"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "view": base[3:9]},
         **{"transposed": base.view(4, 6).t(), "parameter": torch.nn.Parameter(base)},
     }
@@ -151,11 +148,7 @@ def test_a_checkpoint_with_very_many_issues(tmp_path) -> None:
 
 
 def test_safetensors(tmp_path) -> None:
-    tensors = {
-        "a": torch.ones(2, 3),
-        "b": torch.tensor(3),
-        "c": torch.ones(2, dtype=torch.bfloat16),
-    }
+    tensors = {"a": torch.ones(2, 3), "b": torch.tensor(3), "c": torch.ones(2).bfloat16()}
     described = {"class_names": '["cat", "dog"]', "category_ids": "[3, 4]", "format": "pt"}
     path = write(tmp_path, safetensors.torch.save(tensors, described), "model.pth")
     read = read_weights(path)

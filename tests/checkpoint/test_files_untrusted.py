@@ -11,6 +11,7 @@ import pickle
 import tempfile
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,14 @@ def test_a_command_is_not_run(tmp_path, kind: str, part: str) -> None:
         "beside the weights": {"optimizer": {"state": run}},
         "in a list": {"optimizer": [1, [run]]},
         "in an array": {"model": {"a": np.array([run], dtype=object)}},
-        "as a key": {"model": {"a": np.zeros(2)}, ("b", run): 1},
+        "as a key": {("b", run): 1},
     }[part]
     path = tmp_path / "model.safetensors"  # the suffix has no meaning
     path.write_bytes(write(content))
     with pytest.raises(UserError) as error:
         read_checkpoint(path)
-    expected = (
-        "dtype O8" if part == "in an array" else f"{path} asks for {os.mkdir.__module__}.mkdir"
-    )
-    assert expected in str(error.value)
+    asks = f"{path} asks for {os.mkdir.__module__}.mkdir"
+    assert ("dtype O8" if part == "in an array" else asks) in str(error.value)
     assert "weights_only" not in str(error.value)  # PyTorch's advice, which would run it
     assert not marker.exists()
     load_blindly(path.read_bytes())  # the control: plain pickle runs the command
@@ -110,11 +109,10 @@ def test_a_file_cannot_change_what_it_names(tmp_path, change: str) -> None:
 # ---- damage ----
 
 
-def array_call(shape=(2,), dtype="<f4", data: object = b"12345678") -> Call:
-    """Return what NumPy writes for an array, with any content."""
-    return Call(
-        _reconstruct, np.ndarray, (0,), b"b", state=(1, shape, np.dtype(dtype), False, data)
-    )
+def array_call(shape: object = (2,), data: object = b"12345678") -> Call:
+    """Return what NumPy writes for an array of float32, with any content."""
+    state = (1, shape, np.dtype("<f4"), False, data)
+    return Call(_reconstruct, np.ndarray, (0,), b"b", state=state)
 
 
 def in_model(value: object) -> bytes:
@@ -134,8 +132,8 @@ def safetensors_bytes(header: object, numbers: bytes = b"", size: int | None = N
     return (len(text) if size is None else size).to_bytes(8, "little") + text + numbers
 
 
-def entry(shape: list[int], *offsets: int, dtype: str = "F32") -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+def entry(size: int) -> dict:
+    return {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
 
 
 def compressed_copy(data: bytes) -> bytes:
@@ -163,9 +161,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "invalid shape": (in_model(array_call("ab")), DAMAGED),
     "short data": (in_model(array_call((3,))), DAMAGED),
     "a list as data": (in_model(array_call(data=[1, 2])), DAMAGED),
-    "short buffer": (
-        in_model(Call(_frombuffer, b"1234", np.dtype("f4"), (10**12,), "C")), DAMAGED
-    ),
+    "short buffer": (in_model(Call(_frombuffer, b"1", np.dtype("f4"), (10**12,), "C")), DAMAGED),
     "short scalar": (in_model(Call(scalar, np.dtype("f8"), b"1234")), DAMAGED),
     "another class": (in_model(Call(_reconstruct, np.memmap, (0,), b"b")), "numpy.memmap"),
     "objects": (in_model(np.array([1, "a"], object)), "it has an array of dtype O8"),
@@ -182,16 +178,14 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     # torch.save
     "torch, truncated": (torch_bytes(GOOD)[:-200], DAMAGED),
     "old torch, truncated": (torch_bytes(GOOD, legacy=True)[:-20], DAMAGED),
-    "torch, missing storage": (
-        torch_bytes(GOOD).replace(b"archive/data/0", b"archive/data/7"), DAMAGED
-    ),
+    "torch, missing storage": (torch_bytes(GOOD).replace(b"/data/0", b"/data/7"), DAMAGED),
     "compressed": (compressed_copy(torch_bytes(GOOD)), "it is a compressed zip file"),
     "another zip": (torch_zip(b"").replace(b"data.pkl", b"data.npy"), DAMAGED),
     # safetensors
-    "header too long": (safetensors_bytes({"a": entry([1], 0, 4)}, bytes(4), 2**50), DAMAGED),
+    "header too long": (safetensors_bytes({"a": entry(1)}, bytes(4), 2**50), DAMAGED),
     "empty header": (safetensors_bytes(b"{}"), "is empty"),
     "invalid JSON": (safetensors_bytes(b"{" * 1000), DAMAGED),
-    "beyond the end": (safetensors_bytes({"a": entry([9], 0, 36)}, bytes(4)), DAMAGED),
+    "beyond the end": (safetensors_bytes({"a": entry(9)}, bytes(4)), DAMAGED),
     "safetensors, truncated": (safetensors.torch.save({"a": torch.ones(10)})[:-8], DAMAGED),
 }  # fmt: skip
 
@@ -217,8 +211,8 @@ def test_a_state_of_a_dtype_gives_its_byte_order_only(tmp_path) -> None:
 
 # ---- any bytes ----
 
-FOLDER = Path(tempfile.gettempdir())
-MARKER = FOLDER / "tensormask_fuzz_has_run"  # in the seeds: the same name each time
+# In the seeds: the same name each time.
+MARKER = Path(tempfile.gettempdir(), "tensormask_fuzz_has_run")
 fuzz = settings(max_examples=fuzz_examples(60), deadline=10_000)  # milliseconds
 
 
@@ -274,9 +268,7 @@ def damaged_files(draw) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, max(0, len(data) - 1)))
         end = start + draw(st.integers(0, 40))
-        match draw(
-            st.sampled_from(["bit", "cut", "remove", "repeat", "insert", "number", "other"])
-        ):
+        match draw(st.sampled_from("bit cut remove repeat insert number other".split())):
             case "bit":
                 data[start : start + 1] = bytes(b ^ 1 << end % 8 for b in data[start : start + 1])
             case "cut":
@@ -310,7 +302,6 @@ NAMES = [
     *("torch._utils _rebuild_tensor_v2", "os mkdir", "builtins eval", "copyreg _reconstructor"),
 ]
 TEXTS = [
-    str(MARKER),
     "model",
     "a",
     "latin1",
@@ -321,11 +312,11 @@ TEXTS = [
     "cpu",
     "<",
     "__setstate__",
+    str(MARKER),
 ]
+CODES = b"()]}lt\x85\x86\x87aesuRbo\x81\x8f\x92\x93Q20N\x88"
 INSTRUCTIONS = st.one_of(
-    st.sampled_from(
-        [bytes([code]) for code in b"()]}lt\x85\x86\x87aesuRbo\x81\x8f\x92\x93Q20N\x88"]
-    ),
+    st.sampled_from([bytes([code]) for code in CODES]),
     st.sampled_from(NAMES).map(lambda name: b"c" + name.replace(" ", "\n").encode() + b"\n"),
     st.sampled_from(TEXTS).map(text),
     st.integers(0, 3).map(lambda n: bytes([ord("K"), n])),
@@ -343,10 +334,7 @@ def test_random_programs(path: Path, data: bytes) -> None:
 
 def test_the_seeds_are_good_files(path: Path) -> None:
     """Undamaged, they are read: the fuzzer does not only meet refusals at the first byte."""
-    for data in SEEDS[:7]:
+    for i, data in enumerate(SEEDS):
         path.write_bytes(data)
-        assert len(read_weights(path)) >= 3
-    for data in SEEDS[7:]:
-        path.write_bytes(data)
-        with pytest.raises(UserError, match="mkdir"):
-            read_weights(path)
+        with pytest.raises(UserError, match="mkdir") if i >= 7 else nullcontext():
+            assert len(read_weights(path)) >= 3

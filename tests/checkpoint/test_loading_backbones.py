@@ -233,10 +233,7 @@ def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
             ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]],
             'MODEL.PIXEL_MEAN "[123.675,116.28,103.53]"',
         ),
-        (
-            ["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]],
-            'MODEL.PIXEL_STD "[58.395,57.12,57.375]"',
-        ),
+        (["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]], 'MODEL.PIXEL_STD "[58.395,57.12,57.375]"'),
         (["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]], 'MODEL.PIXEL_STD "[58.395,57.12,57.375]"'),
         (["MODEL.RESNETS.STRIDE_IN_1X1", True], "MODEL.RESNETS.STRIDE_IN_1X1 False"),
         (

@@ -224,10 +224,7 @@ def test_an_unusable_config_is_ignored(tmp_path, config) -> None:
         ({"conv1_w": torch.zeros(2)}, "it has no classifier"),
         ({"backbone.bottom_up.stem.conv1.weight": torch.zeros(2)}, "no classifier"),
         ({"a": torch.zeros(2)}, "a is no parameter"),
-        (
-            {"head.cls_score.weight": torch.zeros(2), "b" * 500: torch.zeros(2)},
-            "bbb... is no",
-        ),
+        ({"head.cls_score.weight": torch.zeros(2), "b" * 500: torch.zeros(2)}, "bbb... is no"),
         ({"backbone.fpn_output2.bias": torch.zeros(2), "roi_heads.a": torch.zeros(2)}, "roi_heads"),
         ({"mask_head.mask_pred.0.weight": torch.zeros(26, 1, 1, 1)}, "26 pixels is not square"),
         ({"mask_head.mask_pred.0.weight": torch.zeros(())}, "no classifier"),

@@ -15,16 +15,8 @@ PAD = -6.0
 # (N, side, H, W, lambda): odd and even sides and ratios, sizes that are not multiples of lambda or
 # smaller than a window, rows of whole vectors, several parts of the channels.
 CASES = [
-    (1, 1, 1, 1, 1),
-    (2, 3, 5, 8, 1),
-    (1, 2, 5, 8, 1),
-    (2, 3, 7, 9, 2),
-    (1, 2, 6, 8, 2),
-    (1, 3, 8, 12, 3),
-    (1, 2, 9, 16, 3),
-    (1, 5, 4, 20, 4),
-    (1, 6, 3, 5, 7),
-    (1, 3, 40, 33, 16),
+    *((1, 1, 1, 1, 1), (2, 3, 5, 8, 1), (1, 2, 5, 8, 1), (2, 3, 7, 9, 2), (1, 2, 6, 8, 2)),
+    *((1, 3, 8, 12, 3), (1, 2, 9, 16, 3), (1, 5, 4, 20, 4), (1, 6, 3, 5, 7), (1, 3, 40, 33, 16)),
 ]
 
 
@@ -39,24 +31,17 @@ def kernels(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def call(kernels, name, case, tensor, *arguments, out):
+def call(kernels, name, case, tensor, *arguments):
     """Call a kernel on a tensor; tensors are passed by their addresses."""
     sizes = (ctypes.c_int64 * 5)(*case)
     strides = tensor.stride() if tensor.dim() == 4 else (tensor.stride(0), 0, *tensor.stride()[1:])
     function = getattr(kernels, f"{name}_{str(tensor.dtype).removeprefix('torch.')}")
-    converted = [ctypes.c_void_p(tensor.data_ptr())]
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            argument = ctypes.c_void_p(argument.data_ptr())
-        elif isinstance(argument, bool):
-            argument = ctypes.c_bool(argument)
-        elif isinstance(argument, float):
-            argument = ctypes.c_double(argument)
-        else:
-            argument = ctypes.c_int64(argument)
-        converted.append(argument)
+    types = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}
+    converted = [
+        types[type(a)](a) if type(a) in types else ctypes.c_void_p(a.data_ptr())
+        for a in (tensor, *arguments)
+    ]
     function(sizes, (ctypes.c_int64 * 4)(*strides), *converted)
-    return out
 
 
 def random(*shape, dtype=torch.float64, seed=0):
@@ -89,7 +74,7 @@ def test_dense_forward(kernels, case, directly, dtype):
     expected = reference.swap_align2nat(x, ratio, PAD)
     for layout in (x, x.contiguous(memory_format=torch.channels_last)):
         out = nans(*output_shape(case), dtype=dtype)
-        call(kernels, "forward", case, layout, out, PAD, directly, out=out)
+        call(kernels, "forward", case, layout, out, PAD, directly)
         torch.testing.assert_close(out, expected)
 
 
@@ -102,7 +87,7 @@ def test_dense_backward(kernels, case, directly):
     (expected,) = torch.autograd.grad(reference.swap_align2nat(x, ratio, PAD), x, grad)
     for layout in (grad, grad.contiguous(memory_format=torch.channels_last)):
         out = nans(*x.shape)
-        call(kernels, "backward", case, layout, out, directly, out=out)
+        call(kernels, "backward", case, layout, out, directly)
         torch.testing.assert_close(out, expected)
 
 
@@ -113,12 +98,12 @@ def test_at_windows(kernels, case):
     x = random(n, side * side, height, width).requires_grad_()
     expected = reference.swap_align2nat_at(x, windows, ratio, PAD)
     out = nans(*expected.shape)
-    call(kernels, "forward_at", case, x.detach(), windows, len(windows), out, PAD, out=out)
+    call(kernels, "forward_at", case, x.detach(), windows, len(windows), out, PAD)
     torch.testing.assert_close(out, expected)
     grad = random(*expected.shape, seed=2)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     out = nans(*x.shape)
-    call(kernels, "backward_at", case, grad, windows, len(windows), out, out=out)
+    call(kernels, "backward_at", case, grad, windows, len(windows), out)
     torch.testing.assert_close(out, expected_grad)
 
 
@@ -126,8 +111,8 @@ def test_windows_outside_of_the_grid_read_padding_and_get_no_gradient(kernels):
     case = (1, 3, 7, 9, 2)
     windows = torch.tensor([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 4, 0], [0, 0, -9], [0, 0, 5]])
     x, masks = random(1, 9, 7, 9), nans(6, 6, 6)
-    call(kernels, "forward_at", case, x, windows, 6, masks, PAD, out=masks)
+    call(kernels, "forward_at", case, x, windows, 6, masks, PAD)
     assert (masks == PAD).all()
     out = nans(*x.shape)
-    call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out, out=out)
+    call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out)
     assert (out == 0).all()

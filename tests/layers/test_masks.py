@@ -1,7 +1,7 @@
 """Cropping to windows and pasting back: by hand, and against torchvision and the formula."""
 
 import torch
-from torchvision.ops import masks_to_boxes, roi_align
+from torchvision.ops import roi_align
 
 from tensormask.layers import crop_masks, mask_boxes, paste_masks
 from tensormask.layers import masks as masks_module
@@ -24,19 +24,18 @@ def test_crop_of_a_window_beyond_the_image() -> None:
     assert cropped.tolist() == [[[False] * 4] * 2 + [[False, False, True, True]] * 2]
 
 
-def test_crop_equals_roi_align() -> None:
-    masks = torch.rand(3, 40, 50) > 0.5
-    objects = torch.tensor([2, 0, 1, 2])
-    boxes = torch.tensor(
-        [[3.0, 4, 33, 34], [-10, -5, 20, 25], [30, 20, 60, 50], [10.5, 3.25, 41, 33.75]]
-    )
-    expected = torch.cat(
-        [
-            roi_align(masks[o][None, None].float(), [box[None]], 15, 1.0, 0, True)[:, 0] >= 0.5
-            for o, box in zip(objects, boxes, strict=True)
-        ]
-    )
+def test_crop_equals_roi_align_at_once_and_in_parts(monkeypatch) -> None:
+    """A limited number of mask pixels is converted to floating at a time."""
+    masks = torch.rand(7, 40, 50) > 0.5
+    objects = torch.tensor([6, 0, 1, 2, 6, 4, 1])
+    boxes = torch.rand(7, 4) * 40 - 10
+    boxes[:, 2:] += boxes[:, :2] + 20
+    rois = torch.cat([torch.arange(7.0)[:, None], boxes], dim=1)
+    expected = roi_align(masks[objects][:, None].float(), rois, 15, 1.0, 0, True)[:, 0] >= 0.5
     assert torch.equal(crop_masks(masks, objects, boxes, 15), expected)
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 40 * 50)
+    assert torch.equal(crop_masks(masks, objects, boxes, 15), expected)
+    assert crop_masks(masks[:0], objects[:0], boxes[:0], 15).shape == (0, 15, 15)
 
 
 def test_paste_by_hand() -> None:
@@ -53,10 +52,8 @@ def test_paste_by_hand() -> None:
 
 
 def test_a_probability_of_one_half_is_object() -> None:
-    pasted = paste_masks(
-        torch.full((1, 3, 3), 0.5), torch.tensor([[-6.0, -6.0, 12.0, 12.0]]), (6, 6)
-    )
-    assert pasted.all()
+    box = torch.tensor([[-6.0, -6.0, 12.0, 12.0]])
+    assert paste_masks(torch.full((1, 3, 3), 0.5), box, (6, 6)).all()
 
 
 def test_paste_equals_the_formula_over_the_whole_image() -> None:
@@ -78,33 +75,13 @@ def test_paste_equals_the_formula_over_the_whole_image() -> None:
         assert sure.float().mean() > 0.99
 
 
-def test_boxes_outside_of_the_image() -> None:
-    boxes = torch.tensor([[50.0, 50.0, 60.0, 60.0], [-20.0, 0.0, -9.0, 9.0]])
-    assert not paste_masks(torch.ones(2, 3, 3), boxes, (20, 20)).any()
-    assert paste_masks(torch.ones(0, 3, 3), torch.zeros(0, 4), (20, 30)).shape == (0, 20, 30)
-
-
-def test_crop_then_paste_returns_a_large_object() -> None:
-    mask = torch.zeros(1, 60, 60, dtype=torch.bool)
-    mask[0, 12:48, 16:44] = True
-    window = torch.tensor([[0.0, 0.0, 60.0, 60.0]])
-    cropped = crop_masks(mask, torch.tensor([0]), window, 15)
-    pasted = paste_masks(cropped.float(), window, (60, 60))
-    different = (pasted != mask).nonzero()[:, 1:].tolist()
-    assert different == [[12, 16], [12, 43], [47, 16], [47, 43]]  # interpolation rounds corners
-
-
 def test_regions_are_clipped_to_the_image() -> None:
     """Masks of unequal sizes, inside of the image, across its border, around it, and outside."""
     boxes = torch.tensor([[2.2, 3.0, 5.0, 7.5], [-4, 5, 3, 9], [-9, -9, 30, 30], [20, 0, 25, 9]])
     masks = [torch.ones(side, side) for side in (2, 3, 4, 5)]
     regions = list(paste_regions(masks, boxes, (10, 12)))
-    assert [(x0, y0, *region.shape) for x0, y0, region in regions] == [
-        (1, 2, 7, 5),
-        (0, 4, 6, 4),
-        (0, 0, 10, 12),
-        (0, 0, 0, 0),
-    ]
+    corners_and_sizes = [(x0, y0, *region.shape) for x0, y0, region in regions]
+    assert corners_and_sizes == [(1, 2, 7, 5), (0, 4, 6, 4), (0, 0, 10, 12), (0, 0, 0, 0)]
     assert all(region.dtype == torch.bool for _, _, region in regions)
     pasted = paste_masks(masks, boxes, (10, 12))
     for image, (x0, y0, region) in zip(pasted, regions, strict=True):
@@ -113,39 +90,18 @@ def test_regions_are_clipped_to_the_image() -> None:
         assert image.sum() == region.sum()
     assert pasted[2].all()
     assert not pasted[3].any()
+    assert paste_masks(torch.ones(0, 3, 3), boxes[:0], (20, 30)).shape == (0, 20, 30)
 
 
 def test_mask_boxes_by_hand() -> None:
-    logits = torch.full((3, 2, 4), -1.0)
+    logits = torch.full((4, 2, 4), -1.0)
     logits[0, 1, 2] = 0.0  # one pixel, at the threshold
     logits[1] = 3.0
-    windows = torch.tensor([[10.0, 20, 18, 28], [-4, 0, 4, 8], [0, 0, 8, 8]])
-    expected = [[14, 24, 16, 28], [-4, 0, 4, 8], [0, 0, 0, 0]]
+    logits[3, 0, [0, 2]] = logits[3, 1, 1] = 3.0  # rows and columns with several pixels
+    windows = torch.tensor([[10.0, 20, 18, 28], [-4, 0, 4, 8], [0, 0, 8, 8], [0, 0, 8, 8]])
+    expected = [[14, 24, 16, 28], [-4, 0, 4, 8], [0, 0, 0, 0], [0, 0, 6, 8]]
     assert mask_boxes(logits, windows).tolist() == expected
     assert mask_boxes(logits[:0], windows[:0]).shape == (0, 4)
-
-
-def test_mask_boxes_equal_torchvisions() -> None:
-    """Windows have one pixel per mask pixel. torchvision's boxes end at the last pixel itself."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 9, 7, generator=generator) - 2
-    logits = logits[(logits >= 0).flatten(1).any(1)]
-    windows = torch.tensor([0.0, 0, 7, 9]).expand(len(logits), 4)
-    expected = masks_to_boxes(logits >= 0) + torch.tensor([0.0, 0, 1, 1])
-    torch.testing.assert_close(mask_boxes(logits, windows), expected)
-
-
-def test_crop_in_parts_equals_crop_at_once(monkeypatch) -> None:
-    """A limited number of mask pixels is converted to floating at a time."""
-    generator = torch.Generator().manual_seed(0)
-    masks = torch.rand(7, 30, 40, generator=generator) > 0.5
-    objects = torch.tensor([6, 0, 1, 2, 6, 4, 1])
-    boxes = torch.rand(7, 4, generator=generator) * 20
-    boxes[:, 2:] += boxes[:, :2] + 8
-    expected = crop_masks(masks, objects, boxes, 9)
-    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 30 * 40)
-    assert torch.equal(crop_masks(masks, objects, boxes, 9), expected)
-    assert crop_masks(masks[:0], objects[:0], boxes[:0], 9).shape == (0, 9, 9)
 
 
 def test_pasting_whole_images_equals_regions(monkeypatch) -> None:

@@ -23,8 +23,7 @@ ops = torch.ops.tensormask
 
 def random_windows(x: torch.Tensor, lambda_val: int, count: int) -> torch.Tensor:
     """Return rows (n, y, x) anywhere on the grid, some of them twice."""
-    num_images, _, height, width = x.shape
-    limits = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
+    limits = (x.shape[0], *(math.ceil(extent / lambda_val) for extent in x.shape[2:]))
     return torch.stack([torch.randint(limit, (count,)) for limit in limits], 1)
 
 
@@ -84,20 +83,13 @@ def test_equals_the_reference(
 def test_every_16_bit_number_is_preserved(dtype: torch.dtype) -> None:
     """lambda = 1 of 2x2 masks averages equal numbers: outputs are bit-identical to inputs."""
     numbers = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
-    numbers = numbers[numbers.isfinite() & (numbers.abs() <= 2**15)]
-    count = numbers.numel()
-    x = numbers.repeat_interleave(4 * 4).view(1, count, 4, 4).expand(4, -1, -1, -1)
-    x = x.permute(1, 0, 2, 3)  # an image per number, four equal channels
+    numbers = numbers[~(numbers.isfinite() & (numbers.abs() > 2**15))]
+    x = numbers.view(-1, 1, 1, 1).expand(-1, 4, 4, 4)  # an image per number, four equal channels
     inside = ops.swap_align2nat(x, 1, 0.0)[:, :, 1:3, 1:3]
-    assert torch.equal(inside, x[:, :, 1:3, 1:3])
-    special = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)
-    x = special.view(3, 1, 1, 1).expand(3, 4, 4, 4)
-    middle = ops.swap_align2nat(x, 1, 0.0)[:, :, 1:3, 1:3]
-    assert_close(middle, x[:, :, 1:3, 1:3], equal_nan=True)
+    assert_close(inside, x[:, :, 1:3, 1:3], rtol=0, atol=0, equal_nan=True)
 
 
-def test_adjoint_and_repetition() -> None:
-    """<L x, y> == <x, L' y>; two runs, and any number of threads, give the same bits."""
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     threads = torch.get_num_threads()
     for side, lambda_val in ((15, 1), (4, 2), (3, 3), (5, 8)):
         x = torch.randn(2, side**2, 21, 34, dtype=torch.float64)
@@ -105,20 +97,14 @@ def test_adjoint_and_repetition() -> None:
         y = torch.randn_like(ops.swap_align2nat(x, lambda_val, 0.0))
         masks = torch.randn_like(ops.swap_align2nat_at(x, windows, lambda_val, 0.0))
         results = []
-        for num_threads in (1, 2, 3):
+        for num_threads in (1, 1, 2, 3):
             torch.set_num_threads(num_threads)
-            results.append(
-                [
-                    ops.swap_align2nat(x, lambda_val, 0.0),
-                    ops.swap_align2nat_backward(y, lambda_val, 21, 34),
-                    ops.swap_align2nat_at(x, windows, lambda_val, 0.0),
-                    ops.swap_align2nat_at_backward(masks, windows, lambda_val, 2, 21, 34),
-                ]
-            )
+            dense = ops.swap_align2nat(x, lambda_val, 0.0)
+            grad = ops.swap_align2nat_backward(y, lambda_val, 21, 34)
+            at = ops.swap_align2nat_at(x, windows, lambda_val, 0.0)
+            grad_at = ops.swap_align2nat_at_backward(masks, windows, lambda_val, 2, 21, 34)
+            results.append([dense, grad, at, grad_at])
         torch.set_num_threads(threads)
-        dense, dense_back, at, at_back = results[0]
-        assert_close((dense * y).sum(), (x * dense_back).sum())
-        assert_close((at * masks).sum(), (x * at_back).sum())
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
 
@@ -134,18 +120,6 @@ def test_out_is_written_in_place() -> None:
     assert torch.equal(grad_x, ops.swap_align2nat_backward(expected, 2, 8, 6))
     with pytest.raises(RuntimeError, match="out must be a contiguous"):
         ops.swap_align2nat.out(x, 2, -6.0, out=torch.empty(1, 36, 4, 4))
-
-
-def test_gradients_of_the_backward_operators() -> None:
-    dense = torch.randn(2, 16, 2, 2, dtype=torch.float64, requires_grad=True)
-    masks = torch.randn(5, 4, 4, dtype=torch.float64, requires_grad=True)
-    windows = random_windows(dense, 1, 5)
-    for function, grad in (
-        (lambda grad: ops.swap_align2nat_backward(grad, 2, 3, 4), dense),
-        (lambda grad: ops.swap_align2nat_at_backward(grad, windows, 2, 2, 3, 4), masks),
-    ):
-        assert torch.autograd.gradcheck(function, grad, fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, grad, fast_mode=True)
 
 
 def test_opcheck() -> None:
@@ -184,8 +158,7 @@ def test_compile(backend: str, lambda_val: int, sizes: list[tuple[int, int, int]
             expected = both(x, windows)
             assert_close(compiled(x, windows), expected)
             assert_close(
-                torch.autograd.grad(compiled(x, windows), x)[0],
-                torch.autograd.grad(expected, x)[0],
+                torch.autograd.grad(compiled(x, windows), x)[0], torch.autograd.grad(expected, x)[0]
             )
 
 
@@ -226,25 +199,26 @@ def test_autocast_leaves_the_dtype(dtype: torch.dtype) -> None:
 
 
 BAD_CALLS = [
-    (torch.zeros(1, 8, 4, 4), 1, None),
-    (torch.zeros(1, 0, 4, 4), 1, None),
-    (torch.zeros(9, 4, 4), 1, None),
-    (torch.zeros(1, 9, 4, 4, dtype=torch.int32), 1, None),
-    (torch.zeros(1, 9, 4, 4).to(torch.float8_e4m3fn), 1, None),
-    (torch.zeros(1, 9, 4, 4, dtype=torch.complex64), 1, None),
-    (torch.zeros(1, 9, 4, 4), 0, None),
-    (torch.zeros(1, 9, 4, 4), -3, None),
-    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 2, dtype=torch.int64)),
-    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(3, dtype=torch.int64)),
-    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int32)),
-    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, 0], [0, 2, 0]])),
-    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, -1]])),
-    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int64, device="meta")),
+    (torch.zeros(1, 8, 4, 4), 1, None, "a square"),
+    (torch.zeros(1, 0, 4, 4), 1, None, "a square"),
+    (torch.zeros(9, 4, 4), 1, None, "(N, V*U, H, W)"),
+    (torch.zeros(1, 9, 4, 4, dtype=torch.int32), 1, None, "a floating tensor"),
+    (torch.zeros(1, 9, 4, 4).to(torch.float8_e4m3fn), 1, None, "float8_e4m3fn"),
+    (torch.zeros(1, 9, 4, 4, dtype=torch.complex64), 1, None, "complex64"),
+    (torch.zeros(1, 9, 4, 4), 0, None, "lambda_val"),
+    (torch.zeros(1, 9, 4, 4), -3, None, "lambda_val"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 2, dtype=torch.int64), "(K, 3)"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(3, dtype=torch.int64), "(K, 3)"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int32), "int64"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, 0], [0, 2, 0]]), "outside"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, 0], [1, 0, 0]]), "outside"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.tensor([[0, 0, -1]]), "outside"),
+    (torch.zeros(1, 9, 4, 4), 2, torch.zeros(1, 3, dtype=torch.int64, device="meta"), "on meta"),
 ]
 
 
-@pytest.mark.parametrize("x, lambda_val, windows", BAD_CALLS)
-def test_messages_are_equal_everywhere(x, lambda_val, windows) -> None:
+@pytest.mark.parametrize("x, lambda_val, windows, part", BAD_CALLS)
+def test_messages_are_equal_everywhere(x, lambda_val, windows, part: str) -> None:
     """Of the public function on each backend, of the kernel itself, and of the fake kernel."""
 
     def message(function, *arguments) -> str:
@@ -252,29 +226,29 @@ def test_messages_are_equal_everywhere(x, lambda_val, windows) -> None:
             function(*arguments)
         return str(info.value).split(" (originally from")[0]
 
-    dense = windows is None
-    function = swap_align2nat if dense else swap_align2nat_at
-    arguments = (x, lambda_val) if dense else (x, windows, lambda_val)
-    messages = {}
-    for backend in ("native", "reference"):
-        with op_backend(backend), pytest.raises(ValueError) as info:
-            function(*arguments)
-        messages[backend] = str(info.value)
-    op = ops.swap_align2nat if dense else ops.swap_align2nat_at
-    messages["kernel"] = message(op, *arguments, -6.0)
-    if dense or (windows.device.type == "cpu" and "outside" not in messages["native"]):
-        fakes = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-        messages["fake"] = message(op, *fakes, -6.0)
-    assert len(set(messages.values())) == 1, messages
+    # Bad input is an error of both operations.
+    calls = [] if windows is not None else [(swap_align2nat, ops.swap_align2nat, (x, lambda_val))]
+    windows = torch.zeros(1, 3, dtype=torch.int64) if windows is None else windows
+    calls += [(swap_align2nat_at, ops.swap_align2nat_at, (x, windows, lambda_val))]
+    messages = set()
+    for function, op, arguments in calls:
+        for backend in ("native", "reference"):
+            with op_backend(backend), pytest.raises(ValueError) as info:
+                function(*arguments)
+            messages.add(str(info.value))
+        messages.add(message(op, *arguments, -6.0))
+        if windows.device.type == "cpu" and part != "outside":
+            fakes = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+            messages.add(message(op, *fakes, -6.0))
+    (only,) = messages
+    assert part in only
 
 
 @pytest.mark.parametrize(
     "shape, size",
     [
-        ((1, 36, 2, 2), (5, 4)),
-        ((1, 37, 2, 2), (4, 4)),
-        ((1, 1, 2, 2), (4, 4)),
-        ((36, 2, 2), (4, 4)),
+        *(((1, 36, 2, 2), (5, 4)), ((1, 37, 2, 2), (4, 4))),
+        *(((1, 1, 2, 2), (4, 4)), ((36, 2, 2), (4, 4))),
     ],
 )
 def test_gradients_of_wrong_shapes(shape, size) -> None:
@@ -286,39 +260,23 @@ def test_gradients_of_wrong_shapes(shape, size) -> None:
     assert len(messages) == 1, messages
 
 
-def test_empty_tensors() -> None:
-    no_windows = torch.zeros(0, 3, dtype=torch.int64)
-    for shape in ((0, 9, 4, 6), (1, 9, 0, 6), (1, 9, 4, 0)):
-        x = torch.zeros(shape, requires_grad=True)
-        out = swap_align2nat(x, 2)
-        assert out.shape == (shape[0], 36, -(-shape[2] // 2), -(-shape[3] // 2))
-        (out.sum() + swap_align2nat_at(x, no_windows, 2).sum()).backward()
-        assert x.grad.shape == shape
-
-
 def test_op_backend_chooses(monkeypatch, caplog) -> None:
     x = torch.randn(1, 9, 4, 4)
     calls = []
     monkeypatch.setattr(
         reference, "swap_align2nat", lambda *a: calls.append(a) or torch.zeros(1, 36, 2, 2)
     )
-    with op_backend("reference"):
-        swap_align2nat(x, 2)
-    assert len(calls) == 1
-    with op_backend("native"):
-        swap_align2nat(x, 2)
-    assert len(calls) == 1
-    with (
-        pytest.raises(ValueError, match="one of auto, native, reference, got 'cuda'"),
-        op_backend("cuda"),
-    ):
-        pass
+    for backend in ("reference", "native"):
+        with op_backend(backend):
+            swap_align2nat(x, 2)
+        assert len(calls) == 1
+    with pytest.raises(ValueError, match="one of auto, native, reference, got 'cuda'"):
+        op_backend("cuda").__enter__()
 
     # Without a compiled op: a warning, once; an error with the backend "native".
-    monkeypatch.setattr(_native, "LIBRARY", None)
-    monkeypatch.setattr(_native, "REASON", "it was not built")
-    monkeypatch.setattr(_native, "DEVICES", frozenset())
-    monkeypatch.setattr(_native, "_warned_devices", set())
+    missing = {"LIBRARY": None, "REASON": "it was not built", "DEVICES": frozenset()}
+    for name, value in {**missing, "_warned_devices": set()}.items():
+        monkeypatch.setattr(_native, name, value)
     with caplog.at_level(logging.WARNING):
         swap_align2nat(x, 2)
         swap_align2nat(x, 2)
