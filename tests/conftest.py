@@ -32,8 +32,17 @@ def nothing_left_behind():
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Replace model, data and evaluation by fakes; `evaluations` lists the evaluated folders."""
-    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}})
+    """Replace model, data and evaluation by fakes; `evaluations` lists the evaluated folders.
+
+    The first image of the iterations `broken_at` is reported as broken.
+    """
+    state = SimpleNamespace(evaluations=[], results={"segm": {"AP": 30.0}}, broken_at=())
+
+    def load(cfg, start_iteration=0, **processes):
+        for iteration, batch in enumerate(fake_loader(cfg, start_iteration), start_iteration):
+            if iteration in state.broken_at:
+                batch[0]["issues"] = [("a", "image_broken", iteration)]
+            yield batch
 
     def fake_evaluate(model, loader, dataset, folder, **options):
         torch.rand(3)  # draws from the global generator, as an evaluation may
@@ -48,7 +57,7 @@ def fakes(monkeypatch):
         monkeypatch.setattr(module, "build_model", lambda cfg, **options: FakeModel())
     for module in (trainer, evaluator, run):
         monkeypatch.setattr(module, "get_dataset", lambda name: dataset)
-    monkeypatch.setattr(trainer, "build_train_loader", fake_loader)
+    monkeypatch.setattr(trainer, "build_train_loader", load)
     monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset, **processes: [])
     monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
     monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])

@@ -3,6 +3,7 @@
 The weights depend on the order of images, on dropout and on running statistics.
 """
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -29,21 +30,15 @@ class FakeModel(nn.Module):
         return {"loss_cls": (x - y).square().mean(), "loss_mask": x.abs().mean()}
 
 
-def fake_loader(cfg, start_iteration=0, *, rank=0, world_size=1):
-    iteration = start_iteration
-    while True:
+def fake_loader(cfg, start_iteration):
+    for iteration in itertools.count(start_iteration):
         generator = torch.Generator().manual_seed(cfg.SEED * 1000 + iteration)
         images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 4, generator=generator)
+        names = [f"{iteration}_{k}.png" for k in range(len(images))]
         yield [
-            {
-                "image": x,
-                "target": {"value": x.sum()},
-                "file_name": f"{iteration}_{k}.png",
-                "issues": [],
-            }
-            for k, x in enumerate(images)
+            {"image": x, "target": {"value": x.sum()}, "file_name": name, "issues": []}
+            for x, name in zip(images, names, strict=True)
         ]
-        iteration += 1
 
 
 class Interrupted(Exception):
@@ -52,16 +47,12 @@ class Interrupted(Exception):
 
 def make_cfg(folder, *overrides):
     cfg = get_cfg()
-    cfg.merge_from_list(
-        [
-            *("OUTPUT_DIR", str(folder), "SEED", 5),
-            *("DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
-            *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
-            *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
-            *("MODEL.TENSOR_MASK.NUM_CLASSES", 2),
-            *overrides,
-        ]
-    )
+    cfg.merge_from_list([
+        *("OUTPUT_DIR", str(folder), "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
+        *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
+        *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
+        *("MODEL.TENSOR_MASK.NUM_CLASSES", 2, "SEED", 5, *overrides),
+    ])  # fmt: skip
     return cfg
 
 
@@ -79,20 +70,16 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def interrupt_at(monkeypatch, iteration, error=Interrupted):
+def interrupted_run(cfg, monkeypatch, iteration):
+    """Train until an exception before this iteration."""
     real = trainer.train_step
 
     def step(state, batch, **options):
         if options["iteration"] == iteration:
-            raise error
+            raise Interrupted
         return real(state, batch, **options)
 
-    monkeypatch.setattr(trainer, "train_step", step)
-    return lambda: monkeypatch.setattr(trainer, "train_step", real)
-
-
-def interrupted_run(cfg, monkeypatch, iteration):
-    restore = interrupt_at(monkeypatch, iteration)
-    with pytest.raises(Interrupted):
-        trainer.train(cfg)
-    restore()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", step)
+        with pytest.raises(Interrupted):
+            trainer.train(cfg)

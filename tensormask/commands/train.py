@@ -29,16 +29,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="example: train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
         "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005 OUTPUT_DIR output/small",
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="YAML config")
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add(
         "--eval-only",
         action="store_true",
         help="do not train; evaluate MODEL.WEIGHTS, or with --resume the last checkpoint",
     )
-    parser.add_argument(
+    add(
         "--num-gpus",
         type=int,
         default=1,
@@ -46,21 +45,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="number of processes on this machine, each with its own GPU, or with MODEL.DEVICE cpu "
         'on the CPU; 0: one process, on the CPU if MODEL.DEVICE is "auto" (default: 1)',
     )
-    parser.add_argument(
-        "--num-machines", type=int, default=1, metavar="M", help="number of machines"
-    )
-    parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0"
-    )
-    parser.add_argument(
+    add("--num-machines", type=int, default=1, metavar="M", help="number of machines")
+    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
+    add(
         "--dist-url",
         default=AUTO,
         metavar="URL",
         help='tcp://host:port of machine 0; "auto" for one machine (default: auto)',
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
-    )
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(arguments)
 
 
@@ -100,14 +93,8 @@ def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
         "dist_url": args.dist_url,
     }
     check_launch(device=cfg.MODEL.DEVICE, **options)
-    command = [
-        sys.executable,
-        "-m",
-        "tensormask.commands.train",
-        "--num-gpus",
-        str(min(1, args.num_gpus)),
-    ]
-    command += ["--config-file", args.config_file]
+    command = [sys.executable, "-m", "tensormask.commands.train"]
+    command += ["--num-gpus", str(min(1, args.num_gpus)), "--config-file", args.config_file]
     command += ["--resume"] * args.resume + ["--eval-only"] * args.eval_only
     return launch([*command, *args.opts], **options)
 

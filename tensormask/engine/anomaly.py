@@ -39,15 +39,10 @@ def read_losses(
 
 def gradients_error(model: nn.Module, iteration: int, batch: list[dict]) -> NonFiniteError:
     """Make the error for a gradient norm that is not finite."""
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
-    where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    where = _not_finite(gradients) or "no single parameter, but in the norm of all"
     return NonFiniteError(
-        f"Gradient is not finite at iteration {iteration}, for "
-        f"{where or 'no single parameter, but in the norm of all'}" + _advice(batch)
+        f"Gradient is not finite at iteration {iteration}, for {where}" + _advice(batch)
     )
 
 
@@ -62,10 +57,13 @@ def _advice(batch: list[dict]) -> str:
 
 def check_weights(model: nn.Module, where: str) -> None:
     """Raise UserError if a weight is NaN or infinite; `where` names the file in the message."""
-    names = [n for n, value in model.state_dict().items() if not value.isfinite().all()]
-    if names:
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise UserError(f"Not finite in {where}: {', '.join(names[:4])}{more}; use other weights")
+    if names := _not_finite(model.state_dict()):
+        raise UserError(f"Not finite in {where}: {names}; use other weights")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    names = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def watch_modules(model: nn.Module) -> None:

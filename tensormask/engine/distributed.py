@@ -43,11 +43,8 @@ def start(device: str) -> None:
     the rank on this machine. Gloo connects processes on CPUs; NCCL connects processes on GPUs, each
     of which uses the GPU with the number LOCAL_RANK.
 
-    Args:
-        device: `MODEL.DEVICE`.
-
     Raises:
-        UserError: `device` names a single GPU for all processes, or there are too few GPUs.
+        UserError: `MODEL.DEVICE` names a single GPU for all processes, or there are too few GPUs.
     """
     global _objects_group
     if not is_launched():
@@ -250,11 +247,9 @@ def scale_to_world_size(cfg: CfgNode) -> CfgNode:
     solver, test = cfg.SOLVER, cfg.TEST
     solver.IMS_PER_BATCH = solver.IMS_PER_BATCH // reference * world_size
     solver.BASE_LR *= scale
-    for node, key in (
-        *((solver, key) for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")),
-        (test, "EVAL_PERIOD"),
-    ):
-        node[key] = shortened(node[key])
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        solver[key] = shortened(solver[key])
+    test.EVAL_PERIOD = shortened(test.EVAL_PERIOD)
     solver.STEPS = tuple(shortened(step) for step in solver.STEPS)
     solver.REFERENCE_WORLD_SIZE = world_size
     cfg.freeze()

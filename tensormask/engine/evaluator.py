@@ -17,17 +17,7 @@ from tensormask.data import (
 )
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
-from tensormask.engine.distributed import (
-    barrier,
-    broadcast_object,
-    first_on_machine,
-    gather_lists,
-    gather_objects,
-    get_rank,
-    get_world_size,
-    is_main_process,
-    sync_buffers,
-)
+from tensormask.engine import distributed
 from tensormask.engine.events import append_issues
 from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import checkpoint_to_resume, restore_model
@@ -54,14 +44,14 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     output_dir = Path(cfg.OUTPUT_DIR)
     with open_output_dir(output_dir):
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
-        with first_on_machine():  # this can draw a data set
+        with distributed.first_on_machine():  # this can draw a data set
             check_evaluation(cfg)
         reporter = build_issue_reporter(cfg, cfg.DATASETS.TEST)
         model = build_model(cfg)
         if checkpoint is not None:
             restore_model(checkpoint, model)
         elif cfg.MODEL.WEIGHTS:
-            with first_on_machine():  # this can download a file
+            with distributed.first_on_machine():  # this can download a file
                 loaded = load_weights(model, cfg.MODEL.WEIGHTS)
             check_complete(loaded, cfg.MODEL.WEIGHTS)
         else:
@@ -75,7 +65,7 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
             restore_model(checkpoint["ema"], model)
             averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
             results = {**results, "ema": averaged}
-        if is_main_process():
+        if distributed.is_main_process():
             append_issues(output_dir, reporter.pop_record())
         reporter.log_new()
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
@@ -125,7 +115,7 @@ def evaluate_all(
         the score of ground-truth masks represented in the model's windows. Several sets add a
         level: `{name of the set: {"bbox": ...}}`.
     """
-    sync_buffers(model)
+    distributed.sync_buffers(model)
     names = list(dict.fromkeys(cfg.DATASETS.TEST))
     results: dict[str, Any] = {}
     taken: set[str] = set()
@@ -144,7 +134,7 @@ def _evaluate_one(
 ) -> dict[str, Any]:
     dataset = get_dataset(name)
     logger.info("Evaluating on %s: %d images", name, len(dataset))
-    rank, world_size = get_rank(), get_world_size()
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     results = evaluate(
         model,
         reporter.wrap(build_test_loader(cfg, dataset, rank=rank, world_size=world_size)),
@@ -154,10 +144,10 @@ def _evaluate_one(
         num_visualized=cfg.TEST.NUM_VISUALIZED,
         submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
         rank=rank,
-        gather=gather_objects,
+        gather=distributed.gather_objects,
     )
-    barrier()  # Wait for rank 0's scoring, which can take longer than collectives on GPUs allow.
-    reporter.add([{"issues": gather_lists(reporter.pop_new())}])
+    distributed.barrier()  # Rank 0's scoring can take longer than collectives on GPUs wait.
+    reporter.add([{"issues": distributed.gather_lists(reporter.pop_new())}])
     oracle = None
     if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON and dataset.has_annotations:
         oracle = evaluate_oracle(
@@ -167,12 +157,12 @@ def _evaluate_one(
             max_dets=cfg.TEST.MAX_DETS,
             rank=rank,
             world_size=world_size,
-            gather=gather_objects,
+            gather=distributed.gather_objects,
         ).get("segm")
     if results:  # empty for test-dev, which has no annotations, and above rank 0
         logger.info("Results on %s\n%s", name, results_table(results, oracle))
         results = results if oracle is None else {**results, "oracle": oracle}
-    return broadcast_object(results)
+    return distributed.broadcast_object(results)
 
 
 def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:

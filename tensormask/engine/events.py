@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -64,8 +64,8 @@ def json_line(record: Mapping[str, object]) -> str:
     """Format a record as one line of valid JSON; NaN and infinities become null.
 
     Example:
-        >>> json_line({"iteration": 19, "loss": math.nan})
-        '{"iteration": 19, "loss": null}\\n'
+        >>> json_line({"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+        '{"loss": null, "grad_norm": null, "lr": 0.5}\\n'
     """
     valid = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -174,10 +174,10 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median([v for v in values if not math.isnan(v)] or [math.nan])
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager):
     """Write records to `metrics.json` and TensorBoard, each with its iteration (from 0).
 
-    Only rank 0 writes.
+    Only rank 0 writes. The end of the context closes the files.
 
     Raises:
         DiskFullError: from any method, if the disk is full.
@@ -238,19 +238,12 @@ class MetricsWriter:
                 self._file.write(json_line(record))
                 self._file.flush()
 
-    def close(self) -> None:
-        """Close the files."""
+    def __exit__(self, *exception: object) -> None:
         with reraise_disk_full(self._path):
             if self._file is not None:
                 self._file.close()
             if self._board is not None:
                 self._board.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _write_curve(board: SummaryWriter, tag: str, precision: list[float], iteration: int) -> None:
@@ -294,10 +287,7 @@ def drop_metrics_from(path: str | Path, start_iteration: int) -> None:
     if len(earlier) < len(lines):
         logger.info(
             "%s: removed %d of %d lines of an earlier run, from iteration %d on",
-            path,
-            len(lines) - len(earlier),
-            len(lines),
-            start_iteration,
+            *(path, len(lines) - len(earlier), len(lines), start_iteration),
         )
         write_atomically(path, lambda file: file.write("".join(earlier).encode()))
 

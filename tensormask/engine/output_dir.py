@@ -96,13 +96,8 @@ def git_state(folder: Path) -> str:
     """Return the commit of the code in `folder`, and the names of modified files."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.rstrip()
+        command, quiet = ["git", "-C", str(folder), *words], subprocess.DEVNULL
+        return subprocess.check_output(command, stderr=quiet, text=True, timeout=20).rstrip()
 
     try:
         commit = git("rev-parse", "HEAD")

@@ -30,8 +30,7 @@ def build_autocast(cfg: CfgNode, device: torch.device) -> tuple[Autocast, torch.
     if dtype == torch.bfloat16 and device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(
-                "SOLVER.AMP.DTYPE is 'bfloat16', which this GPU does not support: set it to "
-                "'float16'"
+                "SOLVER.AMP.DTYPE 'bfloat16' is not supported by this GPU: set it to 'float16'"
             )
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -53,8 +52,6 @@ def set_float32_precision(precision: str) -> None:
         UserError: another value.
     """
     if precision not in _FLOAT32_PRECISIONS:
-        raise UserError(
-            f"FLOAT32_PRECISION is {precision!r}; it must be one of {_FLOAT32_PRECISIONS}"
-        )
+        raise UserError(f"FLOAT32_PRECISION is {precision!r}; give one of {_FLOAT32_PRECISIONS}")
     torch.set_float32_matmul_precision(precision or "highest")
     torch.backends.cudnn.allow_tf32 = precision != "highest"

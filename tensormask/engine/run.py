@@ -9,26 +9,8 @@ from typing import Any, cast
 
 from tensormask.config import CfgNode
 from tensormask.data import IssueReporter, get_dataset
-from tensormask.engine import distributed
+from tensormask.engine import distributed, events, resume
 from tensormask.engine.evaluator import evaluate_all
-from tensormask.engine.events import (
-    MetricsWriter,
-    flatten_results,
-    format_summary,
-    peak_memory,
-    read_metrics,
-)
-from tensormask.engine.resume import (
-    BEST_CHECKPOINT,
-    FINAL_CHECKPOINT,
-    FINAL_EMA,
-    SampleIssue,
-    only_weights,
-    pack_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-    write_torch,
-)
 from tensormask.engine.step import TrainState
 from tensormask.layers import _native
 from tensormask.modeling import TensorMask
@@ -42,9 +24,9 @@ class Run:
 
     cfg: CfgNode
     state: TrainState
-    writer: MetricsWriter
+    writer: events.MetricsWriter
     reporter: IssueReporter
-    issues: dict[SampleIssue, None]  # of training samples, in order of their detection
+    issues: dict[resume.SampleIssue, None]  # of training samples, in order of their detection
 
 
 def save(run: Run, done: int) -> None:
@@ -54,17 +36,18 @@ def save(run: Run, done: int) -> None:
     output_dir = run.cfg.OUTPUT_DIR
     checkpoint = _pack(run, done)
     if done < run.cfg.SOLVER.MAX_ITER:
-        save_checkpoint(output_dir, f"model_{done - 1:07d}.pth", checkpoint)
+        resume.save_checkpoint(output_dir, f"model_{done - 1:07d}.pth", checkpoint)
     else:
         if run.state.ema is not None:
-            write_torch(Path(output_dir) / FINAL_EMA, only_weights(checkpoint, averaged=True))
-        save_checkpoint(output_dir, FINAL_CHECKPOINT, checkpoint)
-    remove_old_checkpoints(output_dir, run.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP, done - 1)
+            averages = resume.only_weights(checkpoint, averaged=True)
+            resume.write_torch(Path(output_dir) / resume.FINAL_EMA, averages)
+        resume.save_checkpoint(output_dir, resume.FINAL_CHECKPOINT, checkpoint)
+    resume.remove_old_checkpoints(output_dir, run.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP, done - 1)
 
 
 def _pack(run: Run, done: int) -> dict:
     dataset = get_dataset(run.cfg.DATASETS.TRAIN[0])
-    return pack_checkpoint(
+    return resume.pack_checkpoint(
         run.state,
         iteration=done - 1,
         config=run.cfg.dump(),
@@ -88,7 +71,7 @@ def evaluate(run: Run, done: int) -> dict[str, Any]:
         folder = output_dir / prefix / "inference"
         drawn = cfg.TEST.NUM_VISUALIZED > 0
         run.writer.write_evaluation(done - 1, folder, drawn=drawn, prefix=prefix)
-    metrics = flatten_results(results)
+    metrics = events.flatten_results(results)
     _keep_best(run, done, metrics)
     run.writer.write(done - 1, metrics)
     run.writer.write_issues(done - 1, run.reporter.pop_record())
@@ -104,23 +87,22 @@ def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
         logger.warning(
             "SOLVER.CHECKPOINT_BEST is %r, which is not a metric of this evaluation, so no best "
             "checkpoint is saved; the metrics are %s",
-            metric,
-            ", ".join(metrics),
+            *(metric, ", ".join(metrics)),
         )
         return
-    records = read_metrics(output_dir / "metrics.json")
+    records = events.read_metrics(output_dir / "metrics.json")
     earlier = [record[metric] for record in records if record.get(metric) is not None]
     if metrics[metric] > max(earlier, default=-math.inf):
-        weights = only_weights(_pack(run, done), averaged=metric.startswith("ema/"))
-        write_torch(output_dir / BEST_CHECKPOINT, weights)
-        logger.info("%s %.4f is the best so far: %s", metric, metrics[metric], BEST_CHECKPOINT)
+        weights = resume.only_weights(_pack(run, done), averaged=metric.startswith("ema/"))
+        best = resume.write_torch(output_dir / resume.BEST_CHECKPOINT, weights)
+        logger.info("%s %.4f is the best so far: %s", metric, metrics[metric], best.name)
 
 
 def is_evaluated(run: Run, done: int) -> bool:
     """Return whether metrics.json, as rank 0 reads it, has results after `done` iterations."""
     evaluated = any(
         record["iteration"] == done - 1 and not {"total_loss", "issues"} & record.keys()
-        for record in read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
+        for record in events.read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
     )
     return distributed.broadcast_object(evaluated)
 
@@ -131,10 +113,7 @@ def log_start(run: Run, start: int) -> None:
     logger.info(
         "Training iterations %d to %d, %d images each, on %s; %d images in %s; "
         "%.2f M parameters, %.2f M of them trainable",
-        start,
-        cfg.SOLVER.MAX_ITER,
-        cfg.SOLVER.IMS_PER_BATCH,
-        parameters[0].device,
+        *(start, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, parameters[0].device),
         sum(len(get_dataset(name)) for name in cfg.DATASETS.TRAIN),
         ", ".join(cfg.DATASETS.TRAIN),
         sum(p.numel() for p in parameters) / 1e6,
@@ -145,15 +124,15 @@ def log_start(run: Run, start: int) -> None:
 
 def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -> None:
     """Log the table at the end of a run."""
-    metrics = {k: f"{v:.2f}" for k, v in flatten_results(results).items() if k.endswith("/AP")}
-    best = Path(run.cfg.OUTPUT_DIR) / BEST_CHECKPOINT
+    flat = events.flatten_results(results)
+    best = Path(run.cfg.OUTPUT_DIR) / resume.BEST_CHECKPOINT
     rows = {
         "iterations": f"{start} to {run.cfg.SOLVER.MAX_ITER}",
         "time": timedelta(seconds=round(seconds)),
-        "most memory": f"{peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
-        **metrics,
-        "weights": Path(run.cfg.OUTPUT_DIR) / FINAL_CHECKPOINT,
+        "most memory": f"{events.peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
+        **{name: f"{value:.2f}" for name, value in flat.items() if name.endswith("/AP")},
+        "weights": Path(run.cfg.OUTPUT_DIR) / resume.FINAL_CHECKPOINT,
     }
     if run.cfg.SOLVER.CHECKPOINT_BEST and best.is_file():
         rows["best weights"] = best
-    logger.info("Finished\n%s", format_summary(rows))
+    logger.info("Finished\n%s", events.format_summary(rows))

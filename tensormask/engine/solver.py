@@ -7,6 +7,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,10 @@ from tensormask.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 NORM_MODULES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm,
+    nn.LocalResponseNorm, nn.RMSNorm,
+)  # fmt: skip
 
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
@@ -85,9 +78,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         UserError: an unknown optimiser, or a model without trainable parameters.
     """
     solver = cfg.SOLVER
+    lr = solver.BASE_LR
     groups = parameter_groups(
         model,
-        lr=solver.BASE_LR,
+        lr=lr,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
@@ -96,11 +90,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not groups:
         raise UserError("The model has no trainable parameter: lower MODEL.BACKBONE.FREEZE_AT")
     if solver.OPTIMIZER == "SGD":
-        return torch.optim.SGD(
-            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
-        )
+        return torch.optim.SGD(groups, lr=lr, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     if solver.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be 'SGD' or 'AdamW'")
 
 
@@ -155,27 +147,20 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
         UserError: an unknown name or warm-up method, steps that are not positive and ascending, a
             `MAX_ITER` below 1, or a `BASE_LR_END` outside 0 to `BASE_LR`.
     """
-    solver = cfg.SOLVER
-    max_iter = solver.MAX_ITER
+    solver, max_iter = cfg.SOLVER, cfg.SOLVER.MAX_ITER
     if max_iter < 1:
         raise UserError(f"SOLVER.MAX_ITER is {max_iter}; it must be at least 1")
-
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = _steps_before(solver.STEPS, max_iter)
-
-        def factor(iteration: int) -> float:
-            return multi_step_factor(iteration, steps, solver.GAMMA)
-
+        factor = partial(multi_step_factor, steps=steps, gamma=solver.GAMMA)
     elif solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         if not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
             raise UserError(
                 f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; "
                 f"it must be from 0 to SOLVER.BASE_LR, {solver.BASE_LR}"
             )
-
-        def factor(iteration: int) -> float:
-            return cosine_factor(iteration, max_iter, solver.BASE_LR_END / solver.BASE_LR)
-
+        end_factor = solver.BASE_LR_END / solver.BASE_LR
+        factor = partial(cosine_factor, max_iter=max_iter, end_factor=end_factor)
     else:
         raise UserError(
             f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}; "
@@ -197,8 +182,7 @@ def _steps_before(steps: Sequence[int], max_iter: int) -> list[int]:
     if len(reached) < len(steps):
         logger.warning(
             "SOLVER.STEPS %s: those at or after SOLVER.MAX_ITER %d are ignored",
-            tuple(steps),
-            max_iter,
+            *(tuple(steps), max_iter),
         )
     return reached
 

@@ -14,17 +14,9 @@ import yaml
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
-from tensormask.engine import distributed
+from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
 from tensormask.engine.evaluator import build_issue_reporter, check_evaluation
-from tensormask.engine.events import (
-    MetricsWriter,
-    RecentMetrics,
-    format_progress,
-    log_progress,
-    peak_memory,
-    progress_bar,
-)
 from tensormask.engine.output_dir import open_output_dir, record_environment
 from tensormask.engine.precision import build_autocast, set_float32_precision
 from tensormask.engine.resume import (
@@ -37,12 +29,6 @@ from tensormask.engine.resume import (
 )
 from tensormask.engine.run import Run, evaluate, is_evaluated, log_start, log_summary, save
 from tensormask.engine.signals import StopSignals, TrainingStopped
-from tensormask.engine.solver import (
-    build_ema,
-    build_gradient_clipper,
-    build_lr_scheduler,
-    build_optimizer,
-)
 from tensormask.engine.step import TrainState, train_step
 from tensormask.evaluation import verify_results
 from tensormask.modeling import build_model
@@ -111,7 +97,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
                 (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
             write_atomically(output_dir / "config.yaml", lambda f: f.write(cfg.dump().encode()))
             record_environment(output_dir)
-        with MetricsWriter(output_dir, start) as writer:
+        with events.MetricsWriter(output_dir, start) as writer:
             run = Run(cfg, state, writer, reporter, issues)
             if not finished:
                 _run_iterations(run, batches, stop, start)
@@ -131,9 +117,9 @@ def build_state(cfg: CfgNode) -> TrainState:
             "support this: set MODEL.COMPILE to ''"
         )
     model = build_model(cfg, sum_over_ranks=distributed.all_reduce_sum)
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    ema = build_ema(cfg, model)  # a copy without the hooks of `watch_modules`
+    optimizer = solver.build_optimizer(cfg, model)
+    scheduler = solver.build_lr_scheduler(cfg, optimizer)
+    ema = solver.build_ema(cfg, model)  # a copy without the hooks of `watch_modules`
     if cfg.SOLVER.DETECT_ANOMALY:
         watch_modules(model)
     _, scaler = build_autocast(cfg, _device(model))
@@ -147,16 +133,16 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
     step = partial(
         train_step,
         state,
-        clip_gradients=build_gradient_clipper(cfg),
+        clip_gradients=solver.build_gradient_clipper(cfg),
         autocast=build_autocast(cfg, device)[0],
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
     log_start(run, start)
     run.writer.write_issues(start, run.reporter.pop_record())
-    recent = RecentMetrics()
+    recent = events.RecentMetrics()
     state.model.train()
     done = saved = start  # iterations since the start of the run
-    with progress_bar(start, max_iter) as bar:
+    with events.progress_bar(start, max_iter) as bar:
         try:
             if start > 0 and _is_due(start, cfg.TEST.EVAL_PERIOD) and not is_evaluated(run, start):
                 with stop.interruptible():  # the run was stopped before or during it
@@ -177,9 +163,9 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
                 recent.add({**metrics, "data_time": data_time, "time": seconds})
                 bar.update()
                 if done % LOG_PERIOD == 0 or done == max_iter:
-                    medians = recent.pop_medians() | {"max_mem": peak_memory(device)}
+                    medians = recent.pop_medians() | {"max_mem": events.peak_memory(device)}
                     medians["eta_seconds"] = recent.seconds_left(max_iter - done)
-                    log_progress(format_progress(done - 1, max_iter, medians))
+                    events.log_progress(events.format_progress(done - 1, max_iter, medians))
                     bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
                     run.writer.write(done - 1, medians)
                     run.writer.write_issues(done - 1, run.reporter.pop_record())

@@ -28,14 +28,6 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
     Raises:
         DiskFullError: the disk is full.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "greeting.txt"
-        ...     write_atomically(path, lambda file: file.write(b"hello"))
-        ...     path.read_text()
-        'hello'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> dict[str, str]:
     """Small shapes sets as custom data, `annotations.json@images`."""
-    folder = tmp_path_factory.mktemp("shapes")
+    sets = {}
     for split, num_images in (("train", 12), ("val", 4)):
-        write_split(split, num_images, folder / split)
-    return {
-        s: f"{folder / s / 'annotations.json'}@{folder / s / 'images'}" for s in ("train", "val")
-    }
+        folder = tmp_path_factory.mktemp(split)
+        write_split(split, num_images, folder)
+        sets[split] = f"{folder / 'annotations.json'}@{folder / 'images'}"
+    return sets
 
 
 def arguments(shapes: dict[str, str], output: Path, *more: object) -> list[str]:
@@ -37,7 +37,7 @@ def arguments(shapes: dict[str, str], output: Path, *more: object) -> list[str]:
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run")
-    assert train.main(arguments(shapes, output)) == 0
+    assert train.main(["--num-gpus", "0", *arguments(shapes, output, "TEST.EVAL_PERIOD", 2)]) == 0
     return output
 
 
@@ -54,7 +54,10 @@ def test_the_files_of_a_run(run) -> None:
     assert list(run.glob("events.out.tfevents.*"))
     assert len(list((run / "inference" / "images").glob("*.png"))) == 4
     lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
-    assert {"loss_cls", "loss_box_reg", "loss_mask", "lr"} <= lines[0].keys()
+    (trained,) = (line for line in lines if "lr" in line)
+    assert {"loss_cls", "loss_box_reg", "loss_mask"} <= trained.keys()
+    assert [line["iteration"] for line in lines if "segm/AP" in line] == [1, 3]
+    assert {"bbox/AP", "segm/AP", "segm/AP-star"} <= lines[-1].keys()
     assert 0 <= lines[-1]["segm/AP"] <= 100
     assert 20 < lines[-1]["oracle/AP"] <= 100
     for result in json.loads((run / "inference/coco_instances_results.json").read_text()):
@@ -94,36 +97,19 @@ def test_without_masks(run, shapes, tmp_path) -> None:
     assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 0
 
 
-def test_mistakes_are_one_line(shapes, tmp_path, capsys) -> None:
-    """A wrong key, number of classes or path: exit code 2, no traceback."""
-    for more, message in (
-        (["SOLVER.MAX_ITERS", 3], "SOLVER.MAX_ITER"),
-        (["MODEL.TENSOR_MASK.NUM_CLASSES", 80], "NUM_CLASSES 6"),
-        (["DATASETS.TEST", ["nowhere.json@nowhere"]], "nowhere"),
-    ):
-        assert train.main(arguments(shapes, tmp_path, *more)) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-
-
 def test_predictor_and_demo(run, shapes, tmp_path) -> None:
     images = Path(shapes["val"].split("@")[1])
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", "0.005"]
     predictor = tensormask.Predictor(run / "config.yaml", run / "model_final.pth")
     detections = predictor(images / "000001.png")
     assert detections["masks"].shape == (len(detections["scores"]), 128, 128)
     assert predictor.class_names[3] == "star"
     assert set(detections["class_names"]) <= set(predictor.class_names)
 
-    code = predict.main(
-        [
-            *("--config-file", str(run / "config.yaml"), "--weights", str(run / "model_final.pth")),
-            *("--input", str(images), "--output", str(tmp_path), "--confidence-threshold", "0.0"),
-            *opts,
-        ]
-    )
-    assert code == 0
+    assert predict.main([
+        *("--config-file", str(run / "config.yaml"), "--weights", str(run / "model_final.pth")),
+        *("--input", str(images), "--output", str(tmp_path), "--confidence-threshold", "0.0"),
+        *("MODEL.DEVICE", "cpu", "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", "0.005"),
+    ]) == 0  # fmt: skip
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{i:06d}.png" for i in range(1, 5)]
     results = json.loads((tmp_path / "detections.json").read_text())
     first = [result["score"] for result in results if result["image_id"] == 0]

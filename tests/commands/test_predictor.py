@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from tensormask.commands import predict
 from tensormask.config import get_cfg
 from tensormask.predictor import Predictor
 
-TOOL = Path(__file__).parents[2] / "tools" / "demo.py"
 CHANNELS = ("red", "green", "blue")
 
 
@@ -46,14 +44,13 @@ class BrightModel(nn.Module):
                 sized = nn.functional.interpolate(bright[None, None].float(), (height, width))
                 masks.append(sized[0, 0] > 0)
                 labels.append(label)
-        return [
-            {
-                "boxes": torch.stack(boxes) if boxes else torch.zeros(0, 4),
-                "scores": torch.linspace(0.9, 0.4, 3)[: len(labels)],
-                "labels": torch.tensor(labels, dtype=torch.int64),
-                "masks": torch.stack(masks) if masks else torch.zeros(0, height, width).bool(),
-            }
-        ]
+        found = {
+            "boxes": torch.stack(boxes) if boxes else torch.zeros(0, 4),
+            "scores": torch.linspace(0.9, 0.4, 3)[: len(labels)],
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "masks": torch.stack(masks) if masks else torch.zeros(0, height, width).bool(),
+        }
+        return [found]
 
 
 @pytest.fixture
@@ -133,12 +130,7 @@ def test_an_image_without_objects(tmp_path, cfg, model):
 
 @pytest.mark.parametrize(
     "array",
-    [
-        np.zeros((8, 8), np.uint8),
-        np.zeros((8, 8, 4), np.uint8),
-        np.zeros((8, 8, 3)),
-        np.zeros((0, 8, 3), np.uint8),
-    ],
+    [*(np.zeros(s, np.uint8) for s in ((8, 8), (8, 8, 4), (0, 8, 3))), np.zeros((8, 8, 3))],
 )
 def test_arrays_of_another_dtype_or_shape_are_refused(tmp_path, cfg, model, array):
     with pytest.raises(ValueError, match=r"uint8 RGB \(H, W, 3\)"):
@@ -208,24 +200,14 @@ def test_class_names_of_the_checkpoint_the_data_or_numbers(tmp_path, cfg, model,
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.setattr(predict.logging, "basicConfig", lambda **options: None)
-    return predict
-
-
-@pytest.fixture
-def run_demo(tmp_path, cfg, model, demo):
+def run_demo(tmp_path, cfg, model, monkeypatch):
     """Run the command with a config file and weights; return its exit code."""
+    monkeypatch.setattr(predict.logging, "basicConfig", lambda **options: None)
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
     weights = checkpoint(tmp_path, class_names=list(CHANNELS), category_ids=[7, 8, 9])
-
-    def run(*arguments):
-        return demo.main(
-            ["--config-file", str(config), "--weights", str(weights), *map(str, arguments)]
-        )
-
-    return run
+    options = ["--config-file", str(config), "--weights", str(weights)]
+    return lambda *arguments: predict.main([*options, *map(str, arguments)])
 
 
 def save(path, rgb=None):
@@ -299,14 +281,14 @@ def test_demo_mistakes_are_one_line(tmp_path, run_demo, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_find_images(tmp_path, demo):
+def test_find_images(tmp_path):
     names = ("b.png", "a.JPG", "notes.txt", "sub/c.png", "[1].png")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
 
     def found(*inputs):
-        images = demo.find_images([str(tmp_path / text) for text in inputs])
+        images = predict.find_images([str(tmp_path / text) for text in inputs])
         return [str(path.relative_to(tmp_path)) for path in images]
 
     assert found(".") == ["[1].png", "a.JPG", "b.png"]

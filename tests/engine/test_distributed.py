@@ -1,5 +1,6 @@
 """Communication and the division of work between ranks; whole runs in test_distributed_runs.py."""
 
+import itertools
 import re
 import time
 from datetime import timedelta
@@ -18,7 +19,7 @@ from tensormask.data import build_test_loader, build_train_loader, get_dataset
 from tensormask.data.shapes import write_split
 from tensormask.engine import distributed, evaluator, launch
 from tensormask.engine.distributed import scale_to_world_size
-from tensormask.evaluation import evaluate, results_table
+from tensormask.evaluation import coco_results, evaluate, results_table
 from tensormask.evaluation.results import ResultsWriter, detections_of, merge_results
 from tensormask.modeling.losses import foreground_normalizer
 
@@ -182,20 +183,12 @@ def test_shares_are_the_batch(shapes, world_size, num_parts):
     """The ranks' shares of each part are the images, augmented, of a single process."""
     cfg = loader_cfg(shapes, "SOLVER.IMS_PER_BATCH", 12, "SOLVER.ACCUMULATE_STEPS", num_parts)
     whole = build_train_loader(cfg, 2)
-    shares = [
-        build_train_loader(cfg, 2, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    shares = [build_train_loader(cfg, 2, rank=r, world_size=world_size) for r in range(world_size)]
+    size = 12 // (world_size * num_parts)
     for _ in range(2):
         batch, batches = next(whole), [next(share) for share in shares]
-        size = 12 // (world_size * num_parts)
-        joined = [
-            sample
-            for part in range(num_parts)
-            for share in batches
-            for sample in share[part * size : (part + 1) * size]
-        ]
-        assert len(joined) == 12
-        for sample, expected in zip(joined, batch, strict=True):
+        parts = [share[n * size :][:size] for n in range(num_parts) for share in batches]
+        for sample, expected in zip(itertools.chain(*parts), batch, strict=True):
             assert sample["file_name"] == expected["file_name"]
             assert torch.equal(sample["image"], expected["image"])
             assert torch.equal(sample["target"]["masks"], expected["target"]["masks"])
@@ -203,12 +196,7 @@ def test_shares_are_the_batch(shapes, world_size, num_parts):
 
 @pytest.mark.parametrize(
     "batch_size, world_size, num_parts, message",
-    [
-        (3, 2, 1, "set it to 4"),
-        (6, 2, 2, "set it to 8"),
-        (4, 8, 1, "set it to 8"),
-        (4, 1, 0, "1 or"),
-    ],
+    [(3, 2, 1, "set it to 4"), (6, 2, 2, "set it to 8"), (4, 1, 0, "1 or")],
 )
 def test_a_batch_must_be_divisible(shapes, batch_size, world_size, num_parts, message):
     opts = ("SOLVER.IMS_PER_BATCH", batch_size, "SOLVER.ACCUMULATE_STEPS", num_parts)
@@ -219,13 +207,9 @@ def test_a_batch_must_be_divisible(shapes, batch_size, world_size, num_parts, me
 @pytest.mark.parametrize("world_size", [1, 3, 16])
 def test_each_image_is_evaluated_once(shapes, world_size):
     cfg, dataset = loader_cfg(shapes), get_dataset(shapes)
-    shares = [
-        [sample["image_id"] for (sample,) in build_test_loader(
-            cfg, dataset, rank=rank, world_size=world_size
-        )]
-        for rank in range(world_size)
-    ]  # fmt: skip
-    assert shares == [dataset.image_ids[rank::world_size] for rank in range(world_size)]
+    for rank in range(world_size):
+        share = build_test_loader(cfg, dataset, rank=rank, world_size=world_size)
+        assert [s["image_id"] for (s,) in share] == dataset.image_ids[rank::world_size]
 
 
 # ---- evaluation ----
@@ -265,16 +249,14 @@ def test_evaluation_in_shares_equals_one(tmp_path, world_size, caplog):
     dataset, found = noisy_case(tmp_path)
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "..coco_instances_results.json.part30.tmp").write_text("of a killed run")
-    expected = evaluate(
-        FakeModel(found), dataset.loader(), dataset, tmp_path / "one", num_visualized=3
-    )
-    results = in_shares(FakeModel(found), dataset, tmp_path / "many", world_size, num_visualized=3)
+    model, options = FakeModel(found), {"num_visualized": 3}
+    expected = evaluate(model, dataset.loader(), dataset, tmp_path / "one", **options)
+    results = in_shares(model, dataset, tmp_path / "many", world_size, **options)
     assert results_table(results.pop(0)) == results_table(expected)
     assert all(each == {} for each in results.values())
     one, many = (
-        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in files if p.is_file()}
-        for name in ("one", "many")
-        for files in [(tmp_path / name).rglob("*")]
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "many")
     )
     assert len(one) >= 5  # results, three images, the montage
     assert many == one
@@ -297,8 +279,6 @@ def test_rank_0_logs_the_missing_images_of_rank_1(tmp_path, caplog):
 
 
 def test_detections_are_restored_from_results():
-    from tensormask.evaluation import coco_results
-
     mask = rectangle(3, 4, 10, 12)
     found = detections([mask, ~mask], [2, 0], [0.875, 0.5])
     again = detections_of(coco_results(found, 1, CATEGORY_IDS), CATEGORY_IDS)
@@ -310,14 +290,9 @@ def test_detections_are_restored_from_results():
 # ---- arguments of a launch ----
 
 
-def check(device="cpu", num_processes=2, num_machines=1, machine_rank=0, dist_url="auto"):
-    launch.check_launch(
-        device=device,
-        num_processes=num_processes,
-        num_machines=num_machines,
-        machine_rank=machine_rank,
-        dist_url=dist_url,
-    )
+def check(**arguments):
+    defaults = {"device": "cpu", "num_processes": 2, "num_machines": 1, "machine_rank": 0}
+    launch.check_launch(**{**defaults, "dist_url": "auto", **arguments})
 
 
 def test_valid_arguments_of_a_launch(monkeypatch):

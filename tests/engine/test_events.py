@@ -17,27 +17,11 @@ from tensormask.engine import events
 from tensormask.utils.files import DiskFullError
 from tensormask.visualization.instances import save_image
 
-
-@pytest.fixture(autouse=True)
-def _logging_as_before():
-    package = logging.getLogger("tensormask")
-    level = package.level
-    yield
-    package.setLevel(level)
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
-
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 PROGRESS = {
-    "total_loss": 3.5,
-    "loss_cls": 1.25,
-    "lr": 0.02,
-    "grad_norm": 7.0,
-    "time": 0.5,
-    "data_time": 0.125,
-    "max_mem": 1234.4,
-    "eta_seconds": 3661.4,
+    **{"total_loss": 3.5, "loss_cls": 1.25, "lr": 0.02, "grad_norm": 7.0},
+    **{"time": 0.5, "data_time": 0.125, "max_mem": 1234.4, "eta_seconds": 3661.4},
 }
 
 
@@ -46,18 +30,6 @@ def read_lines(path):
         raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def test_json_line_is_valid_json():
-    line = events.json_line({"a": math.nan, "b": math.inf, "c": 0.5, "d": 3, "e": "x\ny"})
-    assert line == '{"a": null, "b": null, "c": 0.5, "d": 3, "e": "x\\ny"}\n'
-
-
-def test_flatten_results():
-    one = {"bbox": {"AP": 1.0, "AP50": 2.0}, "segm": {"AP": 3.0}}
-    flat = {"bbox/AP": 1.0, "bbox/AP50": 2.0, "segm/AP": 3.0}
-    assert events.flatten_results(one) == flat
-    assert events.flatten_results({"val": one}) == {f"val/{k}": v for k, v in flat.items()}
 
 
 def test_progress_line():
@@ -160,11 +132,9 @@ def test_a_full_disk_is_an_error_of_the_metrics_and_not_of_the_log(tmp_path, cap
     events.setup_logging(tmp_path)
     events.logger.info("hello")
     (tmp_path / "metrics.json").symlink_to("/dev/full")
-    writer = events.MetricsWriter(tmp_path, 0)
-    with pytest.raises(DiskFullError, match=r"metrics\.json"):
-        writer.write(0, {"loss": 1.0})
-    with pytest.raises(DiskFullError):
-        writer.close()
+    with pytest.raises(DiskFullError), events.MetricsWriter(tmp_path, 0) as writer:
+        with pytest.raises(DiskFullError, match=r"metrics\.json"):
+            writer.write(0, {"loss": 1.0})
     for handler in logging.getLogger("tensormask").handlers:
         with contextlib.suppress(OSError):  # what is still in its buffer
             handler.close()
@@ -186,16 +156,6 @@ def test_a_terminal_has_a_bar_instead_of_progress_lines(tmp_path, capsys, monkey
     assert ("iter: 20/30" in output.out + output.err) is not terminal
     assert "a warning" in output.out + output.err
     assert "iter: 20/30" in (tmp_path / "log.txt").read_text()
-
-
-def test_summary_is_a_table():
-    assert events.format_summary({"a": 1, "long": "x"}) == "a     1\nlong  x"
-
-
-def test_a_new_run_starts_new_curves(tmp_path):
-    (tmp_path / "metrics.json").write_text('{"iteration": 0}\n')
-    events.MetricsWriter(tmp_path, 0).close()
-    assert (tmp_path / "metrics.json").read_text() == ""
 
 
 def test_log_goes_to_console_and_file_once(tmp_path, capsys):

@@ -40,12 +40,6 @@ def test_a_folder_is_locked_until_its_run_ends(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_folder_is_created_and_can_be_locked_again(tmp_path):
-    for _ in range(2):
-        with lock_output_dir(tmp_path / "a" / "b"):
-            pass
-
-
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".model_0000009.pth.1.tmp").touch()
     (tmp_path / "model_0000004.pth").touch()

@@ -19,8 +19,11 @@ def test_a_signal_raises_and_handlers_come_back(number, capfd):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(TrainingStopped, match=number.name) as caught, StopSignals() as stop:  # noqa: PT012
         with stop.interruptible():
-            os.kill(os.getpid(), number)
-            time.sleep(5)
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            except Exception:
+                pytest.fail("caught by an except clause")
     assert caught.value.exit_code == 128 + number
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     assert f"{number.name}: saving, then stopping" in capfd.readouterr().err
@@ -56,23 +59,6 @@ def test_an_error_of_a_library_after_a_signal_is_a_stop_and_others_are_errors():
     with pytest.raises(RuntimeError), StopSignals() as stop:
         with stop.interruptible():
             raise RuntimeError("a bug")
-
-
-def test_without_a_signal_nothing_happens():
-    with StopSignals() as stop:
-        with stop.interruptible():
-            pass
-        stop.check()
-
-
-def test_except_clauses_do_not_catch_a_stop():
-    with pytest.raises(TrainingStopped), StopSignals() as stop:  # noqa: PT012
-        with stop.interruptible():
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(5)
-            except Exception:
-                pytest.fail("caught")
 
 
 def test_another_thread_installs_no_handlers():

@@ -68,17 +68,13 @@ def test_a_batch_that_cannot_be_divided():
         step(state_of(Product()), samples(1.0, 2.0, 6.0), accumulate_steps=2)
 
 
-def gradients(boxes_per_image, accumulate_steps=1):
-    """The gradients of a model with two images in a batch."""
+def sample(size, boxes, seed=0):
+    image, target = tiny.make_image(size, size, seed), tiny.target(size, size, boxes)
+    return {"image": image, "target": target, "file_name": ""}
+
+
+def gradients(batch, accumulate_steps=1):
     model = tiny.build("natural")
-    batch = [
-        {
-            "image": tiny.make_image(64, 64, seed),
-            "target": tiny.target(64, 64, boxes),
-            "file_name": "",
-        }
-        for seed, boxes in enumerate(boxes_per_image)
-    ]
     step(state_of(model, lr=0.0), batch, accumulate_steps=accumulate_steps)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -90,28 +86,18 @@ def assert_close(found, expected):
 
 
 def test_parts_with_equal_numbers_of_positive_windows_equal_the_batch():
-    boxes = [[[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0]]]
-    assert_close(gradients(boxes, accumulate_steps=2), gradients(boxes))
+    batch = [sample(64, [[4.0, 4.0, 40.0, 40.0]]), sample(64, [[20.0, 20.0, 56.0, 56.0]], seed=1)]
+    assert_close(gradients(batch, accumulate_steps=2), gradients(batch))
 
 
 def test_parts_with_different_numbers_of_positive_windows_have_equal_weight():
     one, two = [[4.0, 4.0, 40.0, 40.0]], [[20.0, 20.0, 56.0, 56.0], [0.0, 30.0, 36.0, 64.0]]
-    parts = []
-    for number, boxes in enumerate((one, two)):
-        model = tiny.build("natural")
-        batch = [
-            {
-                "image": tiny.make_image(64, 64, number),
-                "target": tiny.target(64, 64, boxes),
-                "file_name": "",
-            }
-        ]
-        step(state_of(model, lr=0.0), batch)
-        parts.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
-    assert_close(gradients([one, two], accumulate_steps=2), mean)
+    batch = [sample(64, one), sample(64, two, seed=1)]
+    first, second = (gradients([each]) for each in batch)
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    assert_close(gradients(batch, accumulate_steps=2), mean)
     with pytest.raises(AssertionError):  # in the undivided batch, windows have equal weight
-        assert_close(gradients([one, two]), mean)
+        assert_close(gradients(batch), mean)
 
 
 def amp_cfg(dtype, enabled=True):
@@ -128,8 +114,7 @@ def test_bfloat16_in_forward_pass_and_losses_only():
     model.fpn.register_forward_hook(lambda module, args, out: seen.update(dtype=out[0].dtype))
     # Not 64 px: in bfloat16 PyTorch 2.14's CPU convolution of stride 2 on a single pixel, which p6
     # would be, has uninitialised memory for a gradient.
-    image, target = tiny.make_image(128, 128), tiny.target(128, 128, [[4.0, 4.0, 40.0, 40.0]])
-    batch = [{"image": image, "target": target, "file_name": ""}]
+    batch = [sample(128, [[4.0, 4.0, 40.0, 40.0]])]
     expected = step(state_of(exact, lr=0.0), batch)
     metrics = step(state_of(model, lr=0.0), batch, autocast=autocast)
     assert seen["dtype"] == torch.bfloat16

@@ -5,15 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from fakes import (
-    FakeModel,
-    assert_same_bits,
-    fake_loader,
-    interrupted_run,
-    lines,
-    make_cfg,
-    weights,
-)
+from fakes import FakeModel, assert_same_bits, interrupted_run, lines, make_cfg, weights
 
 from tensormask.engine import evaluator, run, trainer
 from tensormask.engine.anomaly import NonFiniteError
@@ -52,19 +44,6 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path, fakes):
     assert not torch.equal(weights(tmp_path / "a")["out.bias"], weights(tmp_path / "c")["out.bias"])
 
 
-@pytest.mark.parametrize("stop", [3, 17])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, fakes, monkeypatch, stop):
-    trainer.train(make_cfg(tmp_path / "whole"))
-    cfg = make_cfg(tmp_path / "parts", "TEST.EVAL_PERIOD", 5)
-    interrupted_run(cfg, monkeypatch, stop)
-    trainer.train(cfg, resume=True)
-    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    trained = [r["iteration"] for r in lines(tmp_path / "parts") if "total_loss" in r]
-    assert trained == [19, 29]
-    evaluated = [r["iteration"] for r in lines(tmp_path / "parts") if "segm/AP" in r]
-    assert len(set(evaluated)) == len(evaluated)
-
-
 def test_resume_uses_the_random_seed_of_the_run(tmp_path, fakes, monkeypatch):
     cfg = make_cfg(tmp_path, "SEED", -1)
     interrupted_run(cfg, monkeypatch, 15)
@@ -91,12 +70,6 @@ def test_a_new_run_is_not_resumed_from_an_old_one(tmp_path, fakes, monkeypatch):
     assert not (tmp_path / "last_checkpoint").exists()
     trainer.train(make_cfg(tmp_path, "SEED", 6), resume=True)
     assert [r["iteration"] for r in lines(tmp_path)] == [19, 29, 29]
-
-
-def test_periodic_evaluation(tmp_path, fakes):
-    trainer.train(make_cfg(tmp_path, "TEST.EVAL_PERIOD", 10))
-    assert len(fakes.evaluations) == 3  # after 10, 20, and once at the end
-    assert [r["iteration"] for r in lines(tmp_path) if "segm/AP" in r] == [9, 19, 29]
 
 
 def test_several_test_sets(tmp_path, fakes):
@@ -146,16 +119,9 @@ def test_an_evaluation_needs_weights(tmp_path, fakes):
         evaluator.evaluate_only(make_cfg(tmp_path))
 
 
-def test_issues_are_logged_as_they_are_detected(fakes, tmp_path, monkeypatch):
+def test_issues_are_logged_as_they_are_detected(fakes, tmp_path):
     fakes.issues.add("box_empty", 3)
-
-    def loader(cfg, start_iteration=0, **processes):
-        for iteration, batch in enumerate(fake_loader(cfg, start_iteration), start_iteration):
-            if iteration in (4, 25):
-                batch[0]["issues"] = [("a", "image_broken", iteration)]
-            yield batch
-
-    monkeypatch.setattr(trainer, "build_train_loader", loader)
+    fakes.broken_at = (4, 25)
     trainer.train(make_cfg(tmp_path, "DATASETS.TEST", "('a',)"))
     known = {"box_empty": {"count": 1, "first_ids": [3]}}
     found = {"count": 1, "first_ids": [4]}, {"count": 2, "first_ids": [4, 25]}
@@ -170,13 +136,8 @@ def test_issues_are_logged_as_they_are_detected(fakes, tmp_path, monkeypatch):
     assert log.count("2  image_broken") == 1  # at the end
 
 
-def test_strict_stops_at_the_first_issue(fakes, tmp_path, monkeypatch):
-    def loader(cfg, start_iteration=0, **processes):
-        for batch in fake_loader(cfg, start_iteration):
-            batch[0]["issues"] = [("a", "image_broken", 7)]
-            yield batch
-
-    monkeypatch.setattr(trainer, "build_train_loader", loader)
+def test_strict_stops_at_the_first_issue(fakes, tmp_path):
+    fakes.broken_at = (7,)
     with pytest.raises(ValueError, match=r"(?s)a has issues.*image_broken.*Ids: 7"):
         trainer.train(make_cfg(tmp_path, "DATASETS.STRICT", True))
     fakes.issues.add("box_empty", 3)

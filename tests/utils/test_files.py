@@ -12,16 +12,19 @@ from tensormask.engine.resume import write_torch
 from tensormask.utils.files import DiskFullError, remove_leftovers, write_atomically
 
 
+def fail_with(error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    return write
+
+
 def test_a_failed_write_does_not_change_the_file(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half of the n")
-        raise OSError("disk full")
-
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
+        write_atomically(path, fail_with(OSError("disk full")))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -40,14 +43,6 @@ def test_a_file_appears_only_with_all_of_its_content(tmp_path):
         write_atomically(path, lambda file: file.write(b"new"))
         assert earlier.read() == b"all"
     assert path.read_bytes() == b"new"
-
-
-def fail_with(error):
-    def write(file):
-        file.write(b"half")
-        raise error
-
-    return write
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
