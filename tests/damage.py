@@ -156,11 +156,7 @@ def _damage_images(content, out, done):
     entries = [i for i in content["images"] if isinstance(i, dict) and i.get("id") not in bad]
     rest = iter([i for i in entries if i["id"] not in touched])
     # Images outside of the image root, which must not be opened.
-    for file_name in (
-        "../secret.png",
-        str((out / "secret.png").absolute()),
-        "a/../../secret.png",
-    ):
+    for file_name in ("../secret.png", str((out / "secret.png").absolute()), "a/../../secret.png"):
         image = next(rest)
         Image.new("RGB", (image["width"], image["height"]), (255, 0, 0)).save(out / "secret.png")
         image["file_name"] = file_name
@@ -168,11 +164,7 @@ def _damage_images(content, out, done):
     image = next(rest)
     (out / "images" / image["file_name"]).unlink()
     done["image_missing"].append(image["id"])
-    for change in (
-        lambda data: b"",
-        lambda data: b"no image",
-        lambda data: data[: len(data) // 2],
-    ):
+    for change in (lambda data: b"", lambda data: b"no image", lambda data: data[: len(data) // 2]):
         image = next(rest)
         path = out / "images" / image["file_name"]
         path.write_bytes(change(path.read_bytes()))

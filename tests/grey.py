@@ -58,25 +58,17 @@ def rectangle(x0, y0, x1, y1, height=128, width=160):
 
 def annotation(number, image_id, category_id, mask, iscrowd=0):
     code = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": rle_tools.toBbox(code).tolist(),
-        "area": float(mask.sum()),
-        "iscrowd": iscrowd,
-        "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-    }
+    ids = {"id": number, "image_id": image_id, "category_id": category_id}
+    sizes = {"bbox": rle_tools.toBbox(code).tolist(), "area": float(mask.sum())}
+    segmentation = {"size": code["size"], "counts": code["counts"].decode()}
+    return {**ids, **sizes, "iscrowd": iscrowd, "segmentation": segmentation}
 
 
 def coco_json(annotations, num_images, height=128, width=160):
-    images = [
-        {"id": i, "file_name": f"{i}.png", "height": height, "width": width}
-        for i in range(1, num_images + 1)
-    ]
-    categories = [
-        {"id": i, "name": name} for i, name in zip(CATEGORY_IDS, CLASS_NAMES, strict=True)
-    ]
+    size = {"height": height, "width": width}
+    images = [{"id": i, "file_name": f"{i}.png", **size} for i in range(1, num_images + 1)]
+    names = zip(CATEGORY_IDS, CLASS_NAMES, strict=True)
+    categories = [{"id": i, "name": name} for i, name in names]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
@@ -108,13 +100,10 @@ def noisy_case(tmp_path, num_images=16):
             number = len(annotations) + 1
             annotations.append(annotation(number, image_id, CATEGORY_IDS[label], mask, crowd))
             for _ in range(rng.integers(0, 3)):
-                shift = tuple(rng.integers(-3, 4, 2))
-                moved = np.roll(mask, shift, (0, 1))
-                masks.append(moved)
+                masks.append(np.roll(mask, tuple(rng.integers(-3, 4, 2)), (0, 1)))
                 labels.append(label if rng.random() < 0.8 else 1 - label)
                 scores.append(rng.random())
         order = np.argsort(-np.array(scores, float))
-        per_image[image_id] = detections(
-            [masks[i] for i in order], [labels[i] for i in order], [scores[i] for i in order]
-        )
+        columns = ([column[i] for i in order] for column in (masks, labels, scores))
+        per_image[image_id] = detections(*columns)
     return GreyDataset(coco_json(annotations, num_images), tmp_path), per_image

@@ -22,12 +22,7 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _BaseCfgNode
 
-from tensormask.config.detectron2 import (
-    ignored_name,
-    implied_by_head,
-    is_switched_off,
-    shortened,
-)
+from tensormask.config.detectron2 import ignored_name, implied_by_head, is_switched_off, shortened
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

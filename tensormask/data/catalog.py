@@ -89,7 +89,6 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
     image_root: str | Path
     metadata: dict[str, Any] = {}
     hint = ""
-    separator = re.search(r"\.json@", name, re.IGNORECASE)
     if name in _registered:
         metadata, json_file, image_root = _registered[name]
     elif name in _COCO_FILES:
@@ -99,26 +98,22 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
             f" The data root is {root.absolute()}; set the environment variable "
             "TENSORMASK_DATASETS (or DETECTRON2_DATASETS) to the folder that holds coco/."
         )
-    elif separator:
+    elif separator := re.search(r"\.json@", name, re.IGNORECASE):
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
-        raise UserError(_unknown_name(name))
+        known = [*_registered, *_SHAPES, *_COCO_FILES]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown data set {name!r}; the nearest known name is {nearest!r}. "
+            f"Use one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
+            "or a name given to register_coco_instances."
+        )
     for path, part in ((json_file, "annotations"), (image_root, "images")):
         if not Path(path).exists():
             raise FileNotFoundError(
                 f"the {part} of {name} are not at {Path(path).absolute()}.{hint}"
             )
     return metadata, json_file, image_root
-
-
-def _unknown_name(name: str) -> str:
-    known = [*_registered, *_SHAPES, *_COCO_FILES]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return (
-        f"unknown data set {name!r}; the nearest known name is {nearest!r}. "
-        f"Use one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
-        "or a name given to register_coco_instances."
-    )
 
 
 def _data_root(root: str | os.PathLike[str] | None) -> Path:

@@ -123,10 +123,6 @@ class CocoDataset:
         height, width = self.sizes[self._index_of[image_id]].tolist()
         return height, width
 
-    def file_name(self, image_id: Identity) -> str:
-        """Return the full path of an image."""
-        return self.path(self.image(image_id))
-
     def path(self, image: ImageEntry) -> str:
         """Return the full path of an image's entry."""
         return os.path.join(self.image_root, image["file_name"])

@@ -8,7 +8,6 @@ of a file with several frames is used.
 
 from __future__ import annotations
 
-import functools
 import os
 import stat
 import warnings
@@ -73,7 +72,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         # PIL warns of odd metadata and of large images, both of which can be read.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_formats()) as image:
+            Image.init()  # fills Image.OPEN with the formats that this PIL was built with
+            formats = [name for name in _FORMATS if name in Image.OPEN]
+            with Image.open(path, formats=formats) as image:
                 return _to_rgb(image)
     except ImageError:
         raise
@@ -84,13 +85,6 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except Exception as error:  # PIL fails in many ways on broken files
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageError("image_broken", path, f"cannot be read: {reason}") from error
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """Return the formats of `_FORMATS` that this PIL was built with."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -119,17 +113,13 @@ def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     image.load()  # before the orientation is read: PIL rotates a TIFF itself and resets the tag
-    upright = _UPRIGHT.get(_orientation(image))
+    try:
+        upright = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # the metadata are broken, but not the image
+        upright = None
     if upright is not None:
         image = image.transpose(upright)
     if image.mode in _DEEP_GREY_MODES or image.mode.startswith("I;16"):
         grey = stretch_to_8_bits(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # the metadata are broken, but not the image
-        return 1

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tensormask.config import CfgNode
 from tensormask.data.catalog import get_dataset
-from tensormask.data.checks.annotations import Annotation, ImageEntry, is_trainable
+from tensormask.data.checks.annotations import ImageEntry, is_trainable
 from tensormask.data.checks.issues import Identity
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
@@ -75,19 +75,12 @@ def build_train_loader(
                 f"{datasets[0].class_names} and {dataset.class_names}; "
                 "data sets that are trained on together need the same classes."
             )
-    training_set = TrainingSet(
-        datasets,
-        build_train_transform(cfg),
-        seed=cfg.SEED,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-    )
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    augmentation = build_train_transform(cfg)
+    training_set = TrainingSet(datasets, augmentation, seed=cfg.SEED, filter_empty=filter_empty)
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    sampler = BatchSampler(
-        training_set.aspect_groups() if grouped else [0] * len(training_set),
-        batch_size=batch_size,
-        seed=cfg.SEED,
-        start=start_iteration,
-    )
+    groups = training_set.aspect_groups() if grouped else [0] * len(training_set)
+    sampler = BatchSampler(groups, batch_size=batch_size, seed=cfg.SEED, start=start_iteration)
     # A share of each accumulated part, because the loss of a part is normalised over all processes.
     size = batch_size // num_shares
     starts = range(rank * size, batch_size, world_size * size)
@@ -164,7 +157,10 @@ class TrainingSet(Dataset):
         for dataset in self.datasets:
             used = dataset.has_file & ((dataset.num_trainable > 0) | (not filter_empty))
             indices_per_set.append(np.flatnonzero(used))
-            _log_contents(dataset, used)
+            message = "%s: %d of %d images are trained on; objects: %d, crowds: %d"
+            num_objects = dataset.num_trainable[used].sum()
+            numbers = (np.count_nonzero(used), len(dataset), num_objects, dataset.num_crowds)
+            logger.info(message, dataset.name, *numbers)
         # Arrays, not lists of objects: workers share them without copying (see `packed`).
         self._set_of = np.repeat(np.arange(len(self.datasets)), list(map(len, indices_per_set)))
         self._index_in_set = np.concatenate(indices_per_set)
@@ -181,39 +177,17 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         position, index = key
         issues: list[tuple[str, str, Identity]] = []
-        for attempt in self._attempts(index, position):
+        rng = random_stream(self.seed, REPLACEMENT, position)
+        for attempt in (index, *rng.integers(len(self), size=_MAX_REPLACEMENTS)):
             dataset = self.datasets[self._set_of[attempt]]
             image, annotations = dataset.record(self._index_in_set[attempt])
             try:
                 rgb = dataset.load_image(image)
+                break
             except ImageError as error:
                 issues.append((dataset.name, error.kind, image["id"]))
-                continue
-            return self._sample(dataset, image, annotations, rgb, position, issues)
-        return {"image": None, "issues": issues}
-
-    def _attempts(self, index: int, position: int) -> Iterator[int]:
-        """Yield the index of the image, then those of random replacements."""
-        yield index
-        rng = random_stream(self.seed, REPLACEMENT, position)
-        yield from rng.integers(len(self), size=_MAX_REPLACEMENTS)
-
-    def aspect_groups(self) -> list[int]:
-        """Return the group of each image: 0 if it is wider than high, else 1."""
-        sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
-        first = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])[self._set_of]
-        height, width = sizes[first + self._index_in_set].T
-        return np.where(width > height, 0, 1).tolist()
-
-    def _sample(
-        self,
-        dataset: CocoDataset,
-        image: ImageEntry,
-        annotations: list[Annotation],
-        rgb: np.ndarray,
-        position: int,
-        issues: list[tuple[str, str, Identity]],
-    ) -> Sample:
+        else:
+            return {"image": None, "issues": issues}
         rng = random_stream(self.seed, AUGMENTATION, position)
         geometry = self.augmentation.draw(rgb.shape[:2], rng)
         annotations = [a for a in annotations if is_trainable(a, image)]
@@ -226,6 +200,13 @@ class TrainingSet(Dataset):
             "target": target,
             "issues": issues + [(dataset.name, "object_too_small", i) for i in too_small],
         }
+
+    def aspect_groups(self) -> list[int]:
+        """Return the group of each image: 0 if it is wider than high, else 1."""
+        sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
+        first = np.cumsum([0, *(len(dataset) for dataset in self.datasets)])[self._set_of]
+        height, width = sizes[first + self._index_in_set].T
+        return np.where(width > height, 0, 1).tolist()
 
 
 class TestSet(Dataset):
@@ -278,15 +259,4 @@ def _data_loader(cfg: CfgNode, dataset: Dataset, **batching: Any) -> DataLoader:
         # Without a generator, the loader draws a number from torch's global one, which would change
         # later draws.
         generator=torch.Generator(),
-    )
-
-
-def _log_contents(dataset: CocoDataset, used: np.ndarray) -> None:
-    logger.info(
-        "%s: %d of %d images are trained on; objects: %d, crowds: %d",
-        dataset.name,
-        np.count_nonzero(used),
-        len(dataset),
-        dataset.num_trainable[used].sum(),
-        dataset.num_crowds,
     )

@@ -56,16 +56,13 @@ class BatchSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # At most `start` batches come before this epoch, because groups only delay batches.
         epoch = self.start * self.batch_size // len(self.groups)
-        skip = self.start - self._num_batches_before(epoch)
+        sizes = np.unique(self.groups, return_counts=True)[1].tolist()
+        skip = self.start - sum(epoch * size // self.batch_size for size in sizes)
         while True:
             batches = self._epoch_batches(epoch)
             yield from batches[skip:]
             skip = max(0, skip - len(batches))
             epoch += 1
-
-    def _num_batches_before(self, epoch: int) -> int:
-        sizes = np.unique(self.groups, return_counts=True)[1]
-        return sum(epoch * int(size) // self.batch_size for size in sizes)
 
     def _epoch_batches(self, epoch: int) -> list[list[tuple[int, int]]]:
         """Return the batches that are completed in an epoch, in that order."""

@@ -71,8 +71,12 @@ def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]
             logger.info("Generating shapes_%s (%d images) in %s", split, NUM_IMAGES[split], folder)
             write_split(split, NUM_IMAGES[split], temporary)
             temporary.chmod(0o755)  # only its owner can read what mkdtemp creates
-            _rename_unless_exists(temporary, folder)
+            os.rename(temporary, folder)
             logger.info("Generated shapes_%s in %.1f s", split, time.perf_counter() - start)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            logger.info("Another process has generated %s meanwhile; its set is used.", folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder / "annotations.json", folder / "images"
@@ -138,11 +142,8 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
         colour = _distinct_colour(rng, base_colours)
         base_colours.append(colour)
         rows, columns = _extent(mask)
-        np.copyto(
-            canvas[:, rows, columns],
-            _textured(rng, colour, rows, columns),
-            where=mask[rows, columns],
-        )
+        texture = _textured(rng, colour, rows, columns)
+        np.copyto(canvas[:, rows, columns], texture, where=mask[rows, columns])
         for other in placed:
             other["visible"] &= ~mask
         placed.append({"label": label, "outlines": outlines, "full": mask, "visible": mask.copy()})
@@ -196,12 +197,9 @@ def _crescent(shift: float) -> np.ndarray:
     outer = np.linspace(math.atan2(y, x), 2.0 * math.pi - math.atan2(y, x), 32)
     start = math.atan2(y, x - shift)
     inner = np.linspace(2.0 * math.pi - start, start, 32)[1:-1]
-    return np.concatenate(
-        [
-            np.stack([np.cos(outer), np.sin(outer)], axis=1),
-            np.stack([shift + radius * np.cos(inner), radius * np.sin(inner)], axis=1),
-        ]
-    )
+    outside = np.stack([np.cos(outer), np.sin(outer)], axis=1)
+    inside = np.stack([shift + radius * np.cos(inner), radius * np.sin(inner)], axis=1)
+    return np.concatenate([outside, inside])
 
 
 def _find_position(
@@ -227,17 +225,14 @@ def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
 
 def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
     """Return the bool mask `(128, 128)` inside the first outline and outside of the others."""
-    rles = mask_utils.frPyObjects(
-        [points.ravel().tolist() for points in outlines], IMAGE_SIZE, IMAGE_SIZE
-    )
-    masks = mask_utils.decode(rles).astype(bool)
+    polygons = [points.ravel().tolist() for points in outlines]
+    masks = mask_utils.decode(mask_utils.frPyObjects(polygons, IMAGE_SIZE, IMAGE_SIZE)).astype(bool)
     return masks[:, :, 0] & ~masks[:, :, 1:].any(axis=2)
 
 
 def _annotation(item: dict[str, Any]) -> dict[str, Any]:
     visible = item["visible"]
-    fully_visible = np.array_equal(visible, item["full"])
-    if fully_visible and len(item["outlines"]) == 1:
+    if len(item["outlines"]) == 1 and np.array_equal(visible, item["full"]):
         segmentation: Any = [item["outlines"][0].ravel().round(2).tolist()]
     else:
         rle = mask_utils.encode(np.asfortranarray(visible, dtype=np.uint8))
@@ -246,12 +241,7 @@ def _annotation(item: dict[str, Any]) -> dict[str, Any]:
     return {
         "category_id": int(item["label"]) + 1,
         "segmentation": segmentation,
-        "bbox": [
-            columns.start,
-            rows.start,
-            columns.stop - columns.start,
-            rows.stop - rows.start,
-        ],
+        "bbox": [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
         "area": int(np.count_nonzero(visible)),
         "iscrowd": 0,
     }
@@ -270,9 +260,8 @@ def _textured(
     rng: np.random.Generator, colour: np.ndarray, rows: slice, columns: slice
 ) -> np.ndarray:
     """Return a part of a float32 image `(3, 128, 128)`: a colour with noise, shading, stripes."""
-    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns) * _uniform(
-        rng, 10.0, 35.0
-    )
+    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns)
+    field *= _uniform(rng, 10.0, 35.0)
     field += _value_noise(rng, 64, rows, columns) * _uniform(rng, 4.0, 16.0)
     ramp = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE - np.float32(0.5)
     shading = ramp[rows, None] * _uniform(rng, -1.0, 1.0) + ramp[columns] * _uniform(rng, -1.0, 1.0)
@@ -312,12 +301,3 @@ def _soften(image: np.ndarray) -> np.ndarray:
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = padded[:, :-2] * 0.25 + padded[:, 1:-1] * 0.5 + padded[:, 2:] * 0.25
     return rows[:, :, :-2] * 0.25 + rows[:, :, 1:-1] * 0.5 + rows[:, :, 2:] * 0.25
-
-
-def _rename_unless_exists(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        logger.info("Another process has generated %s meanwhile; its set is used.", folder)

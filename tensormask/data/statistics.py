@@ -6,8 +6,8 @@ Nothing here needs a model. `evaluation.coverage` counts the objects that the wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,9 @@ class Statistics:
     objects: int
     sizes: dict[str, list[float]]
     objects_per_image: list[float]
-    by_class: dict[str, dict[str, int]] = field(default_factory=dict)
-    repeated_names: dict[str, int] = field(default_factory=dict)
-    repeated_files: dict[str, int] = field(default_factory=dict)
+    by_class: dict[str, dict[str, int]]
+    repeated_names: dict[str, int]
+    repeated_files: dict[str, int]
 
     @property
     def by_size(self) -> dict[str, int]:
@@ -138,33 +138,20 @@ class FileChecks(Dataset):
                 issues.append((error.kind, image["id"]))
         size = (image["height"], image["width"])
         for annotation in annotations:
-            polygons = annotation["segmentation"]
+            mask = annotation["segmentation"]
             # An empty RLE was reported when the file was read.
-            if isinstance(polygons, list) and not has_pixels(polygons, size):
+            if isinstance(mask, list) and not mask_utils.area(segmentation_to_rle(mask, size)):
                 issues.append(("mask_empty", annotation["id"]))
         return issues
-
-
-def has_pixels(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bool:
-    """Return whether polygons cover any pixel of an image of (height, width)."""
-    return bool(mask_utils.area(segmentation_to_rle(polygons, size)))
 
 
 def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
     """Open all images and rasterise all masks, and add the issues to `dataset.issues`.
 
-    Args:
-        dataset: the data set.
-        num_workers: number of worker processes; 0 works in this process.
-
-    Yields:
-        The number of images checked since the last time.
+    Yields the number of images checked since the last time. 0 workers work in this process.
     """
     loader = DataLoader(
-        FileChecks(dataset),
-        batch_size=_IMAGES_PER_TASK,
-        num_workers=num_workers,
-        collate_fn=list,
+        FileChecks(dataset), batch_size=_IMAGES_PER_TASK, num_workers=num_workers, collate_fn=list
     )
     for batch in loader:
         for kind, identity in (issue for issues in batch for issue in issues):

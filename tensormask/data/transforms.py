@@ -70,14 +70,11 @@ class Augmentation:
             raise UserError(f"the sampling of sizes is one of {SAMPLINGS}, not {self.sampling!r}.")
         if self.flip not in FLIPS:
             raise UserError(f"the flip is one of {FLIPS}, not {self.flip!r}.")
-        if not self.min_sizes or min(self.min_sizes) < 0:
-            raise UserError(
-                f"the shorter side takes lengths in pixels, 0 or more, not {self.min_sizes}."
-            )
-        if self.sampling == "range" and (
-            len(self.min_sizes) != 2 or self.min_sizes[0] > self.min_sizes[1]
-        ):
-            raise UserError(f"a range of sizes is (lowest, highest), not {self.min_sizes}.")
+        sizes = self.min_sizes
+        if not sizes or min(sizes) < 0:
+            raise UserError(f"the shorter side takes lengths in pixels, 0 or more, not {sizes}.")
+        if self.sampling == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+            raise UserError(f"a range of sizes is (lowest, highest), not {sizes}.")
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
         """Draw a random geometry for an image of `size` (height, width) in pixels."""
@@ -133,10 +130,11 @@ def transform_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Transform a uint8 image `(H, W, 3)`."""
     if geometry.new_size != geometry.old_size:
         height, width = geometry.new_size
-        image = np.asarray(
-            Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        )
-    return _flip(image, geometry.flip)
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        image = np.asarray(resized)
+    if geometry.flip == "horizontal":
+        return image[:, ::-1]
+    return image[::-1] if geometry.flip == "vertical" else image
 
 
 def transform_points(points: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -194,10 +192,7 @@ def transform_polygons(
 
 
 def transform_rle(
-    rle: dict[str, Any],
-    geometry: Geometry,
-    pixels: tuple[np.ndarray, np.ndarray],
-    out: np.ndarray,
+    rle: dict[str, Any], geometry: Geometry, pixels: tuple[np.ndarray, np.ndarray], out: np.ndarray
 ) -> None:
     """Resize an RLE by `pixels = nearest_pixels(geometry)` and set its pixels in `out`.
 
@@ -246,9 +241,8 @@ def transform_annotations(
         else:
             transform_polygons(segmentation, geometry, out=mask)
 
-    included = np.logical_and(
-        (boxes[:, 2:] - boxes[:, :2] > _EMPTY_SIDE).all(axis=1), masks.any(axis=(1, 2))
-    )
+    has_area = (boxes[:, 2:] - boxes[:, :2] > _EMPTY_SIDE).all(axis=1)
+    included = np.logical_and(has_area, masks.any(axis=(1, 2)))
     if not included.all():
         boxes, masks = boxes[included], masks[included]
     target = {
@@ -266,10 +260,9 @@ def image_to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def _decode_extent(rle: dict[str, Any]) -> tuple[int, int, np.ndarray]:
-    """Decode the extent of a valid RLE only, which costs a fraction of the whole mask.
+    """Return first column, first row and pixels, bool `(h, w)`, of the extent of a valid RLE.
 
-    Returns:
-        The first column and row of the extent, and its pixels, bool `(h, w)`.
+    Decoding the extent only costs a fraction of decoding the whole mask.
     """
     height = rle["size"][0]
     runs = run_lengths(rle["counts"])
@@ -286,12 +279,6 @@ def _decode_extent(rle: dict[str, Any]) -> tuple[int, int, np.ndarray]:
     columns = mask_utils.frPyObjects({"size": size, "counts": counts}, *size)
     _, y, _, h = mask_utils.toBbox(columns).astype(int).tolist()
     return left, y, mask_utils.decode(columns)[y : y + h].view(bool)
-
-
-def _flip(array: np.ndarray, flip: str) -> np.ndarray:
-    if flip == "horizontal":
-        return array[:, ::-1]
-    return array[::-1] if flip == "vertical" else array
 
 
 def _as_sizes(sizes: int | Sequence[int]) -> tuple[int, ...]:

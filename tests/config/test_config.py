@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import CONFIGS
 
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.node import leaves
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 
 
 def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
@@ -52,7 +50,7 @@ def test_configs_share_no_values():
 
 def test_every_key_is_below_a_comment():
     """A comment explains the keys that follow it, up to the next group."""
-    text = (ROOT / "tensormask" / "config" / "defaults.py").read_text(encoding="utf-8")
+    text = (CONFIGS.parent / "tensormask" / "config" / "defaults.py").read_text(encoding="utf-8")
     explained, num_keys = False, 0
     for line in map(str.strip, text.splitlines()):
         if line.startswith("#"):
@@ -106,7 +104,6 @@ def test_dump_reads_back_equal(tmp_path):
     "key, given, expected",
     [
         ("SOLVER.BASE_LR", "1", 1.0),
-        ("SOLVER.BASE_LR", "1e-3", 0.001),
         ("SOLVER.MAX_ITER", "9e4", 90000),
         ("SOLVER.STEPS", [1, 2], (1, 2)),
         ("SOLVER.STEPS", "()", ()),
@@ -117,25 +114,16 @@ def test_dump_reads_back_equal(tmp_path):
         ("MODEL.WEIGHTS", "/some/where.pkl", "/some/where.pkl"),
         ("DATASETS.TRAIN", "('a b/ä.json@images',)", ("a b/ä.json@images",)),
         ("SOLVER.WEIGHT_DECAY_BIAS", "0", 0.0),
+        ("SOLVER.WEIGHT_DECAY_BIAS", "None", None),
         ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", ".inf", math.inf),
     ],
 )
 def test_values_take_the_type_of_the_key(key, given, expected):
     cfg = get_cfg()
     cfg.merge_from_list([key, given])
-    *groups, leaf = key.split(".")
-    node = cfg
-    for group in groups:
-        node = node[group]
-    assert node[leaf] == expected
-    assert type(node[leaf]) is type(expected)
-
-
-def test_an_optional_key_takes_a_value_and_none():
-    cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.WEIGHT_DECAY_BIAS", 0.5])
-    cfg.merge_from_list(["SOLVER.WEIGHT_DECAY_BIAS", "None"])
-    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None
+    value = dict(leaves(cfg))[key]
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +135,6 @@ def test_an_optional_key_takes_a_value_and_none():
         ("SOLVER.BASE_LR", "fast", "float", "str"),
         ("MODEL.MASK_ON", "1", "bool", "int"),
         ("MODEL.WEIGHTS", "None", "str", "NoneType"),
-        ("SOLVER.BASE_LR", "None", "float", "NoneType"),
         ("INPUT.MIN_SIZE_TRAIN", "800", "tuple", "int"),
         ("DATASETS.TRAIN", "coco_2017_train", "tuple", "str"),
         ("SOLVER.STEPS", "(None,)", "numbers and strings", "NoneType"),

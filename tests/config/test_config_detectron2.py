@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import CONFIGS
 
 from tensormask.config import CfgNode, get_cfg
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -115,33 +113,11 @@ def test_a_dump_of_detectron2_loads_with_one_line_in_the_log(tmp_path, caplog):
     assert "VERSION" not in named
 
 
-def test_syntax_of_detectron2s_files(tmp_path):
-    """Tuples as strings, and the backbone by name."""
-    text = """
-MODEL:
-  BACKBONE: {NAME: "build_retinanet_resnet_fpn_backbone"}
-DATASETS:
-  TRAIN: ("coco_2017_train",)
-SOLVER:
-  STEPS: (480000, 520000)
-INPUT:
-  MIN_SIZE_TRAIN: (640, 800)
-"""
-    cfg = get_cfg()
-    cfg.merge_from_file(write(tmp_path, text))
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
-    assert cfg.SOLVER.STEPS == (480000, 520000)
-    assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
-
-
 # The settings of detectron2's three files, with tuples as strings.
 DETECTRON2_BASE = {
-    **{
-        "VERSION": 2,
-        "DATASETS.TRAIN": "('coco_2017_train',)",
-        "DATASETS.TEST": "('coco_2017_val',)",
-    },
-    **{"MODEL.META_ARCHITECTURE": "TensorMask", "MODEL.MASK_ON": True},
+    **{"VERSION": 2, "MODEL.META_ARCHITECTURE": "TensorMask", "MODEL.MASK_ON": True},
+    "DATASETS.TRAIN": "('coco_2017_train',)",
+    "DATASETS.TEST": "('coco_2017_val',)",
     "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
@@ -190,6 +166,13 @@ def test_detectron2s_files_equal_ours_of_the_same_name(tmp_path, name, settings)
     theirs.merge_from_file(tmp_path / name)
     ours.MODEL.TENSOR_MASK.HEAD = "auto"
     assert theirs == ours
+
+
+def test_r_101_differs_from_r_50_in_depth_and_weights():
+    expected = load("tensormask_R_50_FPN_6x.yaml")
+    expected.MODEL.RESNETS.DEPTH = 101
+    expected.MODEL.WEIGHTS = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
+    assert load("tensormask_R_101_FPN_6x.yaml") == expected
 
 
 # ------------------------------------------------------------ the mask head: by name or by switches
@@ -264,19 +247,15 @@ def test_ignored_overrides_are_logged(caplog):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("MODEL.KEYPOINT_ON", "True"),
-        ("MODEL.LOAD_PROPOSALS", "True"),
-        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-        ("MODEL.RESNETS.NUM_GROUPS", "32"),
-        ("MODEL.RESNETS.RES5_DILATION", "2"),
+        *(("MODEL.KEYPOINT_ON", "True"), ("MODEL.LOAD_PROPOSALS", "True")),
+        *(("INPUT.CROP.ENABLED", "True"), ("TEST.AUG.ENABLED", "True")),
+        *(("TEST.PRECISE_BN.ENABLED", "True"), ("VIS_PERIOD", "100")),
+        *(("MODEL.RESNETS.NUM_GROUPS", "32"), ("MODEL.RESNETS.RES5_DILATION", "2")),
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "(False, True, True, True)"),
         ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"),
-        ("INPUT.CROP.ENABLED", "True"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
         ("DATASETS.PROPOSAL_FILES_TRAIN", "('a.pkl',)"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-        ("TEST.AUG.ENABLED", "True"),
-        ("TEST.PRECISE_BN.ENABLED", "True"),
-        ("VIS_PERIOD", "100"),
     ],
 )
 def test_an_unsupported_feature_is_refused(tmp_path, key, value):
@@ -288,35 +267,6 @@ def test_an_unsupported_feature_is_refused(tmp_path, key, value):
 
 
 # ------------------------------------------------------------------------------------- YAML files
-
-
-def test_base_has_the_common_settings_of_the_paper():
-    cfg = load("Base-TensorMask.yaml")
-    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == ("TensorMask", True)
-    assert cfg.MODEL.FPN.FUSE_TYPE == "avg"
-    assert cfg.MODEL.FPN.IN_FEATURES == ["res2", "res3", "res4", "res5"]
-    assert cfg.MODEL.TENSOR_MASK.ALIGNED_ON
-    assert cfg.MODEL.TENSOR_MASK.BIPYRAMID_ON
-    for level, sizes in enumerate(cfg.MODEL.ANCHOR_GENERATOR.SIZES):
-        assert sizes == [11 * 4 * 2**level, 15 * 4 * 2**level]
-    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.TENSOR_MASK.IN_FEATURES)
-
-
-@pytest.mark.parametrize(
-    "name, depth, steps, max_iter, sizes, sampling",
-    [
-        ("tensormask_R_50_FPN_1x", 50, (60000, 80000), 90000, (800,), "choice"),
-        ("tensormask_R_50_FPN_6x", 50, (480000, 520000), 540000, (640, 800), "range"),
-        ("tensormask_R_101_FPN_6x", 101, (480000, 520000), 540000, (640, 800), "range"),
-    ],
-)
-def test_published_schedules(name, depth, steps, max_iter, sizes, sampling):
-    cfg = load(f"{name}.yaml")
-    assert cfg.MODEL.RESNETS.DEPTH == depth
-    assert cfg.MODEL.WEIGHTS == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
-    assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == (steps, max_iter)
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
-    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == (sizes, sampling)
 
 
 def test_quickstart_trains_on_shapes():

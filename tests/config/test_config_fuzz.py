@@ -3,7 +3,7 @@
 ``TENSORMASK_FUZZ_EXAMPLES=20000`` runs longer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import yaml
 from fuzz import fuzz_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CONFIGS
 
 from tensormask.config import CfgNode, get_cfg
+from tensormask.config.node import leaves
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TIME_LIMIT = 10_000  # milliseconds for a file of some kilobytes; a longer time is a loop
 
 fuzz = settings(max_examples=fuzz_examples(40), deadline=TIME_LIMIT)
@@ -24,14 +25,6 @@ fuzz = settings(max_examples=fuzz_examples(40), deadline=TIME_LIMIT)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
-
-
-def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 DEFAULTS, UNCHANGED = dict(leaves(get_cfg())), repr(get_cfg())
@@ -71,36 +64,19 @@ KEYS = [
     "é",
 ]
 WORDS = [
-    *(
-        "1",
-        "-1",
-        "1e400",
-        "nan",
-        "inf",
-        ".inf",
-        "None",
-        "True",
-        "[]",
-        "()",
-        "(1,)",
-        "[[1, 2], [3]]",
-    ),
+    *("1", "-1", "1e400", "nan", "inf", ".inf", "None", "True", "[]", "()", "(1,)"),
+    *("[[1, 2], [3]]", "a" * 3000, "9" * 5000),
     *("{}", "{1: 2}", "'a'", "b'a'", "1_000", "0x10", "1j", "...", "[" * 200, "-" * 300 + "1"),
     *("__import__('os')", "!!python/name:os.system", "\0", "\x1b[31m", "bipyramid", "auto"),
-    *("a" * 3000, "9" * 5000),
 ]
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
     st.sampled_from(WORDS), st.binary(max_size=3), st.dates(),
 )  # fmt: skip
+NAMES = st.sampled_from(KEYS) | st.text(max_size=3) | st.integers()
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(KEYS) | st.text(max_size=3) | st.integers(), inner, max_size=3
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
 
@@ -119,12 +95,6 @@ def nested(flat: dict[Any, Any]) -> dict:
 
 
 TREES = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4).map(nested)
-
-
-@fuzz
-@given(words=st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(WORDS)), max_size=4))
-def test_words_of_a_command_line(folder: Path, words: list[tuple[str, str]]) -> None:
-    check_merge(lambda cfg: cfg.merge_from_list([w for pair in words for w in pair]), folder)
 
 
 @fuzz

@@ -36,14 +36,13 @@ def test_valid_annotation():
     assert issues == {}
     assert checked == {**VALID, "area": 16, "iscrowd": 0}
     assert is_trainable(checked, IMAGES[5])
-    crowd, _ = check({**VALID, "iscrowd": 1})
-    assert crowd["iscrowd"] == 1
-    assert not is_trainable(crowd, IMAGES[5])
+    for value in (1, True, 1.0):
+        crowd, issues = check({**VALID, "iscrowd": value})
+        assert (crowd["iscrowd"], issues) == (1, {})
+        assert not is_trainable(crowd, IMAGES[5])
 
 
-def test_ids():
-    for value, expected in [(3, 3), (-1, -1), (0, 0), ("a", "a"), (7.0, 7)]:
-        assert as_id(value) == expected
+def test_invalid_ids():
     for value in (None, True, "", 1.5, math.nan, math.inf, [1], {}, "\ud800"):
         assert as_id(value) is None
 
@@ -68,61 +67,47 @@ def test_annotations_that_are_left_out(annotation, identity, reason):
     assert issues.line("annotation_malformed").endswith(f"Ids: {identity!r} ({reason})")
 
 
-BEYOND = [("box_beyond", "")]
-OUTSIDE, EMPTY = [("box_empty", "outside of the image")], [("box_empty", "width or height is 0")]
-NEGATIVE = [("box_malformed", "negative width or height")]
-NOT_FINITE, NOT_NUMBERS = (
-    [("box_malformed", "NaN or infinity")],
-    [("box_malformed", "not four numbers")],
-)
-
-
 @pytest.mark.parametrize(
-    "box, is_valid, expected",
+    "box, kind, reason",
     [
-        ([2, 2, 4, 4], True, []),
-        ([-1, -1, 14, 10], True, []),  # rounding
-        ([-1.1, 0, 5, 5], True, BEYOND),
-        ([0, 0, 12, 9.1], True, BEYOND),
-        ([12, 0, 5, 5], True, OUTSIDE),
-        ([-5, 0, 5, 5], True, OUTSIDE),
-        ([2, 2, 0, 4], True, EMPTY),
-        ([2, 2, 4, -1], False, NEGATIVE),
-        ([2, 2, math.nan, 4], False, NOT_FINITE),
-        ([2, 2, math.inf, 4], False, NOT_FINITE),
-        ([2, 2, 4], False, NOT_NUMBERS),
-        ([2, 2, 4, "4"], False, NOT_NUMBERS),
-        ([2, 2, 4, 10**400], False, NOT_NUMBERS),
-        ([2, 2, 4, 1e39], False, NOT_NUMBERS),  # infinite in 32 bits
-        ([2, 2, 4, True], False, NOT_NUMBERS),
-        ({"x": 2}, False, NOT_NUMBERS),
-        (None, False, [("box_malformed", "missing")]),
+        ([2, 2, 4, 4], "", ""),
+        ([-1, -1, 14, 10], "", ""),  # rounding
+        ([-1.1, 0, 5, 5], "box_beyond", ""),
+        ([0, 0, 12, 9.1], "box_beyond", ""),
+        ([12, 0, 5, 5], "box_empty", "outside of the image"),
+        ([-5, 0, 5, 5], "box_empty", "outside of the image"),
+        ([2, 2, 0, 4], "box_empty", "width or height is 0"),
+        ([2, 2, 4, -1], "box_malformed", "negative width or height"),
+        ([2, 2, math.nan, 4], "box_malformed", "NaN or infinity"),
+        ([2, 2, math.inf, 4], "box_malformed", "NaN or infinity"),
+        ([2, 2, 4], "box_malformed", "not four numbers"),
+        ([2, 2, 4, "4"], "box_malformed", "not four numbers"),
+        ([2, 2, 4, 10**400], "box_malformed", "not four numbers"),
+        ([2, 2, 4, 1e39], "box_malformed", "not four numbers"),  # infinite in 32 bits
+        ([2, 2, 4, True], "box_malformed", "not four numbers"),
+        ({"x": 2}, "box_malformed", "not four numbers"),
+        (None, "box_malformed", "missing"),
     ],
 )
-def test_boxes(box, is_valid, expected):
+def test_boxes(box, kind, reason):
     checked, issues = check_box(box, SIZE)
-    assert issues == expected
-    assert (checked is not None) == is_valid
+    assert issues == ([(kind, reason)] if kind else [])
+    assert (checked is None) == (kind == "box_malformed")
     trainable = is_trainable(check({**VALID, "bbox": box})[0], IMAGES[5])
-    assert trainable == (issues in ([], BEYOND))
+    assert trainable == (kind in ("", "box_beyond"))
 
 
 @pytest.mark.parametrize(
     "segmentation, valid, kind, reason",
     [
         ([SQUARE, [1, 1, 2, 2], [3, 3]], [SQUARE], "polygon_malformed", "fewer than three points"),
-        (
-            *([[1, 1, 2, 2], [1] * 7], None, "polygon_malformed"),
-            "an x without a y, fewer than three points",
-        ),
+        ([[1] * 4, [1] * 7], None, "polygon_malformed", "an x without a y, fewer than three"),
         # The brackets around a polygon are missing.
         (SQUARE, None, "polygon_malformed", "not a list of numbers"),
         ({"size": [8, 12], "counts": [0, 95]}, None, "mask_malformed", "add up to 95 pixels"),
         ({"size": [12, 8], "counts": [0, 96]}, None, "mask_malformed", "its image is [8, 12]"),
-        ({"counts": [0, 96]}, None, "mask_malformed", "size and counts"),
         ({}, None, "mask_malformed", "size and counts"),
         ("polygon", None, "mask_malformed", "a str"),
-        (5, None, "mask_malformed", "a int"),
         ([], None, "mask_missing", ""),
         (None, None, "mask_missing", ""),
     ],
@@ -134,21 +119,11 @@ def test_invalid_segmentations(segmentation, valid, kind, reason):
     assert reason in issues[0][1]
 
 
-def test_valid_polygons():
-    assert check_segmentation([SQUARE], SIZE) == ([SQUARE], [])
-
-
 def test_an_rle_is_compressed():
     expected = mask_utils.frPyObjects({"size": [8, 12], "counts": [10, 4, 82]}, 8, 12)
     checked = check_segmentation({"size": [8.0, 12], "counts": [10, 4, 82]}, SIZE)
     assert checked == (expected, [])
     assert check_segmentation(expected, SIZE) == (expected, [])
-
-
-@pytest.mark.parametrize("value", [0, 1, True, False, 1.0])
-def test_crowds(value):
-    checked, issues = check({**VALID, "iscrowd": value})
-    assert (checked["iscrowd"], issues) == (int(value), {})
 
 
 @pytest.mark.parametrize("value", ["0", "false", math.nan, [0], 2, -1, None])

@@ -2,10 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from damage import ANNOTATION_DAMAGES, STILL_TRAINABLE, damage
+from tiny import CONFIGS
 
 from tensormask.commands import check as check_dataset
 from tensormask.commands import train as train_net
@@ -13,8 +13,7 @@ from tensormask.data import CocoDataset, catalog, shapes
 from tensormask.data.checks import issues
 from tensormask.data.statistics import check_files
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
+DATA = CONFIGS.parents[1] / "shared" / "data"
 SETS = {
     "coco_cc": (DATA / "coco_cc/instances_train.json", DATA / "coco_cc/train"),
     "nuclei": (DATA / "nuclei_dsb2018/instances_val.json", DATA / "nuclei_dsb2018/val"),
@@ -103,9 +102,8 @@ def test_all_issues_are_counted_with_their_ids(damaged, monkeypatch):
 
     undamaged = CocoDataset("undamaged", *files_of(source))
     assert not undamaged.issues
-    num_lost = sum(
-        map(len, (ANNOTATION_DAMAGES[k] for k in ANNOTATION_DAMAGES.keys() - STILL_TRAINABLE))
-    )
+    lost = ANNOTATION_DAMAGES.keys() - STILL_TRAINABLE
+    num_lost = sum(len(ANNOTATION_DAMAGES[kind]) for kind in lost)
     num_lost -= 1  # the empty polygon, which has points and a box
     assert dataset.num_trainable.sum() == undamaged.num_trainable.sum() - num_lost
 
@@ -114,7 +112,7 @@ def test_check_dataset_prints_all_issues(damaged, tmp_path, capsys, opened):
     _, folder, done = damaged
     opened.clear()
     arguments = [name_of(folder), "--num-workers", "0", "--json", str(tmp_path / "found.json")]
-    arguments += ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
+    arguments += ["--config-file", str(CONFIGS / "quickstart.yaml")]
     assert check_dataset.main(arguments) == 1
     printed = capsys.readouterr().out
     for kind, ids in done.items():
@@ -168,7 +166,7 @@ def training(folder, output):
         f"MODEL.TENSOR_MASK.NUM_CLASSES {num_classes} MODEL.DEVICE cpu"
     )
     sets = ["DATASETS.TRAIN", f"('{name_of(folder)}',)", "DATASETS.TEST", f"('{name_of(folder)}',)"]
-    config = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
+    config = ["--config-file", str(CONFIGS / "quickstart.yaml")]
     return [*config, *small.split(), *sets, "OUTPUT_DIR", str(output)]
 
 

@@ -27,35 +27,16 @@ def colours(height=6, width=9):
     return Image.fromarray(blocks).resize((4 * width, 4 * height), Image.Resampling.NEAREST)
 
 
-def with_transparency(image):
-    image = image.copy()
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    return image
+MODES = "RGB.png RGB.jpg RGB.bmp RGB.webp RGB.tif L.png L.jpg 1.png P.png P.gif RGBA.png LA.png"
 
 
-@pytest.mark.parametrize(
-    "name, make",
-    [
-        ("a.png", lambda image: image),
-        ("a.jpg", lambda image: image),
-        ("a.bmp", lambda image: image),
-        ("a.webp", lambda image: image),
-        ("a.tif", lambda image: image),
-        ("grey.png", lambda image: image.convert("L")),
-        ("grey.jpg", lambda image: image.convert("L")),
-        ("two colours.png", lambda image: image.convert("1")),
-        ("palette.png", lambda image: image.quantize(16)),
-        ("palette.gif", lambda image: image.quantize(16)),
-        ("alpha.png", with_transparency),
-        ("grey alpha.png", lambda image: with_transparency(image).convert("LA")),
-        ("cmyk.jpg", lambda image: image.convert("CMYK")),
-        ("cmyk.tif", lambda image: image.convert("CMYK")),
-        ("ycc.tif", lambda image: image.convert("YCbCr")),
-    ],
-)
-def test_ordinary_images_equal_pils(tmp_path, name, make):
+@pytest.mark.parametrize("name", [*MODES.split(), "CMYK.jpg", "CMYK.tif", "YCbCr.tif"])
+def test_ordinary_images_equal_pils(tmp_path, name):
     original = colours()
-    make(original).save(tmp_path / name)
+    image = original.convert(name.split(".")[0])
+    if "A" in image.mode:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image.save(tmp_path / name)
     pixels = read_image(tmp_path / name)
     with Image.open(tmp_path / name) as image:
         expected = np.asarray(image.convert("RGB"))
@@ -85,12 +66,13 @@ def test_exif_orientations(tmp_path, suffix, orientation):
     np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}"), expected)
 
 
-def test_exif_orientation_by_hand(tmp_path):
-    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
-    pixels[0, 0] = 255
+@pytest.mark.parametrize("dtype, value", [(np.uint8, 255), (np.uint16, 1000)])
+def test_exif_orientation_by_hand(tmp_path, dtype, value):
+    values = np.zeros((4, 6), dtype=dtype)
+    values[0, 0] = value
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate clockwise by 90 degrees
-    Image.fromarray(pixels).save(tmp_path / "rotated.png", exif=exif)
+    Image.fromarray(values).save(tmp_path / "rotated.png", exif=exif)
     rotated = read_image(tmp_path / "rotated.png")
     assert rotated.shape == (6, 4, 3)
     assert rotated[0, 3].tolist() == [255, 255, 255]
@@ -102,36 +84,15 @@ def test_broken_metadata_are_ignored(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
 
 
-@pytest.mark.parametrize(
-    "name, dtype",
-    [
-        ("a.png", np.uint16),
-        ("a.tif", np.uint16),
-        ("a.tif", ">u2"),
-        ("a.tif", np.int32),
-        ("a.tif", np.float32),
-    ],
-)
-def test_deep_grey_is_stretched(tmp_path, name, dtype):
+@pytest.mark.parametrize("dtype", ["u2", ">u2", "i4", "f4"])
+def test_deep_grey_is_stretched(tmp_path, dtype):
     """Microscopes use 12 of 16 bits; PIL would make nearly all of the image white."""
     values = np.linspace(100, 4000, 2000).reshape(40, 50)
-    Image.fromarray(values.astype(dtype)).save(tmp_path / name)
-    pixels = read_image(tmp_path / name)
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
+    pixels = read_image(tmp_path / "a.tif")
     assert pixels.shape == (40, 50, 3)
     assert (pixels == pixels[:, :, :1]).all()
     np.testing.assert_allclose(pixels[:, :, 0], (values - 100) / 3900 * 255, atol=1)
-
-
-def test_deep_grey_is_rotated(tmp_path):
-    values = np.zeros((4, 6), dtype=np.uint16)
-    values[0, 0] = 1000
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
-    pixels = read_image(tmp_path / "a.png")[:, :, 0]
-    assert pixels.shape == (6, 4)
-    assert pixels[0, 3] == 255
-    assert np.count_nonzero(pixels) == 1
 
 
 def test_stretch_by_hand():
@@ -139,12 +100,6 @@ def test_stretch_by_hand():
     stretched = stretch_to_8_bits(values)
     assert stretched[[0, 10, 2505, 9990, 10_000]].tolist() == [0, 0, 64, 255, 255]
     assert (np.diff(stretched.astype(int)) >= 0).all()
-
-
-def test_hot_pixels_do_not_set_the_scale():
-    values = np.random.default_rng(0).integers(200, 300, (100, 100))
-    values[3, 4] = 65535
-    assert 100 < stretch_to_8_bits(values).mean() < 150
 
 
 def test_few_bright_pixels_on_a_constant_image_stay_visible():
@@ -163,13 +118,6 @@ def test_nan_and_infinity():
     values = np.array([[0.0, 0.25, 1.0, np.nan, np.inf, -np.inf]])
     stretched = stretch_to_8_bits(values)
     assert stretched.tolist() == [[0, 64, 255, 0, 255, 0]]
-
-
-def test_file_names_with_spaces_and_unicode(tmp_path):
-    folder = tmp_path / "sous dossier é" / "日本"
-    folder.mkdir(parents=True)
-    colours().save(folder / "Ωmega 🙂 #1%20.png")
-    assert read_image(str(folder / "Ωmega 🙂 #1%20.png")).shape == (24, 36, 3)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
@@ -243,17 +191,13 @@ def test_a_pipe_does_not_block(tmp_path):
 
 @pytest.mark.parametrize("side", [20_000, 2**31 - 1])
 def test_a_huge_stated_size_is_refused(tmp_path, side):
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    content = (
-        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    assert read_error(tmp_path / "bomb.png") == "image_broken"
+    path = tmp_path / "bomb.png"
+    colours().save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    assert read_error(path) == "image_broken"
 
 
 def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):

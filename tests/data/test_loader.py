@@ -31,9 +31,8 @@ def small_set(tmp_path):
     for image_id, (height, width) in enumerate(SIZES, start=1):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{image_id}.png")
-        images.append(
-            {"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width}
-        )
+        size = {"height": height, "width": width}
+        images.append({"id": image_id, "file_name": f"{image_id}.png", **size})
         if image_id != 4:
             annotations.append(square(image_id, image_id, iscrowd=int(image_id == 5)))
     categories = [{"id": 1, "name": "disc"}, {"id": 2, "name": "square"}]
@@ -75,9 +74,8 @@ def assert_same(batches, others):
 
 def test_content_of_a_sample(small_set):
     sample = take(make_cfg(small_set), 1)[0][0]
-    assert set(sample) == {
-        *("image", "target", "dataset", "image_id", "file_name", "height", "width", "issues")
-    }
+    keys = {"image", "target", "dataset", "image_id", "file_name", "height", "width", "issues"}
+    assert set(sample) == keys
     assert sample["issues"] == []
     assert sample["image"].dtype == torch.uint8
     height, width = sample["image"].shape[1:]
@@ -196,9 +194,8 @@ def test_a_set_without_a_valid_annotation_is_refused(small_set, tmp_path):
     for annotation in data["annotations"]:
         annotation["image_id"] = 99
     (tmp_path / "set.json").write_text(json.dumps(data))
-    with pytest.raises(
-        ValueError, match=r"(?s)no annotation is valid.*annotation_malformed.*unknown image_id 99"
-    ):
+    message = r"(?s)no annotation is valid.*annotation_malformed.*unknown image_id 99"
+    with pytest.raises(ValueError, match=message):
         build_test_loader(make_cfg(), get_dataset(small_set))
     (tmp_path / "info.json").write_text(json.dumps({**data, "annotations": []}))
     assert len(build_test_loader(make_cfg(), get_dataset(f"{tmp_path}/info.json@{tmp_path}"))) == 8
@@ -206,12 +203,10 @@ def test_a_set_without_a_valid_annotation_is_refused(small_set, tmp_path):
 
 def test_strict_refuses_known_issues(small_set, tmp_path):
     (tmp_path / "2.png").unlink()
-    assert take(make_cfg(small_set), 1)
     strict = make_cfg(small_set, **{"DATASETS.STRICT": True})
-    with pytest.raises(ValueError, match=r"(?s)has issues.*image_missing.*Ids: 2"):
-        build_train_loader(strict)
-    with pytest.raises(ValueError, match=r"(?s)has issues.*image_missing.*Ids: 2"):
-        build_test_loader(strict, get_dataset(small_set))
+    for build in (build_train_loader, lambda cfg: build_test_loader(cfg, get_dataset(small_set))):
+        with pytest.raises(ValueError, match=r"(?s)has issues.*image_missing.*Ids: 2"):
+            build(strict)
 
 
 def test_several_sets_are_joined(small_set, tmp_path):
@@ -235,9 +230,8 @@ def test_batches_hold_one_orientation(small_set):
 
 
 def test_test_loader(small_set):
-    cfg = make_cfg(
-        **{"INPUT.MIN_SIZE_TEST": 40, "INPUT.MAX_SIZE_TEST": 60, "DATALOADER.NUM_WORKERS": 2}
-    )
+    sizes = {"INPUT.MIN_SIZE_TEST": 40, "INPUT.MAX_SIZE_TEST": 60}
+    cfg = make_cfg(**sizes, **{"DATALOADER.NUM_WORKERS": 2})
     loader = build_test_loader(cfg, get_dataset(small_set))
     batches = list(loader)
     assert len(loader) == len(batches) == 8

@@ -19,16 +19,13 @@ def test_length_iteration_and_indexing():
     for outside in (4, -5):
         with pytest.raises(IndexError, match="4"):
             packed[outside]
+    assert list(PackedList([])) == []
 
 
 def test_each_access_returns_a_new_object():
     packed = PackedList(ITEMS)
     packed[0]["a"].append("more")
     assert packed[0] == ITEMS[0]
-
-
-def test_empty_list():
-    assert list(PackedList([])) == []
 
 
 def test_all_attributes_are_tensors():

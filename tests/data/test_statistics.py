@@ -7,16 +7,13 @@ import pytest
 from PIL import Image
 
 from tensormask.data import CocoDataset
-from tensormask.data.statistics import area_size, check_files, count_contents, has_pixels
+from tensormask.data.statistics import area_size, check_files, count_contents
 
 
 def annotation(identity, image_id, category_id, x, y, side, **fields):
-    box = [x, y, side, side]
     polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
-    return {
-        **{"id": identity, "image_id": image_id, "category_id": category_id},
-        **{"bbox": box, "segmentation": [polygon], **fields},
-    }
+    ids = {"id": identity, "image_id": image_id, "category_id": category_id}
+    return {**ids, "bbox": [x, y, side, side], "segmentation": [polygon], **fields}
 
 
 @pytest.fixture
@@ -24,18 +21,14 @@ def dataset(tmp_path):
     """Three images, two of the same file; four classes, two of the same name."""
     for name, size in (("a.png", (200, 120)), ("b.png", (64, 64))):
         Image.fromarray(np.zeros((*size[::-1], 3), np.uint8)).save(tmp_path / name)
+    names = {4: "cup", 5: "fork", 9: "cup", 11: "spoon"}
     content = {
         "images": [
             {"id": 1, "file_name": "a.png", "width": 200, "height": 120},
             {"id": 2, "file_name": "b.png", "width": 64, "height": 64},
             {"id": 3, "file_name": "b.png", "width": 64, "height": 60},
         ],
-        "categories": [
-            {"id": 4, "name": "cup"},
-            {"id": 5, "name": "fork"},
-            {"id": 9, "name": "cup"},
-            {"id": 11, "name": "spoon"},
-        ],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
         "annotations": [
             annotation(1, 1, 4, 0, 0, 100),
             annotation(2, 1, 9, 10, 10, 40),
@@ -69,9 +62,15 @@ def test_statistics(dataset):
 
 def test_object_sizes_equal_cocos():
     # COCO's evaluation counts an area of exactly 32 * 32 as small and as medium; here it is medium.
-    assert [area_size(area) for area in (0, 1023.9, 1024, 9215, 9216, 1e9)] == [
-        *("small", "small", "medium", "medium", "large", "large")
-    ]
+    sizes = {
+        0: "small",
+        1023.9: "small",
+        1024: "medium",
+        9215: "medium",
+        9216: "large",
+        1e9: "large",
+    }
+    assert {area: area_size(area) for area in sizes} == sizes
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -88,8 +87,3 @@ def test_missing_images_are_counted_once(dataset):
     again = CocoDataset("things", dataset.image_root / "set.json", dataset.image_root)
     list(check_files(again))
     assert again.issues.counts == {"image_missing": 1, "image_size": 1, "mask_empty": 1}
-
-
-def test_has_pixels():
-    assert has_pixels([[1, 1, 4, 1, 4, 4]], (8, 8))
-    assert not has_pixels([[1.2, 1.2, 1.4, 1.2, 1.4, 1.4]], (8, 8))

@@ -65,21 +65,17 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
     """
     images: dict[Identity, ImageEntry] = {}
     for number, entry in enumerate(entries):
-        fields = entry if isinstance(entry, dict) else {}
-        identity, file_name = as_id(fields.get("id")), fields.get("file_name")
-        height, width = _as_length(fields.get("height")), _as_length(fields.get("width"))
-        valid = _is_file_name(file_name) and 0 < height * width <= _MAX_PIXELS
-        if identity is None or not valid:
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        identity, file_name = as_id(fields.get("id")), fields.get("file_name", "")
+        size = {side: _as_length(fields.get(side)) for side in ("height", "width")}
+        # The second condition excludes "", ".." and "/".
+        valid = is_text(file_name) and file_name.strip("/.") and "\0" not in file_name
+        if identity is None or not valid or not 0 < size["height"] * size["width"] <= _MAX_PIXELS:
             issues.add("image_malformed", _name(identity, f"images[{number}]"))
         elif identity in images:
             issues.add("image_duplicate_id", identity)
         else:
-            images[identity] = {
-                "id": identity,
-                "file_name": file_name,
-                "height": height,
-                "width": width,
-            }
+            images[identity] = {"id": identity, "file_name": file_name, **size}
     return images
 
 
@@ -148,14 +144,8 @@ def check_annotation(
         findings.append(("area_malformed", ""))
     for kind, reason in findings:
         issues.add(kind, identity, reason)
-    checked = {
-        "id": identity,
-        "image_id": image_id,
-        "category_id": category_id,
-        "iscrowd": int(is_crowd),
-        "bbox": box,
-        "segmentation": segmentation,
-    }
+    checked: Annotation = {"id": identity, "image_id": image_id, "category_id": category_id}
+    checked |= {"iscrowd": int(is_crowd), "bbox": box, "segmentation": segmentation}
     if valid_area:
         checked["area"] = area
     return checked
@@ -194,12 +184,16 @@ def check_segmentation(
 ) -> tuple[list[list[float]] | dict[str, Any] | None, list[Finding]]:
     """Return the valid polygons of a segmentation, its RLE compressed, or None; and its issues.
 
-    Args:
-        segmentation: the entry's `segmentation`, of any type.
-        size: (height, width) of the image in pixels.
+    `segmentation` has any type; `size` is the (height, width) of the image in pixels.
     """
     if isinstance(segmentation, dict):
-        return _check_rle(segmentation, size)
+        try:
+            runs = check_rle(segmentation, size)
+        except ValueError as error:
+            return None, [("mask_malformed", str(error).rstrip("."))]
+        # An empty mask is scored all the same: pycocotools counts it as missed, too.
+        issues = [] if runs[1::2].any() else [("mask_empty", "")]
+        return segmentation_to_rle(segmentation, size), issues
     if not segmentation:
         return None, [("mask_missing", "")]
     if not isinstance(segmentation, list):
@@ -212,37 +206,21 @@ def check_segmentation(
 
 def is_trainable(annotation: Annotation, image: ImageEntry) -> bool:
     """Return whether a checked annotation has a mask and a box in the image, and is not a crowd."""
-    box = annotation["bbox"]
-    return bool(
-        not annotation["iscrowd"]
-        and _may_have_pixels(annotation["segmentation"])
-        and box
-        and min(box[2:]) > 0
-        and _has_area_inside(box, (image["height"], image["width"]))
-    )
-
-
-def _check_rle(
-    rle: dict[str, Any], size: tuple[int, int]
-) -> tuple[dict[str, Any] | None, list[Finding]]:
-    try:
-        runs = check_rle(rle, size)
-    except ValueError as error:
-        return None, [("mask_malformed", str(error).rstrip("."))]
-    # An empty mask is scored all the same: pycocotools counts it as missed, too.
-    return segmentation_to_rle(rle, size), [] if runs[1::2].any() else [("mask_empty", "")]
+    box, mask = annotation["bbox"], annotation["segmentation"]
+    if annotation["iscrowd"] or not box or not mask:
+        return False
+    # Polygons may be empty, too: they are rasterised at training size.
+    if isinstance(mask, dict) and not mask_utils.area(mask):
+        return False
+    return min(box[2:]) > 0 and _has_area_inside(box, (image["height"], image["width"]))
 
 
 def _agree(box: list[float], segmentation: Any, size: tuple[int, int]) -> bool:
     """Return whether the box is the extent of the mask in the image, within the tolerance."""
     if isinstance(segmentation, list):
-        extent = (
-            min(min(polygon[0::2]) for polygon in segmentation),
-            min(min(polygon[1::2]) for polygon in segmentation),
-            max(max(polygon[0::2]) for polygon in segmentation),
-            max(max(polygon[1::2]) for polygon in segmentation),
-        )
-        if _near(box, extent, size):
+        xs = [x for polygon in segmentation for x in polygon[0::2]]
+        ys = [y for polygon in segmentation for y in polygon[1::2]]
+        if _near(box, (min(xs), min(ys), max(xs), max(ys)), size):
             return True
     # The spike of a polygon may cover no pixel, so the corners do not decide against the box.
     x, y, width, height = mask_utils.toBbox(segmentation_to_rle(segmentation, size)).tolist()
@@ -261,20 +239,9 @@ def _near(
     )
 
 
-def _may_have_pixels(segmentation: Any) -> bool:
-    """Return False if a mask is known to be empty; polygons are rasterised at training size."""
-    if isinstance(segmentation, dict):
-        return mask_utils.area(segmentation) > 0
-    return bool(segmentation)
-
-
 def _has_area_inside(box: list[float], size: tuple[int, int]) -> bool:
     x, y, width, height = box
     return x < size[1] and y < size[0] and x + width > 0 and y + height > 0
-
-
-def _is_file_name(value: Any) -> bool:
-    return is_text(value) and bool(value.strip("/.")) and "\0" not in value
 
 
 def _as_length(value: Any) -> int:

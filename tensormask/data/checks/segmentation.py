@@ -57,15 +57,11 @@ def polygon_issue(polygon: Any, size: tuple[int, int]) -> str | None:
         return f"more than {_MAX_DISTANCE} of the image's longer sides outside of it"
     # No edge is longer than the extent, so few polygons are measured.
     if len(polygon) / 2 * (highest - lowest) > _MAX_OUTLINE * side:
-        if _outline_length(polygon) > _MAX_OUTLINE * side:
+        points = np.reshape(np.asarray(polygon, dtype=np.float64), (-1, 2))
+        # The length of an edge is measured along its longer side.
+        if np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum() > _MAX_OUTLINE * side:
             return f"outline longer than {_MAX_OUTLINE} of the image's longer sides"
     return None
-
-
-def _outline_length(polygon: Sequence[float]) -> float:
-    """Return the length of the outline in pixels, along the longer side of each edge."""
-    points = np.reshape(np.asarray(polygon, dtype=np.float64), (-1, 2))
-    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:
