@@ -1,4 +1,4 @@
-// The CPU kernels for x86 with AVX2 and FMA.
+// Compiles the kernels of swap_align2nat_cpu_kernels.h and winograd_kernels.h for AVX2 and FMA.
 
 #include "swap_align2nat_cpu.h"
 #include "winograd.h"

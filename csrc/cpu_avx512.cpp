@@ -1,4 +1,5 @@
-// The CPU kernels for x86 with AVX-512: only float32, see cpu_isa.h.
+// Compiles the kernels of swap_align2nat_cpu_kernels.h and winograd_kernels.h for AVX-512: only
+// float32, see cpu_isa.h.
 
 #include "swap_align2nat_cpu.h"
 #include "winograd.h"

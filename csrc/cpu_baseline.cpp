@@ -1,4 +1,4 @@
-// The CPU kernels for any machine.
+// Compiles the kernels of swap_align2nat_cpu_kernels.h and winograd_kernels.h for any machine.
 
 #include "swap_align2nat_cpu.h"
 #include "winograd.h"

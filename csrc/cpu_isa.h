@@ -1,4 +1,4 @@
-// Choose the instruction set: each has the same kernels, in a namespace of its own.
+// The instruction sets of the CPU kernels: a namespace for each, and the choice at run time.
 
 #pragma once
 

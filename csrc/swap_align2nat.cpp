@@ -1,4 +1,4 @@
-// The operators' schemas. Autograd, fake kernels and the public functions are in
+// Schemas of the operators, no kernels. Autograd, fake kernels and the public functions are in
 // tensormask/layers/swap_align2nat.py, because the stable ABI has no C++ autograd.
 
 #include <torch/csrc/stable/library.h>

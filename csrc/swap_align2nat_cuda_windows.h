@@ -1,5 +1,4 @@
-// The CUDA kernels for chosen windows; and for all windows, if lambda is too large for shared
-// memory.
+// CUDA kernels at chosen windows; also at all windows where lambda exceeds shared memory.
 
 #pragma once
 

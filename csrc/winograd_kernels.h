@@ -1,6 +1,7 @@
-// Winograd's F(4x4, 3x3) on the CPU: transform tiles to the 36 matrices and back. As with
-// swap_align2nat_cpu_kernels.h, one file for each instruction set includes this file in its own
-// namespace. A step transforms one cache line of channels of a tile.
+// CPU kernels of Winograd's F(4x4, 3x3): transform tiles to the 36 matrices and back.
+//
+// As with swap_align2nat_cpu_kernels.h, one file for each instruction set includes this file in its
+// own namespace. A step transforms one cache line of channels of a tile.
 
 template <typename T>
 struct Lanes {

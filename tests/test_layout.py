@@ -1,10 +1,10 @@
-"""The rooms of the package: no import runs upwards, and none in a circle (DESIGN.md, Layout)."""
+"""Imports between the folders of the package: none runs upwards, and none in a circle."""
 
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tensormask"
-# From the ground up. `data.checks` is a room of its own, below `data`.
+# From the ground up. `data.checks` is a folder of its own, below `data`.
 FLOORS = (
     {"layers", "utils", "config", "model_zoo"},
     {"data.checks"},
@@ -14,7 +14,7 @@ FLOORS = (
     {"predictor"},
     {"commands"},
 )
-FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
 
 
 def module_name(path: Path) -> str:
@@ -40,15 +40,15 @@ def imported_modules(path: Path) -> set[str]:
     return found & set(MODULES)
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder of a module, or the module itself at the package's top."""
     parts = module.split(".")[1:]
     return "data.checks" if parts[:2] == ["data", "checks"] else parts[0]
 
 
-def test_no_import_runs_upwards_and_no_rooms_form_a_circle():
+def test_no_import_runs_upwards_and_no_folders_form_a_circle():
     arrows = {
-        (room_of(module), room_of(target), module, target)
+        (folder_of(module), folder_of(target), module, target)
         for module, path in MODULES.items()
         for target in imported_modules(path)
         if "." in module and "." in target
@@ -57,6 +57,16 @@ def test_no_import_runs_upwards_and_no_rooms_form_a_circle():
     assert upwards == []
     pairs = {arrow[:2] for arrow in arrows if arrow[0] != arrow[1]}
     assert circle_in(pairs) is None
+
+
+def test_the_package_imports_nothing_of_dev_tools_or_tests():
+    root = PACKAGE.parent
+    outside = {p.stem for folder in ("dev", "tools", "tests") for p in (root / folder).iterdir()}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & outside, path
 
 
 def test_no_modules_form_a_circle():
