@@ -58,13 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num", type=int, default=8, metavar="N", help="images to draw (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="draw the first images of a training with SEED N (default: the config's SEED, or 0 "
-        "if it is negative)",
-    )
+    seed_help = "SEED of the training (default: the config's SEED, or 0 if it is negative)"
+    parser.add_argument("--seed", type=int, metavar="N", help=seed_help)
     add_overrides(parser)
     args = parser.parse_args(arguments)
     if args.num < 1:
@@ -72,34 +67,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def setup_config(args: argparse.Namespace) -> CfgNode:
-    """Return the config of the command line, with a seed and on the CPU."""
-    cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    cfg.SEED = max(cfg.SEED, 0) if args.seed is None else args.seed
-    return cfg
-
-
 def draw_sample(sample: dict[str, Any], windows: Windows, class_names: list[str]) -> np.ndarray:
     """Draw a sample beside the windows that match its objects."""
     rgb = sample["image"].permute(1, 2, 0).numpy()
     boxes, labels, masks = (sample["target"][key] for key in ("boxes", "labels", "masks"))
     height, width = rgb.shape[:2]
-    crowded = len(boxes) > MAX_LABELS
-    factor = max(magnification(height, width), 1 + crowded)
+    factor = max(magnification(height, width), 1 + (len(boxes) > MAX_LABELS))
     objects = draw_instances(rgb, boxes, labels, masks, class_names=class_names, magnify=factor)
     assignment = assign([boxes], windows, windows.grids((height, width)))
     rows = windows_to_draw(assignment, boxes)
-    matches = draw_windows(
-        rgb, boxes, assignment.boxes[rows], assignment.object[rows], magnify=factor
-    )
+    drawn, matched = assignment.boxes[rows], assignment.object[rows]
+    matches = draw_windows(rgb, boxes, drawn, matched, magnify=factor)
     num_matched = len(assignment.object.unique())
-    titles = (
-        f"{width} x {height} px, {len(boxes)} objects",
-        f"{num_matched} of {len(boxes)} match a window",
-    )
-    return captioned(
-        side_by_side(objects, matches, titles), describe_assignment(assignment, windows)
-    )
+    left = f"{width} x {height} px, {len(boxes)} objects"
+    titles = left, f"{num_matched} of {len(boxes)} match a window"
+    drawing = side_by_side(objects, matches, titles)
+    return captioned(drawing, describe_assignment(assignment, windows))
 
 
 def windows_to_draw(assignment: Assignment, boxes: torch.Tensor) -> list[int]:
@@ -128,10 +111,8 @@ def describe_assignment(assignment: Assignment, windows: Windows) -> list[str]:
     for level, size, at in assignment.groups():
         name = f"{windows.level_names[level]} {windows.sizes[level][size]:g} px"
         num_objects, num_windows = len(assignment.object[at].unique()), at.stop - at.start
-        texts.append(
-            f"{name}: {num_objects} object{'s' * (num_objects != 1)} "
-            f"in {num_windows} window{'s' * (num_windows != 1)}"
-        )
+        matched = f"{num_objects} object{'s' * (num_objects != 1)}"
+        texts.append(f"{name}: {matched} in {num_windows} window{'s' * (num_windows != 1)}")
     return texts
 
 
@@ -165,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output = Path(args.output)
-    num_drawn = draw(setup_config(args), output, args.num)
-    print(f"{num_drawn} images written to {output}")
+    cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    cfg.SEED = max(cfg.SEED, 0) if args.seed is None else args.seed
+    num_drawn = draw(cfg, Path(args.output), args.num)
+    print(f"{num_drawn} images written to {args.output}")
     return 0

@@ -144,10 +144,9 @@ def draw_detections(
     if predictor.model.mask_head is not None:
         (window_masks,) = masks_at_windows(predictor.model.mask_head, inspection.features, [found])
         masks = paste_masks(window_masks, found.windows, (height, width))
-    names = predictor.class_names
+    names, num_found = predictor.class_names, len(found.scores)
     drawn = draw_instances(rgb, found.boxes, found.labels, masks, found.scores, names)
-    num_detections = len(found.scores)
-    title = f"{width} x {height} px, score > {inspection.threshold:g}: {num_detections} detections"
+    title = f"{width} x {height} px, score > {inspection.threshold:g}: {num_found} detections"
     return titled(fit(drawn, PANEL_SIDE), title)
 
 
@@ -162,24 +161,21 @@ def draw_fired(
         cv2.rectangle(lines, (x0, y0), (x1 - 1, y1 - 1), WHITE, 1)
     view = np.asarray(cv2.addWeighted(dark, 0.5, lines, 0.5, 0))
     found, names = inspection.detections_at(level, size), predictor.class_names
-    return draw_instances(
-        view, found.windows * scale, found.labels, None, found.scores, names, magnify=1
-    )
+    boxes = found.windows * scale
+    return draw_instances(view, boxes, found.labels, None, found.scores, names, magnify=1)
 
 
 def draw_scores(inspection: WindowInspection, level: int, size: int) -> np.ndarray:
     """Draw the scores of all windows; detections have frames in the colors of `draw_fired`."""
     scores, found = inspection.scores[level][size], inspection.detections_at(level, size)
-    height, width = scores.shape
     # An image without windows that fire stays dark.
     brightest = max(float(scores.max()), inspection.threshold)
-    frames = [
-        (y, x, instance_color(number))
-        for number, (y, x) in enumerate(zip(found.y.tolist(), found.x.tolist(), strict=True))
-    ]
-    cell = max(1, PANEL_SIDE // max(height, width))
+    colors = map(instance_color, range(len(found.y)))
+    frames = zip(found.y.tolist(), found.x.tolist(), colors, strict=True)
+    cell = max(1, PANEL_SIDE // max(scores.shape))
     view = score_view(scores.cpu().numpy(), brightest, cell, frames)
-    return titled(view, f"Best class's score, (H, W) = {height, width}; yellow: {brightest:.2f}")
+    title = f"Best class's score, (H, W) = {tuple(scores.shape)}; yellow: {brightest:.2f}"
+    return titled(view, title)
 
 
 def draw_masks(
@@ -194,16 +190,12 @@ def draw_masks(
     windows, scores = predictor.model.windows, inspection.scores[level][size]
     texts = best_windows(predictor, inspection, level, size)
     best, best_indices = next(iter(texts)), torch.tensor(list(texts))
-    rows, columns = grid_through(best, (scores.shape[0], scores.shape[1]), MAX_TILES)
-    indices = torch.cat(
-        [torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)), best_indices]
-    )
+    rows, columns = grid_through(best, scores.shape, MAX_TILES)
+    in_tiles = torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns))
+    indices = torch.cat([in_tiles, best_indices])
     logits = natural_masks(mask_head, inspection.features, level, size, indices)
-    masks, side = to_probabilities(logits), logits.shape[-1]
-
-    stride = windows.strides[level]
-    num_tiles = len(rows) * len(columns)
-    tiles = masks[:num_tiles].reshape(len(rows), len(columns), side, side)
+    masks, side, stride = to_probabilities(logits), logits.shape[-1], windows.strides[level]
+    tiles = masks[: len(in_tiles)].reshape(len(rows), len(columns), side, side)
     view = natural_view(tiles, rows, columns, TILE_SIDE, {best: MARK})
     captions = [
         "Tile (y, x) is F(:, :, y, x), the mask of the window that is centered at",
@@ -216,7 +208,7 @@ def draw_masks(
     natural = captioned(titled(view, title), captions)
     pairs = []
     boxes = window_boxes(windows, level, size, best_indices)
-    for mask, box, text in zip(masks[num_tiles:], boxes.tolist(), texts.values(), strict=True):
+    for mask, box, text in zip(masks[len(in_tiles) :], boxes.tolist(), texts.values(), strict=True):
         tile = fit(mask_colors(mask), CROP_SIDE)
         pairs.append(titled(side_by_side(window_crop(rgb, box, len(tile)), tile), text))
     aligned = draw_aligned(windows, mask_head, inspection, level, size, best)
@@ -254,10 +246,7 @@ def draw_aligned(
 def best_windows(
     predictor: Predictor, inspection: WindowInspection, level: int, size: int
 ) -> dict[tuple[int, int], str]:
-    """Return the indices (y, x) of the best detections with a title each.
-
-    Without detections it is the window with the best score.
-    """
+    """Return titles by index (y, x): of the best detections, else of the best window."""
     scores, found = inspection.scores[level][size], inspection.detections_at(level, size)
     titles: dict[tuple[int, int], str] = {}
     columns = (column.tolist() for column in (found.y, found.x, found.labels, found.scores))
@@ -281,18 +270,12 @@ def to_probabilities(logits: Tensor) -> np.ndarray:
 
 
 def chosen_levels(names: list[str], text: str | None) -> list[int]:
-    """Return the levels in `text`, such as "p2,p4", fine to coarse; all for None.
-
-    Raises:
-        UserError: an unknown level.
-    """
+    """Return the levels in `text`, such as "p2,p4", fine to coarse; all for None."""
     wanted = names if text is None else text.lower().split(",")
     unknown = sorted(set(wanted) - set(names))
     if unknown:
-        raise UserError(
-            f"--levels: unknown level {', '.join(unknown)}; the model's levels are "
-            f"{', '.join(names)}"
-        )
+        given, known = ", ".join(unknown), ", ".join(names)
+        raise UserError(f"--levels: unknown level {given}; the model's levels are {known}")
     return [level for level, name in enumerate(names) if name in wanted]
 
 
@@ -309,8 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (output / name).resolve() == Path(args.input).resolve():
             raise UserError(f"{args.input} would be overwritten: give another --output")
     rgb = read_image(args.input)
-    height, width = rgb.shape[:2]
-    geometry = predictor.transform.draw((height, width), np.random.default_rng(0))
+    geometry = predictor.transform.draw(rgb.shape[:2], np.random.default_rng(0))
     with torch.inference_mode():
         draw(predictor, transform_image(rgb, geometry), levels, args.threshold, output)
     print(f"{len(levels)} levels and {OVERVIEW} written to {output}")

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
 from tensormask.evaluation.predictions import evenly_spread, write_images
-from tensormask.evaluation.results import (
-    Detections,
-    ResultsWriter,
-    coco_results,
-    merge_results,
-    read_results,
-)
+from tensormask.evaluation.results import ResultsWriter, coco_results, merge_results, read_results
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
@@ -53,8 +47,7 @@ def evaluate(
     file, from which they are read for scoring: memory does not grow while the model runs.
 
     Several processes can share the images: each has a `loader` of `image_ids[rank :: number of
-    processes]` and writes its own file to `output_dir`, which must be the same folder for all.
-    Rank 0 merges the files, scores them, and is the only one that returns results.
+    processes]` and the same `output_dir`. Rank 0 merges the files of all and scores them.
 
     The model runs in evaluation mode; the mode of each of its modules is restored afterwards.
 
@@ -85,6 +78,7 @@ def evaluate(
             finite; masks whose size is not their image's; an image that comes twice, or is not in
             the data set.
     """
+    image_ids, category_ids = dataset.image_ids, dataset.category_ids
     with contextlib.ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -97,11 +91,11 @@ def evaluate(
         if rank > 0:
             return {}
         path = folder / RESULTS_FILE
-        _merge_parts(path, len(summaries), dataset.image_ids)
+        _merge_parts(path, len(summaries), image_ids)
         _warn_of_missing_images(summaries, dataset)
         if output_dir is not None:
             processed = {image_id for summary in summaries for image_id in summary.processed}
-            chosen = evenly_spread(dataset.image_ids, num_visualized)
+            chosen = evenly_spread(image_ids, num_visualized)
             write_images(folder, dataset, [i for i in chosen if i in processed], path)
             num_results = sum(summary.num_results for summary in summaries)
             logger.info("%d detections written to %s", num_results, path)
@@ -110,17 +104,17 @@ def evaluate(
             if output_dir is not None:
                 write_submission(path, dataset.name, submission_name)
             return {}
-        coco_gt = dataset.to_coco()
+        coco_gt, class_names = dataset.to_coco(), dataset.class_names
         metrics, curves = {}, {}
         for iou_type in ("bbox", "segm") if all(s.has_masks for s in summaries) else ("bbox",):
             metrics[iou_type], curves[iou_type] = metrics_and_curves(
                 coco_gt,
                 read_results(path),
                 iou_type,
-                dataset.class_names,
-                category_ids=dataset.category_ids,
-                image_ids=dataset.image_ids,
-                max_dets=max_dets,
+                class_names,
+                category_ids,
+                image_ids,
+                max_dets,
             )
         if output_dir is not None:
             (folder / CURVES_FILE).write_text(json.dumps(curves))
@@ -144,21 +138,28 @@ def _write_detections(
     show_progress: bool,
 ) -> _Summary:
     """Run the model on all images of a loader and write the detections to a file."""
-    has_masks = True
-    expected = set(dataset.image_ids)
+    # `detect` returns masks in their windows, which take less memory.
+    detect = model.detect if isinstance(model, TensorMask) else model
+    has_masks, expected = True, set(dataset.image_ids)
     processed: list[Identity] = []
     unreadable: list[Identity] = []
     # disable=None: on a terminal only.
     progress = tqdm(loader, desc="evaluation", disable=None if show_progress else True, leave=False)
     with _evaluation_mode(model), torch.inference_mode(), ResultsWriter(path) as writer:
         for samples in progress:
-            _check_off(expected, samples, dataset.name)
+            for image_id in (sample["image_id"] for sample in samples):
+                if image_id not in expected:
+                    raise ValueError(
+                        f"the loader gave image {image_id!r} twice, or {dataset.name} does not "
+                        "have this image"
+                    )
+                expected.remove(image_id)
             unreadable += [sample["image_id"] for sample in samples if sample["image"] is None]
             samples = [sample for sample in samples if sample["image"] is not None]
             if not samples:
                 continue
             sizes = [(sample["height"], sample["width"]) for sample in samples]
-            batch = _detect(model, [sample["image"] for sample in samples], sizes)
+            batch = detect([sample["image"] for sample in samples], output_sizes=sizes)
             for sample, size, detections in zip(samples, sizes, batch, strict=True):
                 has_masks &= bool({"masks", "window_masks"} & detections.keys())
                 image_id = sample["image_id"]
@@ -187,33 +188,11 @@ def _warn_of_missing_images(summaries: Sequence[_Summary], dataset: Any) -> None
     missing = set(dataset.image_ids).difference(unreadable, *(s.processed for s in summaries))
     for ids, reason in ((unreadable, "cannot be read"), (missing, "did not come from the loader")):
         if ids:
+            images = f"{len(ids)} of {len(dataset.image_ids)} images of {dataset.name} {reason}"
+            first_ids = ", ".join(map(str, sorted(ids, key=sort_key)[:5]))
             logger.warning(
-                "%d of %d images of %s %s, their objects count as missed; the first ids: %s",
-                len(ids),
-                len(dataset.image_ids),
-                dataset.name,
-                reason,
-                ", ".join(map(str, sorted(ids, key=sort_key)[:5])),
+                "%s, their objects count as missed; the first ids: %s", images, first_ids
             )
-
-
-def _check_off(expected: set[Identity], samples: list[dict[str, Any]], name: str) -> None:
-    """Remove the ids of samples from those that are still expected."""
-    for image_id in (sample["image_id"] for sample in samples):
-        if image_id not in expected:
-            raise ValueError(
-                f"the loader gave image {image_id!r} twice, or {name} does not have this image"
-            )
-        expected.remove(image_id)
-
-
-def _detect(
-    model: nn.Module, images: list[Tensor], output_sizes: list[tuple[int, int]]
-) -> Sequence[Detections]:
-    """Return detections; those of a `TensorMask` have masks in windows, which take less memory."""
-    if isinstance(model, TensorMask):
-        return model.detect(images, output_sizes)
-    return model(images, output_sizes=output_sizes)
 
 
 @contextlib.contextmanager

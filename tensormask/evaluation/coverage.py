@@ -7,7 +7,7 @@ of evaluation, and each image by itself; a mask that has no pixels at this size 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,11 @@ _SMALL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class InputObjects:
-    """The objects of a data set in the network's input, at a fixed size.
+    """The objects of a data set in the network's input, at a fixed size; lists are per image."""
 
-    Attributes:
-        boxes: per image float32 `(K, 4)`, (x0, y0, x1, y1) in pixels of the input.
-        input_sizes: per image (height, width) of the input in pixels.
-        coco_sizes: per image the K COCO sizes, "small", "medium" or "large".
-    """
-
-    boxes: list[Tensor]
-    input_sizes: list[tuple[int, int]]
-    coco_sizes: list[list[str]]
+    boxes: list[Tensor]  # float32 (K, 4), (x0, y0, x1, y1) in pixels of the input
+    input_sizes: list[tuple[int, int]]  # (height, width) of the input in pixels
+    coco_sizes: list[list[str]]  # K times "small", "medium" or "large"
 
     def longer_sides(self) -> np.ndarray:
         """Return the longer side of each box in pixels, float `(M,)`."""
@@ -59,20 +53,12 @@ class InputObjects:
 
 @dataclass
 class Coverage:
-    """How many objects match a window.
+    """How many objects match a window; arrays are `(L, S)` int64, by level and size."""
 
-    Attributes:
-        windows: `(L, S)` int64, windows that are matched to an object, by level and size.
-        objects: `(L, S)` int64, objects that match such a window; an object can count several
-            times.
-        by_size: `{COCO size: (matched, objects)}`.
-        reasons: number of unmatched objects, by reason.
-    """
-
-    windows: np.ndarray
-    objects: np.ndarray
-    by_size: dict[str, tuple[int, int]]
-    reasons: dict[str, int]
+    windows: np.ndarray  # windows that are matched to an object
+    objects: np.ndarray  # objects that match such a window; an object can count several times
+    by_size: dict[str, tuple[int, int]]  # (matched, objects), by COCO size
+    reasons: dict[str, int]  # number of unmatched objects
 
     @property
     def num_objects(self) -> int:
@@ -92,10 +78,7 @@ class Coverage:
         return {
             "objects": self.num_objects,
             "matched": self.num_matched,
-            "by_size": {
-                size: {"matched": matched, "objects": total}
-                for size, (matched, total) in self.by_size.items()
-            },
+            "by_size": {s: {"matched": m, "objects": n} for s, (m, n) in self.by_size.items()},
             "matched_by_level_and_size": self.objects.tolist(),
             "windows_by_level_and_size": self.windows.tolist(),
             "unmatched": self.reasons,
@@ -110,8 +93,8 @@ def input_objects(dataset: CocoDataset, transform: Augmentation) -> InputObjects
     """
     rng = np.random.default_rng(0)
     boxes, input_sizes, coco_sizes = [], [], []
-    for index, image_id in enumerate(dataset.image_ids):
-        image, _ = dataset.record(index)
+    for image_id in dataset.image_ids:
+        image = dataset.image(image_id)
         annotations = dataset.training_annotations(image_id)
         geometry = transform.draw((image["height"], image["width"]), rng)
         corners = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
@@ -120,9 +103,8 @@ def input_objects(dataset: CocoDataset, transform: Augmentation) -> InputObjects
         non_empty = (corners[:, 2:] > corners[:, :2]).all(axis=1)
         boxes.append(torch.from_numpy(corners[non_empty].astype(np.float32)))
         input_sizes.append(geometry.new_size)
-        coco_sizes.append(
-            [area_size(mask_area(annotations[row], image)) for row in np.flatnonzero(non_empty)]
-        )
+        left = [annotations[row] for row in np.flatnonzero(non_empty)]
+        coco_sizes.append([area_size(mask_area(annotation, image)) for annotation in left])
     return InputObjects(boxes, input_sizes, coco_sizes)
 
 
@@ -155,13 +137,10 @@ def propose_sizes(objects: InputObjects, windows: Windows) -> tuple[Windows, Cov
     """Propose windows that match at least as many objects as the given ones.
 
     They follow the paper's pattern (`scaled_windows`), with the finest level and the number of
-    sizes of the given windows. Two numbers are chosen:
-
-    - u, the side of the smallest window in strides: odd, from 7 to 15. The search starts with the
-      first u that contains the longer side of a tenth of the objects, since small windows have
-      small masks, and the smallest window also matches all smaller objects. u grows until enough
-      objects are matched (see below).
-    - the number of levels: the fewest with which the largest window contains the longest side.
+    sizes of the given windows. There are as few levels as contain the longest side. The smallest
+    window is 7, 9, ... or 15 strides wide. The search starts with the first one that contains a
+    tenth of the objects, since small windows have small masks, and match all smaller objects. It
+    ends when enough objects are matched.
 
     Returns:
         The windows and their coverage. The given windows are returned unless others match more
@@ -176,9 +155,8 @@ def propose_sizes(objects: InputObjects, windows: Windows) -> tuple[Windows, Cov
     for units in fitting:
         proposed = scaled_windows(units, windows.num_sizes, windows.strides[0], longest=longest)
         coverage = measure_coverage(objects, proposed)
-        cheaper = proposed.num_levels < windows.num_levels and proposed.mask_sizes[0] <= min(
-            windows.mask_sizes
-        )
+        smaller_masks = proposed.mask_sizes[0] <= min(windows.mask_sizes)
+        cheaper = smaller_masks and proposed.num_levels < windows.num_levels
         if coverage.num_matched >= given.num_matched + (not cheaper):
             return proposed, coverage
     return windows, given
@@ -200,26 +178,20 @@ def scaled_windows(units: int, num_sizes: int, finest_stride: int, *, longest: f
     strides = [finest_stride]
     while in_strides[-1] * strides[-1] < longest and strides[-1] < 2**_COARSEST_LEVEL:
         strides.append(2 * strides[-1])
-    return Windows(
-        strides=tuple(strides),
-        sizes=tuple(tuple(n * stride for n in in_strides) for stride in strides),
-    )
+    sizes = tuple(tuple(n * stride for n in in_strides) for stride in strides)
+    return Windows(strides=tuple(strides), sizes=sizes)
 
 
 def _chunks(objects: InputObjects, windows: Windows) -> list[tuple[Grids, list[int]]]:
     """Group the images that have objects by the grids of their levels: (grids, image indices)."""
-    chunks: list[tuple[Grids, list[int]]] = []
-    open_chunks: dict[Grids, tuple[list[int], int]] = {}
+    chunks: dict[tuple[Grids, int], list[int]] = defaultdict(list)
+    num_objects: Counter[Grids] = Counter()
     for index, (boxes, size) in enumerate(zip(objects.boxes, objects.input_sizes, strict=True)):
-        if not len(boxes):
-            continue
-        grids = tuple(windows.grids(size))
-        indices, num_objects = open_chunks.pop(grids, ([], 0))
-        if indices and num_objects + len(boxes) > _OBJECTS_PER_CHUNK:
-            chunks.append((grids, indices))
-            indices, num_objects = [], 0
-        open_chunks[grids] = ([*indices, index], num_objects + len(boxes))
-    return chunks + [(grids, indices) for grids, (indices, _) in open_chunks.items()]
+        if len(boxes):
+            grids = tuple(windows.grids(size))
+            chunks[grids, num_objects[grids] // _OBJECTS_PER_CHUNK].append(index)
+            num_objects[grids] += len(boxes)
+    return [(grids, indices) for (grids, _), indices in chunks.items()]
 
 
 def _count_reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, int]:
@@ -227,8 +199,7 @@ def _count_reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, i
     largest = max(max(sizes) for sizes in windows.sizes)
     too_large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > largest
     # Far from the border, on grids that are larger on each side by whole strides of every level.
-    num_strides = 4
-    shift = num_strides * max(windows.strides)
+    shift = 4 * max(windows.strides)
     wide = [
         (height + 2 * shift // stride, width + 2 * shift // stride)
         for (height, width), stride in zip(grids, windows.strides, strict=True)

@@ -54,21 +54,15 @@ def build_ground_truth(
         if completed is None:
             num_left_out += 1
             continue
-        annotations.append(
-            completed
-            | {
-                "id": len(annotations) + 1,
-                "image_id": image_indices[image_id],
-                "category_id": category_indices[category_id],
-            }
-        )
+        completed["id"] = len(annotations) + 1
+        completed["image_id"] = image_indices[image_id]
+        completed["category_id"] = category_indices[category_id]
+        annotations.append(completed)
     if num_left_out:
         logger.warning("%d annotations have no region to score as %s", num_left_out, iou_type)
     ground_truth = COCO()
     ground_truth.dataset = {
-        "images": [
-            {**coco_gt.imgs[image_id], "id": index} for image_id, index in image_indices.items()
-        ],
+        "images": [{**coco_gt.imgs[image], "id": index} for image, index in image_indices.items()],
         "categories": [{"id": index} for index in category_indices.values()],
         "annotations": annotations,
     }

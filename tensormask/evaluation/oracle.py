@@ -41,9 +41,8 @@ def evaluate_oracle(
     Args:
         model: only its windows and the mask sizes of its head are used, not its weights.
         transform: the resize before inference.
-        max_dets: as of `evaluate`.
-        rank, world_size: the number of this process, from 0, and the number of processes.
-        gather: returns the values that all processes have passed to it, ordered by rank.
+        max_dets, rank, gather: as of `evaluate`.
+        world_size: the number of processes.
 
     Returns:
         ``{"segm": metrics}`` as of `evaluate_results`; `{}` above rank 0.
@@ -83,7 +82,7 @@ def oracle_detections(
     """Return the objects of an image, each with its mask in the window that represents it best.
 
     Args:
-        model: only its windows and the mask sizes of its head are used, not its weights.
+        model: as of `evaluate_oracle`.
         target: ``boxes``, ``labels`` and ``masks`` of the image at ``input_size``, on the CPU.
         input_size, output_size: ``(height, width)`` of the network's input and of the image that
             the detections are for.

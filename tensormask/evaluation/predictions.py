@@ -35,19 +35,12 @@ def write_images(
     for image_id, results in results_of.items():
         rgb, _ = dataset.load(image_id)
         detections = detections_of(results, dataset.category_ids)
-        predicted = draw_instances(
-            rgb,
-            detections["boxes"],
-            detections["labels"],
-            detections.get("masks"),
-            detections["scores"],
-            dataset.class_names,
-        )
+        boxes, labels, scores = (detections[key] for key in ("boxes", "labels", "scores"))
+        masks, names = detections.get("masks"), dataset.class_names
+        predicted = draw_instances(rgb, boxes, labels, masks, scores, names)
         truth, num_crowds = draw_ground_truth(rgb, dataset, image_id)
-        truth_title = "ground truth"
-        if num_crowds:
-            truth_title += f", without {num_crowds} crowd" + "s" * (num_crowds > 1)
-        titles = (f"predicted, score >= {DRAWN_SCORE}", truth_title)
+        left_out = f", without {num_crowds} crowd" + "s" * (num_crowds > 1) if num_crowds else ""
+        titles = (f"predicted, score >= {DRAWN_SCORE}", "ground truth" + left_out)
         panel = side_by_side(predicted, truth, titles)
         stem = unique_stem(Path(dataset.image(image_id)["file_name"]).stem, stems)
         save_image(output_dir / "images" / f"{stem}.png", panel)
@@ -58,10 +51,7 @@ def write_images(
 
 def evenly_spread(items: Sequence, count: int) -> list:
     """Return `count` of `items`, or all if there are fewer, evenly from the first to the last."""
-    count = min(count, len(items))
-    if count == 0:
-        return []
-    indices = np.linspace(0, len(items) - 1, count).round().astype(int)
+    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[index] for index in indices]
 
 
@@ -72,8 +62,7 @@ def draw_ground_truth(rgb: np.ndarray, dataset: Any, image_id: Identity) -> tupl
     """
     annotations = dataset.annotations(image_id)
     objects = [a for a in annotations if not a["iscrowd"] and (a["bbox"] or a["segmentation"])]
-    masks = np.zeros((len(objects), *rgb.shape[:2]), bool)
-    boxes = np.zeros((len(objects), 4))
+    masks, boxes = np.zeros((len(objects), *rgb.shape[:2]), bool), np.zeros((len(objects), 4))
     for mask, box, annotation in zip(masks, boxes, objects, strict=True):
         code = None
         if annotation["segmentation"]:

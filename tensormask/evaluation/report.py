@@ -37,12 +37,9 @@ def results_table(
     if not rows:
         return "no results"
     extra = [name for metrics in rows.values() for name in metrics if "@" in name]
-    columns = [*OVERALL_METRICS, *dict.fromkeys(extra)]
-    overall = [["", *columns]]
-    overall += [
-        [task, *(_number(metrics.get(name, math.nan)) for name in columns)]
-        for task, metrics in rows.items()
-    ]
+    overall = [["", *OVERALL_METRICS, *dict.fromkeys(extra)]]
+    for task, metrics in rows.items():
+        overall.append([task, *(_number(metrics, name) for name in overall[0][1:])])
     table = format_table(overall)
     by_class = _class_table(rows)
     return f"{table}\n\n{by_class}" if by_class else table
@@ -85,18 +82,18 @@ def verify_results(
         )
 
 
-def _class_table(rows: Mapping[str, Mapping[str, float]], num_blocks: int = 3) -> str:
-    """Format AP by class, `num_blocks` classes per line so that 80 classes fit on a screen."""
-    keys = [name for metrics in rows.values() for name in metrics if name.startswith(CLASS_PREFIX)]
-    keys = list(dict.fromkeys(keys))
+def _class_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Format AP by class, 3 classes per line so that 80 classes fit on a screen."""
+    names = dict.fromkeys(name for metrics in rows.values() for name in metrics)
+    keys = [name for name in names if name.startswith(CLASS_PREFIX)]
     if not keys:
         return ""
-    num_lines = max(-(-len(keys) // num_blocks), min(len(keys), 10))
+    num_lines = max(-(-len(keys) // 3), min(len(keys), 10))
     blocks = []
     for start in range(0, len(keys), num_lines):
         block = [["AP by class", *rows]]
         for key in keys[start : start + num_lines]:
-            values = (_number(metrics.get(key, math.nan)) for metrics in rows.values())
+            values = (_number(metrics, key) for metrics in rows.values())
             block.append([key.removeprefix(CLASS_PREFIX), *values])
         block += [[""] * len(block[0])] * (num_lines + 1 - len(block))
         lines = format_table(block).split("\n")
@@ -105,5 +102,6 @@ def _class_table(rows: Mapping[str, Mapping[str, float]], num_blocks: int = 3) -
     return "\n".join("     ".join(line).rstrip() for line in zip(*blocks, strict=True))
 
 
-def _number(value: float) -> str:
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    value = metrics.get(name, math.nan)
     return "-" if math.isnan(value) else f"{value:.2f}"

@@ -3,13 +3,12 @@
 Letters: K detections, (H, W) the image, (V, U) a mask in its window.
 """
 
+import heapq
 import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -56,11 +55,8 @@ def coco_results(
             another size.
 
     Example:
-        >>> detections = {
-        ...     "boxes": torch.tensor([[1.0, 0.0, 3.0, 2.0]]),
-        ...     "scores": torch.tensor([0.5]),
-        ...     "labels": torch.tensor([1]),
-        ... }
+        >>> boxes, scores = torch.tensor([[1.0, 0.0, 3.0, 2.0]]), torch.tensor([0.5])
+        >>> detections = {"boxes": boxes, "scores": scores, "labels": torch.tensor([1])}
         >>> coco_results(detections, image_id=7, category_ids=[17, 18])
         [{'image_id': 7, 'category_id': 18, 'bbox': [1.0, 0.0, 2.0, 2.0], 'score': 0.5}]
     """
@@ -172,12 +168,7 @@ class ResultsWriter:
         self._file.write(result)
         self.num_results += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         with self._file:
             self._file.write("\n]\n")
         if error is None:
@@ -204,25 +195,17 @@ def merge_results(parts: Sequence[Path], path: Path, image_ids: Sequence[Identit
     Only one result at a time is in memory.
 
     Args:
-        parts: files by `ResultsWriter`; part r has the results of `image_ids[r :: len(parts)]` in
-            this order. Images can be without results.
-        image_ids: all images, in the order of a single process.
+        parts: files by `ResultsWriter`, each ordered as `image_ids`.
+        image_ids: all images, in the order of a single process. Images can be without results.
     """
+    order = {image_id: index for index, image_id in enumerate(image_ids)}
+
+    def position(text: str) -> int:
+        return order[json.loads(text)["image_id"]]
+
     with ResultsWriter(path) as writer:
-        # Per part, an iterator over (image id, JSON texts).
-        images = [groupby(_read_texts(part), _image_id_of) for part in parts]
-        following = [next(part, (None, iter(()))) for part in images]
-        for index, image_id in enumerate(image_ids):
-            part = index % len(parts)
-            next_id, texts = following[part]
-            if next_id == image_id:
-                for text in texts:
-                    writer.add_text(text)
-                following[part] = next(images[part], (None, iter(())))
-
-
-def _image_id_of(text: str) -> Identity:
-    return json.loads(text)["image_id"]
+        for text in heapq.merge(*map(_read_texts, parts), key=position):
+            writer.add_text(text)
 
 
 def checked_results(

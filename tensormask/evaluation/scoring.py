@@ -51,21 +51,6 @@ def evaluate_results(
         ValueError: different numbers of names and categories, images or categories that `coco_gt`
             does not have, invalid results (see `checked_results`), or an invalid RLE in the ground
             truth.
-
-    Example:
-        >>> from pycocotools.coco import COCO
-        >>> coco_gt = COCO()
-        >>> coco_gt.dataset = {
-        ...     "images": [{"id": 1, "height": 80, "width": 100}],
-        ...     "categories": [{"id": 3, "name": "cell"}],
-        ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 20]}],
-        ... }
-        >>> coco_gt.createIndex()  # doctest: +ELLIPSIS
-        creating index...
-        >>> found = [{"image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 14], "score": 0.9}]
-        >>> metrics = evaluate_results(coco_gt, found, ["cell"], iou_types=["bbox"])
-        >>> [round(metrics["bbox"][name], 1) for name in ("AP", "AP50", "AP75")]
-        [50.0, 100.0, 0.0]
     """
     unknown = set(iou_types) - REGION_KEYS.keys()
     if unknown:
@@ -82,13 +67,7 @@ def evaluate_results(
     results = checked_results(results, coco_gt, iou_types)
     return {
         iou_type: metrics_and_curves(
-            coco_gt,
-            results,
-            iou_type,
-            class_names,
-            category_ids=category_ids,
-            image_ids=image_ids,
-            max_dets=max_dets,
+            coco_gt, results, iou_type, class_names, category_ids, image_ids, max_dets
         )[0]
         for iou_type in iou_types
     }
@@ -99,7 +78,6 @@ def metrics_and_curves(
     results: Iterable[Result],
     iou_type: str,
     class_names: Sequence[str],
-    *,
     category_ids: Sequence[Identity],
     image_ids: Sequence[Identity],
     max_dets: int,
@@ -107,33 +85,6 @@ def metrics_and_curves(
     """Return the metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
 
     The results must be valid (see `checked_results`).
-    """
-    coco_eval = run_cocoeval(
-        coco_gt,
-        results,
-        iou_type,
-        category_ids=category_ids,
-        image_ids=image_ids,
-        max_dets=max_dets,
-    )
-    names = _distinct_names(class_names, category_ids)
-    metrics = summarize(coco_eval, names, category_ids, max_dets=max_dets)
-    return metrics, precision_curves(coco_eval)
-
-
-def run_cocoeval(
-    coco_gt: COCO,
-    results: Iterable[Result],
-    iou_type: str,
-    *,
-    category_ids: Sequence[Identity],
-    image_ids: Sequence[Identity],
-    max_dets: int = 100,
-) -> COCOeval:
-    """Run pycocotools' evaluation of `results`, and accumulate it.
-
-    Its ids of images and categories are those of `contiguous_ids`. Its `params.maxDets` contains 1,
-    10, 100 and `max_dets`. The arguments are those of `evaluate_results`.
     """
     if max_dets < 1:
         raise UserError(f"max_dets must be 1 or more, got {max_dets}")
@@ -157,7 +108,12 @@ def run_cocoeval(
         coco_eval.params.maxDets = sorted({*STANDARD_MAX_DETS, max_dets})
         coco_eval.evaluate()
         coco_eval.accumulate()
-    return coco_eval
+    counts = Counter(class_names)
+    category_index = {
+        name if counts[name] == 1 else f"{name} (id {category})": categories[category]
+        for name, category in zip(class_names, category_ids, strict=True)
+    }
+    return _summarize(coco_eval, category_index, max_dets), precision_curves(coco_eval)
 
 
 def _load_results(ground_truth: COCO, results: list[Result]) -> COCO:
@@ -170,13 +126,7 @@ def _load_results(ground_truth: COCO, results: list[Result]) -> COCO:
     return empty
 
 
-def summarize(
-    coco_eval: COCOeval,
-    class_names: Sequence[str],
-    category_ids: Sequence[Identity],
-    *,
-    max_dets: int = 100,
-) -> Metrics:
+def _summarize(coco_eval: COCOeval, category_index: Mapping[str, int], max_dets: int) -> Metrics:
     """Return the metrics of `evaluate_results` from an accumulated evaluation.
 
     COCOeval's own summary supports only three limits of detections, and reads the third for most
@@ -197,9 +147,8 @@ def summarize(
         recall = coco_eval.eval["recall"]  # (thresholds, classes, areas, limits)
         metrics[f"AP@{max_dets}"] = _mean_percent(precision[:, :, :, 0, limit])
         metrics[f"AR@{max_dets}"] = _mean_percent(recall[:, :, 0, limit])
-    class_index = contiguous_ids(category_ids)  # also the index in COCOeval's arrays
-    for name, category in zip(class_names, category_ids, strict=True):
-        metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, class_index[category], 0])
+    for name, index in category_index.items():
+        metrics[f"AP-{name}"] = _mean_percent(at_100[:, :, index, 0])
     return metrics
 
 
@@ -226,12 +175,3 @@ def _mean_percent(values: np.ndarray) -> float:
     """Return 100 times the mean of COCOeval's values, without those of -1 (no objects), or NaN."""
     defined = values[values > -1]
     return 100 * float(np.mean(defined)) if defined.size else float("nan")
-
-
-def _distinct_names(class_names: Sequence[str], category_ids: Sequence[Identity]) -> list[str]:
-    """Append the category id to names that several categories share."""
-    counts = Counter(class_names)
-    return [
-        name if counts[name] == 1 else f"{name} (id {category})"
-        for name, category in zip(class_names, category_ids, strict=True)
-    ]

@@ -54,14 +54,11 @@ def inspect_image(model: TensorMask, image: Tensor, threshold: float) -> WindowI
 def natural_masks(
     mask_head: MaskHead, features: list[Tensor], level: int, size: int, indices: Tensor
 ) -> Tensor:
-    """Return the natural view ``F(:, :, y, x)`` of some windows of one image.
+    """Return the natural view ``F(:, :, y, x)`` of some windows of one image, Tensor[K, V, U].
 
     Args:
         features: as of `WindowInspection`.
         indices (Tensor[K, 2]): int64 rows ``(y, x)``.
-
-    Returns:
-        Tensor[K, V, U].
     """
     indices = indices.to(features[level].device)
     windows = torch.cat([torch.zeros_like(indices[:, :1]), indices], dim=1)
@@ -70,14 +67,11 @@ def natural_masks(
 
 
 def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size: int) -> Tensor:
-    """Return the aligned view of a level: all of ``A(v, u, y, x)``.
+    """Return the aligned view of a level: all of ``A(v, u, y, x)``, Tensor[V, U, H, W].
 
     For aligned heads this is the head's prediction, before it is upscaled or swapped: upscale heads
     have a smaller (V, U) than the natural view, and on the bipyramid (H, W) are those of the finest
     level. For natural heads it is `layers.nat2align` of the natural view.
-
-    Returns:
-        Tensor[V, U, H, W].
     """
     if mask_head.aligned:
         finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
@@ -85,20 +79,16 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
         side = round(len(masks) ** 0.5)
         return masks.unflatten(0, (side, side)).float()
     grid = features[level].shape[-2:]
-    indices = torch.ones(grid).nonzero()
-    masks = natural_masks(mask_head, features, level, size, indices)
+    masks = natural_masks(mask_head, features, level, size, torch.ones(grid).nonzero())
     return nat2align(masks.permute(1, 2, 0).unflatten(2, grid))
 
 
 def aligned_units(mask_head: MaskHead, level: int) -> tuple[int, float]:
-    """Return the units of a level's aligned view.
+    """Return ``(steps, alpha)``, the units of a level's aligned view.
 
-    Returns:
-        - the steps of its (H, W) between neighboring windows of the level, and
-        - ``alpha``, the steps of its (H, W) per step of its (V, U).
-
-        The mask pixel ``(v, u)`` steps from the center of the window at ``(y, x)`` is at
-        ``(steps * y + alpha * v, steps * x + alpha * u)``.
+    Its (H, W) have ``steps`` steps between neighboring windows of the level, and ``alpha`` per step
+    of its (V, U): the mask pixel ``(v, u)`` steps from the center of the window at ``(y, x)`` is at
+    ``(steps * y + alpha * v, steps * x + alpha * u)``.
     """
     steps = mask_head.lambdas[level]
     return steps, steps * (mask_head.upscale if mask_head.aligned else 1.0)

@@ -18,9 +18,7 @@ def side_by_side(
     left: np.ndarray, right: np.ndarray, titles: tuple[str, str] | None = None
 ) -> np.ndarray:
     """Arrange two images on white, aligned at the top, each below its title."""
-    images = [left, right]
-    if titles is not None:
-        images = [titled(image, title) for image, title in zip(images, titles, strict=True)]
+    images = list(map(titled, (left, right), titles)) if titles else [left, right]
     return montage(images, columns=2)
 
 
@@ -70,10 +68,7 @@ def montage(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
         (88, 48, 3)
     """
     if not images or columns < 1:
-        raise ValueError(
-            f"a montage needs at least 1 image and 1 column, got {len(images)} images and "
-            f"{columns} columns"
-        )
+        raise ValueError(f"{len(images)} images in {columns} columns; a montage needs some of each")
     for image in images:
         check_image(image)
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
@@ -122,14 +117,12 @@ def tile_grid(
     for column, name in enumerate(column_names):
         x = left + TILE_GAP + column * step_x
         write(canvas, name, x + max(0, width - text_size(name)[0]) // 2, top - FONT_MARGIN, DARK)
-    for row, in_row in enumerate(tiles):
-        for column, tile in enumerate(in_row):
-            y, x = top + TILE_GAP + row * step_y, left + TILE_GAP + column * step_x
-            color = (frames or {}).get((row, column))
-            if color is not None:
-                corners = (x - TILE_GAP + 1, y - TILE_GAP + 1), (x + step_x - 2, y + step_y - 2)
-                cv2.rectangle(canvas, *corners, color, cv2.FILLED)
-            canvas[y : y + height, x : x + width] = tile
+    for row, column in np.ndindex(len(row_names), len(column_names)):
+        y, x = top + TILE_GAP + row * step_y, left + TILE_GAP + column * step_x
+        if frames and (row, column) in frames:
+            corners = (x - TILE_GAP + 1, y - TILE_GAP + 1), (x + step_x - 2, y + step_y - 2)
+            cv2.rectangle(canvas, *corners, frames[row, column], cv2.FILLED)
+        canvas[y : y + height, x : x + width] = tiles[row][column]
     return canvas
 
 
@@ -145,10 +138,9 @@ def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
 def fit(image: np.ndarray, side: int) -> np.ndarray:
     """Return a copy whose longer side is at most `side`: shrunk, or enlarged by a whole factor."""
     check_image(image)
-    factor = side // max(image.shape[:2])
-    if factor:
-        return enlarge(image, factor)
     scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return enlarge(image, int(scale))
     height, width = (max(1, round(extent * scale)) for extent in image.shape[:2])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
@@ -163,9 +155,7 @@ def check_image(image: np.ndarray) -> None:
     dtype = getattr(image, "dtype", type(image))
     shape: tuple[int, ...] = getattr(image, "shape", ())
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ValueError(
-            f"expected an image as a uint8 array (H, W, 3), got {dtype} of shape {shape}"
-        )
+        raise ValueError(f"expected a uint8 image (H, W, 3), got {dtype} of shape {shape}")
 
 
 def text_size(text: str) -> tuple[int, int]:

@@ -69,9 +69,7 @@ def draw_instances(
 
     Example:
         >>> image = np.zeros((80, 100, 3), np.uint8)
-        >>> mask = np.zeros((1, 80, 100), bool)
-        >>> mask[0, 20:60, 10:50] = True
-        >>> drawn = draw_instances(image, [[10, 20, 50, 60]], [0], mask, [0.9], ["cell"])
+        >>> drawn = draw_instances(image, [[10, 20, 50, 60]], [0], None, [0.9], ["cell"])
         >>> drawn.shape  # magnified
         (400, 500, 3)
     """
@@ -114,37 +112,25 @@ def draw_instances(
 
 
 def draw_windows(
-    image: np.ndarray,
-    boxes: Any,
-    windows: Any,
-    matched_objects: Any,
-    *,
-    magnify: int | None = None,
+    image: np.ndarray, boxes: Any, windows: Any, matched_objects: Any, *, magnify: int | None = None
 ) -> np.ndarray:
     """Draw windows and the objects that they match on a dark copy of `image`.
 
     A window is a thin square in the color of its object in `draw_instances`, with a dot in its
     center; the object is a filled box of that color. An object without a window is a white box
-    that is crossed out.
+    that is crossed out. The size and type of the result are those of `draw_instances`.
 
     Args:
-        image: `(H, W, 3)` uint8 RGB.
-        boxes: `(K, 4)` xyxy of the objects in pixels of `image`; an array or a tensor, like the
-            next two.
+        image, boxes, magnify: as of `draw_instances`.
         windows: `(F, 4)` xyxy of the windows; they may extend beyond the image.
         matched_objects: `(F,)` row in `boxes` of the object of each window.
-        magnify: as of `draw_instances`.
-
-    Returns:
-        `(magnify * H, magnify * W, 3)` uint8 RGB.
 
     Raises:
         ValueError: an image that is not uint8 `(H, W, 3)`, or a window without its object.
     """
     check_image(image)
     factor = magnification(*image.shape[:2]) if magnify is None else magnify
-    boxes = _to_pixels(boxes, factor)
-    windows = _to_pixels(windows, factor)
+    boxes, windows = _to_pixels(boxes, factor), _to_pixels(windows, factor)
     matched = _to_numpy(matched_objects).astype(int).reshape(-1)
     if len(matched) != len(windows) or not set(matched.tolist()) <= set(range(len(boxes))):
         raise ValueError(
@@ -180,8 +166,7 @@ def class_name(label: int, class_names: Sequence[str] | None) -> str:
 
 def instance_color(index: int) -> tuple[int, int, int]:
     """Return the RGB color of object `index`; successive hues differ by the golden ratio."""
-    hue = (0.6 + index * GOLDEN_RATIO) % 1
-    saturation = (0.9, 0.65)[index % 2]
+    hue, saturation = (0.6 + index * GOLDEN_RATIO) % 1, (0.9, 0.65)[index % 2]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
     return red, green, blue
 
@@ -267,8 +252,7 @@ def _draw_label(
 ) -> None:
     """Write `text` above, below or inside `box`, wherever it covers no other text; else omit it."""
     (text_width, text_height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
-    width = text_width + 2 * FONT_MARGIN
-    height = text_height + baseline + FONT_MARGIN
+    width, height = text_width + 2 * FONT_MARGIN, text_height + baseline + FONT_MARGIN
     x0, y0, _, y1 = box
     for y in (y0 - height, y1, y0):
         x = max(0, min(x0, canvas.shape[1] - width))

@@ -84,10 +84,7 @@ def aligned_view(
                 center = round((x + 0.5) * scale), round((y + 0.5) * scale)
                 cv2.circle(tile, center, 5, (0, 0, 0), 4, cv2.LINE_AA)
                 cv2.circle(tile, center, 5, MARK, 2, cv2.LINE_AA)
-    row_names, column_names = (
-        [f"{axis} {value:+g}" for value in values]
-        for axis, values in zip("vu", offsets, strict=True)
-    )
+    row_names, column_names = [f"v {v:+g}" for v in offsets[0]], [f"u {u:+g}" for u in offsets[1]]
     return tile_grid(tiles, row_names, column_names)
 
 
@@ -105,7 +102,7 @@ def window_crop(rgb: np.ndarray, box: Sequence[float], side: int) -> np.ndarray:
 
 
 def grid_through(
-    index: tuple[int, int], shape: tuple[int, int], max_num: int
+    index: tuple[int, int], shape: Sequence[int], max_num: int
 ) -> tuple[list[int], list[int]]:
     """Return evenly spaced rows and columns that include those of `index`, at most `max_num` each.
 
