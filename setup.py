@@ -13,16 +13,10 @@ import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-SOURCES = [
-    "csrc/cpu_avx2.cpp",
-    "csrc/cpu_avx512.cpp",
-    "csrc/cpu_baseline.cpp",
-    "csrc/swap_align2nat.cpp",
-    "csrc/swap_align2nat_cpu.cpp",
-    "csrc/winograd_cpu.cpp",
-]
-CUDA_SOURCES = ["csrc/swap_align2nat_cuda.cu"]
-HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
+SOURCES, CUDA_SOURCES, HEADERS = (
+    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+    for pattern in ("*.cpp", "*.cu", "*.h")
+)
 # The stable ABI of PyTorch 2.11: the library runs with this version and all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # For machines without a GPU: A100, RTX 30, H100, and by PTX all later ones.

@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,15 @@ def torch_bytes(content: Any, *, legacy: bool = False) -> bytes:
     return file.getvalue()
 
 
-def torch_zip(
-    data_pickle: bytes, compression: int = zipfile.ZIP_STORED, **storages: bytes
-) -> bytes:
+def torch_zip(data_pickle: bytes, **storages: bytes) -> bytes:
     """Return an archive like `torch.save`'s, with any pickle and any storages."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", data_pickle)
         archive.writestr("archive/byteorder", "little")
         for key, numbers in storages.items():
             archive.writestr(f"archive/data/{key.lstrip('_')}", numbers)
     return file.getvalue()
-
-
-def _torch_writer(legacy: bool) -> Callable[[Any], bytes]:
-    return lambda content: torch_bytes(content, legacy=legacy)
 
 
 def _load_torch_blindly(data: bytes) -> Any:
@@ -56,8 +51,8 @@ def _load_torch_blindly(data: bytes) -> Any:
 
 # The writer of each format, and a loader that runs the commands in a file.
 FORMATS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "pickle 0": (lambda content: pickle.dumps(content, 0), pickle.loads),
-    "pickle 5": (lambda content: pickle.dumps(content, 5), pickle.loads),
-    "torch": (_torch_writer(False), _load_torch_blindly),
-    "legacy torch": (_torch_writer(True), _load_torch_blindly),
+    "pickle 0": (partial(pickle.dumps, protocol=0), pickle.loads),
+    "pickle 5": (partial(pickle.dumps, protocol=5), pickle.loads),
+    "torch": (torch_bytes, _load_torch_blindly),
+    "legacy torch": (partial(torch_bytes, legacy=True), _load_torch_blindly),
 }

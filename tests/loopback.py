@@ -40,10 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = left.pop(0) if len(left) > 1 else left[0]
         answer.before()
         self.send_response(answer.status)
-        for name, value in {
-            "Content-Length": str(len(answer.body)),
-            **dict(answer.headers),
-        }.items():
+        headers = {"Content-Length": str(len(answer.body)), **dict(answer.headers)}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body)

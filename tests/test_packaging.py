@@ -158,16 +158,14 @@ print("it works")
 @pytest.mark.slow
 @pytest.mark.skipif("TENSORMASK_WITHOUT_EXT" in os.environ, reason="nothing is compiled")
 def test_wheel_from_the_sdist_in_a_clean_environment(tmp_path) -> None:
-    def setup_py(folder: Path, *arguments: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "setup.py", "--quiet", *arguments, "--dist-dir", str(tmp_path)],
-            cwd=folder,
-            env=clean_environment(CUDA_VISIBLE_DEVICES=""),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(folder: Path, *command: str | Path) -> str:
+        env = clean_environment(CUDA_VISIBLE_DEVICES="")
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def setup_py(folder: Path, *arguments: str) -> None:
+        run(folder, sys.executable, "setup.py", "--quiet", *arguments, "--dist-dir", tmp_path)
 
     setup_py(ROOT, "egg_info", "--egg-base", str(tmp_path), "sdist")
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -185,12 +183,5 @@ def test_wheel_from_the_sdist_in_a_clean_environment(tmp_path) -> None:
     (packages,) = clean.glob("lib/python*/site-packages")
     (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(clean)]
-    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", str(wheel)], check=True)
-    done = subprocess.run(
-        [clean / "bin" / "python", "-I", "-c", CHECK, str(clean)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "it works\n", done.stderr
+    run(tmp_path, *pip, "install", "-q", "--no-index", "--no-deps", wheel)
+    assert run(tmp_path, clean / "bin/python", "-I", "-c", CHECK, clean) == "it works\n"

@@ -42,15 +42,6 @@ def read_checkpoint(path: str | PathLike[str], *, mmap: bool = True) -> dict[str
         FileNotFoundError: no such file.
         OSError: it cannot be opened.
         ValueError: the file is damaged, or contains more than tensors and plain containers.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "model.pth")
-        ...     torch.save({"model": {"fpn.p7.bias": torch.zeros(16)}, "iteration": 9}, path)
-        ...     content = read_checkpoint(path)
-        >>> content["iteration"], content["model"]["fpn.p7.bias"].shape
-        (9, torch.Size([16]))
     """
     path = Path(path)
     if not path.is_file():
@@ -82,11 +73,7 @@ def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
 def split_weights(
     content: dict[str, Any], path: str | PathLike[str]
 ) -> tuple[dict[str, Tensor], dict[Any, Any]]:
-    """Return the tensors of a checkpoint by name, and the other entries beside them.
-
-    Args:
-        content: as returned by `read_checkpoint`.
-        path: of its file, for messages.
+    """Return the tensors by name of what `read_checkpoint` returned, and the entries beside them.
 
     Raises:
         ValueError: the dict of weights is empty.
@@ -119,11 +106,7 @@ def check_all_arrays(others: dict[Any, Any], path: str | PathLike[str]) -> None:
 
 
 def get_description(content: dict[str, Any]) -> dict[str, list]:
-    """Return ``class_names`` and ``category_ids`` of a checkpoint of this library, else {}.
-
-    Args:
-        content: as returned by `read_checkpoint`.
-    """
+    """Return ``class_names`` and ``category_ids`` of what `read_checkpoint` returned, or {}."""
     names, ids = content.get("class_names"), content.get("category_ids")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return {}

@@ -38,13 +38,9 @@ def _load() -> tuple[Path | None, str]:
 # At import, because loading in a first call would break the graph of torch.compile.
 LIBRARY, REASON = _load()
 DEVICES = frozenset(
-    {"meta"}.union(
-        key.lower()
-        for key in ("CPU", "CUDA")
-        if torch._C._dispatch_has_kernel_for_dispatch_key(_OP, key)
-    )
-    if LIBRARY
-    else ()
+    key.lower()
+    for key in ("CPU", "CUDA", "Meta")
+    if LIBRARY and (key == "Meta" or torch._C._dispatch_has_kernel_for_dispatch_key(_OP, key))
 )
 _backend = os.environ.get("TENSORMASK_OP", "auto")
 _warned_devices: set[str] = set()
@@ -110,10 +106,8 @@ def use_native(device: str) -> bool:
 
 def describe(device: str) -> str:
     """Describe in a few words, for logs, what computes swap_align2nat on a device type."""
-    reason = why_not(device)
-    if reason:
-        return f"plain PyTorch: {reason}"
-    return "compiled" if _backend != "reference" else "plain PyTorch: the backend is 'reference'"
+    reason = why_not(device) or ("the backend is 'reference'" if _backend == "reference" else "")
+    return f"plain PyTorch: {reason}" if reason else "compiled"
 
 
 def why_not(device: str) -> str:

@@ -49,19 +49,13 @@ def seeded_resnet(depth: int) -> resnet.ResNet:
     return model
 
 
-def features_of(model: resnet.ResNet, x: torch.Tensor) -> list[torch.Tensor]:
-    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-    features = []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        x = stage(x)
-        features.append(x)
-    return features
-
-
 def assert_same_features(ours, theirs: resnet.ResNet) -> None:
     x = torch.randn(1, 3, 64, 64)
+    stages = (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)
     with torch.inference_mode():
-        for found, expected in zip(ours.backbone(x), features_of(theirs, x), strict=True):
+        expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
+        for found, stage in zip(ours.backbone(x), stages, strict=True):
+            expected = stage(expected)
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -87,8 +81,7 @@ def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, torch.Tensor]
         for i, block in enumerate(getattr(model, f"layer{stage}")):
             prefix = f"res{stage + 1}_{i}"
             for number, letter in ((1, "a"), (2, "b"), (3, "c")):
-                if hasattr(block, f"conv{number}"):
-                    conv = getattr(block, f"conv{number}")
+                if conv := getattr(block, f"conv{number}", None):
                     blobs[f"{prefix}_branch2{letter}_w"] = conv.weight
                     add_norm(f"{prefix}_branch2{letter}_bn", getattr(block, f"bn{number}"))
             if block.downsample is not None:
@@ -98,12 +91,12 @@ def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, torch.Tensor]
 
 
 SOLVER = {
-    "fc1000_w": np.ones((10, 8), np.float32),
-    "fc1000_b": np.ones(10, np.float32),
-    "pred_w": np.ones((10, 8), np.float32),
-    "conv1_w_momentum": np.ones((64, 3, 7, 7), np.float32),
-    "lr": 0.1,
-    "weight_order": ["conv1_w", "res_conv1_bn_s"],
+    **{"fc1000_w": np.ones((10, 8)), "fc1000_b": np.ones(10), "pred_w": np.ones((10, 8))},
+    **{
+        "conv1_w_momentum": np.ones((64, 3, 7, 7)),
+        "lr": 0.1,
+        "weight_order": ["conv1_w", "pred_w"],
+    },
 }
 
 
@@ -119,8 +112,7 @@ def test_torchvision(tmp_path, caplog, depth: int) -> None:
         f"{path}: backbone only: fpn and heads keep their initial weights",
     ]
     assert result.unexpected == result.misshapen == []
-    above = [n for n in model.state_dict() if not n.startswith("backbone.")]
-    assert result.missing == above
+    assert result.missing == [n for n in model.state_dict() if not n.startswith("backbone.")]
     with pytest.raises(ValueError, match="missing"):
         check_complete(result, path)
     assert_same_features(model, theirs)
@@ -131,7 +123,7 @@ def test_torchvision(tmp_path, caplog, depth: int) -> None:
 )
 def test_msra(tmp_path, caplog, depth: int, spelling: str, inside: str | None) -> None:
     """Its strides are in the 1x1 convolutions; torchvision's trunk with that is the same."""
-    theirs, model = seeded_resnet(depth), build_resnet(depth, *MSRA)
+    theirs, model = copy.deepcopy(seeded_resnet(depth)), build_resnet(depth, *MSRA)
     blobs = {name: blob.numpy() for name, blob in caffe2_blobs(theirs, spelling).items()} | SOLVER
     path = tmp_path / f"R-{depth}.pkl"
     path.write_bytes(pickle.dumps({inside: blobs} if inside else blobs, 2))
@@ -141,7 +133,6 @@ def test_msra(tmp_path, caplog, depth: int, spelling: str, inside: str | None) -
     assert unused == f"{path}: entries that are not used: {', '.join(SOLVER)}"
     assert backbone == f"{path}: backbone only: fpn and heads keep their initial weights"
     assert result.unexpected == result.misshapen == []
-    theirs = copy.deepcopy(theirs)
     for module in theirs.modules():
         if isinstance(module, resnet.Bottleneck):
             module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
@@ -181,7 +172,7 @@ def test_a_backbone_with_detectron2s_names(tmp_path) -> None:
         assert torch.equal(value, ours.backbone.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("names", ["torchvision", "Caffe2", "detectron2"])
+@pytest.mark.parametrize("names", ["torchvision", "Caffe2", "detectron2's backbone"])
 @pytest.mark.parametrize("depth", [34, 101])
 def test_names_of_deep_resnets(depth: int, names: str) -> None:
     """Every entry gets the name and shape of another parameter; without numbers."""
@@ -189,15 +180,13 @@ def test_names_of_deep_resnets(depth: int, names: str) -> None:
         theirs = getattr(torchvision.models, f"resnet{depth}")()
         model = build_resnet(depth, *MSRA, "MODEL.DEVICE", "meta")
     state = theirs.state_dict()
-    if names == "torchvision":
-        kind = "torchvision"
-    elif names == "Caffe2":
-        state, kind = caffe2_blobs(theirs, "gamma"), "Caffe2"
+    if names == "Caffe2":
+        state = caffe2_blobs(theirs, "gamma")
         assert ("res4_22_branch2c_bn_gamma" if depth == 101 else "res4_5_branch2b_w") in state
-    else:
-        state, kind = as_detectron2s_backbone(state), "detectron2's backbone"
-    assert find_kind(state) == kind
-    ours, unused = to_our_names(state, kind, [])
+    elif names != "torchvision":
+        state = as_detectron2s_backbone(state)
+    assert find_kind(state) == names
+    ours, unused = to_our_names(state, names, [])
     assert all(name.split(".")[-2] in ("fc", "num_batches_tracked") for name in unused)
     own = {n: v for n, v in model.state_dict().items() if n.startswith("backbone.")}
     counted = ".num_batches_tracked"
@@ -225,49 +214,34 @@ def test_every_batch_norm_takes_them(tmp_path, norm: str) -> None:
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize(
-    "opts, overrides",
-    [
-        (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT RGB"),
-        (
-            ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]],
-            'MODEL.PIXEL_MEAN "[123.675,116.28,103.53]"',
-        ),
-        (["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]], 'MODEL.PIXEL_STD "[58.395,57.12,57.375]"'),
-        (["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]], 'MODEL.PIXEL_STD "[58.395,57.12,57.375]"'),
-        (["MODEL.RESNETS.STRIDE_IN_1X1", True], "MODEL.RESNETS.STRIDE_IN_1X1 False"),
-        (
-            MSRA,
-            'INPUT.FORMAT RGB MODEL.PIXEL_MEAN "[123.675,116.28,103.53]" '
-            'MODEL.PIXEL_STD "[58.395,57.12,57.375]" MODEL.RESNETS.STRIDE_IN_1X1 False',
-        ),
-    ],
-)
-def test_torchvision_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
-    path = tmp_path / "resnet.pth"
-    path.write_bytes(torch_bytes({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}))
-    model = build_resnet(50 if "STRIDE" in overrides else 18, *TORCHVISION, *opts)
-    with pytest.raises(ValueError, match=rf"torchvision's .*: add {re.escape(overrides)}$"):
-        load_weights(model, path)
+RGB_MEAN, BGR_MEAN = "[123.675,116.28,103.53]", "[103.53,116.28,123.675]"
+STD, STRIDE = "[58.395,57.12,57.375]", "MODEL.RESNETS.STRIDE_IN_1X1"
+IMAGES = f'MODEL.PIXEL_MEAN "{RGB_MEAN}" MODEL.PIXEL_STD "{STD}"'
 
 
 @pytest.mark.parametrize(
-    "opts, overrides",
+    "author, opts, overrides",
     [
-        (["INPUT.FORMAT", "RGB"], "INPUT.FORMAT BGR"),
-        (["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]], 'MODEL.PIXEL_STD "[1.0,1.0,1.0]"'),
-        (["MODEL.RESNETS.STRIDE_IN_1X1", False], "MODEL.RESNETS.STRIDE_IN_1X1 True"),
-        (
-            ["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]],
-            'MODEL.PIXEL_MEAN "[103.53,116.28,123.675]"',
-        ),
+        ("torchvision", ["INPUT.FORMAT", "BGR"], "INPUT.FORMAT RGB"),
+        ("torchvision", ["MODEL.PIXEL_MEAN", BGR_MEAN], f'MODEL.PIXEL_MEAN "{RGB_MEAN}"'),
+        ("torchvision", ["MODEL.PIXEL_STD", "[57.375,57.12,58.395]"], f'MODEL.PIXEL_STD "{STD}"'),
+        ("torchvision", [STRIDE, True], f"{STRIDE} False"),
+        ("torchvision", MSRA, f"INPUT.FORMAT RGB {IMAGES} {STRIDE} False"),
+        ("MSRA", ["INPUT.FORMAT", "RGB"], "INPUT.FORMAT BGR"),
+        ("MSRA", ["MODEL.PIXEL_STD", STD], 'MODEL.PIXEL_STD "[1.0,1.0,1.0]"'),
+        ("MSRA", [STRIDE, False], f"{STRIDE} True"),
+        ("MSRA", ["MODEL.PIXEL_MEAN", RGB_MEAN], f'MODEL.PIXEL_MEAN "{BGR_MEAN}"'),
     ],
 )
-def test_msra_with_other_images_is_refused(tmp_path, opts: list, overrides: str) -> None:
-    path = tmp_path / "R-50.pkl"
-    path.write_bytes(pickle.dumps({"conv1_w": np.zeros((64, 3, 7, 7))}))
-    model = build_resnet(50 if "STRIDE" in overrides else 18, *MSRA, *opts)
-    with pytest.raises(ValueError, match=rf"MSRA's .*: add {re.escape(overrides)}$"):
+def test_other_images_are_refused(tmp_path, author: str, opts: list, overrides: str) -> None:
+    path = tmp_path / "resnet"
+    if author == "MSRA":
+        path.write_bytes(pickle.dumps({"conv1_w": np.zeros((64, 3, 7, 7))}))
+    else:
+        path.write_bytes(torch_bytes({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}))
+    given = MSRA if author == "MSRA" else TORCHVISION
+    model = build_resnet(50 if "STRIDE" in overrides else 18, *given, *opts)
+    with pytest.raises(ValueError, match=rf"{author}'s .*: add {re.escape(overrides)}$"):
         load_weights(model, path)
 
 

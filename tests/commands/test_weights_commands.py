@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,12 +21,10 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 def train_net(folder: Path, *more: str) -> int:
-    arguments = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "OUTPUT_DIR", str(folder)]
     options = [word for word in more if word.startswith("--")]
     overrides = [word for word in more if not word.startswith("--")]
-    return train.main([
-        *("--config-file", QUICKSTART, "--num-gpus", "0", *options), *arguments, *overrides,
-    ])  # fmt: skip
+    overrides += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "OUTPUT_DIR", str(folder)]
+    return train.main(["--config-file", QUICKSTART, "--num-gpus", "0", *options, *overrides])
 
 
 def resume(path: Path, *options: str) -> int:
@@ -33,18 +32,9 @@ def resume(path: Path, *options: str) -> int:
     return train_net(path.parent, "--resume", *options)
 
 
-COMMANDS = {"demo": predict, "visualize_windows": visualize_windows}
-
-
-def draw(name: str, path: Path) -> int:
-    return COMMANDS[name].main([
-        *("--config-file", QUICKSTART, "--input", "none.png", "--weights", str(path)),
-        *("--opts", "MODEL.DEVICE", "cpu"),
-    ])  # fmt: skip
-
-
-def convert(path: Path) -> int:
-    return convert_weights.main([str(path), str(path.with_name("converted.pth"))])
+def draw(command: ModuleType, path: Path) -> int:
+    options = ["--config-file", QUICKSTART, "--input", "none.png", "--weights", str(path)]
+    return command.main([*options, "--opts", "MODEL.DEVICE", "cpu"])
 
 
 # What takes a checkpoint. Commands return an exit code, the others raise.
@@ -58,14 +48,12 @@ USERS: dict[str, Callable[[Path], object]] = {
         get_cfg(opts=["MODEL.WEIGHTS", str(path)])
     ),
     "train": lambda path: train_net(path.parent, "MODEL.WEIGHTS", str(path)),
-    "train --eval-only": lambda path: train_net(
-        path.parent, "--eval-only", "MODEL.WEIGHTS", str(path)
-    ),
+    "eval": lambda path: train_net(path.parent, "--eval-only", "MODEL.WEIGHTS", str(path)),
     "train --resume": resume,
     "train --eval-only --resume": lambda path: resume(path, "--eval-only"),
-    "demo": lambda path: draw("demo", path),
-    "visualize_windows": lambda path: draw("visualize_windows", path),
-    "convert_weights": convert,
+    "demo": lambda path: draw(predict, path),
+    "visualize_windows": lambda path: draw(visualize_windows, path),
+    "convert_weights": lambda path: convert_weights.main([str(path), f"{path}.converted.pth"]),
 }
 
 

@@ -130,23 +130,11 @@ static void backward_at(
 }
 
 // `sizes` are N, side, H, W and lambda; `strides` are those of x or grad, in elements.
-#define EXPORT(NAME, T)                                                                          \
-  extern "C" void forward_##NAME(const int64_t* sizes, const int64_t* strides, const T* x, T* out, \
-                                 double pad, bool directly) {                                    \
-    forward<T>(sizes, strides, x, out, pad, directly);                                           \
-  }                                                                                              \
-  extern "C" void backward_##NAME(const int64_t* sizes, const int64_t* strides, const T* grad,   \
-                                  T* out, bool directly) {                                       \
-    backward<T>(sizes, strides, grad, out, directly);                                            \
-  }                                                                                              \
-  extern "C" void forward_at_##NAME(const int64_t* sizes, const int64_t* strides, const T* x,    \
-                                    const int64_t* windows, int64_t count, T* out, double pad) { \
-    forward_at<T>(sizes, strides, x, windows, count, out, pad);                                  \
-  }                                                                                              \
-  extern "C" void backward_at_##NAME(const int64_t* sizes, const int64_t* strides, const T* grad, \
-                                     const int64_t* windows, int64_t count, T* out) {            \
-    backward_at<T>(sizes, strides, grad, windows, count, out);                                   \
-  }
+#define EXPORT(NAME, T)                      \
+  auto* forward_##NAME = forward<T>;         \
+  auto* backward_##NAME = backward<T>;       \
+  auto* forward_at_##NAME = forward_at<T>;   \
+  auto* backward_at_##NAME = backward_at<T>;
 
 EXPORT(float32, float)
 EXPORT(float64, double)

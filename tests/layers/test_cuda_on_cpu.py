@@ -35,7 +35,8 @@ def call(kernels, name, case, tensor, *arguments):
     """Call a kernel on a tensor; tensors are passed by their addresses."""
     sizes = (ctypes.c_int64 * 5)(*case)
     strides = tensor.stride() if tensor.dim() == 4 else (tensor.stride(0), 0, *tensor.stride()[1:])
-    function = getattr(kernels, f"{name}_{str(tensor.dtype).removeprefix('torch.')}")
+    pointer = f"{name}_{str(tensor.dtype).removeprefix('torch.')}"
+    function = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(kernels, pointer).value)
     types = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}
     converted = [
         types[type(a)](a) if type(a) in types else ctypes.c_void_p(a.data_ptr())
