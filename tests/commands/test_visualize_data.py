@@ -22,36 +22,29 @@ def grey(height=400, width=400):
 
 
 def test_matched_and_unmatched_objects_look_different():
-    image = grey()
+    image, dark = grey(), round(100 * DIMMED)
     boxes = [[100, 100, 140, 140], [200, 200, 300, 300]]
     drawn = draw_windows(image, boxes, [[90, 90, 150, 150]], [0])
     assert (image == 100).all()
-    dark = round(100 * DIMMED)
-    assert (drawn[10, 10] == dark).all()
-    assert (drawn[90, 120] == instance_color(0)).all()  # the window
-    assert (drawn[120, 120] == instance_color(0)).all()  # its center
+    assert (drawn[[90, 120], 120] == instance_color(0)).all()  # the window and its center
     assert not (drawn[105, 105] == dark).all()  # the object is tinted
-    assert (drawn[200, 250] == WHITE).all()
-    assert (drawn[250, 250] == WHITE).all()  # crossed out
-    assert (drawn[230, 250] == dark).all()
+    assert (drawn[[200, 250], 250] == WHITE).all()  # the other one is crossed out
+    assert (drawn[[10, 230], [10, 250]] == dark).all()
 
 
 def test_windows_may_reach_out_of_the_image_and_are_magnified():
     image = grey(50, 100)
-    drawn = draw_windows(
-        image, torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([[-12.0, -12, 32, 32]]),
-        torch.tensor([0]), magnify=3,
-    )  # fmt: skip
+    box, window = torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([[-12.0, -12, 32, 32]])
+    drawn = draw_windows(image, box, window, torch.tensor([0]), magnify=3)
     assert drawn.shape == (150, 300, 3)
     assert (drawn[30, 95] == instance_color(0)).all()
     assert draw_windows(image, [], [], []).shape == (250, 500, 3)
 
 
-def test_a_window_needs_its_object():
+@pytest.mark.parametrize("matched", [[1], []])
+def test_a_window_needs_its_object(matched):
     with pytest.raises(ValueError, match="row of the boxes"):
-        draw_windows(grey(), [[0, 0, 5, 5]], [[0, 0, 9, 9]], [1])
-    with pytest.raises(ValueError, match="row of the boxes"):
-        draw_windows(grey(), [[0, 0, 5, 5]], [[0, 0, 9, 9]], [])
+        draw_windows(grey(), [[0, 0, 5, 5]], [[0, 0, 9, 9]], matched)
 
 
 def test_which_windows_are_drawn():
@@ -72,12 +65,9 @@ def test_which_windows_are_drawn():
     rows = visualize_data.windows_to_draw(assignment, many)
     objects = assignment.object[rows].tolist()
     assert sorted(objects) == assignment.object.unique().tolist()
+    sides = assignment.boxes[:, 2] - assignment.boxes[:, 0]
     for row, index in zip(rows, objects, strict=True):
-        others = assignment.boxes[assignment.object == index]
-        assert (
-            assignment.boxes[row, 2] - assignment.boxes[row, 0]
-            == (others[:, 2] - others[:, 0]).min()
-        )
+        assert sides[row] == sides[assignment.object == index].min()
 
 
 def test_the_legend_counts():
@@ -101,9 +91,8 @@ def command(folder, output, *more):
 def test_command_draws_the_first_images_of_a_training(tmp_path, capsys):
     shapes.write_split("train", 4, tmp_path / "set")
     for output, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert (
-            visualize_data.main(command(tmp_path / "set", tmp_path / output, "--seed", seed)) == 0
-        )
+        words = command(tmp_path / "set", tmp_path / output, "--seed", seed)
+        assert visualize_data.main(words) == 0
     assert "3 images written" in capsys.readouterr().out
     first, again, other = (
         {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()} for output in "abc"

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def saved_run(tmp_path_factory):
     return folder, save_run(folder)
 
 
+def inspected(head: str):
+    model = build(head)
+    return model, inspect_image(model, tiny.make_image(HEIGHT, WIDTH), THRESHOLD)
+
+
 def dense_masks(model, inspection, level: int, size: int) -> Tensor:
     """All masks by the head's definition, (V, U, H, W)."""
     (masks,) = model.mask_head.dense(inspection.features)[level][size]
@@ -66,8 +72,7 @@ def dense_masks(model, inspection, level: int, size: int) -> Tensor:
 @pytest.mark.parametrize("head", tiny.HEADS)
 @torch.no_grad()
 def test_natural_masks_are_those_of_the_dense_tensor(head):
-    model = build(head)
-    inspection = inspect_image(model, tiny.make_image(HEIGHT, WIDTH), THRESHOLD)
+    model, inspection = inspected(head)
     for level, index in ((0, [3, 5]), (1, [7, 11]), (3, [0, 1])):
         for size in range(model.windows.num_sizes):
             indices = torch.tensor([index, [0, 0]])
@@ -81,8 +86,7 @@ def test_natural_masks_are_those_of_the_dense_tensor(head):
 @torch.no_grad()
 def test_the_aligned_view_of_a_natural_head_by_brute_force(head):
     """A(v, u, y, x) is the prediction of the window v rows and u columns before (y, x)."""
-    model = build(head)
-    inspection = inspect_image(model, tiny.make_image(HEIGHT, WIDTH), THRESHOLD)
+    model, inspection = inspected(head)
     aligned = aligned_tensor(model.mask_head, inspection.features, 1, 0)
     natural = dense_masks(model, inspection, 1, 0)
     side, _, height, width = natural.shape
@@ -98,8 +102,7 @@ def test_the_aligned_view_of_a_natural_head_by_brute_force(head):
 @pytest.mark.parametrize("head", [head for head in tiny.HEADS if "natural" not in head])
 @torch.no_grad()
 def test_the_aligned_view_of_an_aligned_head_makes_its_masks(head):
-    model = build(head)
-    inspection = inspect_image(model, tiny.make_image(HEIGHT, WIDTH), THRESHOLD)
+    model, inspection = inspected(head)
     for level in (0, 2):
         aligned = aligned_tensor(model.mask_head, inspection.features, level, 0)
         dense = dense_masks(model, inspection, level, 0)
@@ -159,17 +162,13 @@ def test_the_detections_are_the_models(opts):
 
 
 @pytest.mark.parametrize("head", ["bipyramid", "natural"])
+@torch.no_grad()
 def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     command, shown = save_run(tmp_path, head), {}
     for name in ("natural_view", "aligned_view"):
-        draw = getattr(visualize_windows, name)
-        monkeypatch.setattr(
-            visualize_windows,
-            name,
-            lambda *args, name=name, draw=draw: (
-                shown.setdefault(name, []).append(args) or draw(*args)
-            ),
-        )
+        recorder = mock.Mock(wraps=getattr(visualize_windows, name))
+        monkeypatch.setattr(visualize_windows, name, recorder)
+        shown[name] = recorder.call_args_list
     assert visualize_windows.main([*command, "--threshold", str(THRESHOLD)]) == 0
     lines = capsys.readouterr().out.splitlines()
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -179,11 +178,10 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     model = build(head, "INPUT.MIN_SIZE_TEST", 0)
     monkeypatch.setattr(model, "score_threshold", THRESHOLD)
     image = tiny.make_image(HEIGHT, WIDTH)
-    with torch.no_grad():
-        inspection = inspect_image(model, image, THRESHOLD)
-        _, logits, _ = model.dense([image])
-        (found,) = model.detect([image])
-        dense = model.mask_head.dense(inspection.features)
+    inspection = inspect_image(model, image, THRESHOLD)
+    _, logits, _ = model.dense([image])
+    (found,) = model.detect([image])
+    dense = model.mask_head.dense(inspection.features)
     sides = (found["windows"][:, 2] - found["windows"][:, 0]).tolist()
     rows = [line.split() for line in lines[1:-1]]
     pairs = list(itertools.product(range(6), range(model.windows.num_sizes)))
@@ -192,28 +190,20 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
         pairs, rows, shown["natural_view"], shown["aligned_view"], strict=True
     ):
         side, classes = model.windows.sizes[level][size], range(3 * size, 3 * size + 3)
-        scores = logits[level][0].sigmoid()
-        height, width = scores.shape[1:]
-        fired = sum(
-            any(float(scores[c, y, x]) > THRESHOLD for c in classes)
-            for y in range(height)
-            for x in range(width)
-        )
+        scores = logits[level][0, classes].sigmoid()
+        fired = int((scores > THRESHOLD).any(0).sum())
         num_fired += fired
-        assert row[:6] == [
-            *(f"p{level + 2}", f"{side}", "px", f"{height * width}"),
-            *(f"{fired}", f"{sides.count(side)}"),
-        ]
+        counts = f"{scores[0].numel()} {fired} {sides.count(side)}"
+        assert " ".join(row[:6]) == f"p{level + 2} {side} px {counts}"
         # The tiles are masks, and slices of the aligned tensor at their offsets.
-        masks, ys, xs, *_ = natural
+        masks, ys, xs, *_ = natural.args
         (expected,) = dense[level][size].sigmoid().unflatten(1, masks.shape[2:])
         for (i, y), (j, x) in itertools.product(enumerate(ys), enumerate(xs)):
             np.testing.assert_allclose(masks[i, j], expected[:, :, y, x], atol=1e-4)
-        slices, (vs, us), *_ = aligned
-        with torch.no_grad():
-            tensor = aligned_tensor(model.mask_head, inspection.features, level, size).sigmoid()
+        slices, (vs, us), *_ = aligned.args
+        tensor = aligned_tensor(model.mask_head, inspection.features, level, size).sigmoid()
+        middle = (len(tensor) - 1) / 2
         for (i, v), (j, u) in itertools.product(enumerate(vs), enumerate(us)):
-            middle = (len(tensor) - 1) / 2
             expected = tensor[int(v + middle), int(u + middle)]
             np.testing.assert_allclose(slices[i, j], expected, atol=1e-5)
     assert 0 < num_fired < sum(int(row[3]) for row in rows)
@@ -236,12 +226,12 @@ def test_without_a_mask_head_only_windows_are_drawn(tmp_path):
     assert height < 2 * (visualize_windows.PANEL_SIDE + 50)
 
 
+@torch.no_grad()
 def test_windows_that_fire_are_drawn(saved_run):
     folder, _ = saved_run
     predictor = Predictor(str(folder / "config.yaml"), folder / "model.pth")
     rgb = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
-    with torch.no_grad():
-        inspection = inspect_image(predictor.model, tiny.make_image(HEIGHT, WIDTH), 0.999)
+    inspection = inspect_image(predictor.model, tiny.make_image(HEIGHT, WIDTH), 0.999)
     assert not len(inspection.detections.scores)
     dark = visualize_windows.draw_fired(predictor, inspection, rgb, 0, 0)
     assert (dark == dark[0, 0]).all()

