@@ -31,8 +31,7 @@ def sixteen_taps(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     side = math.isqrt(channels)
     values = x.view(num_images, side, side, height, width).numpy()
     out_side, extents = side * lambda_val, (side, side, height, width)
-    out_height, out_width = math.ceil(height / lambda_val), math.ceil(width / lambda_val)
-    out = np.zeros((num_images, out_side, out_side, out_height, out_width))
+    out = np.zeros((num_images, out_side, out_side, *grid_of(x, lambda_val)[1:]))
     for n, v, u, row, column in itertools.product(*map(range, out.shape)):
         at = (
             (v + 0.5) / lambda_val - 0.5,
@@ -50,17 +49,17 @@ def sixteen_taps(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     return torch.from_numpy(out).flatten(1, 2)
 
 
+def grid_of(x: Tensor, lambda_val: int) -> tuple[int, int, int]:
+    return (x.shape[0], *(math.ceil(extent / lambda_val) for extent in x.shape[2:]))
+
+
 def every_window(x: Tensor, lambda_val: int) -> Tensor:
-    num_images, _, height, width = x.shape
-    sizes = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
-    return torch.cartesian_prod(*map(torch.arange, sizes))
+    return torch.cartesian_prod(*map(torch.arange, grid_of(x, lambda_val)))
 
 
 def as_dense(masks: Tensor, x: Tensor, lambda_val: int) -> Tensor:
     """Arrange the masks (K, V, U) of `every_window` like the dense result."""
-    num_images, _, height, width = x.shape
-    grid = (num_images, math.ceil(height / lambda_val), math.ceil(width / lambda_val))
-    return masks.flatten(1).unflatten(0, grid).permute(0, 3, 1, 2)
+    return masks.flatten(1).unflatten(0, grid_of(x, lambda_val)).permute(0, 3, 1, 2)
 
 
 def test_lambda_1_shifts_each_mask_pixel() -> None:

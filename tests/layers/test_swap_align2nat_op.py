@@ -84,7 +84,7 @@ def test_every_16_bit_number_is_preserved(dtype: torch.dtype) -> None:
     """lambda = 1 of 2x2 masks averages equal numbers: outputs are bit-identical to inputs."""
     numbers = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
     numbers = numbers[~(numbers.isfinite() & (numbers.abs() > 2**15))]
-    x = numbers.view(-1, 1, 1, 1).expand(-1, 4, 4, 4)  # an image per number, four equal channels
+    x = numbers.view(-1, 1, 1, 1).repeat(1, 4, 4, 4)  # an image per number, four equal channels
     inside = ops.swap_align2nat(x, 1, 0.0)[:, :, 1:3, 1:3]
     assert_close(inside, x[:, :, 1:3, 1:3], rtol=0, atol=0, equal_nan=True)
 
