@@ -133,6 +133,7 @@ def test_values_take_the_type_of_the_key(key, given, expected):
         ("SOLVER.MAX_ITER", "1.5", "int", "float"),
         ("SOLVER.MAX_ITER", "True", "int", "bool"),
         ("SOLVER.BASE_LR", "fast", "float", "str"),
+        ("SOLVER.BASE_LR", 10**400, "float", "int"),
         ("MODEL.MASK_ON", "1", "bool", "int"),
         ("MODEL.WEIGHTS", "None", "str", "NoneType"),
         ("INPUT.MIN_SIZE_TRAIN", "800", "tuple", "int"),
