@@ -69,7 +69,6 @@ def op_backend(backend: str) -> Iterator[None]:
         ValueError: another name.
 
     Example:
-        >>> import torch
         >>> from tensormask.layers import op_backend, swap_align2nat
         >>> with op_backend("reference"):
         ...     swap_align2nat(torch.zeros(1, 9, 4, 4), 2).shape

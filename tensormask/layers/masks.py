@@ -30,9 +30,8 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
     Example:
         >>> masks = torch.zeros(1, 8, 8, dtype=torch.bool)
         >>> masks[0, :4] = True  # the upper half of the image
-        >>> crop_masks(masks, torch.tensor([0]), torch.tensor([[0.0, 2.0, 4.0, 6.0]]), 2).int()
-        tensor([[[1, 1],
-                 [0, 0]]], dtype=torch.int32)
+        >>> crop_masks(masks, torch.tensor([0]), torch.tensor([[0.0, 2.0, 4.0, 6.0]]), 2).tolist()
+        [[[True, True], [False, False]]]
     """
     used, row = objects.unique(return_inverse=True)
     cropped = masks.new_empty(len(objects), side, side, dtype=torch.bool)
@@ -70,10 +69,8 @@ def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int
 
     Example:
         >>> box = torch.tensor([[1.0, 0.0, 3.0, 2.0]])
-        >>> paste_masks(torch.ones(1, 2, 2), box, (3, 4)).int()
-        tensor([[[0, 1, 1, 0],
-                 [0, 1, 1, 0],
-                 [0, 0, 0, 0]]], dtype=torch.int32)
+        >>> paste_masks(torch.ones(1, 2, 2), box, (3, 4)).int().tolist()
+        [[[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]]
     """
     if boxes.device.type == "cpu":
         # NumPy's zeros use memory only where something is written: pasted masks are mostly empty.

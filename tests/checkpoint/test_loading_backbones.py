@@ -92,11 +92,7 @@ def caffe2_blobs(model: resnet.ResNet, spelling: str) -> dict[str, torch.Tensor]
 
 SOLVER = {
     **{"fc1000_w": np.ones((10, 8)), "fc1000_b": np.ones(10), "pred_w": np.ones((10, 8))},
-    **{
-        "conv1_w_momentum": np.ones((64, 3, 7, 7)),
-        "lr": 0.1,
-        "weight_order": ["conv1_w", "pred_w"],
-    },
+    **{"conv1_w_momentum": np.ones((64, 3, 7, 7)), "lr": 0.1, "weight_order": ["conv1_w"]},
 }
 
 

@@ -118,10 +118,10 @@ def test_addresses(downloaded, name, url):
 @pytest.mark.parametrize(
     "name, weights",
     [
-        *(
-            (f"torchvision://resnet{n}", f"ResNet{n}_Weights.IMAGENET1K_V1")
-            for n in (18, 34, 50, 101)
-        ),
+        ("torchvision://resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet34", "ResNet34_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet50", "ResNet50_Weights.IMAGENET1K_V1"),
+        ("torchvision://resnet101", "ResNet101_Weights.IMAGENET1K_V1"),
         ("torchvision_R_50", "ResNet50_Weights.IMAGENET1K_V1"),
         ("torchvision://ResNet50_Weights.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"),
         (get_weight("ResNet50_Weights.IMAGENET1K_V2").url, "ResNet50_Weights.IMAGENET1K_V2"),
