@@ -8,6 +8,10 @@ import zlib
 
 import numpy as np
 
+# Of the weights of convolutions, by a part of their name; others have 2.
+_GAINS = {"cls_score": 1.6, "bbox_pred": 0.15, "mask_pred": 2.5, "fpn_": 1.0}
+_GAINS["stem.conv1"] = 2.0 / 60**2  # pixels are centered, not divided by their standard deviation
+
 
 def _rng(seed: int, name: str) -> np.random.RandomState:
     return np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()) & 0xFFFFFFFF)
@@ -30,26 +34,12 @@ def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         else:
             value = rng.normal(0.0, 0.1, shape)
     elif leaf == "bias":
-        if "cls_score" in name:
-            value = rng.normal(-6.0, 0.3, shape)
-        elif "mask_pred" in name:
-            value = rng.normal(0.0, 0.7, shape)
-        else:
-            value = rng.normal(0.0, 0.05, shape)
+        mean = -6.0 if "cls_score" in name else 0.0
+        std = 0.3 if "cls_score" in name else 0.7 if "mask_pred" in name else 0.05
+        value = rng.normal(mean, std, shape)
     else:
-        fan_in = int(np.prod(shape[1:]))
-        gain = 2.0
-        if "stem.conv1" in name:
-            gain = 2.0 / 60**2  # pixels are centered, not divided by their standard deviation
-        elif "cls_score" in name:
-            gain = 1.6
-        elif "bbox_pred" in name:
-            gain = 0.15
-        elif "mask_pred" in name:
-            gain = 2.5
-        elif "fpn_" in name:
-            gain = 1.0
-        value = rng.normal(0.0, np.sqrt(gain / fan_in), shape)
+        gain = next((gain for part, gain in _GAINS.items() if part in name), 2.0)
+        value = rng.normal(0.0, np.sqrt(gain / int(np.prod(shape[1:]))), shape)
     return value.astype(np.float32)
 
 

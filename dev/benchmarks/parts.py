@@ -70,7 +70,7 @@ def parts_of(model: Any) -> list[Part]:
             ("preprocess", model, "preprocess"),
             ("box tower", model.head, "deltas_at"),
             ("candidates and NMS", tensormask, "find_candidates"),
-            ("candidates and NMS", tensormask, "suppress"),
+            ("candidates and NMS", tensormask, "batched_nms"),
             ("op at windows", mask_head, "swap_align2nat_at"),
             ("rest of the mask head, sigmoid", tensormask, "masks_at_windows"),
             ("paste", tensormask, "paste_detection"),

@@ -41,13 +41,12 @@ class Assignment(NamedTuple):
 
     def groups(self) -> list[tuple[int, int, slice]]:
         """Return ``(level, size, slice)`` of each level and size with positive windows."""
-        groups, start = [], 0
+        groups, end = [], 0
         for level, sizes in enumerate(self.counts):
             for size, per_image in enumerate(sizes):
-                end = start + sum(per_image)
+                start, end = end, end + sum(per_image)
                 if end > start:
                     groups.append((level, size, slice(start, end)))
-                start = end
         return groups
 
 
@@ -58,16 +57,13 @@ def assign(
     """Find the positive windows and their objects.
 
     Args:
-        boxes_per_image: per image, Tensor[K, 4] of objects ``(x0, y0, x1, y1)`` in pixels. K may be
-            0.
+        boxes_per_image: per image, Tensor[K, 4] of objects ``(x0, y0, x1, y1)`` in pixels, K >= 0.
         windows: their geometry.
         grids: per level ``(H, W)``, rows and columns of windows.
 
     Example:
-        >>> from tensormask.modeling.windows import Windows
-        >>> windows = Windows(strides=(4,), sizes=((44, 60),))
         >>> box = torch.tensor([[36.0, 36.0, 44.0, 44.0]])  # its center is that of window (10, 10)
-        >>> assignment = assign([box], windows, [(20, 20)])
+        >>> assignment = assign([box], Windows((4,), ((44, 60),)), [(20, 20)])
         >>> list(zip(assignment.y.tolist(), assignment.x.tolist()))
         [(9, 10), (10, 9), (10, 10), (10, 11), (11, 10)]
     """
@@ -114,14 +110,5 @@ def assign(
     keep = keep[torch.argsort(group[keep], stable=True)]
     counts_shape = (windows.num_levels, windows.num_sizes, len(boxes_per_image))
     counts = torch.bincount(group[keep], minlength=math.prod(counts_shape)).view(counts_shape)
-    obj = obj[keep]
-    return Assignment(
-        image[obj],
-        row[obj],
-        level[keep],
-        size[keep],
-        y[keep],
-        x[keep],
-        window[keep],
-        counts.tolist(),
-    )
+    obj, level, size, y, x, window = (t[keep] for t in (obj, level, size, y, x, window))
+    return Assignment(image[obj], row[obj], level, size, y, x, window, counts.tolist())

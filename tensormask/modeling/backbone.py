@@ -22,35 +22,29 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
-def _shortcut(downsample: Any, x: Tensor) -> Tensor:
-    """Apply the convolution and norm of a block's shortcut, if it has any."""
-    if downsample is None:
-        return x
-    conv, norm = downsample
-    return conv_norm(conv, norm, x)
+def _residual(x: Tensor, downsample: Any, *layers: tuple[nn.Conv2d, nn.Module]) -> Tensor:
+    """Return the output of a residual block; without ``downsample``, its shortcut is ``x``."""
+    shortcut = x if downsample is None else conv_norm(downsample[0], downsample[1], x)
+    for conv, norm in layers[:-1]:
+        x = F.relu(conv_norm(conv, norm, x), inplace=True)
+    x = conv_norm(*layers[-1], x)
+    x += shortcut
+    return F.relu(x, inplace=True)
 
 
 class BasicBlock(resnet.BasicBlock):
     """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = _shortcut(self.downsample, x)
-        out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        out = conv_norm(self.conv2, self.bn2, out)
-        out += identity
-        return F.relu(out, inplace=True)
+        return _residual(x, self.downsample, (self.conv1, self.bn1), (self.conv2, self.bn2))
 
 
 class Bottleneck(resnet.Bottleneck):
     """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = _shortcut(self.downsample, x)
-        out = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        out = F.relu(conv_norm(self.conv2, self.bn2, out), inplace=True)
-        out = conv_norm(self.conv3, self.bn3, out)
-        out += identity
-        return F.relu(out, inplace=True)
+        layers = (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+        return _residual(x, self.downsample, *layers)
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
@@ -80,8 +74,7 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50 or 101.
         norm: "FrozenBN", "BN", "SyncBN" or "GN".
-        freeze_at: number of stages that are not trained: 1 the stem, 2 the stem and res2, ... up
-            to 5.
+        freeze_at: number of stages that are not trained, 0..5: 1 the stem, 2 the stem and res2, ...
         stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
             weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no
             bottlenecks and ignore it.
@@ -92,23 +85,19 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
-            raise UserError(
-                f"ResNet depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth}"
-            )
-        block, layers = _BLOCKS[depth]
-        trunk = resnet.ResNet(block, layers, norm_layer=get_norm(norm))
+            raise UserError(f"depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth}")
+        block_type, layers = _BLOCKS[depth]
+        trunk = resnet.ResNet(block_type, layers, norm_layer=get_norm(norm))
         self.stem = nn.Sequential()
         for name in ("conv1", "bn1", "relu", "maxpool"):
             self.stem.add_module(name, getattr(trunk, name))
-        self.res2, self.res3, self.res4, self.res5 = (
-            trunk.layer1,
-            trunk.layer2,
-            trunk.layer3,
-            trunk.layer4,
-        )
-        self.out_channels = [64 * 2**i * block.expansion for i in range(4)]
+        self.res2, self.res3 = trunk.layer1, trunk.layer2
+        self.res4, self.res5 = trunk.layer3, trunk.layer4
+        self.out_channels = [64 * 2**i * block_type.expansion for i in range(4)]
         if stride_in_1x1:
-            _move_stride_to_1x1(self)
+            for block in self.modules():
+                if isinstance(block, resnet.Bottleneck):
+                    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         for stage in [self.stem, self.res2, self.res3, self.res4, self.res5][:freeze_at]:
             _freeze(stage)
 
@@ -121,12 +110,6 @@ class ResNet(nn.Module):
             x = stage(x)
             features.append(x)
         return features
-
-
-def _move_stride_to_1x1(trunk: nn.Module) -> None:
-    for module in trunk.modules():
-        if isinstance(module, resnet.Bottleneck):
-            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
 
 
 def _freeze(stage: nn.Module) -> None:

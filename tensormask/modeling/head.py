@@ -65,9 +65,7 @@ class ClassBoxHead(nn.Module):
         in_channels: channels of the pyramid.
         num_sizes: windows at each location.
         num_classes: classes without background.
-        with_boxes: whether to have a box head.
-        cls_channels, bbox_channels: channels of the towers.
-        num_convs: convolutions in each tower.
+        cls_channels, bbox_channels, num_convs: of the towers.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them.
         prior: the initial score of every window.
@@ -95,12 +93,8 @@ class ClassBoxHead(nn.Module):
         self.cls_score = Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
         if with_boxes:
             self.bbox_pred = Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
-        init_convs(self.cls_subnet, init)
-        if with_boxes:
-            init_convs(self.bbox_subnet, init)
-        init_convs(self.cls_score, "normal")
-        if with_boxes:
-            init_convs(self.bbox_pred, "normal")
+        for name, module in self.named_children():
+            init_convs(module, init if name.endswith("_subnet") else "normal")
         assert self.cls_score.bias is not None
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
 
@@ -119,10 +113,12 @@ class ClassBoxHead(nn.Module):
             - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``;
               None without a box head, or unless ``dense_boxes``.
         """
-        logits = [self._call(self._logits, x) for x in features]
+        logits = [self._call(lambda x: self.cls_score(self.cls_subnet(x)), x) for x in features]
         if not (self.with_boxes and dense_boxes):
             return logits, None
-        return logits, [self._call(self._deltas, x) for x in features]
+        return logits, [
+            self._call(lambda x: self.bbox_pred(self.bbox_subnet(x)), x) for x in features
+        ]
 
     def deltas_at(
         self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
@@ -142,9 +138,3 @@ class ClassBoxHead(nn.Module):
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.cls_score(self.cls_subnet(x))
-
-    def _deltas(self, x: Tensor) -> Tensor:
-        return self.bbox_pred(self.bbox_subnet(x))

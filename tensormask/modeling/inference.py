@@ -2,12 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from tensormask.layers import mask_boxes, paste_masks
 from tensormask.layers.masks import to_device
@@ -54,9 +53,8 @@ def find_candidates(
         num_candidates: the maximum over all levels.
     """
     columns_per_level = []
-    threshold = (
-        math.log(score_threshold / (1 - score_threshold)) if score_threshold > 0 else -math.inf
-    )
+    odds = score_threshold / (1 - score_threshold)
+    threshold = math.log(odds) if odds > 0 else -math.inf
     for level, logits in enumerate(logits_per_level):
         flat = logits.flatten()
         index = torch.nonzero(flat > threshold)[:, 0]
@@ -83,21 +81,6 @@ def find_candidates(
     if deltas:
         boxes = decode_boxes(deltas[0][best], window_boxes, box_weights)
     return Candidates(boxes, scores, labels, levels, size, y, x, window_boxes)
-
-
-def suppress(
-    candidates: Candidates, boxes: Tensor, nms_threshold: float, num_detections: int
-) -> Candidates:
-    """Apply NMS per class: of boxes whose IoU is above the threshold, only the best remains.
-
-    Args:
-        candidates: K pairs of one image, best first.
-        boxes (Tensor[K, 4]): the boxes to compare, in any unit.
-        nms_threshold: the IoU.
-        num_detections: the maximum number of results.
-    """
-    keep = batched_nms(boxes, candidates.scores, candidates.labels, nms_threshold)
-    return candidates.select(keep[:num_detections])
 
 
 def rescale_and_clip(
@@ -131,18 +114,11 @@ def masks_at_windows(
 
 
 def boxes_from_masks(
-    mask_head: MaskHead,
-    features: list[Tensor],
-    candidates_per_image: list[Candidates],
-    *,
-    replace: bool,
-) -> tuple[list[Candidates], list[Tensor]]:
-    """Return per image the candidates whose mask is not empty, and the boxes (K, 4) of the masks.
+    mask_head: MaskHead, features: list[Tensor], candidates_per_image: list[Candidates]
+) -> Sequence[Tensor]:
+    """Return per image the boxes (K, 4) of the masks of its candidates, without area if empty.
 
-    Args:
-        features: of the pyramid, per level (N, C, H, W).
-        candidates_per_image: the candidates before NMS.
-        replace: make these the boxes of the candidates too, for a model without a box head.
+    ``features`` are those of the pyramid, per level (N, C, H, W).
     """
     windows = torch.cat([candidates.windows for candidates in candidates_per_image])
     # Masks are class-agnostic: a window that is a candidate for several classes needs one mask.
@@ -155,17 +131,7 @@ def boxes_from_masks(
     for logits, position in zip(mask_head.iter_masks(features, groups), positions, strict=True):
         position = to_device(position, boxes.device)
         boxes[position] = mask_boxes(logits, window_boxes[position])
-    non_empty_per_image, boxes_per_image = [], []
-    num_per_image = [len(candidates.scores) for candidates in candidates_per_image]
-    for candidates, image_boxes in zip(
-        candidates_per_image, boxes[inverse].split(num_per_image), strict=True
-    ):
-        if replace:
-            candidates = candidates._replace(boxes=image_boxes)
-        non_empty = image_boxes[:, 2] > image_boxes[:, 0]
-        non_empty_per_image.append(candidates.select(non_empty))
-        boxes_per_image.append(image_boxes[non_empty])
-    return non_empty_per_image, boxes_per_image
+    return boxes[inverse].split([len(candidates.scores) for candidates in candidates_per_image])
 
 
 def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -178,24 +144,18 @@ def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[st
 
 def _window_rows(candidates_per_image: list[Candidates]) -> Tensor:
     """Return the windows of a batch, image after image: int64 (K, 5) ``(level, size, n, y, x)``."""
-    return torch.cat(
-        [
-            torch.stack([c.level, c.size, torch.full_like(c.level, n), c.y, c.x], dim=1)
-            for n, c in enumerate(candidates_per_image)
-        ]
-    )
+    columns = [
+        (c.level, c.size, torch.full_like(c.level, n), c.y, c.x)
+        for n, c in enumerate(candidates_per_image)
+    ]
+    return torch.cat([torch.stack(of_image, dim=1) for of_image in columns])
 
 
 def _group_windows(rows: Tensor) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
-    """Group windows by level and size, that is by the size of their masks.
+    """Group the ``rows`` of `_window_rows` by level and size, that is by the size of their masks.
 
-    Args:
-        rows (Tensor[K, 5]): as of `_window_rows`.
-
-    Returns:
-        - groups ``(level, size, windows)`` with ``windows`` (K, 3) rows ``(n, y, x)``, as
-          `MaskHead.forward` takes them;
-        - per group the positions of its windows in ``rows``; int64 (K,) on the CPU.
+    Returns the groups that `MaskHead.forward` takes, and per group the positions of its windows in
+    ``rows``, int64 (K,) on the CPU.
     """
     # Sorted on the CPU: otherwise the host would wait for a GPU at every group.
     kinds, kind = rows[:, :2].cpu().unique(dim=0, return_inverse=True)

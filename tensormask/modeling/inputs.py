@@ -1,4 +1,4 @@
-"""The input of the model: checks of images and targets, and the normalized and padded batch."""
+"""The input of the model: checks of images and targets, and the size of a padded batch."""
 
 import torch
 from torch import Tensor
@@ -39,37 +39,6 @@ def check_image(image: Tensor) -> None:
         )
 
 
-def normalize_and_pad(
-    images: list[Tensor],
-    mean: Tensor,
-    std: Tensor,
-    *,
-    bgr: bool,
-    divisor: int,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """Return a batch (N, 3, height, width) of images, padded with 0 at the right and bottom.
-
-    ``mean`` and ``std`` are Tensor[3, 1, 1] in 0..255. The result has their device and, like them,
-    the channel order BGR if ``bgr``.
-    """
-    normalized = []
-    for image in images:
-        check_image(image)
-        image = image.to(mean.device, non_blocking=True)
-        image = image.float() if image.dtype == torch.uint8 else image.float() * 255
-        if bgr:
-            image = image.flip(0)
-        normalized.append((image - mean) / std)
-    heights, widths = zip(*map(size_of, images), strict=True)
-    height, width = padded_size(max(heights), max(widths), divisor)
-    batch = normalized[0].new_zeros(len(images), 3, height, width)
-    batch = batch.contiguous(memory_format=memory_format)
-    for image, padded in zip(normalized, batch, strict=True):
-        padded[:, : image.shape[1], : image.shape[2]] = image
-    return batch
-
-
 def checked_target(
     target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
 ) -> dict[str, Tensor]:
@@ -79,16 +48,13 @@ def checked_target(
     are assigned while a GPU runs the backbone.
     """
     boxes, labels, masks = target["boxes"].cpu(), target["labels"].cpu(), target["masks"]
-    num_objects, size = len(boxes), size_of(image)
-    if boxes.shape != (num_objects, 4) or labels.shape != (num_objects,):
+    num_objects, shapes = len(boxes), [tuple(x.shape) for x in (boxes, labels, masks)]
+    if shapes[:2] != [(num_objects, 4), (num_objects,)]:
+        raise UserError(f"boxes must be (K, 4) and labels (K,), got {shapes[0]} and {shapes[1]}")
+    if shapes[2] != (num_objects, *size_of(image)):
         raise UserError(
-            "boxes must be (K, 4) and labels (K,), "
-            f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
-        )
-    if masks.shape != (num_objects, *size):
-        raise UserError(
-            f"masks must be (K, H, W) = {(num_objects, *size)} like the boxes and the image, "
-            f"got {tuple(masks.shape)}"
+            f"masks must be (K, H, W) = {(num_objects, *size_of(image))} like the boxes and the "
+            f"image, got {shapes[2]}"
         )
     if labels.dtype != torch.int64:
         raise UserError(f"labels must be int64, got {labels.dtype}")
@@ -99,8 +65,5 @@ def checked_target(
         )
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise UserError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
-    return {
-        "boxes": boxes.float(),
-        "labels": labels,
-        "masks": masks.to(device, non_blocking=True).bool(),
-    }
+    masks = masks.to(device, non_blocking=True).bool()
+    return {"boxes": boxes.float(), "labels": labels, "masks": masks}

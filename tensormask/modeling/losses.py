@@ -45,10 +45,9 @@ def focal_loss_star(
         >>> focal_loss_star([torch.tensor([2.0, -1.0])], [positive])
         tensor(0.0116)
     """
-    return sum(
-        _FocalLossStar.apply(_dense(logits), alpha, gamma, *index)
-        for logits, index in zip(logits_per_level, positives, strict=True)
-    )
+    dense = (x if _is_channels_last(x) else x.contiguous() for x in logits_per_level)
+    levels = zip(dense, positives, strict=True)
+    return sum(_FocalLossStar.apply(logits, alpha, gamma, *index) for logits, index in levels)
 
 
 class _FocalLossStar(torch.autograd.Function):
@@ -85,13 +84,8 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Copy a tensor unless it is contiguous or channels_last."""
-    return x if _is_channels_last(x) else x.contiguous()
-
-
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """Split a tensor of `_dense`, in the order of its memory, into 1-dimensional views."""
+    """Split a contiguous or channels_last tensor into 1-dimensional views, in memory order."""
     row = (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).view(-1)
     return row.split(_CHUNK if row.device.type == "cpu" else max(1, len(row)))
 
@@ -110,11 +104,9 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
 
     ``positive_weight`` is the weight of the pixels of the object.
     """
+    weight = torch.tensor(positive_weight, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(
-        logits.float(),
-        target_masks.float(),
-        reduction="sum",
-        pos_weight=torch.tensor(positive_weight, device=logits.device),
+        logits.float(), target_masks.float(), reduction="sum", pos_weight=weight
     )
     return loss / (logits.shape[-1] * logits.shape[-2])
 
@@ -130,11 +122,8 @@ def foreground_normalizer(
     by the number of ranks. The mean over the ranks of a loss or gradient then equals that of one
     process with the whole batch.
 
-    Args:
-        num_foreground: of this rank's part of the batch.
-        device: of the reduced tensor.
-        sum_over_ranks: returns the sum of a tensor over all ranks, which must all call it; None if
-            this process has the whole batch.
+    ``num_foreground`` is that of this rank's part. ``sum_over_ranks`` returns the sum of a tensor
+    on ``device`` over all ranks, which must all call it; None if this process has the whole batch.
     """
     if sum_over_ranks is None:
         return max(1, num_foreground)

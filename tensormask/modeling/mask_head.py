@@ -42,7 +42,7 @@ class MaskHead(nn.Module):
         upscale: how many times coarser the predicted masks are than the final ones, >= 1; 1.5, 3 or
             5 in the paper, for masks of 15 x 15.
         upscale_mode: "bilinear" or "nearest".
-        channels, num_convs: of the tower of convolutions.
+        channels, num_convs: of the tower.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them; those of
             the last convolutions are saved.
@@ -78,17 +78,14 @@ class MaskHead(nn.Module):
                 f"upscale_mode must be one of {', '.join(UPSCALE_MODES)}, got {upscale_mode!r}"
             )
         coarse_sizes = [round(side / upscale) for side in mask_sizes]
-        if upscale < 1 or any(
-            abs(coarse * upscale - side) > 1e-6
-            for coarse, side in zip(coarse_sizes, mask_sizes, strict=True)
-        ):
+        sides = zip(coarse_sizes, mask_sizes, strict=True)
+        if upscale < 1 or any(abs(coarse * upscale - side) > 1e-6 for coarse, side in sides):
             raise UserError(
                 f"masks of {mask_sizes} pixels cannot be upscaled {upscale} times: "
                 "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
             )
-        self.checkpointed = checkpointed
-        self.mask_sizes = list(mask_sizes)
+        self.mask_sizes, self.checkpointed = list(mask_sizes), checkpointed
         self.aligned, self.bipyramid = aligned, bipyramid
         self.upscale, self.upscale_mode = upscale, upscale_mode
         # Ratio of a level's unit to the unit of its masks.
@@ -107,7 +104,7 @@ class MaskHead(nn.Module):
         """Return mask logits at chosen windows. Levels without windows are not computed.
 
         Args:
-            features: pyramid features, per level (N, C, H, W).
+            features: of the pyramid, per level (N, C, H, W).
             windows_per_group: ``(level, size, windows)`` in order of level, with ``windows``
                 Tensor[K, 3] of int64 rows ``(n, y, x)``.
 
@@ -151,11 +148,7 @@ class MaskHead(nn.Module):
         return masks_per_level
 
     def level_features(
-        self,
-        features: list[Tensor],
-        level: int,
-        finest: Tensor | None,
-        tiles: Tiles | None = None,
+        self, features: list[Tensor], level: int, finest: Tensor | None, tiles: Tiles | None = None
     ) -> Tensor:
         """Return the input of a level's 1x1 convolutions: (N, C, H, W).
 

@@ -15,11 +15,12 @@ Shapes:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from tensormask.layers import crop_masks
 from tensormask.layers.masks import to_device
@@ -35,9 +36,14 @@ from tensormask.modeling.inference import (
     masks_at_windows,
     paste_detection,
     rescale_and_clip,
-    suppress,
 )
-from tensormask.modeling.inputs import SIZE_DIVISOR, checked_target, normalize_and_pad, size_of
+from tensormask.modeling.inputs import (
+    SIZE_DIVISOR,
+    check_image,
+    checked_target,
+    padded_size,
+    size_of,
+)
 from tensormask.modeling.losses import box_loss, focal_loss_star, foreground_normalizer, mask_loss
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
@@ -67,7 +73,8 @@ class TensorMask(nn.Module):
         score_threshold, num_candidates: see `inference.find_candidates`.
         nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks". The latter
             computes the masks of all candidates.
-        nms_threshold, num_detections: see `inference.suppress`.
+        nms_threshold: IoU above which two boxes of a class are one object; the best remains.
+        num_detections: the maximum per image.
         sum_over_ranks: see `losses.foreground_normalizer`; needed in distributed training.
 
     Raises:
@@ -124,10 +131,8 @@ class TensorMask(nn.Module):
         if not 0 <= score_threshold < 1:
             raise UserError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
-        self.windows = windows
-        self.num_classes = num_classes
-        self.channel_order = channel_order
-        self.size_divisor = size_divisor
+        self.windows, self.num_classes = windows, num_classes
+        self.channel_order, self.size_divisor = channel_order, size_divisor
         # Compute the deltas of all windows, which is best in a compiled head, or at chosen ones.
         self.dense_boxes = False
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -200,15 +205,21 @@ class TensorMask(nn.Module):
         return DenseOutputs(features, *self.head(features, dense_boxes=self.dense_boxes))
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
-        """Return the normalized and padded batch: (N, 3, height, width)."""
-        return normalize_and_pad(
-            images,
-            self.pixel_mean,
-            self.pixel_std,
-            bgr=self.channel_order == "BGR",
-            divisor=self.size_divisor,
-            memory_format=self.memory_format,
-        )
+        """Return the normalized batch (N, 3, height, width), padded with 0 at right and bottom."""
+        normalized = []
+        for image in images:
+            check_image(image)
+            image = image.to(self.device, non_blocking=True)
+            image = image.float() if image.dtype == torch.uint8 else image.float() * 255
+            image = image.flip(0) if self.channel_order == "BGR" else image
+            normalized.append((image - self.pixel_mean) / self.pixel_std)
+        heights, widths = zip(*map(size_of, images), strict=True)
+        size = padded_size(max(heights), max(widths), self.size_divisor)
+        batch = normalized[0].new_zeros(len(images), 3, *size)
+        batch = batch.contiguous(memory_format=self.memory_format)
+        for image, padded in zip(normalized, batch, strict=True):
+            padded[:, : image.shape[1], : image.shape[2]] = image
+        return batch
 
     # ---- training ----
 
@@ -306,23 +317,22 @@ class TensorMask(nn.Module):
 
     def find_detections(self, dense: DenseOutputs, score_threshold: float) -> list[Candidates]:
         """Return per image the candidates after NMS, in pixels of the network's input."""
-        candidates_per_image = [
-            self._find_candidates(dense.image(n), score_threshold)
-            for n in range(len(dense.logits[0]))
-        ]
-        boxes_per_image = [candidates.boxes for candidates in candidates_per_image]
+        images = map(dense.image, range(len(dense.logits[0])))
+        candidates_per_image = [self._find_candidates(image, score_threshold) for image in images]
+        boxes_per_image: Sequence[Tensor] = [c.boxes for c in candidates_per_image]
         if self.nms_on == "masks":
             assert self.mask_head is not None
-            candidates_per_image, boxes_per_image = boxes_from_masks(
-                self.mask_head,
-                dense.features,
-                candidates_per_image,
-                replace=not self.head.with_boxes,
-            )
-        return [
-            suppress(candidates, boxes, self.nms_threshold, self.num_detections)
-            for candidates, boxes in zip(candidates_per_image, boxes_per_image, strict=True)
-        ]
+            boxes_per_image = boxes_from_masks(self.mask_head, dense.features, candidates_per_image)
+        detections = []
+        for candidates, boxes in zip(candidates_per_image, boxes_per_image, strict=True):
+            if not self.head.with_boxes:
+                candidates = candidates._replace(boxes=boxes)
+            if self.nms_on == "masks":  # drop empty masks
+                rows = boxes[:, 2] > boxes[:, 0]
+                candidates, boxes = candidates.select(rows), boxes[rows]
+            rows = batched_nms(boxes, candidates.scores, candidates.labels, self.nms_threshold)
+            detections.append(candidates.select(rows[: self.num_detections]))
+        return detections
 
     def _find_candidates(self, dense: DenseOutputs, score_threshold: float) -> Candidates:
         """Return the candidates of a batch of one image."""
@@ -341,5 +351,5 @@ class TensorMask(nn.Module):
 
     def _autocast(self) -> AbstractContextManager:
         """Return the autocast of inference; without a dtype, the caller's autocast stays active."""
-        device, dtype = self.device.type, self.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(device, dtype)
+        dtype = self.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)

@@ -50,10 +50,8 @@ class Tiles(NamedTuple):
         y0, x0, y1, x1 = (boxes.clamp(min=0).minimum(limit) // _SIDE).unbind(1)
         # Signs at the corners, summed over rows and columns, count the boxes over each tile.
         corners = n.new_zeros(num, rows + 1, columns + 1)
-        for row, column, sign in (
-            *((y0, x0, 1), (y0, x1 + 1, -1)),
-            *((y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)),
-        ):
+        y1, x1 = y1 + 1, x1 + 1
+        for row, column, sign in (y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1):
             corners.index_put_((n, row, column), n.new_tensor(sign), accumulate=True)
         num_boxes = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
         return cls(*num_boxes.nonzero().unbind(1))

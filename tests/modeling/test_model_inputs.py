@@ -75,7 +75,7 @@ def test_targets_are_needed_in_train_mode() -> None:
     "opts, message",
     [
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "tensormask_R_50_FPN_1x"),
-        (["MODEL.TENSOR_MASK.ALIGNED_ON", False], "BIPYRAMID_ON"),
+        (["MODEL.TENSOR_MASK.ALIGNED_ON", False], "ALIGNED_ON to True, or BIPYRAMID_ON"),
         (["MODEL.TENSOR_MASK.HEAD", "tripyramid"], "auto, simple_natural, .*bipyramid"),
         (
             ["MODEL.TENSOR_MASK.HEAD", "bipyramid", "MODEL.TENSOR_MASK.BIPYRAMID_ON", False],
@@ -102,6 +102,9 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["INPUT.FORMAT", "L"], "RGB"),
         (["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 1.0], "score_threshold"),
         (["MODEL.TENSOR_MASK.IN_FEATURES", []], "consecutive"),
+        (["MODEL.COMPILE", "fast"], "default, reduce-overhead, max-autotune"),
+        (["MODEL.SIZE_DIVISOR", 48], "multiple of 32"),
+        (["TEST.AMP.DTYPE", "float32"], r"TEST\.AMP\.DTYPE must be 'bfloat16' or 'float16'"),
     ],
 )
 def test_configs_that_cannot_be_built(opts, message) -> None:

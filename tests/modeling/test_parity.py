@@ -85,16 +85,11 @@ def test_losses(kind: str, tmp_path) -> None:
     model = build_model(case, kind, tmp_path).train()
     images = [make_image(entry) for entry in case["images"]]
     losses = model(images, [target(entry) for entry in case["images"]])
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
-        case["losses"], rel=1e-4
-    )
+    assert {k: loss.item() for k, loss in losses.items()} == pytest.approx(case["losses"], rel=1e-4)
     sum(losses.values()).backward()
-    grad_norms, frozen = {}, set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad_norms[name] = parameter.grad.norm().item()
-        else:
-            frozen.add(name)
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    grad_norms = {name: parameters[name].grad.norm().item() for name in parameters.keys() - frozen}
     names = _our_names(kind, model)
     expected = {names[name]: norm for name, norm in case["grad_norms"].items()}
     assert grad_norms == pytest.approx(expected, rel=1e-3, abs=1e-9)
@@ -124,9 +119,8 @@ def test_sgd_steps(tmp_path) -> None:
     for entry, step in zip(case["images"], case["steps"], strict=True):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(step["lr"], rel=1e-9)
         losses = model([make_image(entry)], [target(entry)])
-        assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
-            step["losses"], rel=1e-4
-        )
+        values = {name: loss.item() for name, loss in losses.items()}
+        assert values == pytest.approx(step["losses"], rel=1e-4)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer.zero_grad()
         sum(losses.values()).backward()
