@@ -37,7 +37,7 @@ def arguments(shapes: dict[str, str], output: Path, *more: object) -> list[str]:
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run")
-    assert train.main(["--num-gpus", "0", *arguments(shapes, output, "TEST.EVAL_PERIOD", 2)]) == 0
+    assert train.main(arguments(shapes, output, "TEST.EVAL_PERIOD", 2)) == 0
     return output
 
 

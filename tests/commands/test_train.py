@@ -28,6 +28,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert error.count("\n") == 1, arguments
 
 
+def test_no_gpus_is_the_cpu():
+    for words, device in ([], "cpu"), (["MODEL.DEVICE", "cuda"], "cuda"):
+        args = train_net.parse_arguments(["--num-gpus", "0", *words])
+        assert train_net.setup_config(args).MODEL.DEVICE == device
+
+
 @pytest.mark.parametrize(
     "error, code",
     [

@@ -87,7 +87,7 @@ def test_a_resumed_writer_does_not_repeat_curves(tmp_path):
             writer.write(iteration, {"loss": float(iteration)})
     path = tmp_path / "metrics.json"
     path.write_text(path.read_text() + '{"iteration": 3, "lo')  # killed here
-    with events.MetricsWriter(tmp_path, 20) as writer:
+    with events.MetricsWriter(tmp_path, 29) as writer:
         writer.write(29, {"loss": 0.5})
     assert [(r["iteration"], r["loss"]) for r in read_lines(path)] == [(9, 9), (19, 19), (29, 0.5)]
     board = EventAccumulator(str(tmp_path)).Reload()

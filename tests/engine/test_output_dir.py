@@ -49,7 +49,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 
 def test_a_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with lock_output_dir(tmp_path):
+    with lock_output_dir(tmp_path / "new" / "folder"):
         assert "No file locks" in caplog.text
 
 
