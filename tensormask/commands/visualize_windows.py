@@ -117,14 +117,10 @@ def draw(
         for size, side in enumerate(model.windows.sizes[level]):
             scores, fired = inspection.scores[level][size], inspection.fired(level, size)
             num_detections = len(inspection.detections_at(level, size).scores)
-            print(
-                f"{name:5} {side:4g} px {scores.numel():8} {len(fired):6} {num_detections:11} "
-                f"{float(scores.max()):5.2f}"
-            )
-            title = (
-                f"{name}, windows of {side:g} px: {scores.numel()}, of which {len(fired)} fire "
-                f"(white); {num_detections} detections (named)"
-            )
+            counts = f"{scores.numel():8} {len(fired):6} {num_detections:11}"
+            print(f"{name:5} {side:4g} px {counts} {float(scores.max()):5.2f}")
+            counts = f"{scores.numel()}, of which {len(fired)} fire (white)"
+            title = f"{name}, windows of {side:g} px: {counts}; {num_detections} detections (named)"
             panels.append(titled(draw_fired(predictor, inspection, rgb, level, size), title))
             blocks.append(montage([panels[-1], draw_scores(inspection, level, size)], 2))
             if model.mask_head is not None:
@@ -139,8 +135,7 @@ def draw_detections(
     predictor: Predictor, inspection: WindowInspection, rgb: np.ndarray
 ) -> np.ndarray:
     """Draw the detections of all levels, like tools/demo.py, but on the network's input."""
-    (height, width), masks = rgb.shape[:2], None
-    found = inspection.detections
+    (height, width), masks, found = rgb.shape[:2], None, inspection.detections
     if predictor.model.mask_head is not None:
         (window_masks,) = masks_at_windows(predictor.model.mask_head, inspection.features, [found])
         masks = paste_masks(window_masks, found.windows, (height, width))

@@ -104,17 +104,11 @@ def evaluate(
             if output_dir is not None:
                 write_submission(path, dataset.name, submission_name)
             return {}
-        coco_gt, class_names = dataset.to_coco(), dataset.class_names
+        coco_gt, names = dataset.to_coco(), dataset.class_names
         metrics, curves = {}, {}
         for iou_type in ("bbox", "segm") if all(s.has_masks for s in summaries) else ("bbox",):
             metrics[iou_type], curves[iou_type] = metrics_and_curves(
-                coco_gt,
-                read_results(path),
-                iou_type,
-                class_names,
-                category_ids,
-                image_ids,
-                max_dets,
+                coco_gt, read_results(path), iou_type, names, category_ids, image_ids, max_dets
             )
         if output_dir is not None:
             (folder / CURVES_FILE).write_text(json.dumps(curves))

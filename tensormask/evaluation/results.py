@@ -196,7 +196,7 @@ def merge_results(parts: Sequence[Path], path: Path, image_ids: Sequence[Identit
 
     Args:
         parts: files by `ResultsWriter`, each ordered as `image_ids`.
-        image_ids: all images, in the order of a single process. Images can be without results.
+        image_ids: all images, in the order of a single process; some can be without results.
     """
     order = {image_id: index for index, image_id in enumerate(image_ids)}
 
