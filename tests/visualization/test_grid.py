@@ -69,6 +69,7 @@ def test_fit():
     enlarged = fit(image, 7)
     assert enlarged.shape == (4, 6, 3)
     assert np.array_equal(enlarged[1::2, ::2], image)
+    assert np.array_equal(fit(image, 4), image)
     assert fit(grey(100, 400), 200).shape == (50, 200, 3)
     assert fit(grey(1, 4000), 100).shape == (1, 100, 3)
     with pytest.raises(ValueError, match="uint8"):
