@@ -1,4 +1,4 @@
-"""A model and a loader of known behaviour, for tests of the loop; the fixture is in conftest.py.
+"""A model and a loader of known behavior, for tests of the loop; the fixture is in conftest.py.
 
 The weights depend on the order of images, on dropout and on running statistics.
 """

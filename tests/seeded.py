@@ -65,10 +65,10 @@ def image(height: int, width: int, seed: int) -> np.ndarray:
     for _ in range(14):
         cy, cx = rng.uniform(0, height), rng.uniform(0, width)
         ry, rx = rng.uniform(0.02, 0.3, 2) * min(height, width)
-        colour = rng.uniform(0, 255, 3)
+        color = rng.uniform(0, 255, 3)
         if rng.rand() < 0.5:
             inside = ((ys - cy) / ry) ** 2 + ((xs - cx) / rx) ** 2 <= 1
         else:
             inside = (abs(ys - cy) <= ry) & (abs(xs - cx) <= rx)
-        out[inside] = 0.35 * out[inside] + 0.65 * colour
+        out[inside] = 0.35 * out[inside] + 0.65 * color
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)

@@ -35,7 +35,7 @@ from tensormask.utils.errors import UserError
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 # Pixels, of a call before the one whose memory is measured. Not smaller: in bfloat16 on a CPU,
-# oneDNN reads uninitialised memory in the weight gradient of a 3x3 convolution of 1x1 pixels.
+# oneDNN reads uninitialized memory in the weight gradient of a 3x3 convolution of 1x1 pixels.
 SMALL = (128, 128)
 _HALF = DTYPES[2:]
 _MIB = 2**20

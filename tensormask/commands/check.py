@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="do not open images and rasterise masks: image_broken, image_size and mask_empty of "
+        help="do not open images and rasterize masks: image_broken, image_size and mask_empty of "
         "polygons are not found",
     )
     parser.add_argument(

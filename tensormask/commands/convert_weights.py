@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "library, and in another format. No number changes. class_names, category_ids and config "
         "of a checkpoint are kept; its other entries are listed and left out.",
         epilog="Upscale heads and models without a box head are refused: detectron2 does not have "
-        "them. An upscale head is recognised by the config in the checkpoint; weights without a "
+        "them. An upscale head is recognized by the config in the checkpoint; weights without a "
         "config are taken for another head. detectron2's names do not keep the order of the window "
         "sizes: a model whose sizes are not ascending is refused.",
     )

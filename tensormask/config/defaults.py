@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, Any] = {
         "COMPILE": "",
         # Predict masks; if False, only classes and boxes.
         "MASK_ON": False,
-        # Mean and standard deviation that normalise each channel: on the 0..255 scale, in the
+        # Mean and standard deviation that normalize each channel: on the 0..255 scale, in the
         # channel order of INPUT.FORMAT.
         "PIXEL_MEAN": [103.53, 116.28, 123.675],
         "PIXEL_STD": [1.0, 1.0, 1.0],
@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
         "RESNETS": {
             # Number of layers: 18, 34, 50 or 101.
             "DEPTH": 50,
-            # Normalisation: "FrozenBN" (constant), "BN", "SyncBN" (over all processes) or "GN" (32
+            # Normalization: "FrozenBN" (constant), "BN", "SyncBN" (over all processes) or "GN" (32
             # groups).
             "NORM": "FrozenBN",
             # Put the stride of a block in its first 1x1 convolution (MSRA weights); if False, in
@@ -56,7 +56,7 @@ _DEFAULTS: dict[str, Any] = {
             "IN_FEATURES": [],
             # Number of channels of each pyramid level.
             "OUT_CHANNELS": 256,
-            # Normalisation: "" (none) or "GN".
+            # Normalization: "" (none) or "GN".
             "NORM": "",
             # How a coarser level is merged into the next finer one: "sum" or "avg".
             "FUSE_TYPE": "sum",
@@ -108,7 +108,7 @@ _DEFAULTS: dict[str, Any] = {
             # Boxes that NMS compares: the regressed "boxes", or those of the "masks", which needs
             # the masks of all candidates.
             "NMS_ON": "boxes",
-            # Initialisation of the towers: "normal" (std 0.01, detectron2's) or "he" (for towers of
+            # Initialization of the towers: "normal" (std 0.01, detectron2's) or "he" (for towers of
             # few channels).
             "INIT": "normal",
             # Recompute the activations of the heads in the backward pass: less memory, more time.
@@ -187,7 +187,7 @@ _DEFAULTS: dict[str, Any] = {
         # Momentum of SGD, and whether it is Nesterov's.
         "MOMENTUM": 0.9,
         "NESTEROV": False,
-        # Weight decay of weights, of normalisation parameters, and of biases (None: as weights).
+        # Weight decay of weights, of normalization parameters, and of biases (None: as weights).
         "WEIGHT_DECAY": 0.0001,
         "WEIGHT_DECAY_NORM": 0.0,
         "WEIGHT_DECAY_BIAS": None,

@@ -81,7 +81,7 @@ def build_train_loader(
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = training_set.aspect_groups() if grouped else [0] * len(training_set)
     sampler = BatchSampler(groups, batch_size=batch_size, seed=cfg.SEED, start=start_iteration)
-    # A share of each accumulated part, because the loss of a part is normalised over all processes.
+    # A share of each accumulated part, because the loss of a part is normalized over all processes.
     size = batch_size // num_shares
     starts = range(rank * size, batch_size, world_size * size)
     shares = ([key for i in starts for key in batch[i : i + size]] for batch in sampler)

@@ -2,7 +2,7 @@
 
 The splits have 3,000 and 200 images of 128 x 128 pixels, each with one to five objects of six
 classes. Only the outline tells the class: star and crescent are concave and the ring has a hole,
-while colour, texture, rotation and stretch are independent of the class. The longer side of an
+while color, texture, rotation and stretch are independent of the class. The longer side of an
 object is log-uniform in 8 to 110 pixels.
 
 Objects overlap. A later object hides the earlier ones, and an annotation describes the visible
@@ -11,8 +11,8 @@ quarter of its pixels and at least 16 pixels of each object, itself included, st
 visible object is annotated. Completely visible objects without a hole are annotated as polygons,
 all others as compressed RLE.
 
-Image i is a function of (split, i) only. Outlines are rounded to 0.01 pixel and rasterised by
-pycocotools, and colours use elementary arithmetic, so that all machines generate the same set.
+Image i is a function of (split, i) only. Outlines are rounded to 0.01 pixel and rasterized by
+pycocotools, and colors use elementary arithmetic, so that all machines generate the same set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIN_VISIBLE_PIXELS = 16
 
 _SPLIT_SEEDS = {"train": 1, "val": 2}
 _PLACEMENT_TRIES = 20
-_MIN_COLOUR_DISTANCE = 60.0
+_MIN_COLOR_DISTANCE = 60.0
 _WHOLE = slice(0, IMAGE_SIZE)
 
 
@@ -123,8 +123,8 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
         ((128, 128, 3), [865])
     """
     rng = np.random.Generator(np.random.PCG64([_SPLIT_SEEDS[split], index]))
-    base_colours = [rng.uniform(20.0, 235.0, 3)]
-    canvas = _textured(rng, base_colours[0], _WHOLE, _WHOLE)
+    base_colors = [rng.uniform(20.0, 235.0, 3)]
+    canvas = _textured(rng, base_colors[0], _WHOLE, _WHOLE)
 
     num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
     labels = rng.integers(0, len(CLASS_NAMES), num_objects)
@@ -139,10 +139,10 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
         if placement is None:
             continue
         outlines, mask = placement
-        colour = _distinct_colour(rng, base_colours)
-        base_colours.append(colour)
+        color = _distinct_color(rng, base_colors)
+        base_colors.append(color)
         rows, columns = _extent(mask)
-        texture = _textured(rng, colour, rows, columns)
+        texture = _textured(rng, color, rows, columns)
         np.copyto(canvas[:, rows, columns], texture, where=mask[rows, columns])
         for other in placed:
             other["visible"] &= ~mask
@@ -155,7 +155,7 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
 def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
     """Return the outline of a shape, and of its hole if it has one, each `(P, 2)` in (x, y).
 
-    The shape is stretched and rotated at random. Its bounding box has its centre at the origin and
+    The shape is stretched and rotated at random. Its bounding box has its center at the origin and
     a longer side of 1.
     """
     arc = np.linspace(0.0, 2.0 * math.pi, 48, endpoint=False)
@@ -190,7 +190,7 @@ def unit_outlines(rng: np.random.Generator, name: str) -> list[np.ndarray]:
 
 
 def _crescent(shift: float) -> np.ndarray:
-    """Return a unit disc without the disc of radius 0.9 whose centre is `shift` to the right."""
+    """Return a unit disc without the disc of radius 0.9 whose center is `shift` to the right."""
     radius = 0.9
     x = (1.0 + shift * shift - radius * radius) / (2.0 * shift)  # where the two circles meet
     y = math.sqrt(1.0 - x * x)
@@ -208,9 +208,9 @@ def _find_position(
     """Move outlines to a random position; return them and their mask, or None if none fits."""
     half = np.abs(outlines[0]).max(axis=0)
     for _ in range(_PLACEMENT_TRIES):
-        centre = rng.uniform(half, IMAGE_SIZE - half)
-        moved = [np.round(points + centre, 2) for points in outlines]
-        mask = _rasterise(moved)
+        center = rng.uniform(half, IMAGE_SIZE - half)
+        moved = [np.round(points + center, 2) for points in outlines]
+        mask = _rasterize(moved)
         fits = _enough_visible(mask, mask)
         if fits and all(_enough_visible(p["visible"] & ~mask, p["full"]) for p in placed):
             return moved, mask
@@ -223,7 +223,7 @@ def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
     return bool(num_visible >= num_needed)
 
 
-def _rasterise(outlines: list[np.ndarray]) -> np.ndarray:
+def _rasterize(outlines: list[np.ndarray]) -> np.ndarray:
     """Return the bool mask `(128, 128)` inside the first outline and outside of the others."""
     polygons = [points.ravel().tolist() for points in outlines]
     masks = mask_utils.decode(mask_utils.frPyObjects(polygons, IMAGE_SIZE, IMAGE_SIZE)).astype(bool)
@@ -247,19 +247,19 @@ def _annotation(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _distinct_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndarray:
-    """Return a random colour that differs clearly from those used, or the most distinct of 32."""
+def _distinct_color(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndarray:
+    """Return a random color that differs clearly from those used, or the most distinct of 32."""
     candidates = rng.uniform(20.0, 235.0, (32, 3))
     differences = candidates[:, None] - np.stack(used)
     distances = np.sqrt((differences**2).sum(axis=2)).min(axis=1)
-    far_enough = distances >= _MIN_COLOUR_DISTANCE
+    far_enough = distances >= _MIN_COLOR_DISTANCE
     return candidates[np.argmax(far_enough) if far_enough.any() else np.argmax(distances)]
 
 
 def _textured(
-    rng: np.random.Generator, colour: np.ndarray, rows: slice, columns: slice
+    rng: np.random.Generator, color: np.ndarray, rows: slice, columns: slice
 ) -> np.ndarray:
-    """Return a part of a float32 image `(3, 128, 128)`: a colour with noise, shading, stripes."""
+    """Return a part of a float32 image `(3, 128, 128)`: a color with noise, shading, stripes."""
     field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns)
     field *= _uniform(rng, 10.0, 35.0)
     field += _value_noise(rng, 64, rows, columns) * _uniform(rng, 4.0, 16.0)
@@ -271,7 +271,7 @@ def _textured(
         phase = shading * _uniform(rng, 4.0, 20.0) + _uniform(rng, 0.0, 1.0)
         field += (np.abs(phase - np.rint(phase)) - np.float32(0.25)) * _uniform(rng, 30.0, 100.0)
     tint = rng.uniform(0.5, 1.0, 3).astype(np.float32)
-    return colour.astype(np.float32)[:, None, None] + field * tint[:, None, None]
+    return color.astype(np.float32)[:, None, None] + field * tint[:, None, None]
 
 
 def _value_noise(rng: np.random.Generator, cells: int, rows: slice, columns: slice) -> np.ndarray:

@@ -117,7 +117,7 @@ def area_size(area: float) -> str:
 
 
 class FileChecks(Dataset):
-    """Open the image of an index and rasterise its masks; return the issues as `(kind, id)`.
+    """Open the image of an index and rasterize its masks; return the issues as `(kind, id)`.
 
     Images that are known to be missing are skipped.
     """
@@ -146,7 +146,7 @@ class FileChecks(Dataset):
 
 
 def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
-    """Open all images and rasterise all masks, and add the issues to `dataset.issues`.
+    """Open all images and rasterize all masks, and add the issues to `dataset.issues`.
 
     Yields the number of images checked since the last time. 0 workers work in this process.
     """

@@ -2,7 +2,7 @@
 
 Pixels, boxes and masks equal those of detectron2's mapper: images are resized with PIL's bilinear
 filter, the coordinates of boxes and polygons are transformed before they are clipped or
-rasterised, and an RLE is resized to the nearest pixel. Boxes are not recomputed from masks.
+rasterized, and an RLE is resized to the nearest pixel. Boxes are not recomputed from masks.
 
 `Augmentation.draw` draws all random numbers and returns a `Geometry`; the other functions depend
 only on it.

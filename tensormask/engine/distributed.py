@@ -97,7 +97,7 @@ def wrap(model: nn.Module) -> nn.Module:
     """Wrap a model such that its backward pass averages the gradients over all ranks.
 
     All parameters get rank 0's values. Every parameter must receive a gradient in every backward
-    pass on every rank. Buffers are not synchronised: see `sync_buffers`.
+    pass on every rank. Buffers are not synchronized: see `sync_buffers`.
 
     Returns:
         A DistributedDataParallel model; in a single process, `model` itself.

@@ -184,7 +184,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or lacks an entry that resuming needs.
     """
-    # Not mapped: the optimiser keeps these tensors, and the file may be replaced or removed.
+    # Not mapped: the optimizer keeps these tensors, and the file may be replaced or removed.
     checkpoint = read_checkpoint(path, mmap=False)
     missing = [key for key in KEYS if key not in checkpoint]
     if missing:
@@ -196,23 +196,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
-    """Restore weights, optimiser, schedule, loss scale, averages and random states.
+    """Restore weights, optimizer, schedule, loss scale, averages and random states.
 
     Returns:
         The index of the iteration to continue with.
 
     Raises:
-        UserError: the checkpoint has another model or another optimiser.
+        UserError: the checkpoint has another model or another optimizer.
     """
     restore_model(checkpoint, unwrap(state.model))
-    # PyTorch accepts the state of another kind of optimiser, and then fails in its first step.
+    # PyTorch accepts the state of another kind of optimizer, and then fails in its first step.
     saved, current = (
         optimizer["param_groups"]
         for optimizer in (checkpoint["optimizer"], state.optimizer.state_dict())
     )
     if [_layout(group) for group in saved] != [_layout(group) for group in current]:
         raise UserError(
-            "The checkpoint's optimiser does not match this config: its type, its groups or the "
+            "The checkpoint's optimizer does not match this config: its type, its groups or the "
             "frozen stages differ. Resume with the config.yaml beside the checkpoint"
         )
     state.optimizer.load_state_dict(checkpoint["optimizer"])

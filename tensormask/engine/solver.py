@@ -1,4 +1,4 @@
-"""Optimiser, learning rate schedule, gradient clipping and averages of weights, as in detectron2.
+"""Optimizer, learning rate schedule, gradient clipping and averages of weights, as in detectron2.
 
 The `build_*` functions are the only readers of their `SOLVER` keys.
 """
@@ -44,7 +44,7 @@ def parameter_groups(
     change the decay. A shared parameter is assigned once, by its first module.
 
     Returns:
-        Optimiser groups `{"params", "lr", "weight_decay"}` in order of their first parameters.
+        Optimizer groups `{"params", "lr", "weight_decay"}` in order of their first parameters.
 
     Example:
         >>> groups = parameter_groups(nn.Linear(2, 1), lr=0.1, weight_decay=0.5, bias_lr_factor=2)
@@ -72,10 +72,10 @@ def parameter_groups(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser `SOLVER.OPTIMIZER` for the trainable parameters of `model`.
+    """Build the optimizer `SOLVER.OPTIMIZER` for the trainable parameters of `model`.
 
     Raises:
-        UserError: an unknown optimiser, or a model without trainable parameters.
+        UserError: an unknown optimizer, or a model without trainable parameters.
     """
     solver = cfg.SOLVER
     lr = solver.BASE_LR

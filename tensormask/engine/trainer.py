@@ -110,7 +110,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
 
 
 def build_state(cfg: CfgNode) -> TrainState:
-    """Build a new model with its optimiser, schedule, loss scaler and averages."""
+    """Build a new model with its optimizer, schedule, loss scaler and averages."""
     if cfg.SOLVER.DETECT_ANOMALY and cfg.MODEL.COMPILE:
         raise UserError(
             "SOLVER.DETECT_ANOMALY checks the output of every module, but compiled modules do not "

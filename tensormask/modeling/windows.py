@@ -19,7 +19,7 @@ class Windows:
     """The geometry of the windows of all levels.
 
     Args:
-        strides: pixels between neighbouring windows, per level, fine to coarse.
+        strides: pixels between neighboring windows, per level, fine to coarse.
         sizes: sides of the square windows in pixels, per level; equally many on each level.
 
     Raises:

@@ -59,7 +59,7 @@ def test_the_image(tmp_path, capsys):
     assert f"3 metrics of 2 runs: {output}" in capsys.readouterr().out
     image = cv2.imread(str(output))
     assert image.shape == (360, 1800, 3)
-    for blue_green_red in ((180, 119, 31), (14, 127, 255)):  # matplotlib's first two colours
+    for blue_green_red in ((180, 119, 31), (14, 127, 255)):  # matplotlib's first two colors
         assert (image == blue_green_red).all(axis=2).sum() > 100
 
 

@@ -32,7 +32,7 @@ def check(annotation, number=0):
 
 
 def test_valid_annotation():
-    checked, issues = check({**VALID, "area": 16, "attributes": {"colour": "red"}})
+    checked, issues = check({**VALID, "area": 16, "attributes": {"color": "red"}})
     assert issues == {}
     assert checked == {**VALID, "area": 16, "iscrowd": 0}
     assert is_trainable(checked, IMAGES[5])

@@ -21,8 +21,8 @@ def _warnings_are_errors():
         yield
 
 
-def colours(height=6, width=9):
-    """Return an image of 4 x 4 blocks, whose colours survive JPEG."""
+def colors(height=6, width=9):
+    """Return an image of 4 x 4 blocks, whose colors survive JPEG."""
     blocks = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((4 * width, 4 * height), Image.Resampling.NEAREST)
 
@@ -32,7 +32,7 @@ MODES = "RGB.png RGB.jpg RGB.bmp RGB.webp RGB.tif L.png L.jpg 1.png P.png P.gif 
 
 @pytest.mark.parametrize("name", [*MODES.split(), "CMYK.jpg", "CMYK.tif", "YCbCr.tif"])
 def test_ordinary_images_equal_pils(tmp_path, name):
-    original = colours()
+    original = colors()
     image = original.convert(name.split(".")[0])
     if "A" in image.mode:
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -49,7 +49,7 @@ def test_ordinary_images_equal_pils(tmp_path, name):
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 160, 10))])
 def test_transparency_of_a_palette_is_dropped(tmp_path, transparency):
-    image = colours().quantize(16)
+    image = colors().quantize(16)
     image.save(tmp_path / "a.png", transparency=transparency)
     expected = np.asarray(image.convert("RGB"))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
@@ -60,7 +60,7 @@ def test_transparency_of_a_palette_is_dropped(tmp_path, transparency):
 def test_exif_orientations(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    colours().save(tmp_path / f"a{suffix}", exif=exif)
+    colors().save(tmp_path / f"a{suffix}", exif=exif)
     with Image.open(tmp_path / f"a{suffix}") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}"), expected)
@@ -80,7 +80,7 @@ def test_exif_orientation_by_hand(tmp_path, dtype, value):
 
 
 def test_broken_metadata_are_ignored(tmp_path):
-    colours().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing")
+    colors().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing")
     assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
 
 
@@ -122,7 +122,7 @@ def test_nan_and_infinity():
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
 def test_the_first_of_several_frames_is_read(tmp_path, suffix):
-    first, second = (Image.new("RGB", (5, 4), colour) for colour in ("black", "white"))
+    first, second = (Image.new("RGB", (5, 4), color) for color in ("black", "white"))
     first.save(tmp_path / f"a{suffix}", save_all=True, append_images=[second])
     assert not read_image(tmp_path / f"a{suffix}").any()
 
@@ -138,7 +138,7 @@ def read_error(path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
 def test_truncated_files(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    colours().save(path)
+    colors().save(path)
     complete = path.read_bytes()
     for share in (0.02, 0.3, 0.7, 0.9):
         path.write_bytes(complete[: int(share * len(complete))])
@@ -152,7 +152,7 @@ def test_damaged_files_are_read_or_refused(tmp_path):
     kinds = []
     for suffix in (".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"):
         path = tmp_path / f"a{suffix}"
-        colours().save(path)
+        colors().save(path)
         complete = path.read_bytes()
         for _ in range(25):
             damaged = bytearray(complete)
@@ -192,7 +192,7 @@ def test_a_pipe_does_not_block(tmp_path):
 @pytest.mark.parametrize("side", [20_000, 2**31 - 1])
 def test_a_huge_stated_size_is_refused(tmp_path, side):
     path = tmp_path / "bomb.png"
-    colours().save(path)
+    colors().save(path)
     content = bytearray(path.read_bytes())
     content[16:24] = struct.pack(">II", side, side)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
@@ -203,7 +203,7 @@ def test_a_huge_stated_size_is_refused(tmp_path, side):
 def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
     """PIL warns above its limit, and refuses above twice the limit."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    colours().save(tmp_path / "a.png")  # 864 pixels
+    colors().save(tmp_path / "a.png")  # 864 pixels
     assert read_image(tmp_path / "a.png").shape == (24, 36, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     assert read_error(tmp_path / "a.png") == "image_broken"

@@ -144,9 +144,9 @@ def test_an_unknown_split_is_refused(tmp_path):
         shapes.ensure_shapes("test", tmp_path)
 
 
-def test_rasterised_holes_are_holes():
+def test_rasterized_holes_are_holes():
     square = np.array([[2, 2], [12, 2], [12, 12], [2, 12]], dtype=float)
     hole = np.array([[5, 5], [9, 5], [9, 9], [5, 9]], dtype=float)
-    mask = shapes._rasterise([square, hole])
+    mask = shapes._rasterize([square, hole])
     assert mask.sum() == 10 * 10 - 4 * 4
     assert not mask[5:9, 5:9].any()

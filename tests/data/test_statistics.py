@@ -74,7 +74,7 @@ def test_object_sizes_equal_cocos():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_check_files_opens_images_and_rasterises_masks(dataset, num_workers):
+def test_check_files_opens_images_and_rasterizes_masks(dataset, num_workers):
     assert not dataset.issues
     assert sum(check_files(dataset, num_workers)) == 3
     assert dataset.issues.first_ids == {"image_size": [3], "mask_empty": [6]}

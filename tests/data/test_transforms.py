@@ -76,7 +76,7 @@ def test_boxes_are_clipped_to_the_image():
     np.testing.assert_allclose(clipped, [[0, 0, 20, 10], [20, 2, 20, 4]])
 
 
-def test_polygons_are_scaled_before_they_are_rasterised():
+def test_polygons_are_scaled_before_they_are_rasterized():
     # Half a pixel at the old size becomes five pixels at the new size.
     polygon = [0.5, 0.5, 1.0, 0.5, 1.0, 1.0, 0.5, 1.0]
     out = np.zeros((20, 20), dtype=bool)

@@ -128,5 +128,5 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
     loaded = ckpt.load_checkpoint(save(tmp_path, make_parts()))
     with pytest.raises(ValueError, match="another model"):
         ckpt.restore_checkpoint(loaded, make_parts(width=5))
-    with pytest.raises(ValueError, match="optimiser"):
+    with pytest.raises(ValueError, match="optimizer"):
         ckpt.restore_checkpoint(loaded, make_parts(torch.optim.AdamW))

@@ -1,4 +1,4 @@
-"""Optimiser groups, schedules and clipping against detectron2's rules, by hand or by fvcore."""
+"""Optimizer groups, schedules and clipping against detectron2's rules, by hand or by fvcore."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_bias_rules_override_the_norm_rule():
     }
 
 
-def test_norm_modules_are_recognised_by_type():
+def test_norm_modules_are_recognized_by_type():
     norms = [kind(2) for kind in (nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)]
     for norm in (*norms, nn.GroupNorm(1, 2), nn.InstanceNorm2d(2, affine=True)):
         groups = parameter_groups(norm, lr=1.0, weight_decay=0.1, weight_decay_norm=0.0)

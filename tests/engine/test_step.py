@@ -113,7 +113,7 @@ def test_bfloat16_in_forward_pass_and_losses_only():
     seen = {}
     model.fpn.register_forward_hook(lambda module, args, out: seen.update(dtype=out[0].dtype))
     # Not 64 px: in bfloat16 PyTorch 2.14's CPU convolution of stride 2 on a single pixel, which p6
-    # would be, has uninitialised memory for a gradient.
+    # would be, has uninitialized memory for a gradient.
     batch = [sample(128, [[4.0, 4.0, 40.0, 40.0]])]
     expected = step(state_of(exact, lr=0.0), batch)
     metrics = step(state_of(model, lr=0.0), batch, autocast=autocast)
@@ -138,7 +138,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
 def test_a_loss_scale_that_is_too_large_skips_the_step_and_is_halved():
     _, scaler = build_autocast(amp_cfg("float16"), CPU)
     state = state_of(Product(), scaler=scaler)
-    scaler.scale(torch.ones(()))  # initialises the scale, 65536
+    scaler.scale(torch.ones(()))  # initializes the scale, 65536
     huge = samples(3e34)  # overflows float32 when multiplied by 65536
     metrics = step(state, huge)
     assert state.model.weight.item() == 2.0

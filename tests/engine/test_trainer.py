@@ -1,4 +1,4 @@
-"""The training loop, with a small model and loader of known behaviour."""
+"""The training loop, with a small model and loader of known behavior."""
 
 import math
 

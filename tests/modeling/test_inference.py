@@ -113,8 +113,9 @@ def test_autocast_of_inference() -> None:
 
 @pytest.mark.parametrize("on", [False, True])
 def test_channels_last_is_the_format_of_the_features(on: bool) -> None:
-    features = build(opts=["MODEL.CHANNELS_LAST", on]).dense([make_image(64, 96)]).features
-    assert features[0].is_contiguous(memory_format=torch.channels_last) == on
+    model, images = build(opts=["MODEL.CHANNELS_LAST", on]), [make_image(64, 96)]
+    for x in model.preprocess(images), model.dense(images).features[0]:
+        assert x.is_contiguous(memory_format=torch.channels_last) == on
 
 
 def test_size_divisor() -> None:

@@ -114,6 +114,13 @@ def test_configs_that_cannot_be_built(opts, message) -> None:
         tensormask.build_model(get_cfg(opts=opts))
 
 
+def test_initial_weights_of_the_heads() -> None:
+    for name, weight in build().head.named_parameters():
+        if name.endswith("weight"):  # "he" in the towers, of 16 channels
+            std = (2 / (16 * 9)) ** 0.5 if "subnet" in name else 0.01
+            assert weight.std().item() == pytest.approx(std, rel=0.1), name
+
+
 def test_parts_work_without_a_config() -> None:
     from tensormask.modeling.backbone import ResNet
     from tensormask.modeling.fpn import FPN

@@ -59,7 +59,7 @@ def test_values_and_gradients_of_convolve_at(num_convs, locations, always_tiles)
         grad = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         results.append([values, *torch.autograd.grad(values, wanted, grad)])
     assert results[0][0].shape == (len(locations), 3 + num_convs)
-    assert_close(*results)
+    assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("side", [1, 5, 16])
@@ -142,7 +142,7 @@ def test_masks_at_windows_from_tiles_equal_the_whole_feature_map(monkeypatch) ->
     num_tiles = [len(call.args[1]) for call in scatter.call_args_list]
     assert len(num_tiles) == len(groups)
     assert max(num_tiles[:2]) < 2 * 13 * 17  # not all tiles of the finest level
-    assert_close(*results)
+    assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def test_the_box_tower_convolves_each_image_once(monkeypatch) -> None:

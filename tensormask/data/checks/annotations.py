@@ -209,7 +209,7 @@ def is_trainable(annotation: Annotation, image: ImageEntry) -> bool:
     box, mask = annotation["bbox"], annotation["segmentation"]
     if annotation["iscrowd"] or not box or not mask:
         return False
-    # Polygons may be empty, too: they are rasterised at training size.
+    # Polygons may be empty, too: they are rasterized at training size.
     if isinstance(mask, dict) and not mask_utils.area(mask):
         return False
     return min(box[2:]) > 0 and _has_area_inside(box, (image["height"], image["width"]))

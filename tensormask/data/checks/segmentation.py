@@ -19,7 +19,7 @@ from tensormask.utils.errors import UserError
 _MAX_GROUPS = 7
 _FIRST_CHARACTER, _CONTINUES, _SIGN, _VALUE_BITS = 48, 0x20, 0x10, 5
 # Limits on how far a polygon may leave its image and on the length of its outline, in longer sides
-# of the image: the memory of rasterising grows with both.
+# of the image: the memory of rasterizing grows with both.
 _MAX_DISTANCE, _MAX_OUTLINE = 16, 512
 
 Polygons = Sequence[Sequence[float] | np.ndarray]
