@@ -1,5 +1,6 @@
 """The rows of the paper's tables: each trains and detects, and each of its options matters."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,16 @@ def test_the_table_of_the_command(tmp_path, capsys) -> None:
     assert first == "| bipyramid | 31.2 | 31.2 | 31.2 | 31.2 | 31.2 | - | 40.0 |"
     assert second.startswith("| no_box_head | 30.0 |")
     assert run_ablations.main([*arguments, "--rows", "none"]) == 2
+
+
+def test_an_unfinished_row_is_trained_and_its_failure_ends_the_command(
+    tmp_path, monkeypatch
+) -> None:
+    def run(command, check):
+        assert command[1:3] == ["-m", "tensormask.commands.train"]
+        assert command[-2:] == ["OUTPUT_DIR", str(tmp_path / "bipyramid")]
+        raise subprocess.CalledProcessError(3, command)
+
+    monkeypatch.setattr(run_ablations.subprocess, "run", run)
+    arguments = ["--config-file", str(CONFIGS / "quickstart.yaml"), "--output", str(tmp_path)]
+    assert run_ablations.main([*arguments, "--rows", "bipyramid"]) == 3

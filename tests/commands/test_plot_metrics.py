@@ -63,6 +63,16 @@ def test_the_image(tmp_path, capsys):
         assert (image == blue_green_red).all(axis=2).sum() > 100
 
 
+def test_a_metric_that_one_run_lacks_and_an_empty_cell(tmp_path):
+    runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    path = Path(runs[1], "metrics.json")
+    path.write_text(path.read_text().replace('"lr"', '"other"'))
+    names = ["total_loss", "lr", "time", "segm/AP"]
+    output = str(tmp_path / "curves.png")
+    assert plot_metrics.main([*runs, "--output", output, "--metrics", *names]) == 0
+    assert cv2.imread(output).shape == (720, 1800, 3)
+
+
 def test_user_errors_are_one_line(tmp_path, capsys):
     run = str(write_run(tmp_path / "a"))
     for arguments in ([str(tmp_path)], [run, "--metrics", "x"], [run, "--smooth", "0"]):

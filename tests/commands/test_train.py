@@ -1,6 +1,7 @@
 """The command `tools/train_net.py`: messages, exit codes and log; runs in test_end_to_end.py."""
 
 import pytest
+from tiny import CONFIGS
 
 from tensormask.commands import train as train_net
 from tensormask.engine import trainer
@@ -19,6 +20,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ["SOLVER.BASE_LRR", "1"],
         ["SOLVER.BASE_LR"],
         ["--num-gpus", "2"],
+        ["--num-gpus", "-1"],
         ["--eval-only", "OUTPUT_DIR", str(tmp_path)],
         ["DATASETS.TRAIN", "('missing.json@missing',)", "OUTPUT_DIR", str(tmp_path)],
     ):
@@ -32,6 +34,25 @@ def test_no_gpus_is_the_cpu():
     for words, device in ([], "cpu"), (["MODEL.DEVICE", "cuda"], "cuda"):
         args = train_net.parse_arguments(["--num-gpus", "0", *words])
         assert train_net.setup_config(args).MODEL.DEVICE == device
+
+
+def test_a_launched_process_launches_no_others(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_net.main(["--num-gpus", "2", "MODEL.DEVICE", "cpu"]) == 2
+    assert "started by torchrun" in capsys.readouterr().err
+
+
+def test_the_launched_command_has_all_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_net, "launch", lambda *args, **options: calls.append((args, options)))
+    words = ["--config-file", str(CONFIGS / "quickstart.yaml"), "--num-gpus", "2", "--resume"]
+    train_net.main([*words, "MODEL.DEVICE", "cpu"])
+    (((_, *command),), options) = calls[0]
+    assert command[2:] == [
+        *("--num-gpus", "1", "--config-file", words[1], "--resume", "MODEL.DEVICE", "cpu"),
+    ]
+    assert options["num_processes"] == 2
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,8 @@ def test_an_invalid_file_is_a_clear_error(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         get_cfg().merge_from_file(write(tmp_path, "_BASE_: nowhere.yaml\n"))
+    with pytest.raises(ValueError, match="not a regular file"):
+        get_cfg().merge_from_file(str(tmp_path))
 
 
 @pytest.mark.parametrize(

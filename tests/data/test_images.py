@@ -84,6 +84,13 @@ def test_broken_metadata_are_ignored(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
 
 
+def test_unreadable_metadata_are_ignored(tmp_path, monkeypatch):
+    """PIL raises various errors for them, by version."""
+    colors().save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: {}[0])
+    assert read_image(tmp_path / "a.jpg").shape == (24, 36, 3)
+
+
 @pytest.mark.parametrize("dtype", ["u2", ">u2", "i4", "f4"])
 def test_deep_grey_is_stretched(tmp_path, dtype):
     """Microscopes use 12 of 16 bits; PIL would make nearly all of the image white."""

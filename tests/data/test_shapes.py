@@ -80,6 +80,11 @@ def test_star_and_crescent_are_concave_and_the_ring_has_a_hole(name):
     assert len(outlines) == (2 if name == "ring" else 1)
 
 
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="unknown shape 'blob'"):
+        shapes.unit_outlines(np.random.default_rng(0), "blob")
+
+
 def test_an_image_depends_only_on_split_and_index():
     first, objects = shapes.generate_image("val", 7)
     shapes.generate_image("val", 3)

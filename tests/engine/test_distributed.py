@@ -39,6 +39,10 @@ def test_a_single_process_changes_nothing():
     assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
     distributed.barrier()
     distributed.check_same("thing", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "gather_objects", lambda value: [value, 2])
+        with pytest.raises(ValueError, match="rank 1 has another thing than rank 0"):
+            distributed.check_same("thing", 1)
     with distributed.first_on_machine():
         pass
     assert distributed.rank_prefix() == ""

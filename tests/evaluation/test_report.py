@@ -50,6 +50,10 @@ def test_results_table():
     ]
 
 
+def test_no_results():
+    assert results_table({}) == "no results"
+
+
 def test_results_table_holds_every_class_and_limit():
     names = [f"class {i}" for i in range(80)]
     metrics = {"AP": 1.0, "AP@400": 22.0} | {f"AP-{name}": i for i, name in enumerate(names)}

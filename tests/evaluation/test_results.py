@@ -209,8 +209,19 @@ def test_other_arguments_are_refused(options, message) -> None:
         evaluate_results(ground_truth(), **{"results": [], "class_names": ["zero"]} | options)
 
 
+def test_incomplete_results_are_refused() -> None:
+    with pytest.raises(ValueError, match="result 0 has no category_id, score"):
+        evaluate_results(ground_truth(), [{"image_id": 1}], ["zero"])
+
+
 def test_annotations_with_invalid_values() -> None:
     """Invalid boxes and areas, and a flag that is not a number."""
-    for changes in ({"bbox": None}, {"area": None}, {"area": float("nan")}, {"iscrowd": None}):
+    for changes in (
+        {"bbox": None},
+        {"area": None},
+        {"area": float("nan")},
+        {"area": 10**400},
+        {"iscrowd": None},
+    ):
         metrics = evaluate_results(ground_truth(**changes), [RESULT], ["zero"])
         assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100), changes

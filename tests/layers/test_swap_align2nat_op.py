@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tensormask.layers import _native, op_backend, swap_align2nat, swap_align2nat_at
+from tensormask.layers import (
+    SwapAlign2Nat,
+    _native,
+    op_backend,
+    swap_align2nat,
+    swap_align2nat_at,
+)
 from tensormask.utils import env
 
 pytestmark = pytest.mark.skipif(
@@ -258,6 +264,21 @@ def test_gradients_of_wrong_shapes(shape, size) -> None:
             ops.swap_align2nat_backward(torch.zeros(shape, device=device), 2, *size)
         messages.add(str(info.value))
     assert len(messages) == 1, messages
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 6), (1, 5, 5), (1, 1, 1)])
+def test_gradients_of_masks_of_wrong_shapes(shape) -> None:
+    messages = set()
+    for device in ("cpu", "meta"):
+        grad, windows = torch.zeros(shape, device=device), torch.zeros(1, 3, dtype=torch.int64)
+        with pytest.raises((ValueError, RuntimeError), match="grad") as info:
+            ops.swap_align2nat_at_backward(grad, windows.to(device), 2, 1, 4, 4)
+        messages.add(str(info.value))
+    assert len(messages) == 1, messages
+
+
+def test_the_module_shows_its_arguments() -> None:
+    assert repr(SwapAlign2Nat(2)) == "SwapAlign2Nat(lambda_val=2, pad_val=-6.0)"
 
 
 def test_op_backend_chooses(monkeypatch, caplog) -> None:
