@@ -183,6 +183,12 @@ class TensorMask(nn.Module):
         Raises:
             UserError: an image or target has an invalid shape, dtype or range, or targets are
                 missing in train mode.
+
+        Example:
+            >>> from tensormask import build_model, model_zoo
+            >>> model = build_model(model_zoo.get_config("tensormask_R_50_FPN_1x")).eval()
+            >>> sorted(model([torch.rand(3, 64, 64)])[0])
+            ['boxes', 'labels', 'masks', 'scores']
         """
         if not self.training:
             sizes = output_sizes or [size_of(image) for image in images]
