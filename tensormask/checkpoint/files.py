@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 
 # Entries of this library's checkpoints that describe the weights, in every format.
 DESCRIPTION = ("class_names", "category_ids", "config")
@@ -113,12 +113,6 @@ def get_description(content: dict[str, Any]) -> dict[str, list]:
     if not isinstance(ids, list) or [type(i) for i in ids] != [int] * len(names):
         return {"class_names": names}
     return {"class_names": names, "category_ids": ids}
-
-
-def shorten(text: str, length: int = 100) -> str:
-    """Shorten and escape untrusted text for use in a message."""
-    text = text if len(text) <= length else text[: length - 3] + "..."
-    return text if text.isprintable() else ascii(text)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from tensormask.checkpoint.downloads import resolve
-from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, shorten, split_weights
+from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, split_weights
 from tensormask.checkpoint.names import find_kind, to_our_names
 from tensormask.modeling.tensormask import TensorMask
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
 

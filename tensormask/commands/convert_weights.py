@@ -22,12 +22,11 @@ from tensormask.checkpoint.files import (
     DESCRIPTION,
     check_all_arrays,
     read_checkpoint,
-    shorten,
     split_weights,
 )
 from tensormask.checkpoint.names import OURS, find_kind, to_detectron2_names, to_our_names
 from tensormask.commands.common import exits_on_user_error
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import write_atomically
 
 # With these, detectron2 takes the names as they are and does not match them by heuristics.

@@ -23,7 +23,7 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _BaseCfgNode
 
 from tensormask.config.detectron2 import ignored_name, implied_by_head, is_switched_off, shortened
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,9 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     if inside := [name for name in known if name.startswith(f"{key}.")]:
         return f"{key} is a group of keys ({inside[0]}, ...) and has no value of its own"
     nearest = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.0)
-    return f"{key} is not a config key" + "".join(f"; the nearest one is {n}" for n in nearest)
+    return f"{shorten(key)} is not a config key" + "".join(
+        f"; the nearest one is {n}" for n in nearest
+    )
 
 
 def _describe(value: Any) -> str:

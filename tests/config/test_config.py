@@ -175,6 +175,12 @@ def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
         get_cfg().merge_from_file(write(tmp_path, yaml.safe_dump(nested)))
 
 
+def test_a_long_unknown_key_is_shortened():
+    with pytest.raises(ValueError, match="is not a config key") as info:
+        get_cfg().merge_from_list(["a" * 3000, 1])
+    assert len(str(info.value)) < 200
+
+
 def test_a_group_takes_no_value(tmp_path):
     with pytest.raises(ValueError, match=r"MODEL is a group of keys \(MODEL\.DEVICE"):
         get_cfg().merge_from_list(["MODEL", "1"])
