@@ -703,7 +703,7 @@ PY_END
     (timeout -k 5 60 bash -c "learn nuclei_bf16 SOLVER.IMS_PER_BATCH 8 SOLVER.MAX_ITER ${ITER:-300} SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 MODEL.CHANNELS_LAST True" >"$WORK/learn2.txt" 2>&1
      { echo "rc $?"; grep -aE "iter: |AP|rror" "$WORK/learn2.txt" | tail -30; } >"$OUT/learn.txt")
     tail -5 "$OUT/learn.txt" | cut -c1-220
-    # Last: as the code stands, a step may take minutes, or all memory (torchvision's roi_align in Python).
+    # Last: a step can take minutes, or all memory (torchvision's roi_align in Python).
     step 45 det "$PY" "$H/det.py" "$OUT/det.json"
     log "part 2 done"
     ;;

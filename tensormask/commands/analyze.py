@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from tensormask.commands.common import (
     add_config_file,
     add_overrides,
+    add_size,
     exits_on_user_error,
     read_config,
     write_json,
@@ -43,14 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--size 480 640 MODEL.TENSOR_MASK.HEAD simple_natural",
     )
     add_config_file(parser)
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        default=(800, 1344),
-        metavar=("H", "W"),
-        help="of the image, in pixels (default: 800 1344)",
-    )
+    add_size(parser)
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
     add_overrides(parser)
     return parser.parse_args(arguments)

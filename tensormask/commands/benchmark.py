@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 from tensormask.commands.common import (
     add_config_file,
     add_overrides,
+    add_size,
     exits_on_user_error,
     read_config,
     write_json,
@@ -43,14 +44,7 @@ _MIB = 2**20
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a model is run, and the overrides of its config."""
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        default=(800, 1344),
-        metavar=("H", "W"),
-        help="of the images, in pixels (default: 800 1344)",
-    )
+    add_size(parser)
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument(
         "--dtype",

@@ -26,6 +26,18 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--size`, (height, width) of the input images."""
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        default=(800, 1344),
+        metavar=("H", "W"),
+        help="of the images, in pixels (default: 800 1344)",
+    )
+
+
 def read_config(config_file: str | Path, overrides: list) -> CfgNode:
     """Return the config of a file with overrides, `[KEY, VALUE, ...]`."""
     cfg = get_cfg()

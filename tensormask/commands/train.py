@@ -7,6 +7,7 @@ are started by `--num-gpus` or by `torchrun`.
 import argparse
 import sys
 
+from tensormask.commands.common import EXIT_MISTAKE, add_overrides
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
@@ -19,7 +20,6 @@ from tensormask.utils.errors import UserError
 from tensormask.utils.files import DiskFullError
 
 EXIT_FAILED = 1
-EXIT_MISTAKE = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="URL",
         help='tcp://host:port of machine 0; "auto" for one machine (default: auto)',
     )
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 
