@@ -21,7 +21,7 @@ from torch import Tensor
 from tensormask.utils.errors import UserError, shorten
 
 # Entries of this library's checkpoints that describe the weights, in every format.
-DESCRIPTION = ("class_names", "category_ids", "config")
+DESCRIPTION = ("class_names", "category_ids", "config", "score_threshold")
 _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
@@ -105,14 +105,26 @@ def check_all_arrays(others: dict[Any, Any], path: str | PathLike[str]) -> None:
         raise UserError(f"{path}: entry {shorten(str(name))} is {kind}, not an array of numbers")
 
 
-def get_description(content: dict[str, Any]) -> dict[str, list]:
-    """Return ``class_names`` and ``category_ids`` of what `read_checkpoint` returned, or {}."""
+def get_description(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `read_checkpoint` returned beside the weights; what is invalid is left out.
+
+    Returns:
+        `class_names`, a list of str; with them `category_ids`, a list of int of the same length;
+        `config`, the YAML text of the training run's config, which is not parsed here; and
+        `score_threshold`, a float in 0..1, the one with the best F1 in the last evaluation.
+    """
     names, ids = content.get("class_names"), content.get("category_ids")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return {}
-    if not isinstance(ids, list) or [type(i) for i in ids] != [int] * len(names):
-        return {"class_names": names}
-    return {"class_names": names, "category_ids": ids}
+    config, threshold = content.get("config"), content.get("score_threshold")
+    description: dict[str, Any] = {}
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        description["class_names"] = names
+        if isinstance(ids, list) and [type(i) for i in ids] == [int] * len(names):
+            description["category_ids"] = ids
+    if isinstance(config, str):
+        description["config"] = config
+    if isinstance(threshold, float) and 0 <= threshold <= 1:
+        description["score_threshold"] = threshold
+    return description
 
 
 def _is_plain(tensor: Tensor) -> bool:

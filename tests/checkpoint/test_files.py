@@ -171,6 +171,12 @@ def test_safetensors(tmp_path) -> None:
         ({"class_names": "cats", "category_ids": [7]}, {}),
         ({"class_names": torch.ones(2)}, {}),
         ({"category_ids": [7]}, {}),
+        ({"config": "SEED: 1"}, {"config": "SEED: 1"}),
+        ({"config": {"SEED": 1}}, {}),
+        ({"score_threshold": 0.4}, {"score_threshold": 0.4}),
+        ({"score_threshold": 1.5}, {}),
+        ({"score_threshold": float("nan")}, {}),
+        ({"score_threshold": torch.tensor(0.4)}, {}),
     ],
 )
 def test_description(description: dict, expected: dict) -> None:

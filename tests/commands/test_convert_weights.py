@@ -128,17 +128,17 @@ def test_a_pth_is_what_detectron2_reads(tmp_path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_descriptions_are_kept_and_the_rest_is_left_out(tmp_path, capsys, suffix: str) -> None:
-    described = {"class_names": ["ä", "b", "c"], "category_ids": [7, 8, 9]}
-    kept = {**described, "config": get_cfg().dump()}
+    kept = {"class_names": ["ä", "b", "c"], "category_ids": [7, 8, 9], "score_threshold": 0.25}
+    kept |= {"config": get_cfg().dump()}
     source = save(tmp_path / "ours.pth", small_state(), **kept, iteration=3, optimizer={})
     path = tmp_path / f"theirs{suffix}"
     run(source, path)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: ")
     assert "names of detectron2" in line
-    assert "kept: class_names, category_ids, config" in line
+    assert "kept: class_names, category_ids, config, score_threshold" in line
     assert line.endswith("left out: iteration, optimizer")
-    assert get_description(read_checkpoint(path)) == described
+    assert get_description(read_checkpoint(path)) == kept
     back = tmp_path / f"back{suffix}"
     run(path, back)
     assert "left out" not in capsys.readouterr().out
