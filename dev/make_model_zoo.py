@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write MODEL_ZOO.md from the table in tensormask/model_zoo.py: `dev/make_model_zoo.py`."""
+"""Write MODEL_ZOO.md from the table in tensormask/checkpoint/zoo.py: `dev/make_model_zoo.py`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TEXT = """\
 # Model zoo
 
 `python dev/make_model_zoo.py` writes this file from the table in
-[tensormask/model_zoo.py](tensormask/model_zoo.py). Change the table, not this file.
+[tensormask/checkpoint/zoo.py](tensormask/checkpoint/zoo.py). Change the table, not this file.
 
 **These files were not downloaded here**, because there was no network. Reading them was tested with
 seeded weights in the same formats. The metrics are those of the publishers and were not measured

@@ -1,74 +1,63 @@
-"""The model zoo: a table of the published models, and their configs by name."""
+"""Models by name: the configs of the published ones, and any config's model in one line."""
 
-import difflib
-from collections.abc import Collection
-from pathlib import Path
-from typing import NamedTuple
+from os import PathLike
 
+import torch
+
+from tensormask.checkpoint.loading import load_weights
+from tensormask.checkpoint.zoo import MODELS, ZooModel
 from tensormask.config import CfgNode, get_cfg
-from tensormask.utils.errors import UserError
+from tensormask.config.files import CONFIGS
+from tensormask.modeling import TensorMask, build_model
+from tensormask.utils.errors import UserError, unknown_name
 
-DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
-TORCHVISION_URL = "https://download.pytorch.org/models/"
-_ROOT = Path(__file__).parent.parent  # of the repository, with configs/
-
-
-class ZooModel(NamedTuple):
-    """A row of the model zoo. MODEL_ZOO.md is made from the rows."""
-
-    name: str  # for MODEL.WEIGHTS and `load_weights`
-    config: str | None  # its YAML, relative to the repository; None for a backbone
-    url: str | None  # None if no weights were released
-    sha256: str | None  # of the file, or its first digits
-    metrics: dict[str, float]  # in percent
-    source: str  # where the metrics come from
+__all__ = ["MODELS", "ZooModel", "build", "get_config"]
 
 
-def _tensormask(name: str, url: str | None, metrics: dict[str, float], source: str) -> ZooModel:
-    return ZooModel(name, f"configs/{name}.yaml", url, None, metrics, source)
+def build(
+    name: str | PathLike[str],
+    *,
+    num_classes: int | None = None,
+    weights: str | PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> TensorMask:
+    """Return the model of a config, as `build_model` and `load_weights` make it.
 
+    Like torchvision's, it is in train mode: call ``model.eval()`` before inference.
 
-def _msra(depth: int) -> ZooModel:
-    url = f"{DETECTRON2_URL}ImageNetPretrained/MSRA/R-{depth}.pkl"
-    return ZooModel(f"MSRA_R_{depth}", None, url, None, {}, "detectron2, a copy of MSRA's")
+    Args:
+        name: of a config, such as "tensormask_R_50_FPN_1x", or the path of a YAML file.
+        num_classes: without the background; None: the config's.
+        weights: a path, a name in `MODELS` or an address, see `load_weights`. If its number of
+            classes is not ``num_classes``, all but the classifier is loaded. None: random weights.
+        device: None: the config's, which is the GPU if there is one, else the CPU.
 
+    Raises:
+        UserError: an unknown name, or an invalid config, weights file or device.
+        OSError: the weights were not found, or their download failed.
 
-def _torchvision(depth: int, sha256: str, top1: float) -> ZooModel:
-    url = f"{TORCHVISION_URL}resnet{depth}-{sha256}.pth"
-    source = f"torchvision, ResNet{depth}_Weights.IMAGENET1K_V1"
-    return ZooModel(f"torchvision_R_{depth}", None, url, sha256, {"top-1": top1}, source)
-
-
-_ROWS = (
-    _tensormask(
-        "tensormask_R_50_FPN_1x",
-        f"{DETECTRON2_URL}TensorMask/tensormask_R_50_FPN_1x/152549419/model_final_8f325c.pkl",
-        {"box AP": 37.6, "mask AP": 32.4},
-        "detectron2, COCO val2017",
-    ),
-    _tensormask(
-        "tensormask_R_50_FPN_6x",
-        f"{DETECTRON2_URL}TensorMask/tensormask_R_50_FPN_6x/153538791/model_final_e8df31.pkl",
-        {"box AP": 41.4, "mask AP": 35.8},
-        "detectron2, COCO val2017",
-    ),
-    _tensormask("tensormask_R_101_FPN_6x", None, {"mask AP": 37.1}, "the paper, COCO test-dev"),
-    _msra(50),
-    _msra(101),
-    _torchvision(18, "f37072fd", 69.758),
-    _torchvision(34, "b627a593", 73.314),
-    _torchvision(50, "0676ba61", 76.130),
-    _torchvision(101, "63fe2227", 77.374),
-)
-MODELS: dict[str, ZooModel] = {model.name: model for model in _ROWS}
+    Example:
+        >>> model = build("tensormask_R_50_FPN_1x", num_classes=3, device="cpu")
+        >>> model.num_classes, model.training
+        (3, True)
+    """
+    cfg = get_cfg()
+    cfg.merge_from_file(name)
+    if num_classes is not None:
+        cfg.merge_from_list(["MODEL.TENSOR_MASK.NUM_CLASSES", num_classes])
+    if device is not None:
+        cfg.MODEL.DEVICE = str(device)
+    model = build_model(cfg)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
 
 
 def get_config(name: str) -> CfgNode:
     """Return the config of a model of the zoo, with its weights as MODEL.WEIGHTS if it has any.
 
     Raises:
-        ValueError: no such model, or a backbone, which has no config.
-        FileNotFoundError: the package was installed without the repository's configs.
+        UserError: no such model, or a backbone, which has no config.
 
     Example:
         >>> cfg = get_config("tensormask_R_50_FPN_6x")
@@ -80,20 +69,8 @@ def get_config(name: str) -> CfgNode:
     model = MODELS[name]
     if model.config is None:
         raise UserError(f"{name} is a backbone: give it as MODEL.WEIGHTS to a config of a model")
-    path = _ROOT / model.config
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: the installed package is without the repository's YAML files. "
-            f"Get {model.config} from the repository and read it with cfg.merge_from_file"
-        )
     cfg = get_cfg()
-    cfg.merge_from_file(path)
+    cfg.merge_from_file(CONFIGS / f"{name}.yaml")
     if model.url is not None:
         cfg.MODEL.WEIGHTS = name
     return cfg
-
-
-def unknown_name(what: str, name: str, known: Collection[str]) -> str:
-    """Say that a name is unknown, with the nearest known name and all of them."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{name!r} is not {what}; the nearest name is {nearest!r}. Known: {', '.join(known)}"

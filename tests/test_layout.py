@@ -6,13 +6,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tensormask"
 # From the ground up. `data.checks` is a folder of its own, below `data`.
 FLOORS = (
-    {"layers", "utils", "config", "model_zoo"},
+    {"layers", "utils", "config"},
     {"data.checks"},
     {"data", "modeling"},
     {"checkpoint", "evaluation", "visualization"},
-    {"engine"},
+    {"engine", "model_zoo"},
     {"predictor"},
     {"commands"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
 

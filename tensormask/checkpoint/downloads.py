@@ -16,8 +16,8 @@ from urllib.request import url2pathname
 
 import pooch
 
-from tensormask.model_zoo import DETECTRON2_URL, MODELS, TORCHVISION_URL, ZooModel, unknown_name
-from tensormask.utils.errors import UserError
+from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, TORCHVISION_URL, ZooModel
+from tensormask.utils.errors import UserError, unknown_name
 
 logger = logging.getLogger(__name__)
 

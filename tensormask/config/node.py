@@ -23,6 +23,7 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _BaseCfgNode
 
 from tensormask.config.detectron2 import ignored_name, implied_by_head, is_switched_off, shortened
+from tensormask.config.files import find_config
 from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,13 @@ class CfgNode(_BaseCfgNode):
         super().__setattr__(name, value)
 
     def merge_from_file(self, cfg_filename: str | PathLike[str]) -> None:
-        """Merge a YAML file on top of the files that its ``_BASE_`` names (relative to it)."""
+        """Merge a YAML file on top of the files that its ``_BASE_`` names (relative to it).
+
+        Args:
+            cfg_filename: a path, or a name such as "quickstart": see `find_config`.
+        """
         try:
-            loaded = self.load_yaml_with_base(str(cfg_filename))
+            loaded = self.load_yaml_with_base(str(find_config(cfg_filename)))
         except AssertionError as error:  # fvcore's: a key is a group here and a value in the base
             raise UserError(f"{cfg_filename}: {error}") from error
         self._merge(loaded)

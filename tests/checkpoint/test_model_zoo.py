@@ -8,17 +8,17 @@ from unittest.mock import patch
 
 import make_model_zoo
 import pytest
+import torch
 from fuzz import fuzz_examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback import Answer, serve
 from torchvision.models import get_weight
 
-from tensormask import model_zoo
 from tensormask.checkpoint import downloads
 from tensormask.checkpoint.downloads import cache_folder, cache_path, resolve
 from tensormask.commands import train
-from tensormask.model_zoo import MODELS, get_config
+from tensormask.model_zoo import MODELS, build, get_config
 
 ROOT = Path(__file__).parents[2]
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -55,7 +55,7 @@ def test_commands_of_the_document():
     commands = re.findall(r"^python tools/train_net\.py (.+)$", text, re.MULTILINE)
     named = []
     for command in commands:
-        args = train.parse_arguments(shlex.split(command))
+        args = train.build_parser().parse_args(shlex.split(command))
         args.config_file = str(ROOT / args.config_file)
         cfg = train.setup_config(args)
         named.append((args.eval_only, cfg.MODEL.WEIGHTS))
@@ -88,14 +88,24 @@ def test_configs(name):
         assert cfg.MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
 
 
-def test_missing_configs(monkeypatch, tmp_path):
+def test_names_without_a_config():
     with pytest.raises(ValueError, match="nearest name is 'tensormask_R_50_FPN_6x'"):
         get_config("tensormask_R_50_FPN_6")
     with pytest.raises(ValueError, match="MSRA_R_50 is a backbone"):
         get_config("MSRA_R_50")
-    monkeypatch.setattr(model_zoo, "_ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match="without the repository's YAML files"):
-        get_config("tensormask_R_50_FPN_6x")
+
+
+def test_build(tmp_path):
+    trained = build("quickstart", device="cpu")
+    assert (trained.training, trained.num_classes) == (True, 6)
+    torch.save({"model": trained.state_dict()}, tmp_path / "model.pth")
+    model = build("quickstart", num_classes=2, weights=tmp_path / "model.pth", device="cpu")
+    differing = [
+        name
+        for name, value in trained.state_dict().items()
+        if not torch.equal(value, model.state_dict()[name])
+    ]
+    assert differing == ["head.cls_score.weight", "head.cls_score.bias"]
 
 
 # ---- resolve ----

@@ -1,0 +1,56 @@
+"""The table of the published models, and their addresses."""
+
+from typing import NamedTuple
+
+DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
+TORCHVISION_URL = "https://download.pytorch.org/models/"
+
+
+class ZooModel(NamedTuple):
+    """A row of the model zoo. MODEL_ZOO.md is made from the rows."""
+
+    name: str  # for MODEL.WEIGHTS and `load_weights`
+    config: str | None  # its YAML, relative to the repository; None for a backbone
+    url: str | None  # None if no weights were released
+    sha256: str | None  # of the file, or its first digits
+    metrics: dict[str, float]  # in percent
+    source: str  # where the metrics come from
+
+
+def _tensormask(name: str, url: str | None, metrics: dict[str, float], source: str) -> ZooModel:
+    return ZooModel(name, f"configs/{name}.yaml", url, None, metrics, source)
+
+
+def _msra(depth: int) -> ZooModel:
+    url = f"{DETECTRON2_URL}ImageNetPretrained/MSRA/R-{depth}.pkl"
+    return ZooModel(f"MSRA_R_{depth}", None, url, None, {}, "detectron2, a copy of MSRA's")
+
+
+def _torchvision(depth: int, sha256: str, top1: float) -> ZooModel:
+    url = f"{TORCHVISION_URL}resnet{depth}-{sha256}.pth"
+    source = f"torchvision, ResNet{depth}_Weights.IMAGENET1K_V1"
+    return ZooModel(f"torchvision_R_{depth}", None, url, sha256, {"top-1": top1}, source)
+
+
+_ROWS = (
+    _tensormask(
+        "tensormask_R_50_FPN_1x",
+        f"{DETECTRON2_URL}TensorMask/tensormask_R_50_FPN_1x/152549419/model_final_8f325c.pkl",
+        {"box AP": 37.6, "mask AP": 32.4},
+        "detectron2, COCO val2017",
+    ),
+    _tensormask(
+        "tensormask_R_50_FPN_6x",
+        f"{DETECTRON2_URL}TensorMask/tensormask_R_50_FPN_6x/153538791/model_final_e8df31.pkl",
+        {"box AP": 41.4, "mask AP": 35.8},
+        "detectron2, COCO val2017",
+    ),
+    _tensormask("tensormask_R_101_FPN_6x", None, {"mask AP": 37.1}, "the paper, COCO test-dev"),
+    _msra(50),
+    _msra(101),
+    _torchvision(18, "f37072fd", 69.758),
+    _torchvision(34, "b627a593", 73.314),
+    _torchvision(50, "0676ba61", 76.130),
+    _torchvision(101, "63fe2227", 77.374),
+)
+MODELS: dict[str, ZooModel] = {model.name: model for model in _ROWS}
