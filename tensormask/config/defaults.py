@@ -230,6 +230,8 @@ _DEFAULTS: dict[str, Any] = {
             "ENABLED": False,
             "DTYPE": "bfloat16",
         },
+        # Let NMS compare boxes of different classes, too: an object gets the best of its classes.
+        "CLASS_AGNOSTIC_NMS": False,
         # Maximum number of detections of an image.
         "DETECTIONS_PER_IMAGE": 100,
         # Maximum number of detections of an image that AP counts; above 100, AP at 100 is reported

@@ -100,6 +100,7 @@ def build_model(
         num_candidates=head.TOPK_CANDIDATES_TEST,
         nms_on=head.NMS_ON,
         nms_threshold=head.NMS_THRESH_TEST,
+        class_agnostic_nms=cfg.TEST.CLASS_AGNOSTIC_NMS,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
         sum_over_ranks=sum_over_ranks,
     ).to(resolve_device(model.DEVICE))

@@ -13,6 +13,7 @@ from tensormask.layers.masks import to_device
 from tensormask.modeling.box_coder import decode_boxes
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 
 class Candidates(NamedTuple):
@@ -32,6 +33,12 @@ class Candidates(NamedTuple):
         return Candidates(*(column[rows] for column in self))
 
 
+def check_score_threshold(score_threshold: float) -> None:
+    """Raise UserError unless it is a score: logits are compared with its inverse sigmoid."""
+    if not 0 <= score_threshold < 1:
+        raise UserError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
+
+
 def find_candidates(
     logits_per_level: list[Tensor],
     deltas_at: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None,
@@ -40,6 +47,7 @@ def find_candidates(
     box_weights: tuple[float, ...],
     score_threshold: float,
     num_candidates: int,
+    classes: Sequence[int] | None = None,
 ) -> Candidates:
     """Return the best (window, class) pairs of one image, before NMS.
 
@@ -51,11 +59,16 @@ def find_candidates(
         box_weights: of `box_coder`.
         score_threshold: scores must be above it.
         num_candidates: the maximum over all levels.
+        classes: labels of the candidates; None for all.
     """
     columns_per_level = []
     odds = score_threshold / (1 - score_threshold)
     threshold = math.log(odds) if odds > 0 else -math.inf
     for level, logits in enumerate(logits_per_level):
+        logits = logits.unflatten(0, (windows.num_sizes, -1))  # (num_sizes, num_classes, H, W)
+        if classes is not None:
+            labels_of = torch.tensor(classes, dtype=torch.int64, device=logits.device)
+            logits = logits[:, labels_of]
         flat = logits.flatten()
         index = torch.nonzero(flat > threshold)[:, 0]
         score = flat[index]
@@ -63,9 +76,9 @@ def find_candidates(
             score, best = score.topk(num_candidates, sorted=False)
             index, order = index[best].sort()  # equal scores keep the order of their windows
             score = score[order]
-        channel, y, x = torch.unravel_index(index, logits.shape)
-        num_classes = len(logits) // windows.num_sizes
-        size, label = channel // num_classes, channel % num_classes
+        size, label, y, x = torch.unravel_index(index, logits.shape)
+        if classes is not None:
+            label = labels_of[label]
         columns = [score.float().sigmoid(), label, torch.full_like(size, level), size, y, x]
         if deltas_at is not None:
             columns.append(deltas_at(level, size, y, x).float())

@@ -32,6 +32,7 @@ from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
     Candidates,
     boxes_from_masks,
+    check_score_threshold,
     find_candidates,
     masks_at_windows,
     paste_detection,
@@ -74,6 +75,7 @@ class TensorMask(nn.Module):
         nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks". The latter
             computes the masks of all candidates.
         nms_threshold: IoU above which two boxes of a class are one object; the best remains.
+        class_agnostic_nms: whether two boxes of different classes can be one object, too.
         num_detections: the maximum per image.
         sum_over_ranks: see `losses.foreground_normalizer`; needed in distributed training.
 
@@ -105,6 +107,7 @@ class TensorMask(nn.Module):
         num_candidates: int = 6000,
         nms_on: str = "boxes",
         nms_threshold: float = 0.5,
+        class_agnostic_nms: bool = False,
         num_detections: int = 100,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -128,8 +131,7 @@ class TensorMask(nn.Module):
                 f"size_divisor (MODEL.SIZE_DIVISOR) must be a multiple of {SIZE_DIVISOR}, "
                 f"got {size_divisor}"
             )
-        if not 0 <= score_threshold < 1:
-            raise UserError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
+        check_score_threshold(score_threshold)
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
         self.windows, self.num_classes = windows, num_classes
         self.channel_order, self.size_divisor = channel_order, size_divisor
@@ -142,7 +144,8 @@ class TensorMask(nn.Module):
         self.mask_loss_weight, self.mask_positive_weight = mask_loss_weight, mask_positive_weight
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.num_candidates, self.num_detections = num_candidates, num_detections
-        self.nms_on, self.sum_over_ranks = nms_on, sum_over_ranks
+        self.nms_on, self.class_agnostic_nms = nms_on, class_agnostic_nms
+        self.sum_over_ranks = sum_over_ranks
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
         if channels_last:
@@ -290,7 +293,14 @@ class TensorMask(nn.Module):
     # ---- inference ----
 
     def detect(
-        self, images: list[Tensor], output_sizes: list[tuple[int, int]] | None = None
+        self,
+        images: list[Tensor],
+        output_sizes: list[tuple[int, int]] | None = None,
+        *,
+        score_threshold: float | None = None,
+        num_detections: int | None = None,
+        classes: Sequence[int] | None = None,
+        class_agnostic_nms: bool | None = None,
     ) -> list[dict[str, Tensor | list[Tensor]]]:
         """Return the detections of `forward` in eval mode, with masks that are not pasted yet.
 
@@ -299,18 +309,30 @@ class TensorMask(nn.Module):
 
         Args:
             images, output_sizes: as of `forward`.
+            score_threshold, num_detections, class_agnostic_nms: of this call; None for the model's.
+            classes: labels of the objects to detect; None for all. Others neither are candidates
+                nor suppress any.
 
         Returns:
             per image ``boxes``, ``scores`` and ``labels`` as of `forward`. With a mask head also
             ``window_masks``, K Tensor[V, U] of probabilities, and ``windows`` (K, 4), their boxes
             ``(x0, y0, x1, y1)`` in pixels of the output.
+
+        Raises:
+            UserError: an image is invalid, or an option is out of range.
         """
         torch.compiler.cudagraph_mark_step_begin()  # results of earlier calls are no longer needed
         input_sizes = [size_of(image) for image in images]
         sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
         with self._autocast():
             dense = self.dense(images)
-            detections = self.find_detections(dense, self.score_threshold)
+            detections = self.find_detections(
+                dense,
+                score_threshold,
+                num_detections=num_detections,
+                classes=classes,
+                class_agnostic_nms=class_agnostic_nms,
+            )
             detections = [rescale_and_clip(d, *s) for d, s in zip(detections, sizes, strict=True)]
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
@@ -321,10 +343,31 @@ class TensorMask(nn.Module):
                     result.update(windows=d.windows, window_masks=window_masks)
         return results
 
-    def find_detections(self, dense: DenseOutputs, score_threshold: float) -> list[Candidates]:
-        """Return per image the candidates after NMS, in pixels of the network's input."""
+    def find_detections(
+        self,
+        dense: DenseOutputs,
+        score_threshold: float | None = None,
+        *,
+        num_detections: int | None = None,
+        classes: Sequence[int] | None = None,
+        class_agnostic_nms: bool | None = None,
+    ) -> list[Candidates]:
+        """Return per image the candidates after NMS, in pixels of the network's input.
+
+        The options are those of `detect`.
+        """
+        threshold = self.score_threshold if score_threshold is None else score_threshold
+        limit = self.num_detections if num_detections is None else num_detections
+        agnostic = self.class_agnostic_nms if class_agnostic_nms is None else class_agnostic_nms
+        check_score_threshold(threshold)
+        if limit < 0:
+            raise UserError(f"num_detections must be >= 0, got {limit}")
+        if classes is not None and not all(0 <= label < self.num_classes for label in classes):
+            raise UserError(
+                f"classes must be labels in 0..{self.num_classes - 1}, got {list(classes)}"
+            )
         images = map(dense.image, range(len(dense.logits[0])))
-        candidates_per_image = [self._find_candidates(image, score_threshold) for image in images]
+        candidates_per_image = [self._find_candidates(x, threshold, classes) for x in images]
         boxes_per_image: Sequence[Tensor] = [c.boxes for c in candidates_per_image]
         if self.nms_on == "masks":
             assert self.mask_head is not None
@@ -336,11 +379,14 @@ class TensorMask(nn.Module):
             if self.nms_on == "masks":  # drop empty masks
                 rows = boxes[:, 2] > boxes[:, 0]
                 candidates, boxes = candidates.select(rows), boxes[rows]
-            rows = batched_nms(boxes, candidates.scores, candidates.labels, self.nms_threshold)
-            detections.append(candidates.select(rows[: self.num_detections]))
+            groups = torch.zeros_like(candidates.labels) if agnostic else candidates.labels
+            rows = batched_nms(boxes, candidates.scores, groups, self.nms_threshold)
+            detections.append(candidates.select(rows[:limit]))
         return detections
 
-    def _find_candidates(self, dense: DenseOutputs, score_threshold: float) -> Candidates:
+    def _find_candidates(
+        self, dense: DenseOutputs, score_threshold: float, classes: Sequence[int] | None
+    ) -> Candidates:
         """Return the candidates of a batch of one image."""
 
         def deltas_at(level: int, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -353,6 +399,7 @@ class TensorMask(nn.Module):
             box_weights=self.box_weights,
             score_threshold=score_threshold,
             num_candidates=self.num_candidates,
+            classes=classes,
         )
 
     def _autocast(self) -> AbstractContextManager:

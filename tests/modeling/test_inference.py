@@ -5,6 +5,7 @@ import torch
 from tiny import build, make_image, with_detections
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision.ops import box_iou
 
 from tensormask.modeling.box_coder import decode_boxes
 from tensormask.modeling.inference import find_candidates
@@ -124,3 +125,48 @@ def test_size_divisor() -> None:
     with torch.inference_mode():
         (detection,) = model([make_image(96, 130)])
     assert detection["masks"].shape[1:] == (96, 130)
+
+
+def test_options_of_a_call() -> None:
+    """Each option of `detect` against all detections; None takes the model's own."""
+    few = ["TEST.DETECTIONS_PER_IMAGE", 6000, "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.3]
+    model, images = with_detections(build(opts=few)), [make_image(64, 96)]
+
+    def scores(**options) -> list[tuple[float, int]]:
+        (d,) = model.detect(images, **options)
+        return list(zip(d["scores"].tolist(), d["labels"].tolist(), strict=True))
+
+    with torch.inference_mode():
+        every = scores()
+        assert {label for _, label in every} == {0, 1, 2}
+        assert scores(score_threshold=0.5) == [pair for pair in every if pair[0] > 0.5] != every
+        assert scores(num_detections=7) == every[:7]
+        for classes in ([2], (0, 2), []):
+            expected = [score for score, label in every if label in classes]
+            assert [pair[0] for pair in scores(classes=classes)] == pytest.approx(expected)
+            assert {label for _, label in scores(classes=classes)} == set(classes)
+        agnostic = scores(class_agnostic_nms=True)
+        assert set(agnostic) < set(every)
+        boxes = model.detect(images, class_agnostic_nms=True, num_detections=50)[0]["boxes"]
+        # Clipping to the image changes the IoU of boxes that reach beyond it.
+        inside = (boxes > 0).all(1) & (boxes < torch.tensor([96.0, 64.0] * 2)).all(1)
+        assert box_iou(boxes[inside], boxes[inside]).fill_diagonal_(0).max() <= 0.5
+        model.class_agnostic_nms = True
+        assert scores() == agnostic
+    for options in ({"classes": [3]}, {"score_threshold": 1.0}, {"num_detections": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            scores(**options)
+
+
+def test_other_classes_are_no_candidates() -> None:
+    """The limit of candidates applies to the given classes only."""
+    model = with_detections(build(opts=["MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST", 1]))
+    (detection,) = model.detect([make_image(64, 96)])
+    other = (detection["labels"][0].item() + 1) % 3
+    (of_other,) = model.detect([make_image(64, 96)], classes=[other])
+    assert of_other["labels"].tolist() == [other]
+
+
+def test_class_agnostic_nms_is_an_option_of_the_config() -> None:
+    assert build(opts=["TEST.CLASS_AGNOSTIC_NMS", True]).class_agnostic_nms
+    assert not build().class_agnostic_nms
