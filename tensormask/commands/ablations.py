@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from tensormask.commands.common import add_config_file, exits_on_user_error, read_config
+from tensormask.config import config_names
 from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger("tensormask.commands.ablations")
 
-ROOT = Path(__file__).resolve().parents[2]
-ROWS = ROOT / "configs" / "ablations"
-BASE = ROOT / "configs" / "tensormask_R_50_FPN_6x.yaml"
+ROWS = "ablations/"  # of the names of their configs
+BASE = "tensormask_R_50_FPN_6x"
 SIZES = "MODEL.ANCHOR_GENERATOR.SIZES"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EXIT_FAILED = 1
@@ -54,7 +54,7 @@ def find_rows(patterns: list[str]) -> list[str]:
     Raises:
         UserError: a pattern matches no row.
     """
-    names = sorted(path.stem for path in ROWS.glob("*.yaml"))
+    names = [name.removeprefix(ROWS) for name in config_names() if name.startswith(ROWS)]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UserError(f"no row is named {pattern}; available: {', '.join(names)}")
@@ -64,7 +64,7 @@ def find_rows(patterns: list[str]) -> list[str]:
 def row_options(name: str, num_levels: int) -> list[str]:
     """Return the overrides of a row over its base, for a model of `num_levels` levels."""
     base, words = dict(leaves(read_config(BASE, []))), []
-    for key, value in leaves(read_config(ROWS / f"{name}.yaml", [])):
+    for key, value in leaves(read_config(f"{ROWS}{name}", [])):
         if value != base[key]:
             words += [key, str(value[:num_levels] if key == SIZES else value)]
     return words

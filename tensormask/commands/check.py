@@ -6,7 +6,6 @@ Nothing is trained, and only the file of --json is written.
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +24,6 @@ from tensormask.evaluation.coverage import (
 from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "Base-TensorMask.yaml"
 NUM_NAMES = 10  # in one line
 EXIT_ISSUES = 1
 
@@ -49,10 +47,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config-file",
-        default=str(DEFAULT_CONFIG),
+        default="Base-TensorMask",
         metavar="FILE",
-        help="YAML config with the windows and the input size (default: the paper's, "
-        f"configs/{DEFAULT_CONFIG.name})",
+        help="YAML config with the windows and the input size (default: the paper's, %(default)s)",
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write all numbers to FILE, too")
     parser.add_argument(

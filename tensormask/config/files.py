@@ -15,14 +15,14 @@ CONFIGS = next(
 
 
 def config_names() -> list[str]:
-    """Return the sorted names of the configs that come with the package.
+    """Return the sorted names of the configs that come with the package, ablations last.
 
     Example:
         >>> "quickstart" in config_names(), "ablations/bipyramid" in config_names()
         (True, True)
     """
     paths = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
-    return sorted(path.as_posix() for path in paths)
+    return sorted((path.as_posix() for path in paths), key=lambda name: ("/" in name, name))
 
 
 def find_config(name: str | PathLike[str]) -> Path:
