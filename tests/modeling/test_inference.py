@@ -146,7 +146,7 @@ def test_options_of_a_call() -> None:
             assert [pair[0] for pair in scores(classes=classes)] == pytest.approx(expected)
             assert {label for _, label in scores(classes=classes)} == set(classes)
         agnostic = scores(class_agnostic_nms=True)
-        assert set(agnostic) < set(every)
+        assert 0 < len(agnostic) < len(every)
         boxes = model.detect(images, class_agnostic_nms=True, num_detections=50)[0]["boxes"]
         # Clipping to the image changes the IoU of boxes that reach beyond it.
         inside = (boxes > 0).all(1) & (boxes < torch.tensor([96.0, 64.0] * 2)).all(1)
