@@ -1,10 +1,57 @@
-"""TensorMask: dense sliding-window instance segmentation (arXiv 1903.12174)."""
+"""TensorMask: dense sliding-window instance segmentation (arXiv 1903.12174).
+
+The public names are imported when they are first used: `import tensormask` does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tensormask.checkpoint.loading import load_weights
+    from tensormask.config import get_cfg
+    from tensormask.engine.evaluator import evaluate_only as evaluate
+    from tensormask.engine.trainer import train
+    from tensormask.modeling import TensorMask, build_model
+    from tensormask.predictor import Predictor
 
 __version__ = "0.1.0"
 
-from tensormask.checkpoint.loading import load_weights
-from tensormask.config import get_cfg
-from tensormask.modeling import TensorMask, build_model
-from tensormask.predictor import Predictor
+__all__ = [
+    "Predictor",
+    "TensorMask",
+    "build_model",
+    "evaluate",
+    "get_cfg",
+    "load_weights",
+    "train",
+]
 
-__all__ = ["Predictor", "TensorMask", "build_model", "get_cfg", "load_weights"]
+_MODULES = {
+    "Predictor": "predictor",
+    "TensorMask": "modeling",
+    "build_model": "modeling",
+    "evaluate": "engine.evaluator",
+    "get_cfg": "config",
+    "load_weights": "checkpoint.loading",
+    "train": "engine.trainer",
+}
+_OTHER_NAMES = {"evaluate": "evaluate_only"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module such as `tensormask.layers`, and keep it."""
+    if name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        globals()[name] = value = getattr(module, _OTHER_NAMES.get(name, name))
+        return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -73,8 +73,9 @@ def test_the_package_imports_nothing_of_dev_tools_or_tests():
 
 def test_no_modules_form_a_circle():
     arrows = {(m, target) for m, path in MODULES.items() for target in imported_modules(path)}
-    # What a package's __init__ offers is imported by its users, not by its own modules.
-    assert circle_in({(a, b) for a, b in arrows if a != b}) is None
+    # What a package's __init__ offers is imported by its users, not by its own modules. That of
+    # tensormask imports its names when they are used.
+    assert circle_in({(a, b) for a, b in arrows if a not in (b, "tensormask")}) is None
 
 
 def circle_in(arrows: set[tuple[str, str]]) -> set[str] | None:

@@ -1,28 +1,136 @@
-"""What the commands share: a config from the command line, and errors of the user as one line."""
+"""What the commands share: their parser, the overrides of a config, errors of the user as one line.
+
+Overrides are pairs `KEY VALUE`, which are accepted anywhere in a command line:
+
+    tensormask predict MODEL.DEVICE cpu a.jpg --output out b.jpg TEST.DETECTIONS_PER_IMAGE 20
+"""
 
 import argparse
 import functools
 import json
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tensormask.config import CfgNode, get_cfg
+from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
 
 EXIT_MISTAKE = 2
 Main = Callable[[list[str] | None], int]
 
 
-def add_config_file(parser: argparse.ArgumentParser) -> None:
-    """Add the required option `--config-file`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+class CommandParser(argparse.ArgumentParser):
+    """A parser that collects overrides in `opts` (see `add_overrides`) and shows an example.
+
+    Args:
+        command: its name, such as "train".
+        example: the words after it.
+    """
+
+    def __init__(self, command: str, *, description: str, example: str, epilog: str = "") -> None:
+        script = Path(sys.argv[0])
+        prog = f"tools/{script.name}" if script.parent.name == "tools" else f"tensormask {command}"
+        super().__init__(prog=prog, description=description, epilog=epilog)
+        self.example = f"example: {prog} {example}"
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{self.example}\n"
+
+    def error(self, message: str) -> NoReturn:
+        more = f"{self.prog} --help shows all options"
+        self.exit(EXIT_MISTAKE, f"{self.prog}: error: {message}\n{self.example}\n{more}\n")
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """Parse the words; `opts` is the list of overrides, and of words that are nothing else.
+
+        Raises:
+            UserError: a key without a value, or KEY=VALUE.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        if not any(action.dest == "opts" for action in self._actions):
+            return self.parse_intermixed_args(words, namespace)
+        words, overrides = self._split(words)
+        parsed = self.parse_intermixed_args(words, namespace)
+        parsed.opts = [*overrides, *parsed.opts]
+        return parsed
+
+    def _split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Separate overrides from other words; after `--opts`, all words are overrides.
+
+        The values of an option are never overrides, except from the second of a list on.
+        """
+        cfg, others, overrides = get_cfg(), list[str](), list[str]()
+        todo, after_opts = deque(words), False
+        while todo:
+            word = todo.popleft()
+            if word == "--":  # only names of files follow
+                return [*others, word, *todo], overrides
+            if word == "--opts":
+                after_opts = True
+            elif word.startswith("-"):
+                others.append(word)
+                others += [todo.popleft() for _ in range(min(len(todo), self._num_values(word)))]
+            elif after_opts or is_key(word, cfg):
+                if not todo or todo[0] in self._option_string_actions:
+                    raise UserError(f"{word} has no value: overrides are pairs KEY VALUE")
+                overrides += [word, todo.popleft()]
+            else:
+                others.append(word)
+        return others, overrides
+
+    def _num_values(self, option: str) -> int:
+        """Return how many words after an option, which may be shortened, belong to it for sure."""
+        names = self._option_string_actions
+        matches = [option] if option in names else [n for n in names if n.startswith(option)]
+        if not matches:  # also --option=value
+            return 0
+        nargs = names[matches[0]].nargs
+        return nargs if isinstance(nargs, int) else int(nargs in (None, "+"))
+
+
+def is_key(word: str, cfg: CfgNode) -> bool:
+    """Return whether a word of a command line is a key of the config, maybe misspelled.
+
+    It has the form of a key and begins with a group or key of the config. If a file of this name
+    exists, only a key that exists is one: write ./SEED for a file SEED.
+
+    Raises:
+        UserError: it is KEY=VALUE.
+    """
+    key, equals, value = word.partition("=")
+    if not re.fullmatch(r"[A-Z][A-Z\d_]*(\.[A-Z\d_]+)*", key) or key.split(".")[0] not in cfg:
+        return False
+    if os.path.exists(word):
+        return word in dict(leaves(cfg))
+    if equals:
+        raise UserError(f"overrides are pairs KEY VALUE: write {key} {value}, not {word}")
+    return True
+
+
+def add_config_file(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add the option `--config-file`, which is required if it has no default."""
+    parser.add_argument(
+        "--config-file",
+        required=default is None,
+        default=default,
+        metavar="FILE",
+        help="YAML config, or the name of one, such as tensormask_R_50_FPN_1x"
+        + (f" (default: {default})" if default else ""),
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the trailing `KEY VALUE` words, as `opts`."""
+    """Add the overrides `KEY VALUE`, as `opts`; a `CommandParser` accepts them anywhere."""
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="overrides of the config, anywhere in the command line",
     )
 
 

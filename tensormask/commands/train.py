@@ -1,13 +1,13 @@
-"""Train or evaluate a config: `python tools/train_net.py --config-file configs/quickstart.yaml`.
+"""Train or evaluate a config: `tensormask train --config-file quickstart`.
 
-The options are detectron2's; `KEY VALUE` pairs at the end override the config. Several processes
-are started by `--num-gpus` or by `torchrun`.
+The options are detectron2's; `KEY VALUE` pairs override the config. Several processes are started
+by `--num-gpus` or by `torchrun`.
 """
 
 import argparse
 import sys
 
-from tensormask.commands.common import EXIT_MISTAKE, add_overrides
+from tensormask.commands.common import EXIT_MISTAKE, CommandParser, add_config_file, add_overrides
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
@@ -22,20 +22,29 @@ from tensormask.utils.files import DiskFullError
 EXIT_FAILED = 1
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `opts` is the list of trailing `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
-        description="Train or evaluate a TensorMask model.",
-        epilog="example: train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
-        "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005 OUTPUT_DIR output/small",
+def build_parser(command: str = "train") -> CommandParser:
+    """Return the parser of `train`, or of `evaluate`, which has `--eval-only` set."""
+    only_evaluates = command == "evaluate"
+    parser = CommandParser(
+        command,
+        description="Evaluate a TensorMask model on DATASETS.TEST."
+        if only_evaluates
+        else "Train or evaluate a TensorMask model.",
+        example="--config-file quickstart MODEL.WEIGHTS output/quickstart/model_final.pth"
+        if only_evaluates
+        else "--config-file tensormask_R_50_FPN_1x SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005 "
+        "OUTPUT_DIR output/small",
     )
+    add_config_file(parser, default="")
     add = parser.add_argument
-    add("--config-file", default="", metavar="FILE", help="YAML config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     add(
         "--eval-only",
         action="store_true",
-        help="do not train; evaluate MODEL.WEIGHTS, or with --resume the last checkpoint",
+        default=only_evaluates,
+        help=argparse.SUPPRESS
+        if only_evaluates
+        else "do not train; evaluate MODEL.WEIGHTS, or with --resume the last checkpoint",
     )
     add(
         "--num-gpus",
@@ -54,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help='tcp://host:port of machine 0; "auto" for one machine (default: auto)',
     )
     add_overrides(parser)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def setup_config(args: argparse.Namespace) -> CfgNode:
@@ -99,8 +108,8 @@ def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
     return launch([*command, *args.opts], **options)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command.
+def main(arguments: list[str] | None = None, command: str = "train") -> int:
+    """Run the command `train` or `evaluate`.
 
     Returns:
         0; 1 for a failed run, 2 for a user's mistake, each with one line on stderr; 128 plus the
@@ -109,8 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         Exception: a bug, or a failure of the machine. Its traceback is also in `log.txt`.
     """
-    args = parse_arguments(arguments)
+    parser = build_parser(command)
     try:
+        args = parser.parse_args(arguments)
+        if not args.config_file and not args.opts:
+            parser.error("name a config with --config-file")
         cfg = setup_config(args)
         if args.num_gpus > 1 or args.num_machines != 1 or args.machine_rank:
             return launch_processes(args, cfg)

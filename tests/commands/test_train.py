@@ -19,8 +19,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ["--config-file", str(tmp_path / "missing.yaml")],
         ["SOLVER.BASE_LRR", "1"],
         ["SOLVER.BASE_LR"],
-        ["--num-gpus", "2"],
-        ["--num-gpus", "-1"],
+        ["--num-gpus", "2", "SEED", "1"],
+        ["--num-gpus", "-1", "SEED", "1"],
         ["--eval-only", "OUTPUT_DIR", str(tmp_path)],
         ["DATASETS.TRAIN", "('missing.json@missing',)", "OUTPUT_DIR", str(tmp_path)],
     ):
@@ -32,7 +32,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 def test_no_gpus_is_the_cpu():
     for words, device in ([], "cpu"), (["MODEL.DEVICE", "cuda"], "cuda"):
-        args = train_net.parse_arguments(["--num-gpus", "0", *words])
+        args = train_net.build_parser().parse_args(["--num-gpus", "0", *words])
         assert train_net.setup_config(args).MODEL.DEVICE == device
 
 
@@ -72,7 +72,7 @@ def test_exit_codes(monkeypatch, capsys, error, code):
         raise error
 
     monkeypatch.setattr(train_net, "train", run)
-    assert train_net.main([]) == code
+    assert train_net.main(["SEED", "1"]) == code
     expected = "" if code == 143 else f"error: {error}\n"
     assert capsys.readouterr().err == expected
 
@@ -84,7 +84,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, bug):
 
     monkeypatch.setattr(train_net, "train", run)
     with pytest.raises(type(bug)):
-        train_net.main([])
+        train_net.main(["SEED", "1"])
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), UserError("a mistake")])

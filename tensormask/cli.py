@@ -1,0 +1,72 @@
+"""The command `tensormask COMMAND ...`, also `python -m tensormask`.
+
+A command's module is imported when the command is chosen, so that the list of commands is printed
+without importing torch.
+"""
+
+import difflib
+import importlib
+import sys
+
+from tensormask import __version__
+
+EXIT_MISTAKE = 2
+
+# Command: (module of tensormask.commands, summary).
+COMMANDS = {
+    "train": ("train", "train a model, and evaluate it"),
+    "evaluate": ("evaluate", "evaluate a checkpoint on a data set"),
+    "predict": ("predict", "detect and draw the objects in images"),
+    "check": ("check", "report the contents and the issues of a data set"),
+    "visualize data": ("visualize_data", "draw training images and the windows that match"),
+    "visualize windows": ("visualize_windows", "draw the windows and masks of a model on an image"),
+    "plot-metrics": ("plot_metrics", "draw the curves of one or several runs"),
+    "benchmark": ("benchmark", "measure the latency and memory of a model"),
+    "analyze": ("analyze", "count parameters, FLOPs and activations of a model"),
+    "convert-weights": ("convert_weights", "write weights for detectron2, or in another format"),
+    "run-ablations": ("ablations", "train the rows of the paper's tables on one config"),
+    "env": ("env", "print versions, devices and the operators in use"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the first words name, and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(describe())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"tensormask {__version__}")
+        return 0
+    for length in (1, 2):
+        if found := COMMANDS.get(" ".join(words[:length])):
+            module = importlib.import_module(f"tensormask.commands.{found[0]}")
+            return int(module.main(words[length:]))
+    print(_unknown(words), file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def describe() -> str:
+    """Return the usage and one line per command."""
+    return "\n".join(
+        [
+            "usage: tensormask COMMAND ...",
+            "",
+            "Dense sliding-window instance segmentation.",
+            "",
+            *(f"  {name:<18} {summary}" for name, (_, summary) in COMMANDS.items()),
+            "",
+            "tensormask COMMAND --help describes a command; --version prints the version.",
+            "Example: tensormask train --config-file quickstart",
+        ]
+    )
+
+
+def _unknown(words: list[str]) -> str:
+    if inside := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]:
+        return f"error: say what to {words[0]}: tensormask {' or tensormask '.join(inside)}"
+    (nearest,) = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)
+    return (
+        f"error: {words[0]!r} is not a command; the nearest one is {nearest}. "
+        "tensormask --help lists all commands."
+    )
