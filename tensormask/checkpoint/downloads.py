@@ -11,6 +11,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urldefrag, urlsplit
 from urllib.request import url2pathname
 
@@ -154,7 +155,13 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text)
 
 
-def download(url: str, sha256: str | None = None) -> Path:
+def download(
+    url: str,
+    sha256: str | None = None,
+    *,
+    path: Path | None = None,
+    max_bytes: int | None = None,
+) -> Path:
     """Return the local path of the file of an address, downloaded if the cache lacks it.
 
     Errors that may be transient (no connection, a broken transfer, a busy server) are retried. An
@@ -164,12 +171,15 @@ def download(url: str, sha256: str | None = None) -> Path:
         url: http or https.
         sha256: the expected SHA-256 of the file, or its first digits. A file in the cache with
             another one is downloaded again.
+        path: where the file is stored; None: in the cache.
+        max_bytes: the transfer of a larger file is stopped.
 
     Raises:
         ValueError: the address is malformed.
-        OSError: the download failed; the cache does not contain the file.
+        OSError: the download failed; there is no file.
     """
-    path = cache_path(url)
+    is_cached = path is None
+    path = cache_path(url) if path is None else path
     if path.is_file() and sha256 is not None and not pooch.file_hash(path).startswith(sha256):
         logger.warning("%s is damaged (its SHA-256 is not %s): downloading it again", path, sha256)
         path.unlink(missing_ok=True)
@@ -181,26 +191,44 @@ def download(url: str, sha256: str | None = None) -> Path:
         retry_if_failed=_RETRIES,
     )
     try:
-        files.fetch(path.name, downloader=partial(_download_once, sha256=sha256))
+        files.fetch(
+            path.name, downloader=partial(_download_once, sha256=sha256, max_bytes=max_bytes)
+        )
     except (OSError, ValueError) as error:
         # If the connection failed, requests has the reason inside of its error.
         reason = getattr(error.args[0] if error.args else None, "reason", error)
         raise OSError(
             f"{url} could not be downloaded into {path.parent}: {reason}. Try again, or download "
-            "it by hand and give its path; TENSORMASK_CACHE sets another cache folder"
+            "it by hand and give its path"
+            + ("; TENSORMASK_CACHE sets another cache folder" if is_cached else "")
         ) from None
     return path
 
 
-def _download_once(url: str, temporary: str, _: pooch.Pooch, *, sha256: str | None) -> None:
+class _LimitedFile:
+    """A file that refuses to grow beyond `max_bytes`."""
+
+    def __init__(self, file: BinaryIO, max_bytes: int | None) -> None:
+        self.file, self.max_bytes, self.flush = file, max_bytes, file.flush
+
+    def write(self, data: bytes) -> int:
+        if self.max_bytes is not None and self.file.tell() + len(data) > self.max_bytes:
+            raise OSError(f"the file is larger than {self.max_bytes / 1e6:g} MB")
+        return self.file.write(data)
+
+
+def _download_once(
+    url: str, temporary: str, _: pooch.Pooch, *, sha256: str | None, max_bytes: int | None
+) -> None:
     """Download into a temporary file, and check its hash before pooch renames it.
 
     pooch retries after the errors of requests, but not after a plain `OSError`.
     """
     try:
-        pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=_CHUNK)(
-            url, temporary, None
-        )
+        with open(temporary, "wb") as file:
+            pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=_CHUNK)(
+                url, _LimitedFile(file, max_bytes), None
+            )
     except OSError as error:
         response = getattr(error, "response", None)
         status = 500 if response is None else response.status_code

@@ -12,10 +12,11 @@ import logging
 import math
 import os
 from ast import literal_eval
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -79,6 +80,14 @@ class CfgNode(_BaseCfgNode):
             raise UserError(f"{cfg_filename}: {error}") from error
         self._merge(loaded)
 
+    def merge_from_text(self, text: str, source: str) -> None:
+        """Merge YAML text, as of `dump`; `source` names it in errors. A ``_BASE_`` is refused."""
+        _, loaded = _load_plain(source, lambda: text)
+        try:
+            self._merge(loaded)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Merge ``[key, value, key, value, ...]``; a value is a Python literal or plain text."""
         if len(cfg_list) % 2:
@@ -106,22 +115,7 @@ class CfgNode(_BaseCfgNode):
         """Open a file for fvcore, after checking that it is a mapping of plain data."""
         if os.path.exists(filename) and not os.path.isfile(filename):
             raise UserError(f"{filename} is not a regular file")  # a device or pipe could block
-        try:
-            with open(filename, encoding="utf-8") as file:
-                text = file.read()
-            loaded = yaml.load(text, _Loader)
-        except OSError:
-            raise
-        except RecursionError as error:
-            raise UserError(
-                f"{filename} is nested too deeply, or its {BASE_KEY} leads back to it"
-            ) from error
-        except Exception as error:  # PyYAML raises AttributeError and more, as on `!!timestamp x`
-            raise UserError(
-                f"{filename} is not plain YAML (no tags, no objects): {error}"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise UserError(f"{filename}: expected groups of keys, got {_describe(loaded)}")
+        text, loaded = _load_plain(filename, lambda: Path(filename).read_text(encoding="utf-8"))
         # Implied keys are added per file, because a file overrides what its base implies.
         if implied := implied_by_head(dict(leaves(loaded))):
             for key, value in implied.items():
@@ -156,6 +150,24 @@ class CfgNode(_BaseCfgNode):
             setattr(reduce(getitem, groups, self), leaf, value)
         if ignored:
             logger.warning("config keys that TensorMask does not use: %s", ", ".join(ignored))
+
+
+def _load_plain(source: str, read: Callable[[], str]) -> tuple[str, dict[str, Any]]:
+    """Return a YAML text, and the groups of keys in it."""
+    try:
+        text = read()
+        loaded = yaml.load(text, _Loader)
+    except OSError:
+        raise
+    except RecursionError as error:
+        raise UserError(
+            f"{source} is nested too deeply, or its {BASE_KEY} leads back to it"
+        ) from error
+    except Exception as error:  # PyYAML raises AttributeError and more, as on `!!timestamp x`
+        raise UserError(f"{source} is not plain YAML (no tags, no objects): {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{source}: expected groups of keys, got {_describe(loaded)}")
+    return text, loaded
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:

@@ -232,3 +232,14 @@ def test_no_address_leads_out_of_the_cache(server, cache, tmp_path, path):
 def test_broken_addresses_are_refused(url):
     with pytest.raises(ValueError, match="is not the address of a file"):
         download(url)
+
+
+def test_a_path_and_a_limit_of_the_size(server, cache, tmp_path):
+    url, path = server.add("/a.png", GOOD), tmp_path / "image"
+    with pytest.raises(OSError, match=r"larger than 0\.01 MB"):
+        download(url, path=path, max_bytes=10_000)
+    assert files_in(tmp_path) == []
+    assert len(server.requests) == 1  # not repeated
+    assert download(url, path=path, max_bytes=len(CONTENT)) == path
+    assert files_in(tmp_path) == [path]
+    assert path.read_bytes() == CONTENT

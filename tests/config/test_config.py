@@ -200,6 +200,18 @@ def test_a_refused_merge_changes_nothing():
     assert cfg == get_cfg()
 
 
+@pytest.mark.parametrize(
+    "text", ["SEED: 1\nSOLVER: {MAX_ITR: 2}", "_BASE_: a.yaml", "a", "x: !!a b"]
+)
+def test_text_is_merged_like_a_file(text):
+    cfg = get_cfg()
+    cfg.merge_from_text("SEED: 5", "text")
+    assert cfg.SEED == 5
+    with pytest.raises(ValueError, match=r"model\.pth"):
+        cfg.merge_from_text(text, "the config in model.pth")
+    assert cfg.SEED == 5
+
+
 def test_merging_another_tree():
     cfg = get_cfg()
     cfg.merge_from_other_cfg(load("quickstart.yaml"))
