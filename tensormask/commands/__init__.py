@@ -1,1 +1,4 @@
-"""The commands, one module each: a parser and a `main`. `tools/*.py` only call them."""
+"""The commands, one module each: a parser and a `main`.
+
+`tensormask.cli` and `tools/*.py` only call them.
+"""

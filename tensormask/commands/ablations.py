@@ -1,6 +1,6 @@
 """Train every row of the paper's tables on one small config, and print their results.
 
-Example: `python tools/run_ablations.py --config-file configs/quickstart.yaml --rows "upscale_*"`
+Example: `tensormask run-ablations --config-file quickstart --rows "upscale_*"`
 """
 
 import argparse
@@ -11,7 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensormask.commands.common import add_config_file, exits_on_user_error, read_config
+from tensormask.commands.common import (
+    CommandParser,
+    add_config_file,
+    add_overrides,
+    exits_on_user_error,
+    read_config,
+)
 from tensormask.config import config_names
 from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
@@ -25,11 +31,13 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EXIT_FAILED = 1
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the trailing `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "run-ablations",
         description="Train the rows of configs/ablations, each as overrides of one config.",
         epilog="The output folder of a row is OUTPUT/ROW. Finished rows are not trained again.",
+        example="--config-file quickstart --rows 'upscale_*' SOLVER.MAX_ITER 300",
     )
     add_config_file(parser)
     parser.add_argument(
@@ -42,10 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="output/ablations", metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for every row"
-    )
-    return parser.parse_args(arguments)
+    add_overrides(parser)
+    return parser
 
 
 def find_rows(patterns: list[str]) -> list[str]:
@@ -101,7 +107,7 @@ def markdown_table(results: dict[str, dict[str, float]]) -> str:
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 1 for a failed run, 2 for an error of the user."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = find_rows(args.rows)
     cfg = read_config(args.config_file, args.opts)

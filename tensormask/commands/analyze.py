@@ -1,9 +1,8 @@
-"""Count a model's parameters, FLOPs and activations: `python tools/analyze_model.py`.
+"""Count a model's parameters, FLOPs and activations: `tensormask analyze --config-file FILE`.
 
 The model runs on the meta device: only shapes are computed, which takes seconds at any size.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tensormask.commands.common import (
+    CommandParser,
     add_config_file,
     add_overrides,
     add_size,
@@ -33,21 +33,21 @@ _BYTES_PER_MIB = 2**20
 _BYTES_PER_VALUE = 4  # float32
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "analyze",
         description="Count a model's parameters and, for one image, its FLOPs (two per "
         "multiplication with addition) and activations (float32 outputs of convolutions and "
         "matrix products): with masks at all windows, and at TEST.DETECTIONS_PER_IMAGE windows "
         "on the levels of objects of COCO's sizes.",
-        epilog="example: analyze_model.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
-        "--size 480 640 MODEL.TENSOR_MASK.HEAD simple_natural",
+        example="--config-file tensormask_R_50_FPN_1x MODEL.TENSOR_MASK.HEAD simple_natural",
     )
     add_config_file(parser)
     add_size(parser)
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
     add_overrides(parser)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def analyze(cfg: CfgNode, size: tuple[int, int]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _windows(
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for an error of the user."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     cfg = read_config(args.config_file, args.opts)
     height, width = args.size
     results = analyze(cfg, (height, width))

@@ -1,4 +1,4 @@
-"""Measure the latency and memory of one model: `python tools/benchmark.py --config-file FILE`.
+"""Measure the latency and memory of one model: `tensormask benchmark --config-file FILE`.
 
 Images, targets and, in inference, scores are made up. A model detects TEST.DETECTIONS_PER_IMAGE
 objects, because what it costs depends on their number.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from tensormask.commands.common import (
+    CommandParser,
     add_config_file,
     add_overrides,
     add_size,
@@ -195,12 +196,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "benchmark",
         description="Measure the latency and the memory of one model, with made-up images.",
-        epilog="example: benchmark.py --config-file configs/tensormask_R_50_FPN_1x.yaml "
-        "--size 480 640 MODEL.CHANNELS_LAST True",
+        example="--config-file tensormask_R_50_FPN_1x --size 480 640 MODEL.CHANNELS_LAST True",
     )
     add_config_file(parser)
     parser.add_argument(
@@ -224,13 +225,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
     add_model_options(parser)
-    return parser.parse_args(arguments)
+    return parser
 
 
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for an error of the user."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     results = measure(args)
     machine = describe_machine()
     write_json(args.json, {"options": vars(args), "machine": machine, "results": results})

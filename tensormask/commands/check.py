@@ -1,16 +1,22 @@
-"""Report the contents and the issues of a data set: `python tools/check_dataset.py SET`.
+"""Report the contents and the issues of a data set: `tensormask check SET`.
 
 Nothing is trained, and only the file of --json is written.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from tensormask.commands.common import exits_on_user_error, read_config, write_json
+from tensormask.commands.common import (
+    CommandParser,
+    add_config_file,
+    add_overrides,
+    exits_on_user_error,
+    read_config,
+    write_json,
+)
 from tensormask.config import CfgNode
 from tensormask.data import CocoDataset, get_dataset
 from tensormask.data.statistics import AREA_LIMITS, Statistics, check_files, count_contents
@@ -28,29 +34,23 @@ NUM_NAMES = 10  # in one line
 EXIT_ISSUES = 1
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `sets` holds names of data sets, `opts` the `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "check",
         description="Check data sets in COCO's format: their issues, their contents, and which "
         "objects match a window.",
         epilog="The exit code is 0 without issues, 1 with issues, and 2 if the command is wrong. "
-        "Objects are measured at the size of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST. Example: "
-        "check_dataset.py annotations.json@images/ --config-file configs/quickstart.yaml "
-        "INPUT.MIN_SIZE_TEST 384 INPUT.MAX_SIZE_TEST 640",
+        "Objects are measured at the size of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.",
+        example="annotations.json@images/ --config-file quickstart INPUT.MIN_SIZE_TEST 384",
     )
     parser.add_argument(
-        "words",
+        "sets",
         nargs="+",
         metavar="SET",
-        help="names of data sets, such as annotations.json@folder/of/images, coco_2017_val or "
-        "shapes_train; then KEY VALUE pairs, which override the config",
+        help="a name, such as annotations.json@folder/of/images, coco_2017_val or shapes_train",
     )
-    parser.add_argument(
-        "--config-file",
-        default="Base-TensorMask",
-        metavar="FILE",
-        help="YAML config with the windows and the input size (default: the paper's, %(default)s)",
-    )
+    add_config_file(parser, default="Base-TensorMask")
     parser.add_argument("--json", default="", metavar="FILE", help="write all numbers to FILE, too")
     parser.add_argument(
         "--fast",
@@ -65,13 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="processes that open images; 0: only this process (default: %(default)s)",
     )
-    args = parser.parse_intermixed_args(arguments)
-    # A key is in capitals, as in INPUT.MIN_SIZE_TEST; names of sets and of .json files are not.
-    first_key = next((i for i, word in enumerate(args.words) if word.isupper()), len(args.words))
-    args.sets, args.opts = args.words[:first_key], args.words[first_key:]
-    if not args.sets:
-        parser.error("name at least one data set")
-    return args
+    add_overrides(parser)
+    return parser
 
 
 def check(
@@ -224,7 +219,7 @@ def _some(names: Sequence[str]) -> str:
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 1 if a data set has issues, 2 for a user error."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     records = {}
     for name in args.sets:

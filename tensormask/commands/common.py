@@ -130,7 +130,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "opts",
         nargs="*",
         metavar="KEY VALUE",
-        help="overrides of the config, anywhere in the command line",
+        help="overrides of the config, anywhere in the command line; after --opts, all words are",
     )
 
 

@@ -1,9 +1,8 @@
-"""Convert weights for another program: `python tools/convert_weights.py model_final.pth model.pkl`.
+"""Convert weights for another program: `tensormask convert-weights model_final.pth model.pkl`.
 
 A file with our names gets detectron2's, and the other way around.
 """
 
-import argparse
 import json
 import math
 import pickle
@@ -25,7 +24,7 @@ from tensormask.checkpoint.files import (
     split_weights,
 )
 from tensormask.checkpoint.names import OURS, find_kind, to_detectron2_names, to_our_names
-from tensormask.commands.common import exits_on_user_error
+from tensormask.commands.common import CommandParser, exits_on_user_error
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import write_atomically
 
@@ -33,9 +32,10 @@ from tensormask.utils.files import write_atomically
 _DETECTRON2_MARKS = {"__author__": "tensormask", "matching_heuristics": False}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "convert-weights",
         description="Write the weights of a TensorMask with the names of detectron2 or of this "
         "library, and in another format. No number changes. class_names, category_ids and config "
         "of a checkpoint are kept; its other entries are listed and left out.",
@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "them. An upscale head is recognized by the config in the checkpoint; weights without a "
         "config are taken for another head. detectron2's names do not keep the order of the window "
         "sizes: a model whose sizes are not ascending is refused.",
+        example="output/quickstart/model_final.pth model.pkl",
     )
     parser.add_argument(
         "input",
@@ -66,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="replace an existing OUTPUT, which is an error otherwise",
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def convert(content: dict[str, Any], to: str | None, path: Path) -> tuple[dict[str, Any], str]:
@@ -173,7 +174,7 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for a mistake of the user."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     output = Path(args.output)
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists: give another OUTPUT, or --overwrite to replace it")

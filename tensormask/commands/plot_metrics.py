@@ -1,9 +1,8 @@
-"""Draw the curves of one or several runs: `python tools/plot_metrics.py output/a output/b`.
+"""Draw the curves of one or several runs: `tensormask plot-metrics output/a output/b`.
 
 Reads `metrics.json` of each run, and draws a panel for each metric, with a curve for each run.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from tensormask.commands.common import exits_on_user_error
+from tensormask.commands.common import CommandParser, exits_on_user_error
 from tensormask.engine.events import read_metrics
 from tensormask.utils.errors import UserError
 
@@ -23,12 +22,12 @@ TIMES = ("time", "data_time", "forward_time", "backward_time", "optimizer_time",
 Curve = tuple[list[int], list[float]]
 
 
-@exits_on_user_error
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for an error of the user."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "plot-metrics",
         description="Draw the curves of one or several runs.",
-        epilog="example: plot_metrics.py output/a output/b --metrics total_loss segm/AP --smooth 5",
+        example="output/a output/b --metrics total_loss segm/AP --smooth 5",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -45,7 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="draw the mean over N records, and the raw values behind it in gray (default: 1)",
     )
     parser.add_argument("--output", type=Path, default=Path("metrics.png"), metavar="FILE")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+@exits_on_user_error
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 for an error of the user."""
+    args = build_parser().parse_args(arguments)
     if args.smooth < 1:
         raise UserError(f"--smooth is {args.smooth}; give 1 or more")
     curves = {run: read_curves(run) for run in dict.fromkeys(args.runs)}

@@ -1,9 +1,8 @@
-"""Draw training images: `python tools/visualize_data.py --config-file FILE KEY VALUE`.
+"""Draw training images: `tensormask visualize data --config-file FILE KEY VALUE`.
 
 Takes the config and overrides of a training, and writes a PNG per image and a montage.
 """
 
-import argparse
 import itertools
 import logging
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from tensormask.commands.common import (
+    CommandParser,
     add_config_file,
     add_overrides,
     exits_on_user_error,
@@ -38,14 +38,15 @@ MONTAGE = "montage.png"
 MONTAGE_COLUMNS, MONTAGE_CELL_WIDTH = 2, 800
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `opts` is the list of `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "visualize data",
         description="Draw augmented training images: on the left the objects to train on, on the "
         "right the windows that match them (per level and size the most central one; with more "
         "than 40 objects only the smallest). Objects that match no window are white and crossed "
         "out.",
-        epilog="example: visualize_data.py --config-file configs/quickstart.yaml --num 4 "
+        example="--config-file quickstart --num 4 "
         "DATASETS.TRAIN \"['annotations.json@images/']\" MODEL.TENSOR_MASK.NUM_CLASSES 1",
     )
     add_config_file(parser)
@@ -61,10 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     seed_help = "SEED of the training (default: the config's SEED, or 0 if it is negative)"
     parser.add_argument("--seed", type=int, metavar="N", help=seed_help)
     add_overrides(parser)
-    args = parser.parse_args(arguments)
-    if args.num < 1:
-        parser.error(f"--num is {args.num}; give 1 or more images")
-    return args
+    return parser
 
 
 def draw_sample(sample: dict[str, Any], windows: Windows, class_names: list[str]) -> np.ndarray:
@@ -144,7 +142,9 @@ def draw(cfg: CfgNode, output: Path, num_images: int) -> int:
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
+    if args.num < 1:
+        raise UserError(f"--num is {args.num}; give 1 or more images")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     cfg.SEED = max(cfg.SEED, 0) if args.seed is None else args.seed

@@ -1,10 +1,9 @@
-"""Draw a model's windows: `visualize_windows.py --config-file FILE --weights FILE --input IMAGE`.
+"""Draw a model's windows: `tensormask visualize windows --config-file FILE --input IMAGE`.
 
 Shows which windows fire, and the masks of all windows as two views of one 4D tensor; see
 docs/representation.md.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensormask.commands.common import (
+    CommandParser,
     add_config_file,
     add_overrides,
     exits_on_user_error,
@@ -61,16 +61,18 @@ CROP_SIDE, MAX_CROPS = 120, 4
 MASK_LEGEND = "Red: object. Blue: background. White: undecided."
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `opts` is the list of `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        "visualize windows",
         description="Draw the sliding windows of a model on an image: their scores, which of them "
         "fire and which are detections after NMS, and their masks in the natural and the aligned "
         "view.",
-        epilog="KEY VALUE pairs at the end, with or without --opts before them, override the "
-        "config. Memory: one level at a time; its aligned tensor takes 4 V U H W bytes, 60 MB for "
+        epilog="Memory: one level at a time; its aligned tensor takes 4 V U H W bytes, 60 MB for "
         "masks of 15 x 15 on p2 of an image of 800 x 1344 pixels. For such an image the command "
         "takes about 2 GB.",
+        example="--config-file quickstart --weights output/quickstart/model_final.pth "
+        "--input image.jpg",
     )
     add_config_file(parser)
     parser.add_argument(
@@ -93,15 +95,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--levels", metavar="P2,P3", help="levels to draw, such as p2,p4 (default: all)"
     )
-    parser.add_argument(
-        "--opts", dest="more_opts", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS
-    )
     add_overrides(parser)
-    args = parser.parse_args(arguments)
-    if not 0 <= args.threshold < 1:
-        parser.error(f"--threshold is {args.threshold}; give a score in 0..1, below 1")
-    args.opts += args.more_opts
-    return args
+    return parser
 
 
 def draw(
@@ -277,7 +272,9 @@ def chosen_levels(names: list[str], text: str | None) -> list[int]:
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
+    if not 0 <= args.threshold < 1:
+        raise UserError(f"--threshold is {args.threshold}; give a score in 0..1, below 1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     output = Path(args.output)
     predictor = Predictor(read_config(args.config_file, args.opts), args.weights or None)

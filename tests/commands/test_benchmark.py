@@ -66,7 +66,7 @@ def test_bugs_keep_their_traceback(config, monkeypatch):
 
 
 def test_dtype_and_device_become_options_of_the_config(config):
-    args = benchmark.parse_arguments([*config, "--dtype", "float16", "--device", "cpu"])
+    args = benchmark.build_parser().parse_args([*config, "--dtype", "float16", "--device", "cpu"])
     cfg = benchmark.model_config(args)
     assert (cfg.MODEL.DEVICE, cfg.TEST.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE) == (
         "cpu",
@@ -74,7 +74,7 @@ def test_dtype_and_device_become_options_of_the_config(config):
         "float16",
     )
     with pytest.raises(UserError, match="no GPU is available"):
-        benchmark.model_config(benchmark.parse_arguments([*config, "--device", "cuda"]))
+        benchmark.model_config(benchmark.build_parser().parse_args([*config, "--device", "cuda"]))
 
 
 def test_training_leaves_the_weights_unchanged():
