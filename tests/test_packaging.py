@@ -1,11 +1,13 @@
 """setup.py: what it builds and reports, pinned requirements, and a wheel that works elsewhere."""
 
+import itertools
 import os
 import runpy
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -16,14 +18,19 @@ import setuptools
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-VARIABLES = ("FORCE_CUDA", "CUDA_HOME", "TENSORMASK_WITHOUT_EXT", "TORCH_CUDA_ARCH_LIST")
+VARIABLES = (
+    *("FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"),
+    *("TENSORMASK_WITH_EXT", "TENSORMASK_WITHOUT_EXT"),
+)
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in VARIABLES} | variables
 
 
-def run_setup(monkeypatch, modules: dict, **variables: str) -> tuple[dict, dict[str, str]]:
+def run_setup(
+    monkeypatch, modules: dict, command: str = "bdist_wheel", **variables: str
+) -> tuple[dict, dict[str, str]]:
     """Run setup.py with other modules; return the arguments of `setup`, and the environment."""
     arguments = {}
     environment = clean_environment(**variables)
@@ -32,7 +39,7 @@ def run_setup(monkeypatch, modules: dict, **variables: str) -> tuple[dict, dict[
             patch.setitem(sys.modules, name, module)
         patch.setattr(setuptools, "setup", lambda **options: arguments.update(options))
         patch.setattr(os, "environ", environment)
-        patch.setattr(sys, "argv", ["setup.py", "build_ext"])
+        patch.setattr(sys, "argv", ["setup.py", command])
         patch.chdir(ROOT)
         runpy.run_path("setup.py", run_name="__main__")
     return arguments, environment
@@ -42,7 +49,9 @@ def run_setup(monkeypatch, modules: dict, **variables: str) -> tuple[dict, dict[
 def build(monkeypatch, tmp_path):
     """Run setup.py as far as its decision, with a stand-in for PyTorch."""
 
-    def build(version="2.11.0", cuda="13.0", gpu=False, home=None, **variables: str):
+    def build(
+        version="2.11.0", cuda="13.0", gpu=False, home=None, BuildExtension=object, **options: str
+    ):
         torch, utils = ModuleType("torch"), ModuleType("torch.utils")
         torch.__file__ = str(tmp_path / "torch" / "__init__.py")
         torch.__version__ = version
@@ -52,9 +61,14 @@ def build(monkeypatch, tmp_path):
             CUDA_HOME=home,
             CppExtension=lambda name, sources, **options: ("CPU", sources),
             CUDAExtension=lambda name, sources, **options: ("CUDA", sources),
-            BuildExtension=None,
+            BuildExtension=BuildExtension,
         )
-        return run_setup(monkeypatch, {"torch": torch, "torch.utils": utils}, **variables)
+        modules = {
+            "torch": torch,
+            "torch.utils": utils,
+            "torch.utils.cpp_extension": utils.cpp_extension,
+        }
+        return run_setup(monkeypatch, modules, **options)
 
     return build
 
@@ -72,7 +86,7 @@ def test_cpu_kernels_without_a_gpu(build, toolkit, capsys) -> None:
     assert (kind, len(sources)) == ("CPU", 6)
     text = capsys.readouterr().out
     assert "sees no GPU and FORCE_CUDA is not set: no CUDA kernels" in text
-    assert "compiling swap_align2nat for the CPU\n" in text
+    assert "compiling the operators for the CPU\n" in text
 
 
 @pytest.mark.parametrize("variables, gpu", [({"FORCE_CUDA": "1"}, False), ({}, True)])
@@ -80,42 +94,83 @@ def test_cuda_kernels_with_a_gpu_or_by_force(build, toolkit, capsys, variables, 
     arguments, environment = build(home=toolkit, gpu=gpu, **variables)
     ((kind, sources),) = arguments["ext_modules"]
     assert (kind, len(sources)) == ("CUDA", 7)
-    assert "compiling swap_align2nat for the CPU and CUDA" in capsys.readouterr().out
+    assert "compiling the operators for the CPU and CUDA" in capsys.readouterr().out
     # Without a GPU PyTorch would stop at an empty list of architectures.
     architectures = None if gpu else "8.0;8.6;9.0+PTX"
     assert environment.get("TORCH_CUDA_ARCH_LIST") == architectures
 
 
-def test_a_gpu_without_toolkit_gets_the_cpu_kernels(build, capsys) -> None:
-    arguments, _ = build(gpu=True, home=None)
+@pytest.mark.parametrize("home", [None, "/usr/nowhere"])
+def test_a_gpu_without_toolkit_gets_the_cpu_kernels(build, capsys, home) -> None:
+    arguments, _ = build(gpu=True, home=home)
     assert arguments["ext_modules"][0][0] == "CPU"
-    assert "sees a GPU, but no CUDA toolkit (nvcc): no CUDA kernels" in capsys.readouterr().out
+    assert f"no CUDA kernels are built: no CUDA toolkit in CUDA_HOME={home}" in (
+        capsys.readouterr().out
+    )
 
 
-def test_without_extension(build, capsys) -> None:
-    arguments, _ = build(version="1.0", TENSORMASK_WITHOUT_EXT="1")
-    assert "ext_modules" not in arguments
-    assert "no compiled op: TENSORMASK_WITHOUT_EXT is set" in capsys.readouterr().out
+TOO_OLD = "needs PyTorch 2.11 or newer, this is 2.10.1"
+
+
+def test_what_cannot_be_compiled_is_left_out(build, monkeypatch, capsys) -> None:
+    def reason_without_operators(**options) -> str:
+        arguments, _ = build(**options)
+        assert "ext_modules" not in arguments
+        text = capsys.readouterr().out
+        assert "'tensormask build-ops' compiles them later" in text
+        return text
+
+    off = {"TENSORMASK_WITHOUT_EXT": "1", "TENSORMASK_WITH_EXT": "1"}
+    assert "TENSORMASK_WITHOUT_EXT is set" in reason_without_operators(**off)
+    assert TOO_OLD in reason_without_operators(version="2.10.1")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "on Linux only, this is win32" in reason_without_operators()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"version": "2.10.1"}, "needs PyTorch 2.11 or newer, this is 2.10.1"),
+        ({"version": "2.10.1", "TENSORMASK_WITH_EXT": "1"}, TOO_OLD),
+        ({"version": "2.10.1", "command": "build_ext"}, TOO_OLD),
         ({"cuda": None, "FORCE_CUDA": "1"}, "is built without CUDA"),
         ({"home": None, "FORCE_CUDA": "1"}, "no CUDA toolkit in CUDA_HOME=None"),
         ({"home": "/usr/nowhere", "FORCE_CUDA": "1"}, "no CUDA toolkit in CUDA_HOME=/usr/nowhere"),
-        ({"home": "/usr/nowhere", "gpu": True}, "no CUDA toolkit in CUDA_HOME=/usr/nowhere"),
     ],
 )
-def test_errors_say_what_to_do(build, options, message) -> None:
+def test_what_must_be_compiled_is_an_error(build, options, message) -> None:
     with pytest.raises(SystemExit, match=message):
         build(**options)
 
 
-def test_build_isolation_is_explained(monkeypatch) -> None:
-    with pytest.raises(SystemExit, match="pip install --no-build-isolation --no-deps -e"):
-        run_setup(monkeypatch, {"torch": None})
+class FailingBuild:
+    """In place of PyTorch's BuildExtension."""
+
+    def __init__(self, folder: Path) -> None:
+        self.library = folder / "_C.so"
+        self.library.touch()
+        self.extensions = [SimpleNamespace(name="tensormask._C")]
+        self.distribution = SimpleNamespace(ext_modules=self.extensions)
+
+    def run(self) -> None:
+        raise RuntimeError("no compiler")
+
+    def get_ext_fullpath(self, name: str) -> Path:
+        return self.library
+
+
+@pytest.mark.parametrize("must", ["0", "1"])
+def test_a_failing_compilation(build, monkeypatch, capsys, tmp_path, must) -> None:
+    """It leaves no library of an earlier one, which could not be told from a new one."""
+    arguments, _ = build(BuildExtension=FailingBuild, TENSORMASK_WITH_EXT=must)
+    command = arguments["cmdclass"]["build_ext"](tmp_path)
+    if must == "1":
+        with pytest.raises(SystemExit, match="no compiler"):
+            command.run()
+        return
+    command.run()
+    assert "the operators are not compiled: no compiler" in capsys.readouterr().out
+    assert command.extensions == command.distribution.ext_modules == []
+    assert not command.library.exists()
 
 
 def test_setup_reads_the_version_without_importing(tmp_path) -> None:
@@ -128,9 +183,10 @@ def test_setup_reads_the_version_without_importing(tmp_path) -> None:
     assert f'__version__ = "{done.stdout.split()[-1]}"' in version
 
 
-def test_pins_are_within_the_bounds_of_setup(build) -> None:
-    arguments, _ = build()
-    bounds = [Requirement(text) for text in arguments["install_requires"]]
+def test_pins_are_within_the_bounds_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    bounds = [Requirement(text) for text in itertools.chain(project["dependencies"], *extras)]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert len(bounds) >= 10

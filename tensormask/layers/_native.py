@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tensormask.layers import build
+
 BACKENDS = ("auto", "native", "reference")
 _OP = "tensormask::swap_align2nat"
 _NEWEST_OP = "winograd_output"
@@ -15,14 +17,9 @@ _NEWEST_OP = "winograd_output"
 
 def _load() -> tuple[Path | None, str]:
     """Return the path of the compiled library, or the reason why it cannot be used."""
-    package = Path(__file__).parent.parent
-    libraries = sorted(path for path in package.glob("_C*") if path.suffix in (".so", ".pyd"))
-    if not libraries:
-        return None, (
-            f"no compiled library (_C*.so) in {package}: build it with "
-            "'pip install --no-build-isolation --no-deps -e .' in the repository"
-        )
-    library = libraries[0]
+    library = build.find_library()
+    if library is None:
+        return None, f"it is not compiled: run '{build.COMMAND}' (Linux, with a C++ compiler)"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -31,7 +28,7 @@ def _load() -> tuple[Path | None, str]:
             f"newer, and the kind of machine that it was built on): {error}"
         )
     if not hasattr(torch.ops.tensormask, _NEWEST_OP):
-        return None, f"{library} was built from older sources: build it again"
+        return None, f"{library} was built from older sources: run '{build.COMMAND}'"
     return library, ""
 
 
@@ -115,5 +112,5 @@ def why_not(device: str) -> str:
         return ""
     if LIBRARY is None:
         return REASON
-    hint = "; build with FORCE_CUDA=1 and a CUDA toolkit" if device == "cuda" else ""
+    hint = f"; run 'FORCE_CUDA=1 {build.COMMAND}' with a CUDA toolkit" if device == "cuda" else ""
     return f"{LIBRARY} has no kernels for {device}{hint}"

@@ -326,11 +326,11 @@ def test_the_environment_chooses_at_import(monkeypatch) -> None:
 
 def test_a_broken_library_has_a_reason(tmp_path, monkeypatch) -> None:
     """A file that is not a library for this machine raises no error at import."""
-    (tmp_path / "layers").mkdir()
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "layers" / "_native.py"))
+    monkeypatch.setattr(_native.build, "PACKAGE", tmp_path)
+    monkeypatch.setenv("TENSORMASK_CACHE", str(tmp_path / "cache"))
     library, reason = _native._load()
     assert library is None
     assert "_C.abi3.so does not load with PyTorch" in reason
     (tmp_path / "_C.abi3.so").unlink()
-    assert "no compiled library" in _native._load()[1]
+    assert "run 'tensormask build-ops'" in _native._load()[1]
