@@ -239,9 +239,12 @@ def describe_checkpoint(output: Path) -> str | None:
 def outcome(output: Path) -> dict[str, Any]:
     """Return what must be equal in two runs, by name."""
     checkpoint = load_checkpoint(output / "model_final.pth")
-    ema_file = torch.load(output / "model_final_ema.pth", weights_only=True)["model"]
+    files = ("model_final.pth", "model_final_ema.pth", "model_best.pth")
+    contents = {name: torch.load(output / name, weights_only=True) for name in files}
     parts = {name: checkpoint[name] for name in ("model", "ema", "optimizer", "scheduler")}
-    result = {name: fingerprint(value) for name, value in {**parts, "ema file": ema_file}.items()}
+    for name, content in contents.items():
+        parts[name] = {key: content.get(key) for key in ("model", "score_threshold")}
+    result = {name: fingerprint(value) for name, value in parts.items()}
     records = read_metrics(output / "metrics.json")
     results = [record for record in records if "segm/AP" in record]
     # An evaluation is repeated if the attempt was killed right after it.

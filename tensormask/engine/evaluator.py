@@ -161,8 +161,25 @@ def _evaluate_one(
         ).get("segm")
     if results:  # empty for test-dev, which has no annotations, and above rank 0
         logger.info("Results on %s\n%s", name, results_table(results, oracle))
+        for task, metrics in results.items():
+            if "best_f1" in metrics:
+                f1, threshold = metrics["best_f1"], metrics["best_f1_threshold"]
+                logger.info("%s: best F1 at IoU 0.5 is %.2f, at score %.2f", task, f1, threshold)
         results = results if oracle is None else {**results, "oracle": oracle}
     return distributed.broadcast_object(results)
+
+
+def score_threshold(results: dict[str, Any]) -> float | None:
+    """Return the threshold with the best F1 of masks, or of boxes from a model without masks.
+
+    Args:
+        results: of `evaluate_all`; of several data sets the first counts that has a threshold.
+    """
+    for metrics in [results] if "bbox" in results else results.values():
+        threshold = metrics.get("segm", metrics.get("bbox", {})).get("best_f1_threshold")
+        if threshold is not None:
+            return threshold
+    return None
 
 
 def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:

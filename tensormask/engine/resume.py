@@ -5,6 +5,7 @@ atomically, so that a file with its final name is complete.
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -141,6 +142,18 @@ def write_torch(path: str | Path, content: dict[str, Any]) -> Path:
     """Write a file in `torch.save`'s format atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
     return Path(path)
+
+
+def store_score_threshold(path: str | Path, threshold: float | None) -> None:
+    """Set `score_threshold` in a checkpoint file, atomically, unless it is None or the same.
+
+    Tensors are mapped, not copied to memory (on Windows a mapped file cannot be replaced).
+    """
+    if threshold is None or not Path(path).is_file():
+        return
+    content = read_checkpoint(path, mmap=os.name == "posix")
+    if content.get("score_threshold") != threshold:
+        write_torch(path, {**content, "score_threshold": threshold})
 
 
 def remove_old_checkpoints(output_dir: str | Path, num_kept: int, iteration: int) -> None:

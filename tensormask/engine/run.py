@@ -10,7 +10,7 @@ from typing import Any, cast
 from tensormask.config import CfgNode
 from tensormask.data import IssueReporter, get_dataset
 from tensormask.engine import distributed, events, resume
-from tensormask.engine.evaluator import evaluate_all
+from tensormask.engine.evaluator import evaluate_all, score_threshold
 from tensormask.engine.step import TrainState
 from tensormask.layers import _native
 from tensormask.modeling import TensorMask
@@ -71,18 +71,28 @@ def evaluate(run: Run, done: int) -> dict[str, Any]:
         folder = output_dir / prefix / "inference"
         drawn = cfg.TEST.NUM_VISUALIZED > 0
         run.writer.write_evaluation(done - 1, folder, drawn=drawn, prefix=prefix)
-    metrics = events.flatten_results(results)
-    _keep_best(run, done, metrics)
-    run.writer.write(done - 1, metrics)
+    _keep_best(run, done, results)
+    run.writer.write(done - 1, events.flatten_results(results))
     run.writer.write_issues(done - 1, run.reporter.pop_record())
     return results
 
 
-def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
+def store_score_thresholds(run: Run, results: dict[str, Any]) -> None:
+    """Add the thresholds of the last evaluation to the final checkpoints, which it evaluated."""
+    folder = Path(run.cfg.OUTPUT_DIR)
+    last = resume.find_last_checkpoint(folder)
+    if distributed.is_main_process() and last == folder / resume.FINAL_CHECKPOINT:
+        resume.store_score_threshold(last, score_threshold(results))
+        averaged = score_threshold(results.get("ema", {}))
+        resume.store_score_threshold(folder / resume.FINAL_EMA, averaged)
+
+
+def _keep_best(run: Run, done: int, results: dict[str, Any]) -> None:
     """Write `model_best.pth` if the metric is better than all earlier ones in metrics.json."""
     metric, output_dir = run.cfg.SOLVER.CHECKPOINT_BEST, Path(run.cfg.OUTPUT_DIR)
     if not metric or not distributed.is_main_process():
         return
+    metrics = events.flatten_results(results)
     if metric not in metrics:
         logger.warning(
             "SOLVER.CHECKPOINT_BEST is %r, which is not a metric of this evaluation, so no best "
@@ -93,7 +103,10 @@ def _keep_best(run: Run, done: int, metrics: dict[str, float]) -> None:
     records = events.read_metrics(output_dir / "metrics.json")
     earlier = [record[metric] for record in records if record.get(metric) is not None]
     if metrics[metric] > max(earlier, default=-math.inf):
-        weights = resume.only_weights(_pack(run, done), averaged=metric.startswith("ema/"))
+        averaged = metric.startswith("ema/")
+        weights = resume.only_weights(_pack(run, done), averaged=averaged)
+        if threshold := score_threshold(results["ema"] if averaged else results):
+            weights["score_threshold"] = threshold
         best = resume.write_torch(output_dir / resume.BEST_CHECKPOINT, weights)
         logger.info("%s %.4f is the best so far: %s", metric, metrics[metric], best.name)
 

@@ -27,7 +27,15 @@ from tensormask.engine.resume import (
     unpack_issues,
     warn_of_changes,
 )
-from tensormask.engine.run import Run, evaluate, is_evaluated, log_start, log_summary, save
+from tensormask.engine.run import (
+    Run,
+    evaluate,
+    is_evaluated,
+    log_start,
+    log_summary,
+    save,
+    store_score_thresholds,
+)
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.step import TrainState, train_step
 from tensormask.evaluation import verify_results
@@ -103,6 +111,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
                 _run_iterations(run, batches, stop, start)
             with stop.interruptible():
                 results = evaluate(run, cfg.SOLVER.MAX_ITER)
+            store_score_thresholds(run, results)
             reporter.log_new()
             log_summary(run, results, start, time.perf_counter() - started)
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)

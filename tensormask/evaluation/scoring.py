@@ -45,7 +45,7 @@ def evaluate_results(
     Returns:
         Per IoU type, in percent, NaN without ground-truth objects: `AP`, `AP50`, `AP75`, `APs`,
         `APm`, `APl` and `AP-<class>` at 100 detections per image and class, and `AP@<max_dets>`
-        and `AR@<max_dets>` when `max_dets` is not 100.
+        and `AR@<max_dets>` when `max_dets` is not 100. Also those of `best_f1`.
 
     Raises:
         ValueError: different numbers of names and categories, images or categories that `coco_gt`
@@ -113,7 +113,8 @@ def metrics_and_curves(
         name if counts[name] == 1 else f"{name} (id {category})": categories[category]
         for name, category in zip(class_names, category_ids, strict=True)
     }
-    return _summarize(coco_eval, category_index, max_dets), precision_curves(coco_eval)
+    metrics = _summarize(coco_eval, category_index, max_dets) | best_f1(coco_eval, max_dets)
+    return metrics, precision_curves(coco_eval)
 
 
 def _load_results(ground_truth: COCO, results: list[Result]) -> COCO:
@@ -169,6 +170,41 @@ def precision_curves(coco_eval: COCOeval) -> Curves:
         name: at_100[thresholds].mean(axis=(0, 2)).tolist() if at_100.size else []
         for name, thresholds in chosen.items()
     }
+
+
+def best_f1(coco_eval: COCOeval, max_dets: int) -> Metrics:
+    """Find the threshold on scores with the best F1 over all classes together, at an IoU of 0.5.
+
+    F1 is 2 TP / (2 TP + FP + FN), of the detections whose score is above the threshold. Detections
+    of crowds, which COCO ignores, do not count.
+
+    Args:
+        coco_eval: has matched detections to objects, by `evaluate`.
+        max_dets: detections per image and class.
+
+    Returns:
+        `best_f1` in percent, and `best_f1_threshold` in 0..1, halfway between two scores (or just
+        below the lowest one); the highest of several. `{}` if no detection matches an object.
+    """
+    all_areas = coco_eval.params.areaRng[0]
+    images = [e for e in coco_eval.evalImgs if e is not None and e["aRng"] == all_areas]
+    if not images:
+        return {}
+    num_objects = sum(np.count_nonzero(e["gtIgnore"] == 0) for e in images)
+    score = np.concatenate([e["dtScores"][:max_dets] for e in images])
+    # The first row is of the lowest IoU threshold, 0.5.
+    is_counted = np.concatenate([e["dtIgnore"][0, :max_dets] == 0 for e in images])
+    is_match = np.concatenate([e["dtMatches"][0, :max_dets] > 0 for e in images]) & is_counted
+    if not is_match.any():
+        return {}
+    order = np.argsort(-score[is_counted])
+    score, num_matches = score[is_counted][order], np.cumsum(is_match[is_counted][order])
+    # A threshold cannot separate equal scores.
+    ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))
+    f1 = 2 * num_matches[ends] / (ends + 1 + num_objects)
+    best = ends[f1.argmax()]
+    lower = score[best + 1] if best + 1 < len(score) else 0.998 * score[best]
+    return {"best_f1": 100 * float(f1.max()), "best_f1_threshold": float(score[best] + lower) / 2}
 
 
 def _mean_percent(values: np.ndarray) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fakes import Interrupted, assert_same_bits, interrupted_run, lines, make_cfg, weights
 
+from tensormask.checkpoint.files import get_description
 from tensormask.engine import evaluator, run, trainer
 from tensormask.engine import resume as ckpt
 from tensormask.engine.precision import set_float32_precision
@@ -218,6 +219,48 @@ def test_the_best_averages_are_kept(tmp_path, fakes):
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert best["iteration"] == 4
     assert not torch.equal(best["model"]["out.bias"], weights(tmp_path)["out.bias"])
+
+
+@pytest.mark.parametrize("metric", ["segm/AP", "ema/segm/AP"])
+def test_score_thresholds_are_in_the_evaluated_checkpoints(tmp_path, fakes, monkeypatch, metric):
+    """Weights and averages have their own; a run that was killed in between writes them later."""
+    opts = (*EVERYTHING, "SOLVER.CHECKPOINT_BEST", metric)
+    thresholds = {"inference": 0.25, "ema": 0.75}
+    monkeypatch.setattr(
+        evaluator,
+        "evaluate",
+        lambda model, loader, dataset, folder, **options: {
+            "bbox": {"best_f1": 40.0, "best_f1_threshold": 0.5},
+            "segm": {
+                "AP": 30.0,
+                "best_f1": 40.0,
+                "best_f1_threshold": thresholds[folder.relative_to(tmp_path).parts[0]],
+            },
+        },
+    )
+
+    def stored(name):
+        content = torch.load(tmp_path / name, weights_only=True)
+        return content.get("score_threshold"), content
+
+    def killed(*args):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "store_score_thresholds", killed)
+        with pytest.raises(Interrupted):
+            trainer.train(make_cfg(tmp_path, *opts))
+    threshold, before = stored("model_final.pth")
+    assert threshold is None
+    trainer.train(make_cfg(tmp_path, *opts), resume=True)
+    threshold, after = stored("model_final.pth")
+    assert threshold == get_description(after)["score_threshold"] == 0.25
+    assert after.keys() == before.keys() | {"score_threshold"}
+    assert_same_bits(after["model"], before["model"])
+    assert_same_bits(after["ema"]["model"], before["ema"]["model"])
+    assert stored("model_final_ema.pth")[0] == 0.75
+    assert stored("model_best.pth")[0] == (0.75 if "ema" in metric else 0.25)
+    assert stored("model_0000019.pth")[0] is None
 
 
 def test_an_unknown_best_metric(tmp_path, fakes):

@@ -24,7 +24,6 @@ from tiny import build, make_image
 from torch import nn
 
 from tensormask.evaluation import coco_results, evaluate, results_table
-from tensormask.evaluation.predictions import draw_ground_truth, evenly_spread
 from tensormask.evaluation.submission import server_name
 
 
@@ -125,34 +124,6 @@ def test_no_images_by_default_and_no_output_of_pycocotools(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"coco_instances_results.json", "precision_recall.json"}
-
-
-def test_ground_truth_is_drawn_without_crowds(tmp_path):
-    truth = [
-        annotation(1, 1, 4, rectangle(10, 10, 40, 40)),
-        annotation(2, 1, 4, rectangle(80, 60, 120, 110), iscrowd=1),
-        annotation(3, 1, 4, rectangle(50, 90, 70, 120)) | {"bbox": None},
-        annotation(4, 1, 4, rectangle(20, 90, 40, 120)) | {"segmentation": []},
-        annotation(5, 1, 4, rectangle(1, 1, 4, 4)) | {"segmentation": [], "bbox": None},
-    ]
-    dataset = GreyDataset(coco_json(truth), tmp_path)
-    rgb = np.full((128, 160, 3), 90, np.uint8)
-    image, num_crowds = draw_ground_truth(rgb, dataset, 1)
-    assert num_crowds == 1
-    factor = image.shape[0] // 128
-    image = image[::factor, ::factor]
-    assert (image[25, 25] != 90).any()
-    assert (image[105, 60] != 90).any()  # a mask without a box
-    assert (image[90, 20] != 90).any()  # a box without a mask
-    assert (image[2, 2] == 90).all()
-    assert (image[85, 100] == 90).all()
-
-
-@pytest.mark.parametrize(
-    "count, expected", [(0, []), (1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (99, list(range(10)))]
-)
-def test_evenly_spread(count, expected):
-    assert evenly_spread(list(range(10)), count) == expected
 
 
 def test_images_that_cannot_be_read_count_as_missed(tmp_path, caplog):

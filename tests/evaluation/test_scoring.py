@@ -177,6 +177,49 @@ def test_more_than_100_detections(tmp_path):
     assert fewer["AP"] == pytest.approx(100 * 67 / 101)
 
 
+def test_best_f1_of_all_classes_together(tmp_path):
+    """4 objects and a crowd; matches (+), others (-): 0.9 +, 0.8 +, 0.8 -, 0.7 +, 0.6 -, 0.3 +.
+
+    F1 = 2 TP / (detections + objects): 2/5 above 0.8, 4/7 above 0.7, 6/8 above 0.6, 8/10 above 0.3
+    if all count. The detection of 0.75 is of a crowd and does not.
+    """
+    places = [rectangle(20 * i, 10, 20 * i + 15, 30) for i in range(8)]
+    truth = [
+        *(annotation(i + 1, 1, 4, places[i]) for i in (0, 1)),
+        *(annotation(i + 1, 2, 17, places[i]) for i in (2, 3)),
+        annotation(5, 1, 4, places[4], iscrowd=1),
+    ]
+    dataset = GreyDataset(coco_json(truth, 2), tmp_path)
+    found = {
+        1: detections([places[i] for i in (0, 1, 5, 4)], [0, 0, 0, 0], [0.9, 0.8, 0.8, 0.75]),
+        2: detections([places[i] for i in (2, 6, 3)], [1, 0, 1], [0.7, 0.6, 0.3]),
+    }
+    for metrics in evaluate_found(found, dataset).values():
+        assert metrics["best_f1"] == pytest.approx(80)
+        assert metrics["best_f1_threshold"] == pytest.approx(0.2997)  # just below the lowest
+    found[2] = detections([places[i] for i in (2, 6, 7)], [1, 0, 1], [0.7, 0.6, 0.3])
+    metrics = evaluate_found(found, dataset)["segm"]
+    assert metrics["best_f1"] == pytest.approx(75)
+    assert metrics["best_f1_threshold"] == pytest.approx(0.65)
+    # One detection per image and class: 0.9 +, 0.7 +, 0.6 -; 4/6 above 0.6.
+    metrics = evaluate_found(found, dataset, max_dets=1)["segm"]
+    assert metrics["best_f1"] == pytest.approx(100 * 4 / 6)
+    assert metrics["best_f1_threshold"] == pytest.approx(0.65)
+    # No threshold separates equal scores: 0.9 +, 0.8 +, 0.8 -.
+    found[2] = detections([], [], [])
+    assert evaluate_found(found, dataset)["segm"]["best_f1"] == pytest.approx(100 * 4 / 7)
+
+
+@pytest.mark.parametrize("has_objects", [True, False])
+def test_no_best_f1_without_a_match(tmp_path, has_objects):
+    truth = [annotation(1, 1, 4, rectangle(10, 10, 30, 30))][: int(has_objects)]
+    dataset = GreyDataset(coco_json(truth, 2), tmp_path)
+    for masks in ([], [rectangle(50, 50, 60, 60)]):
+        results = coco_results(detections(masks, [0] * len(masks), [0.5] * len(masks)), 1, [4])
+        metrics = evaluate_results(dataset.to_coco(), results, CLASS_NAMES)["segm"]
+        assert not [name for name in metrics if "f1" in name]
+
+
 def test_only_the_given_images_and_categories_count(tmp_path):
     truth = [annotation(i, i, 4, rectangle(10, 10, 30, 30)) for i in (1, 2)]
     dataset = GreyDataset(coco_json(truth, 2), tmp_path)
