@@ -25,6 +25,7 @@ COMMANDS = {
     "analyze": ("analyze", "count parameters, FLOPs and activations of a model"),
     "convert-weights": ("convert_weights", "write weights for detectron2, or in another format"),
     "run-ablations": ("ablations", "train the rows of the paper's tables on one config"),
+    "build-ops": ("build_ops", "compile the operators for the installed PyTorch"),
     "env": ("env", "print versions, devices and the operators in use"),
 }
 

@@ -7,11 +7,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from tensormask.commands.common import CommandParser, exits_on_user_error
 from tensormask.engine.events import read_metrics
 from tensormask.utils.errors import UserError
@@ -102,7 +97,18 @@ def smoothed(values: Sequence[float], num: int) -> list[float]:
 def draw(
     curves: dict[Path, dict[str, Curve]], metrics: Sequence[str], smooth: int, output: Path
 ) -> None:
-    """Draw a panel for each metric to a PNG, or in another format by the suffix of `output`."""
+    """Draw a panel for each metric to a PNG, or in another format by the suffix of `output`.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'tensormask[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     columns = min(COLUMNS, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure, axes = plt.subplots(

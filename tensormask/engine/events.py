@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,8 +22,13 @@ from tensormask.engine.distributed import is_main_process
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import reraise_disk_full, write_atomically
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 logger = logging.getLogger(__name__)
 
+LOG = "log.txt"
+METRICS = "metrics.json"
 ETA_ITERATIONS = 200
 
 
@@ -41,7 +45,7 @@ def setup_logging(output_dir: str | Path) -> None:
     console = logging.StreamHandler(sys.stdout)
     console.addFilter(lambda record: getattr(record, "on_console", True))
     form = logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%m/%d %H:%M:%S")
-    for handler in (console, _LogFile(Path(output_dir) / "log.txt", encoding="utf-8")):
+    for handler in (console, _LogFile(Path(output_dir) / LOG, encoding="utf-8")):
         handler.setFormatter(form)
         package.addHandler(handler)
 
@@ -184,10 +188,12 @@ class MetricsWriter(AbstractContextManager):
     """
 
     def __init__(self, output_dir: str | Path, start_iteration: int) -> None:
-        self._path = Path(output_dir) / "metrics.json"
+        self._path = Path(output_dir) / METRICS
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
         if is_main_process():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
             drop_metrics_from(self._path, start_iteration)
             self._file = open(self._path, "a", encoding="utf-8")
             # purge_step hides the records that a stopped run wrote after its checkpoint.
@@ -246,7 +252,7 @@ class MetricsWriter(AbstractContextManager):
                 self._board.close()
 
 
-def _write_curve(board: SummaryWriter, tag: str, precision: list[float], iteration: int) -> None:
+def _write_curve(board: "SummaryWriter", tag: str, precision: list[float], iteration: int) -> None:
     # TensorBoard orders a curve by threshold on the score: recall decreases.
     no_counts = np.zeros(len(precision))
     board.add_pr_curve_raw(
@@ -269,7 +275,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def append_issues(output_dir: str | Path, issues: Mapping[str, object] | None) -> None:
     """Append the issues found by an evaluation without training to `metrics.json`, if any."""
     if issues is not None:
-        with open(Path(output_dir) / "metrics.json", "a", encoding="utf-8") as file:
+        with open(Path(output_dir) / METRICS, "a", encoding="utf-8") as file:
             file.write(json_line({"iteration": 0, "issues": issues}))
 
 

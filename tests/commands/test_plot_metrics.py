@@ -1,6 +1,7 @@
 """The command `tools/plot_metrics.py`: reading, choosing and drawing curves."""
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -71,6 +72,12 @@ def test_a_metric_that_one_run_lacks_and_an_empty_cell(tmp_path):
     output = str(tmp_path / "curves.png")
     assert plot_metrics.main([*runs, "--output", output, "--metrics", *names]) == 0
     assert cv2.imread(output).shape == (720, 1800, 3)
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_metrics.main([str(write_run(tmp_path / "a"))]) == 2
+    assert "tensormask[plot]" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line(tmp_path, capsys):
