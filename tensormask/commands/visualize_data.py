@@ -26,7 +26,6 @@ from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 from tensormask.visualization.grid import captioned, montage, shrink, side_by_side
 from tensormask.visualization.instances import (
-    MAX_LABELS,
     draw_instances,
     draw_windows,
     magnification,
@@ -35,6 +34,7 @@ from tensormask.visualization.instances import (
 )
 
 MONTAGE = "montage.png"
+CROWDED = 40  # objects: of more, only the smallest window each
 MONTAGE_COLUMNS, MONTAGE_CELL_WIDTH = 2, 800
 
 
@@ -70,7 +70,7 @@ def draw_sample(sample: dict[str, Any], windows: Windows, class_names: list[str]
     rgb = sample["image"].permute(1, 2, 0).numpy()
     boxes, labels, masks = (sample["target"][key] for key in ("boxes", "labels", "masks"))
     height, width = rgb.shape[:2]
-    factor = max(magnification(height, width), 1 + (len(boxes) > MAX_LABELS))
+    factor = max(magnification(height, width), 1 + (len(boxes) > CROWDED))
     objects = draw_instances(rgb, boxes, labels, masks, class_names=class_names, magnify=factor)
     assignment = assign([boxes], windows, windows.grids((height, width)))
     rows = windows_to_draw(assignment, boxes)
@@ -95,7 +95,7 @@ def windows_to_draw(assignment: Assignment, boxes: torch.Tensor) -> list[int]:
     for row in sorted(range(len(distances)), key=distances.__getitem__):
         key = (assignment.object[row], assignment.level[row], assignment.size[row])
         drawn.setdefault(tuple(map(int, key)), row)
-    if len(boxes) <= MAX_LABELS:
+    if len(boxes) <= CROWDED:
         return list(drawn.values())
     smallest: dict[int, int] = {}
     for (index, *_), row in sorted(drawn.items()):

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from tensormask.visualization.text import FONT_MARGIN, line_width, relative_size, text_size, write
+
 WHITE, DARK = (255, 255, 255), (32, 32, 32)
-FONT, FONT_SCALE, FONT_MARGIN = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 3
 GAP = 8  # pixels between images
 TILE_GAP = 4  # pixels between the tiles of a grid, which can contain a frame
 
@@ -25,32 +26,35 @@ def side_by_side(
 def titled(image: np.ndarray, title: str) -> np.ndarray:
     """Add a white strip with `title` above `image`, which is widened if the title is longer."""
     check_image(image)
-    (text_width, text_height), _ = cv2.getTextSize(title, FONT, FONT_SCALE, 1)
-    strip = text_size("p")[1] + 2 * FONT_MARGIN  # equally high without descenders
     height, width = image.shape[:2]
-    result = np.full((strip + height, max(width, text_width + 2 * FONT_MARGIN), 3), 255, np.uint8)
+    scale = relative_size(height)
+    margin, (text_width, text_height) = line_width(FONT_MARGIN, scale), text_size(title, scale)
+    strip = text_height + 2 * margin
+    result = np.full((strip + height, max(width, text_width + 2 * margin), 3), 255, np.uint8)
     result[strip:, :width] = image
-    write(result, title, FONT_MARGIN, FONT_MARGIN + text_height, DARK)
+    write(result, title, margin, margin, DARK, scale)
     return result
 
 
 def captioned(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Add a white strip with texts below `image`, as many texts per line as fit."""
     check_image(image)
+    scale = relative_size(image.shape[0])
+    margin = line_width(FONT_MARGIN, scale)
     lines: list[str] = []
     for text in texts:
         longer = f"{lines[-1]}   {text}" if lines else text
-        if lines and text_size(longer)[0] + 2 * FONT_MARGIN <= image.shape[1]:
+        if lines and text_size(longer, scale)[0] + 2 * margin <= image.shape[1]:
             lines[-1] = longer
         else:
             lines.append(text)
-    step = text_size("p")[1] + FONT_MARGIN
-    width = max([image.shape[1], *(text_size(line)[0] + 2 * FONT_MARGIN for line in lines)])
-    height = image.shape[0] + len(lines) * step + FONT_MARGIN * bool(lines)
+    step = text_size("", scale)[1] + margin
+    width = max([image.shape[1], *(text_size(line, scale)[0] + 2 * margin for line in lines)])
+    height = image.shape[0] + len(lines) * step + margin * bool(lines)
     result = np.full((height, width, 3), 255, np.uint8)
     result[: image.shape[0], : image.shape[1]] = image
-    for number, line in enumerate(lines, start=1):
-        write(result, line, FONT_MARGIN, image.shape[0] + number * step - FONT_MARGIN, DARK)
+    for number, line in enumerate(lines):
+        write(result, line, margin, image.shape[0] + number * step + margin, DARK, scale)
     return result
 
 
@@ -107,16 +111,17 @@ def tile_grid(
         )
     ((height, width, _),) = shapes
     left = max(text_size(name)[0] for name in row_names) + 2 * FONT_MARGIN
-    top = text_size("p")[1] + FONT_MARGIN
+    line_height = text_size("")[1]
+    top = line_height + FONT_MARGIN
     step_y, step_x = height + TILE_GAP, width + TILE_GAP
     size = (top + len(row_names) * step_y + TILE_GAP, left + len(column_names) * step_x + TILE_GAP)
     canvas = np.full((*size, 3), 255, np.uint8)
     for row, name in enumerate(row_names):
         y = top + TILE_GAP + row * step_y
-        write(canvas, name, FONT_MARGIN, y + (height + text_size(name)[1]) // 2 - FONT_MARGIN, DARK)
+        write(canvas, name, FONT_MARGIN, y + (height - line_height) // 2, DARK)
     for column, name in enumerate(column_names):
         x = left + TILE_GAP + column * step_x
-        write(canvas, name, x + max(0, width - text_size(name)[0]) // 2, top - FONT_MARGIN, DARK)
+        write(canvas, name, x + max(0, width - text_size(name)[0]) // 2, 0, DARK)
     for row, column in np.ndindex(len(row_names), len(column_names)):
         y, x = top + TILE_GAP + row * step_y, left + TILE_GAP + column * step_x
         if frames and (row, column) in frames:
@@ -156,14 +161,3 @@ def check_image(image: np.ndarray) -> None:
     shape: tuple[int, ...] = getattr(image, "shape", ())
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise ValueError(f"expected a uint8 image (H, W, 3), got {dtype} of shape {shape}")
-
-
-def text_size(text: str) -> tuple[int, int]:
-    """Return width and height of a line in pixels, including descenders."""
-    (width, height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
-    return width, height + baseline
-
-
-def write(image: np.ndarray, text: str, x: int, y: int, color: tuple[int, int, int]) -> None:
-    """Write a line into `image` in place, with the left end of its baseline at `(x, y)`."""
-    cv2.putText(image, text, (x, y), FONT, FONT_SCALE, color, 1, cv2.LINE_AA)

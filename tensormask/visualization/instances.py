@@ -1,37 +1,28 @@
 """Draw objects (masks, boxes, labels) and windows on images, and save images.
 
-Images are uint8 RGB arrays `(H, W, 3)`, in and out; inputs are not changed.
+Images are uint8 RGB arrays `(H, W, 3)`, in and out; inputs are not changed. Not `supervision`'s
+annotators: they draw small images without magnification, labels over objects and, in crowded
+images, over other labels, and two classes of one object twice.
 """
 
-import colorsys
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from tensormask.utils.errors import UserError
-from tensormask.visualization.grid import (
-    DARK,
-    FONT,
-    FONT_MARGIN,
-    FONT_SCALE,
-    WHITE,
-    check_image,
-    enlarge,
-    write,
-)
+from tensormask.visualization.colors import Color, instance_color
+from tensormask.visualization.grid import WHITE, check_image, enlarge
+from tensormask.visualization.labels import draw_labels
+from tensormask.visualization.overlap import group_duplicates, mask_extents
+from tensormask.visualization.text import line_width, relative_size
 
 DRAWN_SIDE = 512  # pixels: much smaller images are magnified first
 MASK_OPACITY = 0.45
 DIMMED = 0.45  # brightness of an image below windows, relative to the original
-OUTLINE_WIDTH = 2
-MAX_LABELS = 40
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-
-Rectangle = tuple[int, int, int, int]
+OUTLINE_WIDTH, BOX_WIDTH = 2, 1  # pixels up to 640 pixels; wider in larger images
 
 
 def draw_instances(
@@ -44,15 +35,20 @@ def draw_instances(
     *,
     draw_boxes: bool = True,
     magnify: int | None = None,
+    color_by: Literal["instance", "class"] = "instance",
+    colors: Any | None = None,
 ) -> np.ndarray:
     """Draw K objects on a copy of `image`: a tinted, outlined mask, a box, a name and a score.
 
-    Each object has its own color. A text that would cover another one is omitted; with more than 40
-    objects, all texts are omitted.
+    Lines and texts grow with images of more than 640 pixels. A label covers no other label and at
+    most 40 % of each box; it is omitted where there is no such position, the lowest score first.
+    Detections of different classes that claim one object (IoU of boxes and of masks >= 0.8) are
+    drawn once, the best of them, with one label of all classes.
 
     Args:
         image: `(H, W, 3)` uint8 RGB.
-        boxes: `(K, 4)` xyxy in pixels of `image`; an array or a tensor, like the next three.
+        boxes: `(K, 4)` xyxy in pixels of `image`; an array or a tensor, like the next three. A box
+            that is not finite or empty is not drawn, and the mask's extent has its label.
         labels: `(K,)` integers from 0.
         masks: `(K, H, W)` bool, or None to draw boxes only.
         scores: `(K,)` in 0..1.
@@ -60,12 +56,15 @@ def draw_instances(
         draw_boxes: draw the boxes; without masks they are always drawn.
         magnify: whole factor by which the image is enlarged first; None selects one that makes
             small images large enough for text (4 for 128 pixels, 1 from 342 pixels).
+        color_by: a color per row, or per label; 20 colors repeat.
+        colors: `(K, 3)` RGB in 0..255 by row, instead of `color_by`.
 
     Returns:
         `(magnify * H, magnify * W, 3)` uint8 RGB.
 
     Raises:
-        ValueError: an image that is not uint8 `(H, W, 3)`, or inconsistent shapes.
+        ValueError: an image that is not uint8 `(H, W, 3)`, inconsistent shapes, or an unknown
+            `color_by`.
 
     Example:
         >>> image = np.zeros((80, 100, 3), np.uint8)
@@ -77,7 +76,7 @@ def draw_instances(
     height, width = image.shape[:2]
     labels = _to_numpy(labels).astype(int).reshape(-1)
     boxes = _to_numpy(boxes).astype(float).reshape(-1, 4)
-    scores = None if scores is None else _to_numpy(scores).reshape(-1)
+    scores = None if scores is None else _to_numpy(scores).astype(float).reshape(-1)
     masks = None if masks is None else _to_numpy(masks).astype(bool, copy=False)
     num_objects = len(labels)
     if masks is not None and masks.shape != (num_objects, height, width):
@@ -90,24 +89,39 @@ def draw_instances(
             f"{num_objects} labels, {len(boxes)} boxes and "
             f"{'no' if scores is None else len(scores)} scores: give as many of each"
         )
+    color_of = _colors(labels, color_by, colors)
 
     factor = magnification(height, width) if magnify is None else magnify
     canvas = enlarge(image, factor)
-    if masks is not None:
+    scale = relative_size(max(canvas.shape[:2]))
+    extents = None if masks is None else mask_extents(masks)
+    has_box = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    frames = boxes if extents is None else np.where(has_box[:, None], boxes, extents)
+    corners = _to_pixels(frames, factor)
+    sizes = (corners[:, 2:] - corners[:, :2]).prod(1)
+    order = np.argsort(-(sizes if scores is None else scores), kind="stable").tolist()
+    groups = group_duplicates(order, labels, frames, masks, extents)
+    drawn = sorted(group[0] for group in groups)
+
+    if masks is not None and extents is not None:
         # Large masks first: they would hide small ones that they overlap.
-        for index in np.argsort(-masks.sum((1, 2)), kind="stable"):
-            _draw_mask(canvas, masks[index], factor, instance_color(index))
-    corners = _to_pixels(boxes, factor)
-    if draw_boxes or masks is None:
-        for index, (x0, y0, x1, y1) in enumerate(corners.tolist()):
-            cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), instance_color(index), 1)
-    if num_objects <= MAX_LABELS:
-        taken: list[Rectangle] = []
-        for index, corner in enumerate(corners.tolist()):
-            text = class_name(labels[index], class_names)
-            if scores is not None:
-                text += f" {scores[index]:.0%}"
-            _draw_label(canvas, text, corner, instance_color(index), taken)
+        areas = {row: _area(masks[row], extents[row]) for row in drawn}
+        for row in sorted(drawn, key=lambda row: -areas[row]):
+            width = line_width(OUTLINE_WIDTH, scale)
+            _draw_mask(canvas, masks[row], extents[row], factor, color_of[row], width)
+    for row in drawn:
+        if has_box[row] and (draw_boxes or masks is None):
+            _draw_rectangle(canvas, corners[row], color_of[row], line_width(BOX_WIDTH, scale))
+    groups = [group for group in groups if sizes[group[0]] > 0]
+    texts = [
+        " / ".join(
+            class_name(labels[row], class_names) + ("" if scores is None else f" {scores[row]:.0%}")
+            for row in group
+        )
+        for group in groups
+    ]
+    first = [group[0] for group in groups]
+    draw_labels(canvas, texts, corners[first], [color_of[row] for row in first], scale)
     return canvas
 
 
@@ -137,23 +151,24 @@ def draw_windows(
             f"{len(windows)} windows have the objects {matched.tolist()} of {len(boxes)} boxes; "
             "expected a row of the boxes for each window"
         )
-    canvas = (enlarge(image, factor) * DIMMED).astype(np.uint8)
+    canvas = cv2.convertScaleAbs(enlarge(image, factor), alpha=DIMMED)
+    scale = relative_size(max(canvas.shape[:2]))
+    thin, thick = line_width(BOX_WIDTH, scale), line_width(OUTLINE_WIDTH, scale)
     # Large objects first: they would hide small ones.
     sides = boxes[:, 2:] - boxes[:, :2]
-    for index in np.argsort(-sides.prod(1), kind="stable"):
+    for index in np.argsort(-sides.prod(1), kind="stable").tolist():
         x0, y0, x1, y1 = boxes[index].tolist()
         if index in matched:
             region = canvas[max(y0, 0) : y1, max(x0, 0) : x1]
-            tint = np.array(instance_color(index)) * MASK_OPACITY
-            region[:] = (region * (1 - MASK_OPACITY) + tint).round().astype(np.uint8)
+            region[:] = _tint(region, instance_color(index))
         else:
-            cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), WHITE, OUTLINE_WIDTH)
-            cv2.line(canvas, (x0, y0), (x1 - 1, y1 - 1), WHITE, 1, cv2.LINE_AA)
-            cv2.line(canvas, (x0, y1 - 1), (x1 - 1, y0), WHITE, 1, cv2.LINE_AA)
-    for index, (x0, y0, x1, y1) in zip(matched.tolist(), windows.tolist(), strict=True):
-        color = instance_color(index)
-        cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), color, 1)
-        cv2.circle(canvas, ((x0 + x1) // 2, (y0 + y1) // 2), OUTLINE_WIDTH, color, cv2.FILLED)
+            _draw_rectangle(canvas, boxes[index], WHITE, thick)
+            cv2.line(canvas, (x0, y0), (x1 - 1, y1 - 1), WHITE, thin, cv2.LINE_AA)
+            cv2.line(canvas, (x0, y1 - 1), (x1 - 1, y0), WHITE, thin, cv2.LINE_AA)
+    for index, window in zip(matched.tolist(), windows, strict=True):
+        color, (x0, y0, x1, y1) = instance_color(index), window.tolist()
+        _draw_rectangle(canvas, window, color, thin)
+        cv2.circle(canvas, ((x0 + x1) // 2, (y0 + y1) // 2), thick, color, cv2.FILLED)
     return canvas
 
 
@@ -162,13 +177,6 @@ def class_name(label: int, class_names: Sequence[str] | None) -> str:
     if class_names is not None and 0 <= label < len(class_names):
         return class_names[label]
     return f"class {label}"
-
-
-def instance_color(index: int) -> tuple[int, int, int]:
-    """Return the RGB color of object `index`; successive hues differ by the golden ratio."""
-    hue, saturation = (0.6 + index * GOLDEN_RATIO) % 1, (0.9, 0.65)[index % 2]
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
-    return red, green, blue
 
 
 def magnification(height: int, width: int) -> int:
@@ -219,54 +227,48 @@ def _to_pixels(boxes: Any, factor: int) -> np.ndarray:
     return np.clip(np.nan_to_num(scaled, posinf=0, neginf=0), -1e6, 1e6).round().astype(int)
 
 
+def _colors(labels: np.ndarray, color_by: str, colors: Any | None) -> list[Color]:
+    """Return the color of each row: the given ones, or those of the rows or labels."""
+    if color_by not in ("instance", "class"):
+        raise UserError(f"color_by is {color_by!r}; expected 'instance' or 'class'")
+    if colors is None:
+        return [*map(instance_color, labels if color_by == "class" else range(len(labels)))]
+    given = _to_numpy(colors).astype(int)
+    if given.size != 3 * len(labels):
+        raise ValueError(f"colors of shape {given.shape}; expected {(len(labels), 3)}, RGB by row")
+    return [(red, green, blue) for red, green, blue in given.reshape(-1, 3).tolist()]
+
+
 def _draw_mask(
-    canvas: np.ndarray, mask: np.ndarray, factor: int, color: tuple[int, int, int]
+    canvas: np.ndarray, mask: np.ndarray, extent: np.ndarray, factor: int, color: Color, width: int
 ) -> None:
     """Tint `mask`, given before magnification, in `canvas`, and draw its outline inside of it."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    x0, y0, x1, y1 = extent
+    inside = enlarge(mask[y0:y1, x0:x1].view(np.uint8), factor)
+    if not inside.size:
         return
-    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    inside = enlarge(mask[y0:y1, x0:x1].astype(np.uint8), factor)
-    region = canvas[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
     # Outlines are inside the masks: those of touching objects are next to each other.
-    core = cv2.erode(
-        inside,
-        np.ones((3, 3), np.uint8),
-        iterations=OUTLINE_WIDTH,
-        borderType=cv2.BORDER_CONSTANT,
-        borderValue=0,
-    )
-    inside, core = inside.astype(bool), core.astype(bool)
-    tinted = region[core] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY
-    region[inside ^ core] = color
-    region[core] = tinted.round().astype(np.uint8)
+    padded = cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    depth = cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1]
+    region = canvas[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
+    cv2.copyTo(_tint(region, color), inside, region)
+    region[inside.astype(bool) & (depth <= width)] = color
 
 
-def _draw_label(
-    canvas: np.ndarray,
-    text: str,
-    box: Sequence[int],
-    color: tuple[int, int, int],
-    taken: list[Rectangle],
-) -> None:
-    """Write `text` above, below or inside `box`, wherever it covers no other text; else omit it."""
-    (text_width, text_height), baseline = cv2.getTextSize(text, FONT, FONT_SCALE, 1)
-    width, height = text_width + 2 * FONT_MARGIN, text_height + baseline + FONT_MARGIN
-    x0, y0, _, y1 = box
-    for y in (y0 - height, y1, y0):
-        x = max(0, min(x0, canvas.shape[1] - width))
-        y = max(0, min(y, canvas.shape[0] - height))
-        label = (x, y, x + width, y + height)
-        if not any(_overlap(label, other) for other in taken):
-            break
-    else:
-        return
-    taken.append(label)
-    cv2.rectangle(canvas, label[:2], (label[2] - 1, label[3] - 1), DARK, cv2.FILLED)
-    cv2.rectangle(canvas, label[:2], (x + FONT_MARGIN - 2, label[3] - 1), color, cv2.FILLED)
-    write(canvas, text, x + FONT_MARGIN, y + text_height + FONT_MARGIN - 1, WHITE)
+def _area(mask: np.ndarray, extent: np.ndarray) -> int:
+    x0, y0, x1, y1 = extent
+    return int(np.count_nonzero(mask[y0:y1, x0:x1]))
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _tint(region: np.ndarray, color: Color) -> np.ndarray:
+    """Return a copy of `region` that is blended with `color`."""
+    levels = np.arange(256)[None, :, None] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY
+    return cv2.LUT(region, levels.round().astype(np.uint8)) if region.size else region
+
+
+def _draw_rectangle(canvas: np.ndarray, corners: np.ndarray, color: Color, width: int) -> None:
+    """Draw lines of `width` pixels inside of a box, int xyxy."""
+    x0, y0, x1, y1 = corners.tolist()
+    for step in range(width):
+        start, end = (x0 + step, y0 + step), (x1 - 1 - step, y1 - 1 - step)
+        cv2.rectangle(canvas, start, end, color, 1)

@@ -60,7 +60,7 @@ def test_which_windows_are_drawn():
 
     many = torch.tensor([[x, y, x + 30.0, y + 30] for x in range(9, 200, 24) for y in (9, 90, 170)])
     many = torch.cat([many, many + 12])
-    assert len(many) > visualize_data.MAX_LABELS
+    assert len(many) > visualize_data.CROWDED
     assignment = assign([many], WINDOWS, [(64, 64), (32, 32)])
     rows = visualize_data.windows_to_draw(assignment, many)
     objects = assignment.object[rows].tolist()

@@ -1,16 +1,14 @@
 """Drawn objects: which pixels change, texts, sizes, and invalid input."""
 
-import colorsys
-
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from tensormask.visualization.colors import UNMATCHED, instance_color
 from tensormask.visualization.instances import (
     class_name,
     draw_instances,
-    instance_color,
     magnification,
     save_image,
     unique_stem,
@@ -28,9 +26,9 @@ def square(x0, y0, x1, y1, height=400, width=500):
 
 
 def draw_masks(*masks):
-    """Draw masks without boxes, and with texts in the corner of the image."""
+    """Draw masks only: without boxes, and with empty names."""
     boxes, labels = np.zeros((len(masks), 4)), [0] * len(masks)
-    return draw_instances(grey(), boxes, labels, np.stack(masks), draw_boxes=False)
+    return draw_instances(grey(), boxes, labels, np.stack(masks), class_names=[""])
 
 
 def test_the_input_is_untouched_and_only_the_object_changes():
@@ -97,20 +95,54 @@ def test_names_and_scores_are_written():
     assert len({drawn.tobytes() for drawn in drawings}) == 4
 
 
-def test_texts_do_not_cover_each_other():
-    """Five objects with the same box: three texts fit, the others are omitted."""
-    box = [100, 150, 200, 250]
-    rows_with_text = [
-        (draw_instances(grey(), [box] * n, [0] * n, None) == 32).all(2).any(1).sum()
-        for n in (1, 2, 3, 5)
-    ]
-    assert np.array_equal(rows_with_text, np.array([1, 2, 3, 3]) * rows_with_text[0])
+def test_an_object_of_two_classes_is_drawn_once_with_both_names():
+    near, apart = square(100, 150, 200, 250), square(100, 150, 200, 200)
+    boxes, scores, names = [[100, 150, 200, 250]] * 2, [0.5, 0.75], ["cat", "dog"]
+
+    def draw(masks, labels=(0, 1)):
+        return draw_instances(grey(), boxes, labels, masks, scores, names)
+
+    one = draw_instances(
+        grey(), boxes[:1], [0], near[None], None, ["dog 75% / cat 50%"], colors=[instance_color(1)]
+    )
+    assert np.array_equal(draw(np.stack([near, near])), one)
+    assert not np.array_equal(draw(np.stack([near, near]), labels=(1, 1)), one)
+    assert (draw(np.stack([near, apart]))[150, 150] == instance_color(1)).all()  # its own outline
+    assert (draw(np.stack([apart, near]))[199, 150] == instance_color(0)).all()
 
 
-def test_crowded_images_have_no_texts():
-    boxes = [[10 * i, 10, 10 * i + 8, 20] for i in range(41)]
-    assert (draw_instances(grey(), boxes, [0] * 41, None)[:10] == 100).all()
-    assert (draw_instances(grey(), boxes[:40], [0] * 40, None)[22:40] != 100).any()
+def test_colors_by_class_or_given_by_row():
+    masks = np.stack([square(10, 150, 110, 250), square(200, 150, 300, 250)])
+    boxes = [[10, 150, 110, 250], [200, 150, 300, 250]]
+
+    def outlines(**options):
+        return draw_instances(grey(), boxes, [4, 4], masks, **options)[200, [10, 200]].tolist()
+
+    assert outlines() == [[*instance_color(0)], [*instance_color(1)]]
+    assert outlines(color_by="class") == [[*instance_color(4)]] * 2
+    given = [[1, 2, 3], [250, 5, 6]]
+    assert outlines(colors=given) == outlines(colors=torch.tensor(given)) == given
+    with pytest.raises(ValueError, match="'klass'; expected 'instance' or 'class'"):
+        outlines(color_by="klass")
+    with pytest.raises(ValueError, match=r"expected \(2, 3\)"):
+        outlines(colors=given[:1])
+
+
+def test_lines_are_wider_in_large_images():
+    drawn = draw_instances(grey(40, 3840), [[9, 5, 39, 35]], [0], None, class_names=[""])
+    assert (drawn[20, 9:13] == instance_color(0)).all()  # inside of the box
+    assert (drawn[20, [8, 13]] == 100).all()
+    mask = square(9, 5, 39, 35, 40, 3840)[None]
+    drawn = draw_instances(grey(40, 3840), np.zeros((1, 4)), [0], mask, class_names=[""])
+    assert (drawn[20, 9:16] == instance_color(0)).all()
+    assert not (drawn[20, 17] == instance_color(0)).any()
+
+
+def test_thin_masks_are_drawn_and_those_at_the_border_are_closed():
+    masks = np.stack([square(50, 300, 400, 301), square(400, 0, 500, 400)])
+    drawn = draw_masks(*masks)
+    assert (drawn[300, 50:399] == instance_color(0)).all()
+    assert (drawn[[0, 399, 200, 200], [450, 450, 400, 499]] == instance_color(1)).all()
 
 
 def test_tensors_are_accepted():
@@ -154,11 +186,14 @@ def test_class_names_fall_back_to_numbers():
     assert class_name(3, None) == "class 3"
 
 
-def test_colors_are_far_apart():
-    colors = [np.array(instance_color(i)) / 255 for i in range(12)]
-    hues = sorted(colorsys.rgb_to_hsv(*color)[0] for color in colors)
-    # Evenly spread they would be 1/12 = 0.083 apart.
-    assert np.diff([*hues, hues[0] + 1]).min() > 0.03
+def test_colors_are_told_apart():
+    colors = [UNMATCHED, *map(instance_color, range(20))]
+    lab = cv2.cvtColor(np.float32(colors)[None] / 255, cv2.COLOR_RGB2LAB)[0]
+    distances = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(len(lab))
+    assert distances[1:, 1:].min() > 20
+    assert distances[1:9, 1:9].min() > 45
+    assert distances[0].min() > 45
+    assert instance_color(20) == instance_color(0)
 
 
 def test_saved_images_are_rgb(tmp_path):

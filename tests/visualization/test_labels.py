@@ -1,0 +1,59 @@
+"""Positions of labels, and sizes of texts."""
+
+import numpy as np
+import pytest
+
+from tensormask.visualization.labels import draw_labels, place_labels
+from tensormask.visualization.text import relative_size, text_size
+
+
+def place(boxes, size=(60, 20), canvas_size=(400, 500)):
+    boxes = np.array(boxes, int).reshape(-1, 4)
+    return place_labels(np.full((len(boxes), 2), size), boxes, canvas_size)
+
+
+def test_a_label_is_above_its_box_or_where_it_is_inside_of_the_image():
+    assert place([[100, 150, 200, 250]]) == [(100, 130)]
+    assert place([[480, 150, 500, 250]]) == [(440, 130)]
+    assert place([[100, 5, 200, 50]]) == [(100, 50)]  # below
+    assert place([[0, 0, 500, 400]]) == [(0, 0)]  # inside
+    assert place([]) == []
+
+
+def test_a_label_avoids_other_objects():
+    small = [100, 132, 140, 148]
+    (x, y), *_ = place([[100, 150, 200, 250], small])
+    assert x >= 140 or y + 20 <= 132 or y >= 148
+
+
+def test_labels_do_not_cover_each_other():
+    positions = np.array(place([[100, 150, 200, 250]] * 8))
+    for index, position in enumerate(positions):
+        assert (np.abs(positions[:index] - position) >= (60, 20)).any(1).all()
+
+
+def test_labels_that_do_not_fit_are_omitted_last_first_and_most_of_them_together():
+    boxes = [[100, 150, 130, 180]] * 30  # of which labels may cover 40 %
+    positions = place(boxes[:12])
+    num_placed = sum(position is not None for position in positions)
+    assert 4 <= num_placed < 12
+    assert None not in positions[:4]
+    assert place(boxes) == [None] * 30
+
+
+def test_a_label_has_the_color_of_its_object_and_readable_text():
+    for color, ink in (((250, 240, 0), 0), ((0, 0, 200), 255)):
+        canvas = np.full((100, 200, 3), 100, np.uint8)
+        draw_labels(canvas, ["cell"], np.array([[20, 60, 80, 90]]), [color], 1.0)
+        assert (canvas[59, 20] == color).all()
+        assert (canvas[40:60] == ink).all(2).any()
+        assert (canvas[60:] == 100).all()
+
+
+@pytest.mark.parametrize("side, expected", [(1, 1), (640, 1), (1280, 1.5), (3840, 3.5)])
+def test_texts_grow_with_the_image(side, expected):
+    assert relative_size(side) == expected
+    width, height = text_size("person 62%")
+    larger = text_size("person 62%", expected)
+    assert np.allclose(larger, np.multiply((width, height), expected), rtol=0.15)
+    assert text_size("")[1] == height
