@@ -192,12 +192,12 @@ class MetricsWriter(AbstractContextManager):
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
         if is_main_process():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+            from torch.utils import tensorboard  # slow to import
 
             drop_metrics_from(self._path, start_iteration)
             self._file = open(self._path, "a", encoding="utf-8")
             # purge_step hides the records that a stopped run wrote after its checkpoint.
-            self._board = SummaryWriter(str(output_dir), purge_step=start_iteration)
+            self._board = tensorboard.SummaryWriter(str(output_dir), purge_step=start_iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics, if any; `metrics.json` is flushed, so that a kill loses no line."""
