@@ -27,6 +27,9 @@ _COCO_FILES = {
     "coco_2017_test-dev": ("image_info_test-dev2017.json", "test2017"),
 }
 _SHAPES = {f"shapes_{split}": split for split in shapes.NUM_IMAGES}
+# Annotations and images of each name, in the package (data/nuclei/README.md).
+_NUCLEI_ROOT = Path(__file__).parent / "nuclei"
+_NUCLEI_FILES = {f"nuclei_{split}": (f"{split}.json", split) for split in ("train", "val")}
 _registered: dict[str, tuple[dict[str, Any], str, str]] = {}
 
 
@@ -52,7 +55,7 @@ def register_coco_instances(
         >>> register_coco_instances("cells_train", {}, "cells/train.json", "cells/images")
     """
     entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
-    if name in _COCO_FILES or name in _SHAPES or _registered.get(name, entry) != entry:
+    if name in _built_in_names() or _registered.get(name, entry) != entry:
         raise UserError(f"the data set name {name!r} is taken; register yours under another one.")
     _registered[name] = entry
 
@@ -62,7 +65,8 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
-            (generated at first use), or `path/to/annotations.json@path/to/images`.
+            (generated at first use), `nuclei_train` or `nuclei_val` (in the package), or
+            `path/to/annotations.json@path/to/images`.
         root: the folder of COCO and shapes; default `$TENSORMASK_DATASETS`, else
             `$DETECTRON2_DATASETS`, else `./datasets`.
 
@@ -85,6 +89,9 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
     """Return metadata, annotations and folder of images of a name."""
     if name in _SHAPES:
         return {}, *shapes.ensure_shapes(_SHAPES[name], root)
+    if name in _NUCLEI_FILES:
+        json_name, folder = _NUCLEI_FILES[name]
+        return {}, _NUCLEI_ROOT / json_name, _NUCLEI_ROOT / folder
     json_file: str | Path
     image_root: str | Path
     metadata: dict[str, Any] = {}
@@ -101,7 +108,7 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
     elif separator := re.search(r"\.json@", name, re.IGNORECASE):
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
-        known = [*_registered, *_SHAPES, *_COCO_FILES]
+        known = [*_registered, *_built_in_names()]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(
             f"unknown data set {name!r}; the nearest known name is {nearest!r}. "
@@ -114,6 +121,10 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
                 f"the {part} of {name} are not at {Path(path).absolute()}.{hint}"
             )
     return metadata, json_file, image_root
+
+
+def _built_in_names() -> list[str]:
+    return [*_SHAPES, *_NUCLEI_FILES, *_COCO_FILES]
 
 
 def _data_root(root: str | os.PathLike[str] | None) -> Path:

@@ -37,7 +37,7 @@ def test_registered_names(tmp_path):
     assert get_dataset("mine") is dataset
 
 
-@pytest.mark.parametrize("name", ["mine", "coco_2017_val", "shapes_train"])
+@pytest.mark.parametrize("name", ["mine", "coco_2017_val", "shapes_train", "nuclei_val"])
 def test_a_name_cannot_be_registered_twice(name):
     register_coco_instances("mine", {}, "a.json", "images")
     with pytest.raises(ValueError, match="taken"):
@@ -105,7 +105,11 @@ def test_missing_coco_names_the_path_and_the_variable(tmp_path):
 
 def test_unknown_names():
     choices = r"annotations\.json@path/to/images.*register_coco_instances"
-    for written, nearest in (("coco_2017_vel", "coco_2017_val"), ("shape_train", "shapes_train")):
+    for written, nearest in (
+        ("coco_2017_vel", "coco_2017_val"),
+        ("shape_train", "shapes_train"),
+        ("nucleus_train", "nuclei_train"),
+    ):
         with pytest.raises(ValueError, match=rf"nearest known name is '{nearest}'.*{choices}"):
             get_dataset(written)
 
