@@ -17,6 +17,7 @@ CHECK = "from tensormask.layers import _native; print(_native.LIBRARY or _native
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        prog="tensormask build-ops",
         description="Compile the operators, which run in plain PyTorch otherwise. It needs Linux, "
         "a C++ compiler, and for the CUDA kernels a CUDA toolkit.",
         epilog="FORCE_CUDA=1 compiles the CUDA kernels on a machine without a GPU, "

@@ -21,6 +21,7 @@ from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
 
 EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 128 + 2  # like a process that SIGINT ended
 Main = Callable[[list[str] | None], int]
 
 
@@ -161,7 +162,10 @@ def write_json(path: str, content: object) -> None:
 
 
 def exits_on_user_error(main: Main) -> Main:
-    """Decorate a `main`: print a `UserError` or `OSError` as one line, and return exit code 2."""
+    """Decorate a `main`: print a `UserError` or `OSError` as one line, and return exit code 2.
+
+    Ctrl+C ends the command without a traceback.
+    """
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None) -> int:
@@ -170,5 +174,7 @@ def exits_on_user_error(main: Main) -> Main:
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_MISTAKE
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
 
     return wrapped
