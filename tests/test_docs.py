@@ -1,4 +1,4 @@
-"""The documents name only what exists: links, paths, modules, config keys, command-line options."""
+"""The documents name only what exists: links, paths, modules, config keys, command lines."""
 
 import contextlib
 import importlib
@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tensormask.cli import COMMANDS
 from tensormask.config import get_cfg
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+COMMAND_LINE = re.compile(
+    r"^(?:\w+=\S* )*(?:\S*python3? |torchrun .*?)?"
+    r"(-m tensormask|tensormask|(?:tools|dev)/\w+\.py) (.*)",
+    re.MULTILINE,
+)
 EACH_PAGE = pytest.mark.parametrize("page", PAGES)
 
 
@@ -25,14 +31,14 @@ def read(page: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the command lines of the fenced blocks, split into words."""
+    """Return the command lines of the fenced blocks, from the name of the program on."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = (
-        "\n".join(block for language, block in blocks if not language)
-        .replace("\\\n", " ")
-        .splitlines()
-    )
-    return [shlex.split(line, comments=True) for line in lines if re.search(r"\w+/\w+\.py ", line)]
+    shell = "\n".join(block for language, block in blocks if language in ("", "bash", "sh"))
+    lines = COMMAND_LINE.findall(shell.replace("\\\n", " "))
+    return [
+        [program.removeprefix("-m "), *shlex.split(words, comments=True)]
+        for program, words in lines
+    ]
 
 
 def anchors(path: Path) -> set[str]:
@@ -43,17 +49,21 @@ def anchors(path: Path) -> set[str]:
 
 @cache
 def help_of(script: str, *subcommand: str) -> str:
-    """Return the help of a script of tools/ or dev/."""
-    if script.startswith("tools/"):
-        source = (ROOT / script).read_text(encoding="utf-8")
-        module = re.search(r"from (tensormask\.commands\.\w+) import main", source)[1]
-    else:
-        module = Path(script).stem  # pytest has dev/ on its path
-    main = importlib.import_module(module).main
+    """Return the help of a script of dev/."""
+    main = importlib.import_module(Path(script).stem).main  # pytest has dev/ on its path
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
         main([*subcommand, "--help"])
     return printed.getvalue()
+
+
+def command_of(program: str, words: list[str]) -> tuple[str, list[str]]:
+    """Return the module of a command, given by `tensormask` or tools/*.py, and its arguments."""
+    if program == "tensormask":
+        length = 1 + (words[0] not in COMMANDS)
+        return COMMANDS[" ".join(words[:length])][0], words[length:]
+    source = (ROOT / program).read_text(encoding="utf-8")
+    return re.search(r"from tensormask\.commands\.(\w+) import main", source)[1], words
 
 
 @EACH_PAGE
@@ -95,15 +105,20 @@ def test_keys_of_the_config(page):
 
 
 @EACH_PAGE
-def test_options_of_commands(page):
-    for words in commands(read(page)):
-        start = next(i for i, word in enumerate(words) if re.fullmatch(r"\w+/\w+\.py", word))
-        script, arguments = words[start], words[start + 1 :]
-        subcommand = arguments[:1] if script == "dev/benchmark.py" else []
-        for word in arguments:
-            option = word.strip("[]")
-            if option.startswith("--"):
-                assert re.search(rf"{option}(?![\w-])", help_of(script, *subcommand)), words
+def test_command_lines(page):
+    for program, *words in commands(read(page)):
+        if program.startswith("dev/"):
+            subcommand = words[:1] if program == "dev/benchmark.py" else []
+            for word in words:
+                option = word.strip("[]")
+                if option.startswith("--"):
+                    assert re.search(rf"{option}(?![\w-])", help_of(program, *subcommand)), words
+        elif not words[0].startswith("-"):
+            module, arguments = command_of(program, words)
+            if arguments[-1:] == ["..."] and not arguments[-2].startswith("-"):
+                del arguments[-1]
+            parser = importlib.import_module(f"tensormask.commands.{module}").build_parser()
+            get_cfg().merge_from_list(getattr(parser.parse_args(arguments), "opts", []))
 
 
 @EACH_PAGE
