@@ -70,7 +70,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def interrupted_run(cfg, monkeypatch, iteration):
+def interrupted_run(cfg, monkeypatch, iteration, **options):
     """Train until an exception before this iteration."""
     real = trainer.train_step
 
@@ -82,4 +82,4 @@ def interrupted_run(cfg, monkeypatch, iteration):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", step)
         with pytest.raises(Interrupted):
-            trainer.train(cfg)
+            trainer.train(cfg, **options)

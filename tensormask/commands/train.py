@@ -36,8 +36,16 @@ def build_parser(command: str = "train") -> CommandParser:
         "OUTPUT_DIR output/small",
     )
     add_config_file(parser, default="")
+    start = parser.add_mutually_exclusive_group().add_argument
+    start("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    start(
+        "--overwrite",
+        action="store_true",
+        help=argparse.SUPPRESS
+        if only_evaluates
+        else "replace the run in OUTPUT_DIR; otherwise a new run goes to OUTPUT_DIR_2, _3, ...",
+    )
     add = parser.add_argument
-    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     add(
         "--eval-only",
         action="store_true",
@@ -104,7 +112,8 @@ def launch_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
     check_launch(device=cfg.MODEL.DEVICE, **options)
     command = [sys.executable, "-m", "tensormask.commands.train"]
     command += ["--num-gpus", str(min(1, args.num_gpus)), "--config-file", args.config_file]
-    command += ["--resume"] * args.resume + ["--eval-only"] * args.eval_only
+    command += ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
+    command += ["--eval-only"] * args.eval_only
     return launch([*command, *args.opts], **options)
 
 
@@ -127,8 +136,10 @@ def main(arguments: list[str] | None = None, command: str = "train") -> int:
         if args.num_gpus > 1 or args.num_machines != 1 or args.machine_rank:
             return launch_processes(args, cfg)
         distributed.start(cfg.MODEL.DEVICE)
-        run = evaluate_only if args.eval_only else train
-        run(cfg, resume=args.resume)
+        if args.eval_only:
+            evaluate_only(cfg, resume=args.resume)
+        else:
+            train(cfg, resume=args.resume, overwrite=args.overwrite)
         distributed.stop()
     except (NonFiniteError, UnexpectedResultsError, DiskFullError) as error:
         return _fail(error, EXIT_FAILED)

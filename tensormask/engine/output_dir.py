@@ -1,17 +1,19 @@
 """The folder of a run, `OUTPUT_DIR`: its lock, its log file, and a record of what ran in it."""
 
+import itertools
 import logging
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from tensormask.engine.distributed import is_main_process
-from tensormask.engine.events import log_error, setup_logging
+from tensormask.engine.distributed import broadcast_object, is_main_process
+from tensormask.engine.events import LOG, METRICS, log_error, setup_logging
+from tensormask.engine.resume import LAST_CHECKPOINT
 from tensormask.utils import env
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import remove_leftovers
@@ -19,43 +21,117 @@ from tensormask.utils.files import remove_leftovers
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+CONFIG = "config.yaml"
 ENVIRONMENT = "environment.txt"
 
 
+class FolderInUseError(UserError):
+    """Another process uses the folder of a run."""
+
+
 @contextmanager
-def open_output_dir(output_dir: str | Path) -> Iterator[None]:
+def open_output_dir(output_dir: str | Path, *, new_run: bool = False) -> Iterator[Path]:
     """Lock the folder of a run, and log to its `log.txt`, also the error that ends the block.
 
+    Args:
+        new_run: if `output_dir` holds a run or is in use, create and take `<output_dir>_2`, `_3`,
+            ... instead. It is removed if the block fails before it writes `config.yaml`.
+
+    Yields:
+        The folder, the same in every rank.
+
     Raises:
-        UserError: another process uses the folder.
+        FolderInUseError: another process uses `output_dir`, and it is not a new run.
     """
-    with lock_output_dir(output_dir):
+    output_dir = Path(output_dir)
+    if output_dir.name in ("", ".."):
+        output_dir = output_dir.resolve()
+    with ExitStack() as stack:
+        folder = output_dir
+        if is_main_process() and new_run:
+            folder = _lock_new(output_dir, stack)
+        elif is_main_process():
+            stack.enter_context(lock_output_dir(output_dir))
+        folder = broadcast_object(folder)
         if not is_main_process():
-            yield
+            yield folder
             return
-        setup_logging(output_dir)
+        setup_logging(folder)
+        if folder != output_dir:
+            logger.info(
+                "%s holds another run, so this run is in %s (--resume continues the other one, "
+                "--overwrite replaces it)",
+                *(output_dir, folder),
+            )
         try:
-            yield
-        except Exception as error:
-            log_error(error)
+            yield folder
+        except BaseException as error:
+            if isinstance(error, Exception):
+                log_error(error)
+            if folder != output_dir and not (folder / CONFIG).exists():
+                _remove_folder(folder)
             raise
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Return whether a training run has started in a folder."""
+    return any((Path(folder) / name).exists() for name in (LAST_CHECKPOINT, METRICS))
+
+
+def _lock_new(output_dir: Path, stack: ExitStack) -> Path:
+    """Lock `output_dir` until the stack is closed, or create and lock a numbered folder."""
+    if not holds_run(output_dir):
+        with suppress(FolderInUseError):
+            stack.enter_context(lock_output_dir(output_dir))
+            if not holds_run(output_dir):  # else a run has started and ended since the first look
+                return output_dir
+            stack.close()
+    for number in itertools.count(2):
+        folder = output_dir.with_name(f"{output_dir.name}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()  # by one process only
+            stack.enter_context(lock_output_dir(folder))
+            return folder
+    raise AssertionError("unreachable")
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove the folder of a run that has not started, unless it contains unknown files."""
+    with suppress(OSError):
+        for name in (LOG, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def link_latest(output_dir: str | Path, folder: Path) -> None:
+    """Point the link `<output_dir>_latest` to the folder of a run that was started there.
+
+    Where this is not possible, or a file or folder has this name, nothing changes.
+    """
+    link = Path(output_dir).resolve()
+    link = link.with_name(f"{link.name}_latest")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    try:
+        if link.exists() and not link.is_symlink():
+            raise FileExistsError(f"{link} is not a link")
+        temporary.symlink_to(folder.resolve().name, target_is_directory=True)
+        temporary.replace(link)
+    except OSError as error:
+        logger.debug("No link to the latest run: %s", error)
 
 
 @contextmanager
 def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
     """Lock `output_dir` for the block, and remove the leftovers of killed runs.
 
-    Rank 0 of a run holds the lock. The kernel releases it however the process ends. Worker
+    The kernel releases it however the process ends. Worker
     processes, which can outlive it for seconds, do not inherit it (as they would with `flock`).
 
     Raises:
-        UserError: another process uses the folder.
+        FolderInUseError: another process uses the folder.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not is_main_process():
-        yield
-        return
     try:
         import fcntl
     except ImportError:  # Windows
@@ -67,7 +143,7 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(
+            raise FolderInUseError(
                 f"{output_dir} is in use by {file.read().strip() or 'another process'}: wait for "
                 "it, end it, or give another OUTPUT_DIR"
             ) from None

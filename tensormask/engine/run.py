@@ -100,7 +100,7 @@ def _keep_best(run: Run, done: int, results: dict[str, Any]) -> None:
             *(metric, ", ".join(metrics)),
         )
         return
-    records = events.read_metrics(output_dir / "metrics.json")
+    records = events.read_metrics(output_dir / events.METRICS)
     earlier = [record[metric] for record in records if record.get(metric) is not None]
     if metrics[metric] > max(earlier, default=-math.inf):
         averaged = metric.startswith("ema/")
@@ -115,7 +115,7 @@ def is_evaluated(run: Run, done: int) -> bool:
     """Return whether metrics.json, as rank 0 reads it, has results after `done` iterations."""
     evaluated = any(
         record["iteration"] == done - 1 and not {"total_loss", "issues"} & record.keys()
-        for record in events.read_metrics(Path(run.cfg.OUTPUT_DIR) / "metrics.json")
+        for record in events.read_metrics(Path(run.cfg.OUTPUT_DIR) / events.METRICS)
     )
     return distributed.broadcast_object(evaluated)
 
@@ -138,14 +138,18 @@ def log_start(run: Run, start: int) -> None:
 def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -> None:
     """Log the table at the end of a run."""
     flat = events.flatten_results(results)
-    best = Path(run.cfg.OUTPUT_DIR) / resume.BEST_CHECKPOINT
+    output_dir = Path(run.cfg.OUTPUT_DIR)
+    best = output_dir / resume.BEST_CHECKPOINT
+    drawings = sorted(output_dir.glob("inference/**/montage.png"))
     rows = {
         "iterations": f"{start} to {run.cfg.SOLVER.MAX_ITER}",
         "time": timedelta(seconds=round(seconds)),
         "most memory": f"{events.peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
         **{name: f"{value:.2f}" for name, value in flat.items() if name.endswith("/AP")},
-        "weights": Path(run.cfg.OUTPUT_DIR) / resume.FINAL_CHECKPOINT,
+        "weights": output_dir / resume.FINAL_CHECKPOINT,
     }
     if run.cfg.SOLVER.CHECKPOINT_BEST and best.is_file():
         rows["best weights"] = best
+    if run.cfg.TEST.NUM_VISUALIZED > 0 and drawings:
+        rows["drawings"] = ", ".join(map(str, drawings))
     logger.info("Finished\n%s", events.format_summary(rows))

@@ -17,7 +17,7 @@ from tensormask.data import build_train_loader, get_dataset
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
 from tensormask.engine.evaluator import build_issue_reporter, check_evaluation
-from tensormask.engine.output_dir import open_output_dir, record_environment
+from tensormask.engine.output_dir import CONFIG, link_latest, open_output_dir, record_environment
 from tensormask.engine.precision import build_autocast, set_float32_precision
 from tensormask.engine.resume import (
     LAST_CHECKPOINT,
@@ -49,12 +49,17 @@ logger = logging.getLogger(__name__)
 LOG_PERIOD = 20
 
 
-def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train the model of a config, evaluate it, and write all files to `OUTPUT_DIR`.
+
+    If `OUTPUT_DIR` holds a run or is in use, this run goes to `<OUTPUT_DIR>_2`, `_3`, ..., which
+    the log and the run's `config.yaml` name. The link `<OUTPUT_DIR>_latest` points to the run that
+    was started last.
 
     Args:
         resume: continue from the last checkpoint in `OUTPUT_DIR`; without a checkpoint, start from
             the beginning. A finished run is only evaluated.
+        overwrite: start in `OUTPUT_DIR` even if it holds a run, and replace its files.
 
     Returns:
         The results of the last evaluation (see `evaluate_all`); with `SOLVER.EMA` also those of the
@@ -67,10 +72,11 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         DiskFullError: the disk is full; existing checkpoints are intact.
         UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
-    output_dir, started = Path(cfg.OUTPUT_DIR), time.perf_counter()
-    with open_output_dir(output_dir), StopSignals() as stop:
+    given_dir, started = cfg.OUTPUT_DIR, time.perf_counter()
+    new_run = not (resume or overwrite)
+    with open_output_dir(given_dir, new_run=new_run) as output_dir, StopSignals() as stop:
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
-        cfg = _with_seed(distributed.scale_to_world_size(cfg), checkpoint)
+        cfg = _complete(distributed.scale_to_world_size(cfg), output_dir, checkpoint)
         with distributed.first_on_machine():  # this can draw a data set
             trained_on = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
             check_evaluation(cfg, trained_on[0] if trained_on else None)
@@ -103,7 +109,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         if distributed.is_main_process():
             if start == 0:
                 (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
-            write_atomically(output_dir / "config.yaml", lambda f: f.write(cfg.dump().encode()))
+            write_atomically(output_dir / CONFIG, lambda f: f.write(cfg.dump().encode()))
+            if not resume:
+                link_latest(given_dir, output_dir)
             record_environment(output_dir)
         with events.MetricsWriter(output_dir, start) as writer:
             run = Run(cfg, state, writer, reporter, issues)
@@ -192,10 +200,14 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
             raise
 
 
-def _with_seed(cfg: CfgNode, checkpoint: dict | None) -> CfgNode:
-    """Return a copy with SEED set: the config's, else the checkpoint's, else a random one."""
+def _complete(cfg: CfgNode, output_dir: Path, checkpoint: dict | None) -> CfgNode:
+    """Return a copy with the folder of the run, and with a SEED if the config has none.
+
+    The seed is that of the checkpoint; without a checkpoint it is random.
+    """
     cfg = cfg.clone()
     cfg.defrost()
+    cfg.OUTPUT_DIR = str(output_dir)
     if cfg.SEED < 0 and checkpoint is not None:
         cfg.SEED = yaml.safe_load(checkpoint["config"])["SEED"]
     elif cfg.SEED < 0:

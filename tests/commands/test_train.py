@@ -46,13 +46,14 @@ def test_a_launched_process_launches_no_others(monkeypatch, capsys):
 def test_the_launched_command_has_all_options(monkeypatch):
     calls = []
     monkeypatch.setattr(train_net, "launch", lambda *args, **options: calls.append((args, options)))
-    words = ["--config-file", str(CONFIGS / "quickstart.yaml"), "--num-gpus", "2", "--resume"]
-    train_net.main([*words, "MODEL.DEVICE", "cpu"])
-    (((_, *command),), options) = calls[0]
-    assert command[2:] == [
-        *("--num-gpus", "1", "--config-file", words[1], "--resume", "MODEL.DEVICE", "cpu"),
-    ]
-    assert options["num_processes"] == 2
+    words = ["--config-file", str(CONFIGS / "quickstart.yaml"), "--num-gpus", "2"]
+    for flags in (["--resume", "--eval-only"], ["--overwrite"]):
+        train_net.main([*words, *flags, "MODEL.DEVICE", "cpu"])
+        (((_, *command),), options) = calls.pop()
+        assert command[2:] == [
+            *("--num-gpus", "1", "--config-file", words[1], *flags, "MODEL.DEVICE", "cpu"),
+        ]
+        assert options["num_processes"] == 2
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_the_launched_command_has_all_options(monkeypatch):
     ids=lambda value: type(value).__name__,
 )
 def test_exit_codes(monkeypatch, capsys, error, code):
-    def run(cfg, resume):
+    def run(cfg, **options):
         raise error
 
     monkeypatch.setattr(train_net, "train", run)
@@ -79,7 +80,7 @@ def test_exit_codes(monkeypatch, capsys, error, code):
 
 @pytest.mark.parametrize("bug", [KeyError("x"), ValueError("x")])
 def test_a_bug_keeps_its_traceback(monkeypatch, bug):
-    def run(cfg, resume):
+    def run(cfg, **options):
         raise bug
 
     monkeypatch.setattr(train_net, "train", run)

@@ -1,6 +1,7 @@
 """The training loop, with a small model and loader of known behavior."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +67,39 @@ def test_a_finished_run_is_only_evaluated(tmp_path, fakes):
 
 def test_a_new_run_is_not_resumed_from_an_old_one(tmp_path, fakes, monkeypatch):
     trainer.train(make_cfg(tmp_path))
-    interrupted_run(make_cfg(tmp_path, "SEED", 6), monkeypatch, 3)
+    interrupted_run(make_cfg(tmp_path, "SEED", 6), monkeypatch, 3, overwrite=True)
     assert not (tmp_path / "last_checkpoint").exists()
     trainer.train(make_cfg(tmp_path, "SEED", 6), resume=True)
     assert [r["iteration"] for r in lines(tmp_path)] == [19, 29, 29]
+
+
+def test_a_run_is_not_overwritten(tmp_path, fakes, monkeypatch):
+    first, second, third = (tmp_path / name for name in ("run", "run_2", "run_3"))
+    link = tmp_path / "run_latest"
+    trainer.train(make_cfg(first))
+    assert link.readlink() == Path("run")
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    # A run that has no checkpoint yet is a run too.
+    interrupted_run(make_cfg(first, "SEED", 6), monkeypatch, 3)
+    assert link.readlink() == Path("run_2")
+    trainer.train(make_cfg(first, "SEED", 7))
+    with pytest.raises(ValueError, match="MAX_DETS is 0"):
+        trainer.train(make_cfg(first, "TEST.MAX_DETS", 0))
+    assert sorted(tmp_path.iterdir()) == [first, second, third, link]
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
+    assert link.readlink() == Path("run_3")
+    assert yaml.safe_load((third / "config.yaml").read_text())["OUTPUT_DIR"] == str(third)
+    log = (third / "log.txt").read_text()
+    assert f"{first} holds another run, so this run is in {third}" in log
+    assert f"weights      {third / 'model_final.pth'}" in log
+
+    trainer.train(make_cfg(second, "SEED", 6), resume=True)  # it is continued where it is
+    assert "SEED: 6" in load_checkpoint(second / "model_final.pth")["config"]
+    trainer.train(make_cfg(first, "SEED", 8), overwrite=True)
+    assert "SEED: 8" in load_checkpoint(first / "model_final.pth")["config"]
+    assert len(lines(first)) == 3
+    assert link.readlink() == Path("run")
+    assert sorted(tmp_path.iterdir()) == [first, second, third, link]
 
 
 def test_several_test_sets(tmp_path, fakes):
