@@ -53,7 +53,7 @@ The COCO configs start from MSRA's weights. torchvision's expect RGB on another 
 stride in the 3x3 convolutions. To start from them:
 
 ```
-python tools/train_net.py --config-file configs/tensormask_R_50_FPN_1x.yaml \\
+tensormask train --config-file tensormask_R_50_FPN_1x \\
     MODEL.WEIGHTS torchvision_R_50 MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB \\
     MODEL.PIXEL_MEAN "[123.675, 116.28, 103.53]" MODEL.PIXEL_STD "[58.395, 57.12, 57.375]"
 ```
@@ -96,10 +96,7 @@ def _row(model: ZooModel, metrics: tuple[str, ...]) -> str:
 
 
 def _evaluation(model: ZooModel) -> str:
-    return (
-        f"python tools/train_net.py --config-file {model.config} --eval-only "
-        f"MODEL.WEIGHTS {model.name}"
-    )
+    return f"tensormask evaluate --config-file {model.name} MODEL.WEIGHTS {model.name}"
 
 
 if __name__ == "__main__":

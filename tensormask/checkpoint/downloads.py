@@ -77,7 +77,7 @@ def _url(model: ZooModel) -> str:
     if model.url is None:
         raise UserError(
             f"no weights of {model.name} were released: train it with "
-            f"tools/train_net.py --config-file {model.config}"
+            f"tensormask train --config-file {model.name}"
         )
     return model.url
 

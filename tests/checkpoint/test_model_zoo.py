@@ -52,11 +52,10 @@ def test_document_is_of_the_table():
 
 def test_commands_of_the_document():
     text = (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8").replace("\\\n", "")
-    commands = re.findall(r"^python tools/train_net\.py (.+)$", text, re.MULTILINE)
+    commands = re.findall(r"^tensormask (train|evaluate) (.+)$", text, re.MULTILINE)
     named = []
-    for command in commands:
-        args = train.build_parser().parse_args(shlex.split(command))
-        args.config_file = str(ROOT / args.config_file)
+    for command, words in commands:
+        args = train.build_parser(command).parse_args(shlex.split(words))
         cfg = train.setup_config(args)
         named.append((args.eval_only, cfg.MODEL.WEIGHTS))
     assert named == [
