@@ -24,10 +24,9 @@ from tensormask.data.transforms import image_to_tensor, transform_image
 from tensormask.layers import paste_masks
 from tensormask.modeling.inference import masks_at_windows
 from tensormask.modeling.inspect import (
-    WindowInspection,
+    Inspection,
     aligned_tensor,
     aligned_units,
-    inspect_image,
     natural_masks,
 )
 from tensormask.modeling.mask_head import MaskHead
@@ -104,7 +103,7 @@ def draw(
 ) -> None:
     """Draw `rgb`, the network's input, level by level, and print which windows fire."""
     model = predictor.model
-    inspection = inspect_image(model, image_to_tensor(rgb), threshold)
+    inspection = model.inspect(image_to_tensor(rgb), score_threshold=threshold)
     panels = []
     print(f"level  window  windows  fired  detections  best   (fired: score > {threshold:g})")
     for level in levels:
@@ -126,9 +125,7 @@ def draw(
     save_image(output / OVERVIEW, side_by_side(detections, by_level))
 
 
-def draw_detections(
-    predictor: Predictor, inspection: WindowInspection, rgb: np.ndarray
-) -> np.ndarray:
+def draw_detections(predictor: Predictor, inspection: Inspection, rgb: np.ndarray) -> np.ndarray:
     """Draw the detections of all levels, like tools/demo.py, but on the network's input."""
     (height, width), masks, found = rgb.shape[:2], None, inspection.detections
     if predictor.model.mask_head is not None:
@@ -141,7 +138,7 @@ def draw_detections(
 
 
 def draw_fired(
-    predictor: Predictor, inspection: WindowInspection, rgb: np.ndarray, level: int, size: int
+    predictor: Predictor, inspection: Inspection, rgb: np.ndarray, level: int, size: int
 ) -> np.ndarray:
     """Draw windows on a dark image: those that fire in thin white, those of detections in color."""
     dark = (fit(rgb, PANEL_SIDE) * DIMMED).astype(np.uint8)
@@ -155,7 +152,7 @@ def draw_fired(
     return draw_instances(view, boxes, found.labels, None, found.scores, names, magnify=1)
 
 
-def draw_scores(inspection: WindowInspection, level: int, size: int) -> np.ndarray:
+def draw_scores(inspection: Inspection, level: int, size: int) -> np.ndarray:
     """Draw the scores of all windows; detections have frames in the colors of `draw_fired`."""
     scores, found = inspection.scores[level][size], inspection.detections_at(level, size)
     # An image without windows that fire stays dark.
@@ -171,7 +168,7 @@ def draw_scores(inspection: WindowInspection, level: int, size: int) -> np.ndarr
 def draw_masks(
     predictor: Predictor,
     mask_head: MaskHead,
-    inspection: WindowInspection,
+    inspection: Inspection,
     rgb: np.ndarray,
     level: int,
     size: int,
@@ -208,7 +205,7 @@ def draw_masks(
 def draw_aligned(
     windows: Windows,
     mask_head: MaskHead,
-    inspection: WindowInspection,
+    inspection: Inspection,
     level: int,
     size: int,
     best: tuple[int, int],
@@ -234,7 +231,7 @@ def draw_aligned(
 
 
 def best_windows(
-    predictor: Predictor, inspection: WindowInspection, level: int, size: int
+    predictor: Predictor, inspection: Inspection, level: int, size: int
 ) -> dict[tuple[int, int], str]:
     """Return titles by index (y, x): of the best detections, else of the best window."""
     scores, found = inspection.scores[level][size], inspection.detections_at(level, size)

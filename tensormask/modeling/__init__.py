@@ -1,6 +1,33 @@
-"""The model. `build_model` makes it from a config; `TensorMask` and its parts work without one."""
+"""The model. `TensorMask.build` and `build_model` make it; its parts work without a config."""
 
+from tensormask.modeling.assignment import Assignment, assign
+from tensormask.modeling.backbone import ResNet
+from tensormask.modeling.box_coder import decode_boxes, encode_boxes
 from tensormask.modeling.build import build_model
+from tensormask.modeling.fpn import FPN
+from tensormask.modeling.freezing import freeze
+from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.inspect import Inspection
+from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.tensormask import TensorMask
+from tensormask.modeling.windows import Windows
 
-__all__ = ["TensorMask", "build_model"]
+__all__ = [
+    "FPN",
+    "Assignment",
+    "ClassBoxHead",
+    "Inspection",
+    "MaskHead",
+    "ResNet",
+    "TensorMask",
+    "Windows",
+    "assign",
+    "box_loss",
+    "build_model",
+    "decode_boxes",
+    "encode_boxes",
+    "focal_loss_star",
+    "freeze",
+    "mask_loss",
+]

@@ -22,7 +22,14 @@ _REACH = (-1, 0, 1, 2)
 class Assignment(NamedTuple):
     """F positive windows and their objects; int64 (F,) unless stated.
 
-    Sorted by (level, size, image).
+    Sorted by (level, size, image). `make` and `select` keep the order and the counts right.
+
+    Example:
+        >>> windows = Windows.of_strides([4, 8])
+        >>> level, zeros = torch.tensor([1, 0]), torch.zeros(2, dtype=torch.int64)
+        >>> made = Assignment.make(windows, 1, zeros, zeros, level, zeros, zeros, zeros)
+        >>> made.level, made.select(made.level == 1).counts
+        (tensor([0, 1]), [[[0], [0]], [[1], [0]]])
     """
 
     image: Tensor
@@ -33,6 +40,38 @@ class Assignment(NamedTuple):
     x: Tensor
     boxes: Tensor  # (F, 4) float, the windows, pixels
     counts: list[list[list[int]]]  # windows per level, size and image
+
+    @classmethod
+    def make(
+        cls,
+        windows: Windows,
+        num_images: int,
+        image: Tensor,
+        object: Tensor,
+        level: Tensor,
+        size: Tensor,
+        y: Tensor,
+        x: Tensor,
+    ) -> "Assignment":
+        """Return the assignment of F windows in any order, int64 (F,) each."""
+        shape = windows.num_levels, windows.num_sizes, num_images
+        boxes = windows.boxes(level, size, y, x)
+        return cls._sorted(shape, image, object, level, size, y, x, boxes)
+
+    def select(self, rows: Tensor) -> "Assignment":
+        """Return the assignment at an index or a bool mask (F,)."""
+        shape = len(self.counts), len(self.counts[0]), len(self.counts[0][0])
+        return self._sorted(shape, *(column[rows] for column in self[:-1]))
+
+    @classmethod
+    def _sorted(cls, shape: tuple[int, int, int], *columns: Tensor) -> "Assignment":
+        """Sort the columns before ``counts``, whose (levels, sizes, images) are the shape."""
+        image, _, level, size, *_ = columns
+        group = (level * shape[1] + size) * shape[2] + image
+        order = torch.argsort(group, stable=True)
+        counts = torch.bincount(group, minlength=math.prod(shape)).view(shape).tolist()
+        image, object, level, size, y, x, boxes = (column[order] for column in columns)
+        return cls(image, object, level, size, y, x, boxes, counts)
 
     def levels(self) -> list[slice]:
         """Return the slice of each level, empty for a level without positive windows."""
@@ -104,11 +143,8 @@ def assign(
     number = (image[obj] * windows.num_levels + level) * windows.num_sizes + size
     number = (number * most_rows + y) * most_columns + x
     _, inverse, num_matches = torch.unique(number, return_inverse=True, return_counts=True)
-    keep = torch.where(num_matches[inverse] == 1)[0]
+    keep = num_matches[inverse] == 1
 
-    group = (level * windows.num_sizes + size) * len(boxes_per_image) + image[obj]
-    keep = keep[torch.argsort(group[keep], stable=True)]
-    counts_shape = (windows.num_levels, windows.num_sizes, len(boxes_per_image))
-    counts = torch.bincount(group[keep], minlength=math.prod(counts_shape)).view(counts_shape)
     obj, level, size, y, x, window = (t[keep] for t in (obj, level, size, y, x, window))
-    return Assignment(image[obj], row[obj], level, size, y, x, window, counts.tolist())
+    counted = windows.num_levels, windows.num_sizes, len(boxes_per_image)
+    return Assignment._sorted(counted, image[obj], row[obj], level, size, y, x, window)

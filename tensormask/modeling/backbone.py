@@ -3,40 +3,51 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers.winograd import conv2d
+from tensormask.modeling.freezing import freeze
+from tensormask.modeling.plain import is_plain, is_plain_conv
 from tensormask.utils.errors import UserError
 
+PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Return ``norm(conv(x))``, with a frozen batch norm folded into the weights."""
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
+
+def conv_norm(conv: Any, norm: Any, x: Tensor) -> Tensor:
+    """Return ``norm(conv(x))``, with a frozen batch norm folded into the weights.
+
+    The result can be changed in place: a module whose hooks may keep its output gets a copy.
+    """
+    if not is_plain(norm, FrozenBatchNorm2d) or not is_plain_conv(conv):
+        x = norm(conv(x))
+        return x if is_plain(norm, *PLAIN_NORMS) else x.clone()
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
     return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
-def _residual(x: Tensor, downsample: Any, *layers: tuple[nn.Conv2d, nn.Module]) -> Tensor:
-    """Return the output of a residual block; without ``downsample``, its shortcut is ``x``."""
-    shortcut = x if downsample is None else conv_norm(downsample[0], downsample[1], x)
+def _residual(block: Any, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Tensor:
+    """Return the output of a residual block of torchvision with these layers."""
+    shortcut, downsample = x, block.downsample
+    if is_plain(downsample, nn.Sequential) and len(downsample) == 2:
+        shortcut = conv_norm(downsample[0], downsample[1], x)
+    elif downsample is not None:
+        shortcut = downsample(x)
     for conv, norm in layers[:-1]:
-        x = F.relu(conv_norm(conv, norm, x), inplace=True)
+        x = block.relu(conv_norm(conv, norm, x))
     x = conv_norm(*layers[-1], x)
     x += shortcut
-    return F.relu(x, inplace=True)
+    return block.relu(x)
 
 
 class BasicBlock(resnet.BasicBlock):
     """torchvision's block, with `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _residual(x, self.downsample, (self.conv1, self.bn1), (self.conv2, self.bn2))
+        return _residual(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2))
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -44,7 +55,7 @@ class Bottleneck(resnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
-        return _residual(x, self.downsample, *layers)
+        return _residual(self, x, *layers)
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
@@ -78,6 +89,16 @@ class ResNet(nn.Module):
         stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
             weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no
             bottlenecks and ignore it.
+
+    Attributes:
+        out_channels, strides: of the features, fine to coarse. `TensorMask` needs both of a
+            backbone; see there for one of your own.
+
+    Example:
+        >>> import torch
+        >>> features = ResNet(18)(torch.zeros(1, 3, 64, 96))
+        >>> [tuple(x.shape) for x in features[:2]]
+        [(1, 64, 16, 24), (1, 128, 8, 12)]
     """
 
     def __init__(
@@ -94,29 +115,22 @@ class ResNet(nn.Module):
         self.res2, self.res3 = trunk.layer1, trunk.layer2
         self.res4, self.res5 = trunk.layer3, trunk.layer4
         self.out_channels = [64 * 2**i * block_type.expansion for i in range(4)]
+        self.strides = [4, 8, 16, 32]
         if stride_in_1x1:
             for block in self.modules():
                 if isinstance(block, resnet.Bottleneck):
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-        for stage in [self.stem, self.res2, self.res3, self.res4, self.res5][:freeze_at]:
-            _freeze(stage)
+        freeze(self, ["stem", "res2", "res3", "res4", "res5"][:freeze_at])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of res2..res5, strides 4 to 32, of normalized images (N, 3, H, W)."""
         stem: Any = self.stem
-        x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
+        if is_plain(stem, nn.Sequential) and len(stem) == 4:
+            x = stem.maxpool(stem.relu(conv_norm(stem.conv1, stem.bn1, x)))
+        else:
+            x = stem(x)
         features = []
         for stage in (self.res2, self.res3, self.res4, self.res5):
             x = stage(x)
             features.append(x)
         return features
-
-
-def _freeze(stage: nn.Module) -> None:
-    """Disable gradients, and replace batch norms by frozen ones."""
-    for parameter in stage.parameters():
-        parameter.requires_grad = False
-    for module in list(stage.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
-                setattr(module, name, FrozenBatchNorm2d(child.num_features))

@@ -5,11 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+# Factors of the offsets (dx, dy, dw, dh): the paper's.
+BOX_WEIGHTS = (1.5, 1.5, 0.75, 0.75)
 # Limits a predicted box to 62.5 times the size of its window, so that exp() stays finite.
 _MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
-def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
+def encode_boxes(
+    boxes: Tensor, windows: Tensor, weights: tuple[float, ...] = BOX_WEIGHTS
+) -> Tensor:
     """Return the weighted offsets ``(dx, dy, dw, dh)`` (K, 4) from windows (K, 4) to boxes (K, 4).
 
     Example:
@@ -24,7 +28,9 @@ def encode_boxes(boxes: Tensor, windows: Tensor, weights: tuple[float, ...]) -> 
     return torch.cat([offset, log_scale], dim=1) * boxes.new_tensor(weights)
 
 
-def decode_boxes(deltas: Tensor, windows: Tensor, weights: tuple[float, ...]) -> Tensor:
+def decode_boxes(
+    deltas: Tensor, windows: Tensor, weights: tuple[float, ...] = BOX_WEIGHTS
+) -> Tensor:
     """Return boxes (K, 4) from offsets: the inverse of `encode_boxes`, with limited sizes."""
     window_size, window_center = _size_and_center(windows)
     deltas = deltas.to(windows.dtype) / windows.new_tensor(weights)

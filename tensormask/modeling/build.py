@@ -1,17 +1,17 @@
 """Build a model from a config: the only reader of the config keys of the model's parts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensormask.config import CfgNode
+from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
-from tensormask.modeling.backbone import ResNet
-from tensormask.modeling.fpn import FPN
-from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.losses import focal_loss_star, mask_loss
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.parts import make_mask_head
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -40,7 +40,9 @@ def build_model(
         >>> build_model(cfg).windows.mask_sizes
         [11, 15]
     """
-    model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
+    checked = get_cfg()  # a value that was set by attribute can have another type
+    checked.merge_from_other_cfg({"MODEL": cfg.MODEL})
+    model, head = checked.MODEL, checked.MODEL.TENSOR_MASK
     if model.META_ARCHITECTURE != "TensorMask":
         raise UserError(
             f"MODEL.META_ARCHITECTURE must be 'TensorMask', got {model.META_ARCHITECTURE!r}: start "
@@ -53,38 +55,26 @@ def build_model(
     ):
         if list(value) != stages:
             raise UserError(f"{key} must be {stages}, got {list(value)}")
-    windows = build_windows(cfg)
-    backbone = ResNet(
-        model.RESNETS.DEPTH,
+    tensormask = TensorMask.build(
+        depth=model.RESNETS.DEPTH,
         norm=model.RESNETS.NORM,
         freeze_at=model.BACKBONE.FREEZE_AT,
         stride_in_1x1=model.RESNETS.STRIDE_IN_1X1,
-    )
-    fpn = FPN(
-        backbone.out_channels,
-        model.FPN.OUT_CHANNELS,
-        levels=(windows.levels[0], windows.levels[-1]),
-        norm=model.FPN.NORM,
+        fpn_channels=model.FPN.OUT_CHANNELS,
+        fpn_norm=model.FPN.NORM,
         fuse=model.FPN.FUSE_TYPE,
-    )
-    class_box_head = ClassBoxHead(
-        model.FPN.OUT_CHANNELS,
-        windows.num_sizes,
-        head.NUM_CLASSES,
+        windows=build_windows(cfg),
+        num_classes=head.NUM_CLASSES,
         with_boxes=head.BOX_ON,
+        head=_head_name(head) if model.MASK_ON else None,
+        upscale=head.UPSCALE_LAMBDA,
+        upscale_mode=head.UPSCALE_MODE,
         cls_channels=head.CLS_CHANNELS,
         bbox_channels=head.BBOX_CHANNELS,
+        mask_channels=head.MASK_CHANNELS,
         num_convs=head.NUM_CONVS,
         init=head.INIT,
         checkpointed=head.CHECKPOINT_ACTIVATIONS,
-    )
-    tensormask = TensorMask(
-        backbone,
-        fpn,
-        class_box_head,
-        build_mask_head(cfg, windows) if model.MASK_ON else None,
-        windows,
-        num_classes=head.NUM_CLASSES,
         pixel_mean=model.PIXEL_MEAN,
         pixel_std=model.PIXEL_STD,
         channel_order=cfg.INPUT.FORMAT,
@@ -92,10 +82,11 @@ def build_model(
         channels_last=model.CHANNELS_LAST,
         autocast_dtype=autocast_dtype("TEST.AMP", cfg.TEST.AMP),
         box_weights=head.BBOX_REG_WEIGHTS,
-        focal_alpha=head.FOCAL_LOSS_ALPHA,
-        focal_gamma=head.FOCAL_LOSS_GAMMA,
+        cls_loss=functools.partial(
+            focal_loss_star, alpha=head.FOCAL_LOSS_ALPHA, gamma=head.FOCAL_LOSS_GAMMA
+        ),
+        mask_loss=functools.partial(mask_loss, positive_weight=head.POSITIVE_WEIGHT),
         mask_loss_weight=head.MASK_LOSS_WEIGHT,
-        mask_positive_weight=head.POSITIVE_WEIGHT,
         score_threshold=head.SCORE_THRESH_TEST,
         num_candidates=head.TOPK_CANDIDATES_TEST,
         nms_on=head.NMS_ON,
@@ -132,7 +123,6 @@ def compile_dense_parts(model: TensorMask, mode: str, backend: str | Callable = 
         part.compile(dynamic=False, **options)
         assert part._compiled_call_impl is not None
         part._compiled_call_impl = _with_recompile_limits(part._compiled_call_impl)
-    model.dense_boxes = True  # a compiled head does the same work for every image
 
 
 def _with_recompile_limits(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,13 +158,10 @@ def build_mask_head(cfg: CfgNode, windows: Windows) -> MaskHead:
         UserError: the head does not exist, or its options contradict each other.
     """
     options = cfg.MODEL.TENSOR_MASK
-    _check_head(options)
-    return MaskHead(
+    return make_mask_head(
+        _head_name(options),
         cfg.MODEL.FPN.OUT_CHANNELS,
-        windows.mask_sizes,
-        windows.strides,
-        aligned=options.ALIGNED_ON,
-        bipyramid=options.BIPYRAMID_ON,
+        windows,
         upscale=options.UPSCALE_LAMBDA,
         upscale_mode=options.UPSCALE_MODE,
         channels=options.MASK_CHANNELS,
@@ -184,32 +171,32 @@ def build_mask_head(cfg: CfgNode, windows: Windows) -> MaskHead:
     )
 
 
-def _check_head(options: CfgNode) -> None:
-    """Raise UserError if HEAD contradicts detectron2's switches or the upscaling."""
+def _head_name(options: CfgNode) -> str:
+    """Return the head of a config: HEAD, or that of detectron2's switches.
+
+    Raises:
+        UserError: there is no such head, or HEAD contradicts the switches.
+    """
     head, switches = options.HEAD, (options.ALIGNED_ON, options.BIPYRAMID_ON)
-    if head != "auto" and head not in HEAD_SWITCHES:
+    if head == "auto":
+        if switches == (False, True):
+            raise UserError(
+                "the tensor bipyramid needs aligned masks: set MODEL.TENSOR_MASK.ALIGNED_ON to "
+                "True, or BIPYRAMID_ON to False"
+            )
+        return next(name for name, values in HEAD_SWITCHES.items() if values == switches)
+    if head not in HEAD_SWITCHES:
         raise UserError(
             f"MODEL.TENSOR_MASK.HEAD must be one of auto, {', '.join(HEAD_SWITCHES)}, got {head!r}"
         )
-    if head != "auto" and switches != HEAD_SWITCHES[head]:
+    if switches != HEAD_SWITCHES[head]:
         raise UserError(
             "MODEL.TENSOR_MASK.HEAD is {!r}, which has ALIGNED_ON {} and BIPYRAMID_ON {}, but they "
             "are {} and {}: remove the two, or set HEAD to 'auto' to use them".format(
                 head, *HEAD_SWITCHES[head], *switches
             )
         )
-    upscales = head.startswith("upscale_")
-    if upscales and options.UPSCALE_LAMBDA <= 1:
-        raise UserError(
-            f"MODEL.TENSOR_MASK.HEAD is {head!r}, and MODEL.TENSOR_MASK.UPSCALE_LAMBDA is "
-            f"{options.UPSCALE_LAMBDA}, which does not upscale: set it to 1.5, 3 or 5"
-        )
-    if not upscales and (options.UPSCALE_LAMBDA, options.UPSCALE_MODE) != (1, "bilinear"):
-        raise UserError(
-            "MODEL.TENSOR_MASK.UPSCALE_LAMBDA and UPSCALE_MODE are options of the heads "
-            f"upscale_natural and upscale_aligned, but MODEL.TENSOR_MASK.HEAD is {head!r}: set it "
-            "to one of them, or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE at 'bilinear'"
-        )
+    return head
 
 
 def build_windows(cfg: CfgNode) -> Windows:

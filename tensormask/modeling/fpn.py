@@ -1,56 +1,81 @@
 """Feature pyramid network: res2..res5 to p2..p7 (paper, sec. 6; Lin et al., arXiv 1612.03144)."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormask.layers.winograd import Conv2d
-from tensormask.modeling.backbone import get_norm
+from tensormask.modeling.backbone import PLAIN_NORMS, get_norm
+from tensormask.modeling.plain import is_plain
 from tensormask.utils.errors import UserError
-
-_FIRST_BOTTOM_UP, _LAST_BOTTOM_UP = 2, 5
 
 
 class FPN(nn.Module):
     """Top-down pyramid over res2..res5, with p6 and p7 computed from res5 by strided convolutions.
 
+    Level k has stride 2^k. With another backbone than a ResNet, the same is done with its levels.
+
     Args:
-        in_channels: channels of res2..res5.
+        in_channels: channels of the backbone's features, res2..res5.
         out_channels: channels of every level.
-        levels: first and last level, within 2..7: (2, 7) is p2..p7.
+        levels: first and last level, at most two beyond the backbone's: (2, 7) is p2..p7.
+        in_strides: strides of the backbone's features, consecutive powers of 2.
         norm: "" (none) or a norm of `backbone.get_norm`.
         fuse: how a level is combined with the one above, "sum" or "avg" (half of the sum).
+
+    Example:
+        >>> import torch
+        >>> features = [torch.zeros(1, 8, 16 // 2**i, 24 // 2**i) for i in range(4)]
+        >>> [tuple(x.shape[2:]) for x in FPN([8, 8, 8, 8], 16)(features)]
+        [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     """
 
     def __init__(
         self,
-        in_channels: list[int],
+        in_channels: Sequence[int],
         out_channels: int = 256,
         *,
         levels: tuple[int, int] = (2, 7),
+        in_strides: Sequence[int] = (4, 8, 16, 32),
         norm: str = "",
         fuse: str = "avg",
     ) -> None:
         super().__init__()
         first, last = levels
-        if not 2 <= first <= 5 or not first <= last <= 7:
-            raise UserError(f"levels must be within 2..7 and start at 5 or below, got {levels}")
+        self.first_in = in_strides[0].bit_length() - 1
+        self.last_in = self.first_in + len(in_strides) - 1
+        if list(in_strides) != [2**k for k in range(self.first_in, self.last_in + 1)] or len(
+            in_strides
+        ) != len(in_channels):
+            raise UserError(
+                "in_strides must be consecutive powers of 2, fine to coarse, one for each of "
+                f"in_channels {list(in_channels)}, got {list(in_strides)}"
+            )
+        if not self.first_in <= first <= self.last_in or not first <= last <= self.last_in + 2:
+            raise UserError(
+                f"levels must be within {self.first_in}..{self.last_in + 2} and start at "
+                f"{self.last_in} or below, with features of strides {list(in_strides)}, "
+                f"got {levels}"
+            )
         if fuse not in ("sum", "avg"):
             raise UserError(f"fuse must be 'sum' or 'avg', got {fuse!r}")
         self.first, self.last, self.fuse = first, last, fuse
+        self.in_strides, self.strides = list(in_strides), [2**k for k in range(first, last + 1)]
+        self.in_channels, self.out_channels = list(in_channels), out_channels
 
         def conv(channels: int, kernel: int) -> nn.Sequential | nn.Conv2d:
             layer = Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=not norm)
             return nn.Sequential(layer, get_norm(norm)(out_channels)) if norm else layer
 
-        used = range(first, _LAST_BOTTOM_UP + 1)
+        used = range(first, self.last_in + 1)
         self.lateral = nn.ModuleDict(
-            {f"p{k}": conv(in_channels[k - _FIRST_BOTTOM_UP], 1) for k in used}
+            {f"p{k}": conv(in_channels[k - self.first_in], 1) for k in used}
         )
         self.output = nn.ModuleDict({f"p{k}": conv(out_channels, 3) for k in used if k <= last})
-        if last >= 6:
-            self.p6 = nn.Conv2d(in_channels[-1], out_channels, 3, stride=2, padding=1)
-        if last >= 7:
-            self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        for k in range(self.last_in + 1, last + 1):  # p6 and p7
+            channels = in_channels[-1] if k == self.last_in + 1 else out_channels
+            self.add_module(f"p{k}", nn.Conv2d(channels, out_channels, 3, stride=2, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's "Xavier"
@@ -61,17 +86,21 @@ class FPN(nn.Module):
         """Return the features of the levels, fine to coarse, from those of res2..res5."""
         pyramid: list[Tensor] = []
         above: Tensor | None = None
-        for k in range(_LAST_BOTTOM_UP, self.first - 1, -1):
-            x = self.lateral[f"p{k}"](features[k - _FIRST_BOTTOM_UP])
+        for k in range(self.last_in, self.first - 1, -1):
+            lateral = self.lateral[f"p{k}"]
+            x = lateral(features[k - self.first_in])
             if above is not None:
+                last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
+                if not is_plain(last, Conv2d, *PLAIN_NORMS):
+                    x = x.clone()  # a hook may keep it
                 x += F.interpolate(above, scale_factor=2.0, mode="nearest")
                 if self.fuse == "avg":
                     x /= 2
             above = x
             if k <= self.last:
                 pyramid.insert(0, self.output[f"p{k}"](x))
-        if self.last >= 6:
-            pyramid.append(self.p6(features[-1]))
-        if self.last >= 7:
-            pyramid.append(self.p7(F.relu(pyramid[-1])))
+        x = features[-1]
+        for k in range(self.last_in + 1, self.last + 1):
+            pyramid.append(self.get_submodule(f"p{k}")(x))
+            x = F.relu(pyramid[-1])
         return pyramid

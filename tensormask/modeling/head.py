@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
 from tensormask.layers.winograd import Conv2d
+from tensormask.modeling.plain import is_plain, plain_tower
 from tensormask.modeling.tiles import convolve_at
 from tensormask.utils.errors import UserError
 
@@ -69,6 +70,12 @@ class ClassBoxHead(nn.Module):
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them.
         prior: the initial score of every window.
+
+    Example:
+        >>> head = ClassBoxHead(16, num_sizes=2, num_classes=3, cls_channels=16, bbox_channels=16)
+        >>> (logits,), (deltas,) = head([torch.zeros(1, 16, 8, 8)])
+        >>> logits.shape, deltas.shape
+        (torch.Size([1, 6, 8, 8]), torch.Size([1, 8, 8, 8]))
     """
 
     def __init__(
@@ -86,6 +93,12 @@ class ClassBoxHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise UserError(
+                "num_classes (MODEL.TENSOR_MASK.NUM_CLASSES) must be an integer >= 1, got "
+                f"{num_classes!r}"
+            )
+        self.in_channels, self.num_sizes, self.num_classes = in_channels, num_sizes, num_classes
         self.with_boxes, self.checkpointed = with_boxes, checkpointed
         self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
         if with_boxes:
@@ -116,22 +129,26 @@ class ClassBoxHead(nn.Module):
         logits = [self._call(lambda x: self.cls_score(self.cls_subnet(x)), x) for x in features]
         if not (self.with_boxes and dense_boxes):
             return logits, None
-        return logits, [
-            self._call(lambda x: self.bbox_pred(self.bbox_subnet(x)), x) for x in features
-        ]
+        return logits, [self.deltas(x) for x in features]
+
+    def deltas(self, x: Tensor) -> Tensor:
+        """Return the deltas of all windows of a level (N, num_sizes * 4, H, W)."""
+        return self._call(lambda x: self.bbox_pred(self.bbox_subnet(x)), x)
 
     def deltas_at(
         self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
     ) -> Tensor:
         """Return the deltas (K, 4) at K windows of a level, int64 (K,) each.
 
-        If the deltas of all windows are not in ``dense``, the tower is evaluated at these only.
+        If the deltas of all windows are not in ``dense``, a plain tower is evaluated at these only.
         """
         features = dense.features[level]
-        if dense.deltas is not None:
+        plain = dense.deltas is None and is_plain(self.bbox_subnet, nn.Sequential)
+        convs = plain_tower([*self.bbox_subnet, self.bbox_pred]) if plain else None
+        if convs is None:
+            of_level = self.deltas(features) if dense.deltas is None else dense.deltas[level]
             n, size, y, x = to_device(torch.stack([n, size, y, x]), features.device)
-            return dense.deltas[level].unflatten(1, (-1, 4))[n, size, :, y, x]
-        convs = [*self.bbox_subnet[::2], self.bbox_pred]
+            return of_level.unflatten(1, (-1, 4))[n, size, :, y, x]
         deltas = self._call(convolve_at, convs, features, n, y, x).unflatten(1, (-1, 4))
         size = to_device(size, features.device)
         return deltas[torch.arange(len(size), device=size.device), size]

@@ -2,16 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from tensormask.layers import mask_boxes, paste_masks
 from tensormask.layers.masks import to_device
 from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.plain import is_plain
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
@@ -96,6 +99,63 @@ def find_candidates(
     return Candidates(boxes, scores, labels, levels, size, y, x, window_boxes)
 
 
+def find_detections(
+    dense: DenseOutputs,
+    head: ClassBoxHead,
+    mask_head: MaskHead | None,
+    windows: Windows,
+    *,
+    score_threshold: float,
+    nms_on: str,
+    nms_threshold: float,
+    class_agnostic_nms: bool,
+    num_detections: int,
+    **options: Any,
+) -> list[Candidates]:
+    """Return per image the candidates after NMS, in pixels of the network's input.
+
+    The arguments are those of `TensorMask`; ``options`` are those of `find_candidates`.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    check_score_threshold(score_threshold)
+    if num_detections < 0:
+        raise UserError(f"num_detections must be >= 0, got {num_detections}")
+    candidates_per_image = []
+    for image in map(dense.image, range(len(dense.logits[0]))):
+
+        def deltas_at(
+            level: int, size: Tensor, y: Tensor, x: Tensor, image: DenseOutputs = image
+        ) -> Tensor:
+            return head.deltas_at(image, level, torch.zeros_like(y), size, y, x)
+
+        candidates = find_candidates(
+            [x[0] for x in image.logits],
+            deltas_at if head.with_boxes else None,
+            windows,
+            score_threshold=score_threshold,
+            **options,
+        )
+        candidates_per_image.append(candidates)
+    boxes_per_image: Sequence[Tensor] = [c.boxes for c in candidates_per_image]
+    if nms_on == "masks":
+        assert mask_head is not None
+        boxes_per_image = boxes_from_masks(mask_head, dense.features, candidates_per_image)
+    detections = []
+    for candidates, boxes in zip(candidates_per_image, boxes_per_image, strict=True):
+        if not head.with_boxes:
+            candidates = candidates._replace(boxes=boxes)
+        if nms_on == "masks":  # drop empty masks
+            rows = boxes[:, 2] > boxes[:, 0]
+            candidates, boxes = candidates.select(rows), boxes[rows]
+        labels = candidates.labels
+        groups = torch.zeros_like(labels) if class_agnostic_nms else labels
+        rows = batched_nms(boxes, candidates.scores, groups, nms_threshold)
+        detections.append(candidates.select(rows[:num_detections]))
+    return detections
+
+
 def rescale_and_clip(
     detections: Candidates, input_size: tuple[int, int], output_size: tuple[int, int]
 ) -> Candidates:
@@ -120,7 +180,7 @@ def masks_at_windows(
     """
     groups, positions = _group_windows(_window_rows(detections_per_image))
     masks: dict[int, Tensor] = {}
-    for logits, position in zip(mask_head.iter_masks(features, groups), positions, strict=True):
+    for logits, position in zip(_iter_masks(mask_head, features, groups), positions, strict=True):
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
     in_order = (masks[i] for i in range(len(masks)))
     return [list(itertools.islice(in_order, len(d.scores))) for d in detections_per_image]
@@ -141,10 +201,19 @@ def boxes_from_masks(
     groups, positions = _group_windows(rows)
     boxes = torch.empty_like(window_boxes)
     # All masks of a level can be as large as its dense tensor: only one group is in memory.
-    for logits, position in zip(mask_head.iter_masks(features, groups), positions, strict=True):
+    for logits, position in zip(_iter_masks(mask_head, features, groups), positions, strict=True):
         position = to_device(position, boxes.device)
         boxes[position] = mask_boxes(logits, window_boxes[position])
     return boxes[inverse].split([len(candidates.scores) for candidates in candidates_per_image])
+
+
+def _iter_masks(
+    mask_head: nn.Module, features: list[Tensor], groups: list[tuple[int, int, Tensor]]
+) -> Iterable[Tensor]:
+    """Return the masks of `MaskHead.forward`, group by group unless it has to be called."""
+    if is_plain(mask_head, MaskHead):
+        return cast(MaskHead, mask_head).iter_masks(features, groups)
+    return mask_head(features, groups)
 
 
 def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:

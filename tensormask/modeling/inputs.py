@@ -1,5 +1,8 @@
 """The input of the model: checks of images and targets, and the size of a padded batch."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,36 @@ def size_of(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
 
 
+def batch_images(
+    images: Sequence[Tensor],
+    mean: Tensor,
+    std: Tensor,
+    *,
+    bgr: bool,
+    divisor: int,
+    channels_last: bool,
+) -> Tensor:
+    """Return the normalized images (N, 3, height, width), padded with 0 at right and bottom.
+
+    They are normalized in at least float32. The batch has the device and dtype of ``mean``.
+    """
+    check_lengths(images)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    heights, widths = zip(*map(size_of, images), strict=True)
+    size = padded_size(max(heights), max(widths), divisor)
+    batch = mean.new_zeros(len(images), 3, *size)
+    if channels_last:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    for n, image in enumerate(images):
+        check_image(image)
+        is_uint8 = image.dtype == torch.uint8
+        image = image.to(mean.device, non_blocking=True).to(dtype)
+        image = image if is_uint8 else image * 255
+        image = image.flip(0) if bgr else image
+        batch[n, :, : image.shape[1], : image.shape[2]] = (image - mean) / std
+    return batch
+
+
 def check_image(image: Tensor) -> None:
     """Raise UserError unless an image has a valid shape, dtype and range."""
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
@@ -39,23 +72,43 @@ def check_image(image: Tensor) -> None:
         )
 
 
+def check_lengths(images: Sequence[Tensor], **others: Sequence[Any] | None) -> None:
+    """Raise UserError unless there are images, and as many of the others that are not None."""
+    if len(images) == 0:
+        raise UserError("there are no images: give a list of at least one")
+    for name, values in others.items():
+        if values is not None and len(values) != len(images):
+            raise UserError(
+                f"{name} must have one entry per image: got {len(values)} for {len(images)} images"
+            )
+
+
 def checked_target(
-    target: dict[str, Tensor], image: Tensor, num_classes: int, device: torch.device
+    target: dict[str, Tensor],
+    image: Tensor,
+    num_classes: int,
+    device: torch.device,
+    *,
+    with_masks: bool = True,
 ) -> dict[str, Tensor]:
     """Return the target after checking its parts against each other and the image.
 
-    The masks are moved to the model's device. Boxes and labels are moved to the CPU, where windows
-    are assigned while a GPU runs the backbone.
+    Floating masks are True above 0.5. The masks are moved to the model's device. Boxes and labels
+    are moved to the CPU, where windows are assigned while a GPU runs the backbone.
     """
-    boxes, labels, masks = target["boxes"].cpu(), target["labels"].cpu(), target["masks"]
-    num_objects, shapes = len(boxes), [tuple(x.shape) for x in (boxes, labels, masks)]
-    if shapes[:2] != [(num_objects, 4), (num_objects,)]:
-        raise UserError(f"boxes must be (K, 4) and labels (K,), got {shapes[0]} and {shapes[1]}")
-    if shapes[2] != (num_objects, *size_of(image)):
+    names = ("boxes", "labels", "masks") if with_masks else ("boxes", "labels")
+    if not isinstance(target, Mapping) or not all(
+        isinstance(target.get(name), Tensor) for name in names
+    ):
+        given = list(target) if isinstance(target, Mapping) else type(target).__name__
         raise UserError(
-            f"masks must be (K, H, W) = {(num_objects, *size_of(image))} like the boxes and the "
-            f"image, got {shapes[2]}"
+            f"a target must be a dict with the tensors {', '.join(names)}, got {given}; an image "
+            "without objects has a target with empty ones"
         )
+    boxes, labels = target["boxes"].cpu(), target["labels"].cpu()
+    num_objects, shapes = len(boxes), [tuple(x.shape) for x in (boxes, labels)]
+    if shapes != [(num_objects, 4), (num_objects,)]:
+        raise UserError(f"boxes must be (K, 4) and labels (K,), got {shapes[0]} and {shapes[1]}")
     if labels.dtype != torch.int64:
         raise UserError(f"labels must be int64, got {labels.dtype}")
     if num_objects and (labels.min() < 0 or labels.max() >= num_classes):
@@ -65,5 +118,14 @@ def checked_target(
         )
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise UserError("boxes must have x0 < x1 and y0 < y1: leave out objects without area")
-    masks = masks.to(device, non_blocking=True).bool()
-    return {"boxes": boxes.float(), "labels": labels, "masks": masks}
+    checked = {"boxes": boxes.float(), "labels": labels}
+    if with_masks:
+        masks = target["masks"]
+        if masks.shape != (num_objects, *size_of(image)):
+            raise UserError(
+                f"masks must be (K, H, W) = {(num_objects, *size_of(image))} like the boxes and "
+                f"the image, got {tuple(masks.shape)}"
+            )
+        masks = masks.to(device, non_blocking=True)
+        checked["masks"] = masks > 0.5 if masks.is_floating_point() else masks.bool()
+    return checked

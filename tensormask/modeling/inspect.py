@@ -1,26 +1,78 @@
 """Inspect a model on an image: window scores, detections, and masks in the two representations.
 
-docs/representation.md explains the representations. Masks are logits.
+`TensorMask.inspect` returns an `Inspection`. docs/representation.md explains the representations.
+Masks are logits.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tensormask.layers import nat2align
-from tensormask.modeling import TensorMask
-from tensormask.modeling.inference import Candidates, rescale_and_clip
+from tensormask.modeling.assignment import Assignment
+from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.head import ClassBoxHead, DenseOutputs
+from tensormask.modeling.inference import Candidates
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 
-class WindowInspection(NamedTuple):
-    """The windows of a model on one image, in pixels of the network's input."""
+@dataclass(frozen=True)
+class Inspection:
+    """What a model makes of one image, in pixels of the network's input.
 
-    features: list[Tensor]  # per level (1, C, H, W)
-    scores: list[Tensor]  # per level (S, H, W), of the best class at the windows of each size
+    S is the number of window sizes, (H, W) the grid of a level. Boxes and masks are computed when
+    they are asked for.
+    """
+
+    dense: DenseOutputs
+    windows: Windows
+    head: ClassBoxHead
+    mask_head: MaskHead | None
+    box_weights: tuple[float, ...]
     threshold: float  # a window fires if its score is above
-    detections: Candidates  # above the threshold, after NMS, best first
+    detections: Candidates  # above the threshold, after NMS, best first: with level, size, y, x
+    assignment: Assignment | None  # of the target's objects; None without a target
+
+    @property
+    def features(self) -> list[Tensor]:
+        """Of the pyramid, per level (1, C, H, W)."""
+        return self.dense.features
+
+    @cached_property
+    def class_scores(self) -> list[Tensor]:
+        """Per level (S, num_classes, H, W)."""
+        sizes = self.windows.num_sizes
+        return [x[0].float().unflatten(0, (sizes, -1)).sigmoid() for x in self.dense.logits]
+
+    @cached_property
+    def scores(self) -> list[Tensor]:
+        """Per level (S, H, W), of the best class of each window."""
+        return [scores.amax(1) for scores in self.class_scores]
+
+    def boxes(self, level: int) -> Tensor:
+        """Return the boxes of all windows of a level, (S, H, W, 4); without a box head, windows."""
+        grid = (self.windows.num_sizes, *self.features[level].shape[-2:])
+        size, y, x = torch.ones(grid, device=self.features[level].device).nonzero().unbind(1)
+        windows = self.windows.boxes(torch.full_like(y, level), size, y, x)
+        if not self.head.with_boxes:
+            return windows.view(*grid, 4)
+        dense = self.dense.deltas
+        deltas = self.head.deltas(self.features[level]) if dense is None else dense[level]
+        deltas = deltas.unflatten(1, (-1, 4))[0, size, :, y, x].float()
+        return decode_boxes(deltas, windows, self.box_weights).view(*grid, 4)
+
+    def masks(self, level: int, size: int) -> Tensor:
+        """Return the mask logits of all windows of a level and size, (H, W, V, U): large."""
+        if self.mask_head is None:
+            raise UserError("the model has no mask head")
+        grid = self.features[level].shape[-2:]
+        indices = torch.ones(grid).nonzero()
+        masks = natural_masks(self.mask_head, self.features, level, size, indices)
+        return masks.unflatten(0, grid)
 
     def fired(self, level: int, size: int) -> Tensor:
         """Return the indices (y, x) of the windows that fire, int64 (F, 2)."""
@@ -32,32 +84,13 @@ class WindowInspection(NamedTuple):
         return detections.select((detections.level == level) & (detections.size == size))
 
 
-def inspect_image(model: TensorMask, image: Tensor, threshold: float) -> WindowInspection:
-    """Run `model`, in eval mode, on one image.
-
-    Args:
-        model: any TensorMask; its own score threshold is not used.
-        image (Tensor[3, H, W]): as of `TensorMask.forward`.
-        threshold: score in 0..1, below 1.
-    """
-    dense = model.dense([image])
-    (detections,) = model.find_detections(dense, threshold)
-    size = image.shape[-2], image.shape[-1]
-    scores = [
-        level[0].float().unflatten(0, (model.windows.num_sizes, -1)).amax(1).sigmoid()
-        for level in dense.logits
-    ]
-    detections = rescale_and_clip(detections, size, size)
-    return WindowInspection(dense.features, scores, threshold, detections)
-
-
 def natural_masks(
     mask_head: MaskHead, features: list[Tensor], level: int, size: int, indices: Tensor
 ) -> Tensor:
     """Return the natural view ``F(:, :, y, x)`` of some windows of one image, Tensor[K, V, U].
 
     Args:
-        features: as of `WindowInspection`.
+        features: as of `Inspection`.
         indices (Tensor[K, 2]): int64 rows ``(y, x)``.
     """
     indices = indices.to(features[level].device)

@@ -94,9 +94,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def box_loss(deltas: Tensor, target_deltas: Tensor) -> Tensor:
-    """Return the L1 distance of offsets (F, 4), summed."""
-    return F.l1_loss(deltas.float(), target_deltas, reduction="sum")
+def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor | None = None) -> Tensor:
+    """Return the L1 distance of offsets (F, 4), summed.
+
+    Another loss of boxes may need the ``windows`` (F, 4) in pixels: `box_coder.decode_boxes` makes
+    boxes of them and the offsets.
+    """
+    return F.l1_loss(_at_least_float32(deltas), target_deltas, reduction="sum")
 
 
 def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 1.5) -> Tensor:
@@ -104,9 +108,10 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
 
     ``positive_weight`` is the weight of the pixels of the object.
     """
+    logits = _at_least_float32(logits)
     weight = torch.tensor(positive_weight, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(
-        logits.float(), target_masks.float(), reduction="sum", pos_weight=weight
+        logits, target_masks.to(logits.dtype), reduction="sum", pos_weight=weight
     )
     return loss / (logits.shape[-1] * logits.shape[-2])
 

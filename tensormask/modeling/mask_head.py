@@ -26,6 +26,7 @@ from tensormask.layers import (
     up_nearest,
 )
 from tensormask.modeling.head import conv_tower, init_convs, maybe_checkpoint
+from tensormask.modeling.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.modeling.tiles import Tiles
 from tensormask.utils.errors import UserError
 
@@ -46,6 +47,13 @@ class MaskHead(nn.Module):
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them; those of
             the last convolutions are saved.
+
+    Example:
+        >>> head = MaskHead(16, mask_sizes=[11, 15], strides=(4, 8), channels=16)
+        >>> features = [torch.zeros(1, 16, 20, 20), torch.zeros(1, 16, 10, 10)]
+        >>> (masks,) = head(features, [(1, 0, torch.tensor([[0, 5, 7]]))])
+        >>> masks.shape
+        torch.Size([1, 22, 22])
     """
 
     def __init__(
@@ -85,7 +93,8 @@ class MaskHead(nn.Module):
                 "MODEL.TENSOR_MASK.UPSCALE_LAMBDA must be >= 1 and divide every mask size, which "
                 "is a window's side in MODEL.ANCHOR_GENERATOR.SIZES over its level's stride"
             )
-        self.mask_sizes, self.checkpointed = list(mask_sizes), checkpointed
+        self.in_channels, self.checkpointed = in_channels, checkpointed
+        self.mask_sizes, self.strides = list(mask_sizes), tuple(strides)
         self.aligned, self.bipyramid = aligned, bipyramid
         self.upscale, self.upscale_mode = upscale, upscale_mode
         # Ratio of a level's unit to the unit of its masks.
@@ -176,10 +185,12 @@ class MaskHead(nn.Module):
     def _tiles(self, finest: Tensor, groups: list[tuple[int, int, Tensor]]) -> Tiles | None:
         """Return the tiles of the finest level that a level's windows read.
 
-        None if convolving the whole feature map is faster. On a GPU it is: the host would have to
-        wait for the tiles.
+        None if convolving the whole feature map is faster, or the layer is not plain. On a GPU it
+        is: the host would have to wait for the tiles.
         """
-        if finest.device.type != "cpu":
+        plain = finest.device.type == "cpu" and is_plain(self.mask_fuse, nn.Sequential)
+        convs = plain_tower(list(self.mask_fuse)) if plain else None
+        if convs is None or len(convs) != 1 or len(self.mask_fuse) != 2:
             return None
         boxes = []
         for level, size, windows in groups:
@@ -189,8 +200,7 @@ class MaskHead(nn.Module):
             boxes.append(torch.cat([center - reach, center + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        conv: Any = self.mask_fuse[0]
-        return tiles if tiles.are_faster([conv], finest) else None
+        return tiles if tiles.are_faster(convs, finest) else None
 
     def _masks_at(
         self,
@@ -208,7 +218,10 @@ class MaskHead(nn.Module):
                 return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
             return swap_align2nat_at(masks, windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
-        masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
+        if is_plain_conv(pred) and pred.kernel_size == (1, 1):
+            masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
+        else:
+            masks = pred(x)[n, :, row, column]
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)
 
     def _upscale(self, masks: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ column ``x`` on the level's grid. It is a square centered at ``(x * stride, y * 
 not clipped to the image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,12 @@ class Windows:
 
     strides: tuple[int, ...]
     sizes: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of_strides(cls, strides: Sequence[int], mask_sizes: Sequence[int] = (11, 15)) -> "Windows":
+        """Return windows whose sides are multiples of their strides, by default the paper's."""
+        sizes = tuple(tuple(float(stride * side) for side in mask_sizes) for stride in strides)
+        return cls(tuple(strides), sizes)
 
     def __post_init__(self) -> None:
         if len(self.strides) != len(self.sizes) or len({len(s) for s in self.sizes}) != 1:

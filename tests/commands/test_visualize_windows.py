@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensormask.commands import visualize_windows
 from tensormask.layers import representation, swap_align2nat, up_align2nat
-from tensormask.modeling.inspect import aligned_tensor, aligned_units, inspect_image, natural_masks
+from tensormask.modeling.inspect import aligned_tensor, aligned_units, natural_masks
 from tensormask.predictor import Predictor
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def saved_run(tmp_path_factory):
 
 def inspected(head: str):
     model = build(head)
-    return model, inspect_image(model, tiny.make_image(HEIGHT, WIDTH), THRESHOLD)
+    return model, model.inspect(tiny.make_image(HEIGHT, WIDTH), score_threshold=THRESHOLD)
 
 
 def dense_masks(model, inspection, level: int, size: int) -> Tensor:
@@ -150,7 +150,7 @@ def test_units_of_the_natural_heads():
 def test_the_detections_are_the_models(opts):
     opts = [*opts, "TEST.DETECTIONS_PER_IMAGE", 500]
     model, image = build("aligned", *opts), tiny.make_image(HEIGHT, WIDTH)
-    inspection = inspect_image(model, image, THRESHOLD)
+    inspection = model.inspect(image, score_threshold=THRESHOLD)
     (found,) = model.detect([image])  # at a threshold of 0.05
     above = found["scores"] > THRESHOLD
     assert 0 < above.sum() < len(above)
@@ -178,7 +178,7 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     model = build(head, "INPUT.MIN_SIZE_TEST", 0)
     monkeypatch.setattr(model, "score_threshold", THRESHOLD)
     image = tiny.make_image(HEIGHT, WIDTH)
-    inspection = inspect_image(model, image, THRESHOLD)
+    inspection = model.inspect(image, score_threshold=THRESHOLD)
     _, logits, _ = model.dense([image])
     (found,) = model.detect([image])
     dense = model.mask_head.dense(inspection.features)
@@ -231,7 +231,7 @@ def test_windows_that_fire_are_drawn(saved_run):
     folder, _ = saved_run
     predictor = Predictor(str(folder / "config.yaml"), folder / "model.pth")
     rgb = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
-    inspection = inspect_image(predictor.model, tiny.make_image(HEIGHT, WIDTH), 0.999)
+    inspection = predictor.model.inspect(tiny.make_image(HEIGHT, WIDTH), score_threshold=0.999)
     assert not len(inspection.detections.scores)
     dark = visualize_windows.draw_fired(predictor, inspection, rgb, 0, 0)
     assert (dark == dark[0, 0]).all()
