@@ -151,7 +151,9 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    """Repeat each pixel `factor` x `factor` times; any `(H, W, ...)`."""
+    """Return a copy with each pixel repeated `factor` x `factor` times; any `(H, W, ...)`."""
+    if factor == 1:
+        return image.copy()
     return np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 

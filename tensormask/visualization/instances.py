@@ -41,7 +41,8 @@ def draw_instances(
     """Draw K objects on a copy of `image`: a tinted, outlined mask, a box, a name and a score.
 
     Lines and texts grow with images of more than 640 pixels. A label covers no other label and at
-    most 40 % of each box; it is omitted where there is no such position, the lowest score first.
+    most 40 % of each box; it is omitted where there is no such position, and the labels of low
+    scores first. Crowded images, where labels would fill a quarter of the image, have none.
     Detections of different classes that claim one object (IoU of boxes and of masks >= 0.8) are
     drawn once, the best of them, with one label of all classes.
 
@@ -56,7 +57,7 @@ def draw_instances(
         draw_boxes: draw the boxes; without masks they are always drawn.
         magnify: whole factor by which the image is enlarged first; None selects one that makes
             small images large enough for text (4 for 128 pixels, 1 from 342 pixels).
-        color_by: a color per row, or per label; 20 colors repeat.
+        color_by: a color per row, or per label; 80 colors repeat.
         colors: `(K, 3)` RGB in 0..255 by row, instead of `color_by`.
 
     Returns:
@@ -96,7 +97,7 @@ def draw_instances(
     scale = relative_size(max(canvas.shape[:2]))
     extents = None if masks is None else mask_extents(masks)
     has_box = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    frames = boxes if extents is None else np.where(has_box[:, None], boxes, extents)
+    frames = np.where(has_box[:, None], boxes, 0 if extents is None else extents)
     corners = _to_pixels(frames, factor)
     sizes = (corners[:, 2:] - corners[:, :2]).prod(1)
     order = np.argsort(-(sizes if scores is None else scores), kind="stable").tolist()
@@ -269,6 +270,6 @@ def _tint(region: np.ndarray, color: Color) -> np.ndarray:
 def _draw_rectangle(canvas: np.ndarray, corners: np.ndarray, color: Color, width: int) -> None:
     """Draw lines of `width` pixels inside of a box, int xyxy."""
     x0, y0, x1, y1 = corners.tolist()
-    for step in range(width):
+    for step in range(max(1, min(width, (x1 - x0) // 2, (y1 - y0) // 2))):
         start, end = (x0 + step, y0 + step), (x1 - 1 - step, y1 - 1 - step)
         cv2.rectangle(canvas, start, end, color, 1)

@@ -10,6 +10,7 @@ from tensormask.visualization.colors import Color
 from tensormask.visualization.text import FONT_MARGIN, line_width, text_size, write
 
 MAX_COVERED = 0.4  # part of an object's box that labels may cover together
+MAX_FILLED = 0.25  # part of the image that all labels together may fill
 ORDER_COST = 0.01  # added to the covered parts for each position that would be preferred
 
 
@@ -45,13 +46,15 @@ def place_labels(
     The first labels are placed first. Of the positions above, below, inside and beside its box that
     are inside of the image and clear of earlier labels, each label takes the one that covers the
     smallest part of boxes. It is omitted if at each position labels would cover more than 40 % of a
-    box. If less than a third of the labels can be placed, all are omitted.
+    box. All are omitted if they would together fill more than a quarter of the image.
 
     Args:
         sizes: int `(K, 2)`, width and height of the labels.
         boxes: int `(K, 4)` xyxy.
         canvas_size: height and width of the image.
     """
+    if sizes.prod(1).sum() > MAX_FILLED * np.prod(canvas_size):
+        return [None] * len(boxes)
     areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1)
     covered = np.zeros(len(boxes))
     placed = np.zeros((0, 4), int)
@@ -72,7 +75,7 @@ def place_labels(
         covered[near] += parts[best]
         placed = np.concatenate([placed, labels[best : best + 1]])
         positions.append((int(corners[best, 0]), int(corners[best, 1])))
-    return positions if 3 * len(placed) >= len(boxes) else [None] * len(boxes)
+    return positions
 
 
 def _candidates(size: np.ndarray, box: np.ndarray) -> np.ndarray:

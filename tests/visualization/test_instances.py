@@ -153,6 +153,14 @@ def test_tensors_are_accepted():
     assert np.array_equal(draw_instances(grey(), *arrays), draw_instances(grey(), *tensors))
 
 
+def test_without_a_valid_box_a_mask_has_the_label_and_no_mask_is_not_drawn():
+    boxes = [[float("nan")] * 4, [9, 9, 5, 5], [0, 0, float("inf"), 9]]
+    assert (draw_instances(grey(), boxes, [0] * 3, None) == 100).all()
+    mask = square(100, 150, 200, 250)[None]
+    labelled = draw_instances(grey(), [[100, 150, 200, 250]], [0], mask, draw_boxes=False)
+    assert np.array_equal(draw_instances(grey(), boxes[:1], [0], mask), labelled)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (40, 3)])
 def test_images_and_objects_of_any_shape(shape):
     masks = np.ones((2, *shape), bool)
@@ -187,13 +195,13 @@ def test_class_names_fall_back_to_numbers():
 
 
 def test_colors_are_told_apart():
-    colors = [UNMATCHED, *map(instance_color, range(20))]
+    colors = [UNMATCHED, *map(instance_color, range(80))]
     lab = cv2.cvtColor(np.float32(colors)[None] / 255, cv2.COLOR_RGB2LAB)[0]
     distances = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(len(lab))
-    assert distances[1:, 1:].min() > 20
-    assert distances[1:9, 1:9].min() > 45
-    assert distances[0].min() > 45
-    assert instance_color(20) == instance_color(0)
+    assert distances[0].min() > 50  # 2 are just seen
+    for num, least in ((8, 50), (20, 20), (80, 16)):
+        assert distances[1 : num + 1, 1 : num + 1].min() > least
+    assert instance_color(80) == instance_color(0)
 
 
 def test_saved_images_are_rgb(tmp_path):
