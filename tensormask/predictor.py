@@ -1,40 +1,73 @@
-"""`Predictor`: an image in, detections out."""
+"""`Predictor`: images in, detections out."""
 
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from tensormask.checkpoint.downloads import resolve
-from tensormask.checkpoint.files import get_description, read_checkpoint
+from tensormask.checkpoint.downloads import download, resolve
+from tensormask.checkpoint.files import get_description
 from tensormask.checkpoint.loading import check_complete, load_weights
-from tensormask.config import CfgNode, get_cfg
+from tensormask.checkpoint.trained import find_trained_model
+from tensormask.config import CfgNode
 from tensormask.data import get_dataset
+from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
-from tensormask.data.images import read_image
+from tensormask.data.images import ImageError, read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
+from tensormask.detections import ClassChoice, Detections, find_labels
 from tensormask.modeling import build_model
+from tensormask.modeling.inference import paste_detection
+from tensormask.modeling.inputs import padded_size, size_of
 from tensormask.utils.errors import UserError
 from tensormask.visualization.instances import class_name
 
-ImageInput = str | PathLike[str] | Image.Image | np.ndarray
+ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
+
+MAX_DOWNLOADED_BYTES = 100_000_000  # of an image
+_ADDRESSES = ("https://", "http://")
+
+
+class CallOptions(TypedDict, total=False):
+    """The options of a call of `Predictor`, which describes them."""
+
+    threshold: float | None
+    classes: ClassChoice | None
+    max_detections: int | None
+    class_agnostic_nms: bool | None
+    channel_order: str
+    batch_size: int
 
 
 class Predictor:
-    """Detect the objects in single images with a trained model.
+    """Detect the objects in images with a trained model.
 
     ```python
-    predictor = Predictor("configs/quickstart.yaml", "output/quickstart/model_final.pth")
+    predictor = Predictor("output/quickstart/model_final.pth", threshold=0.5)
     detections = predictor("image.jpg")
+    detections.save("drawing.png")
     ```
 
+    Several threads can use one predictor.
+
     Args:
-        cfg: a config, or the path of a YAML file. It is not changed.
-        weights: path of a checkpoint, or a name or address for `downloads.resolve`; None takes
-            MODEL.WEIGHTS.
-        device: "cpu", "cuda:0", ...; None takes MODEL.DEVICE.
+        cfg: a checkpoint of this library, by path or address, or the name of a model of the zoo,
+            such as "tensormask_R_50_FPN_6x". With `weights`, a config: a tree, which is not
+            changed, the path of a YAML file, or a name.
+        weights: of a config: path, name or address of a checkpoint (`downloads.resolve`); None
+            takes MODEL.WEIGHTS.
+        device: "cpu", "cuda:0", ...; None takes MODEL.DEVICE of a given config, and else the GPU
+            if there is one.
+        threshold, classes, max_detections, class_agnostic_nms: the defaults of each call.
+        overrides: `[KEY, VALUE, ...]` of the config, as in `["INPUT.MIN_SIZE_TEST", 1200]`.
 
     Attributes:
         class_names: the name of each label: from the checkpoint, else from the first available
@@ -42,10 +75,12 @@ class Predictor:
             "class 3" for the label 3.
         category_ids: the COCO category id of each label, from the same source; label + 1 if it has
             none.
+        score_threshold: the threshold with the best F1 in the checkpoint's last evaluation, or
+            None. It is applied only if it is given as `threshold`.
 
     Raises:
-        UserError: no weights are given, or the file lacks some of the model's parameters.
-        FileNotFoundError: the config or the checkpoint does not exist.
+        UserError: an unknown name, no trained weights, no config, or weights that do not fit it.
+        FileNotFoundError: the checkpoint does not exist.
         OSError: the checkpoint could not be downloaded.
     """
 
@@ -54,62 +89,185 @@ class Predictor:
         cfg: CfgNode | str | PathLike[str],
         weights: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
+        *,
+        threshold: float | None = None,
+        classes: ClassChoice | None = None,
+        max_detections: int | None = None,
+        class_agnostic_nms: bool | None = None,
+        overrides: Sequence[Any] = (),
     ) -> None:
-        cfg = _read_config(cfg)
+        cfg, path, content = find_trained_model(cfg, weights, overrides)
         if device is not None:
             cfg.MODEL.DEVICE = str(device)
-        weights = weights or cfg.MODEL.WEIGHTS
-        if not weights:
-            raise UserError(
-                "a predictor needs trained weights: give the path of a checkpoint as `weights`, "
-                "or set MODEL.WEIGHTS in the config"
-            )
         self.model = build_model(cfg).eval()
-        weights = resolve(weights)
-        content = read_checkpoint(weights)
-        check_complete(load_weights(self.model, weights, content=content), weights)
+        check_complete(load_weights(self.model, path, content=content), path)
         self.transform = build_test_transform(cfg)
-        self.class_names, self.category_ids = _find_classes(cfg, get_description(content))
+        description = get_description(content)
+        self.score_threshold: float | None = description.get("score_threshold")
+        self.class_names, self.category_ids = _find_classes(cfg, description)
+        self._defaults = self._options(threshold, classes, max_detections, class_agnostic_nms)
 
-    def __call__(self, image: ImageInput) -> dict[str, Any]:
-        """Detect the objects in an image.
+    @overload
+    def __call__(self, image: ImageInput, **options: Unpack[CallOptions]) -> Detections: ...
+    @overload
+    def __call__(
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallOptions]
+    ) -> list[Detections]: ...
+    @overload
+    def __call__(
+        self, image: Iterator[Any], **options: Unpack[CallOptions]
+    ) -> Iterator[Detections]: ...
+
+    def __call__(
+        self,
+        image: Any,
+        *,
+        threshold: float | None = None,
+        classes: ClassChoice | None = None,
+        max_detections: int | None = None,
+        class_agnostic_nms: bool | None = None,
+        channel_order: str = "RGB",
+        batch_size: int = 4,
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detect the objects in an image, in a list of images, or in those of an iterator.
 
         Args:
-            image: a path, whose EXIF orientation is applied; or a PIL image or a uint8 RGB array
-                `(H, W, 3)`, which are not rotated.
+            image: a path, whose EXIF orientation is applied, or an http(s) address; a PIL image,
+                an array or a tensor in memory (`data.arrays.image_to_rgb`), which are not rotated;
+                a list or tuple of these; or an iterator over them.
+            threshold: scores are above it; None takes the predictor's default, and without one
+                MODEL.TENSOR_MASK.SCORE_THRESH_TEST.
+            classes: names or labels; None: all. Applied before non-maximum suppression (NMS).
+            max_detections: per image; None: TEST.DETECTIONS_PER_IMAGE.
+            class_agnostic_nms: let detections of different classes suppress each other; None:
+                TEST.CLASS_AGNOSTIC_NMS.
+            channel_order: of arrays and tensors: "RGB", or "BGR" as of cv2.imread.
+            batch_size: how many images of a list or iterator are in memory. Those of equal padded
+                size go through the model together; the results are those of single images, up to
+                rounding.
 
         Returns:
-            In pixels of the image, sorted by score: `boxes (K, 4)` float xyxy, `scores (K,)`,
-            `labels (K,)` int64 from 0 and, if the model has a mask head, `masks (K, H, W)` bool, on
-            the model's device; `class_names`, a list of K str.
+            `Detections`, in pixels of the image, on the model's device; for a list a list of them.
+            For an iterator a generator, which reads `batch_size` images when it needs them.
 
         Raises:
-            UserError: an array of another dtype or shape.
-            ImageError: the file does not exist or is not an image.
+            UserError: an image in memory or an option that is not valid.
+            ImageError: a file does not exist or is not an image.
+            OSError: an address could not be downloaded.
         """
-        rgb = _to_rgb(image)
-        size = rgb.shape[:2]
-        # The test transform has a single size and no flip: it does not depend on the generator.
-        geometry = self.transform.draw(size, np.random.default_rng(0))
-        network_input = image_to_tensor(transform_image(rgb, geometry))
-        with torch.inference_mode():
-            (detections,) = self.model([network_input], output_sizes=[size])
-        names = [class_name(label, self.class_names) for label in detections["labels"].tolist()]
-        return {**detections, "class_names": names}
+        given = self._options(threshold, classes, max_detections, class_agnostic_nms)
+        options = {**self._defaults, **given}
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        if isinstance(image, list | tuple):
+            return list(self._stream(iter(image), channel_order, batch_size, options))
+        if isinstance(image, Iterator) and not hasattr(image, "read"):  # as files have
+            return self._stream(image, channel_order, batch_size, options)
+        (detections,) = self._detect([read_input(image, channel_order)], options)
+        return detections
+
+    def _options(
+        self,
+        threshold: float | None,
+        classes: ClassChoice | None,
+        max_detections: int | None,
+        class_agnostic_nms: bool | None,
+    ) -> dict[str, Any]:
+        """Return the options that are not None, checked, as arguments of `TensorMask.detect`."""
+        if threshold is not None and not 0 <= threshold < 1:
+            raise UserError(f"threshold is a score in 0..1, below 1 (30 % is 0.3), got {threshold}")
+        if max_detections is not None and max_detections < 1:
+            raise UserError(f"max_detections must be 1 or more, got {max_detections}")
+        options = {
+            "score_threshold": threshold,
+            "classes": None if classes is None else find_labels(classes, self.class_names),
+            "num_detections": max_detections,
+            "class_agnostic_nms": class_agnostic_nms,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _stream(
+        self, images: Iterator[Any], channel_order: str, batch_size: int, options: dict[str, Any]
+    ) -> Iterator[Detections]:
+        start = 0
+        while batch := list(islice(images, batch_size)):
+            rgbs = []
+            for number, image in enumerate(batch, start):
+                try:
+                    rgbs.append(read_input(image, channel_order))
+                except ImageError:  # names its file
+                    raise
+                except UserError as error:
+                    raise UserError(f"image {number} (counted from 0): {error}") from None
+            start += len(batch)
+            yield from self._detect(rgbs, options)
+
+    def _detect(self, rgbs: list[np.ndarray], options: dict[str, Any]) -> list[Detections]:
+        inputs, sizes = [], [rgb.shape[:2] for rgb in rgbs]
+        rows_by_size: dict[tuple[int, int], list[int]] = {}
+        for row, (rgb, size) in enumerate(zip(rgbs, sizes, strict=True)):
+            # The test transform has a single size and no flip: the generator has no influence.
+            geometry = self.transform.draw(size, np.random.default_rng(0))
+            inputs.append(image_to_tensor(transform_image(rgb, geometry)))
+            # Padding changes the borders of an image: those of another padded size go separately.
+            rows_by_size.setdefault(
+                padded_size(*size_of(inputs[-1]), self.model.size_divisor), []
+            ).append(row)
+        found: dict[int, dict[str, Tensor]] = {}
+        for rows in rows_by_size.values():
+            with torch.inference_mode():
+                detected = self.model.detect(
+                    [inputs[row] for row in rows], [sizes[row] for row in rows], **options
+                )
+            # Outside of the inference mode, for tensors that can be changed in place.
+            with torch.no_grad():
+                for row, detection in zip(rows, detected, strict=True):
+                    pasted = paste_detection(detection, sizes[row])
+                    found[row] = {
+                        name: value.clone() if value.is_inference() else value
+                        for name, value in pasted.items()
+                    }
+        return [
+            Detections(
+                found[row],
+                size=sizes[row],
+                all_class_names=self.class_names,
+                category_ids=self.category_ids,
+                image=rgb,
+            )
+            for row, rgb in enumerate(rgbs)
+        ]
 
 
-def _read_config(cfg: CfgNode | str | PathLike[str]) -> CfgNode:
-    """Return a copy that is not frozen."""
-    if isinstance(cfg, CfgNode):
-        copy = cfg.clone()
-        copy.defrost()
-        return copy
-    read = get_cfg()
-    read.merge_from_file(str(cfg))
-    return read
+def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
+    """Return one input of `Predictor` as uint8 RGB `(H, W, 3)`.
+
+    Raises:
+        UserError, ImageError, OSError: as `Predictor`.
+    """
+    if isinstance(image, str) and image.startswith(_ADDRESSES):
+        return _read_address(image)
+    if isinstance(image, str | PathLike):
+        path = resolve(image) if isinstance(image, str) and "://" in image else image
+        if os.path.isdir(path):
+            raise UserError(
+                f"{path} is a folder: give its files, as in Path({os.fspath(path)!r}).glob('*.jpg')"
+            )
+        return read_image(path)
+    return image_to_rgb(image, channel_order)
 
 
-def _find_classes(cfg: CfgNode, stored: dict[str, list]) -> tuple[list[str], list[Identity]]:
+def _read_address(url: str) -> np.ndarray:
+    """Download an image, without keeping its file."""
+    with tempfile.TemporaryDirectory(prefix="tensormask-") as folder:
+        path = download(url, path=Path(folder) / "image", max_bytes=MAX_DOWNLOADED_BYTES)
+        try:
+            return read_image(path)
+        except ImageError as error:
+            raise ImageError(error.kind, url, error.reason) from None
+
+
+def _find_classes(cfg: CfgNode, stored: dict[str, Any]) -> tuple[list[str], list[Identity]]:
     """Return `class_names` and `category_ids` of a `Predictor`."""
     num_classes = cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     numbered: list[Identity] = list(range(1, num_classes + 1))
@@ -124,16 +282,3 @@ def _find_classes(cfg: CfgNode, stored: dict[str, list]) -> tuple[list[str], lis
         if len(dataset.class_names) == num_classes:
             return list(dataset.class_names), list(dataset.category_ids)
     return [class_name(label, None) for label in range(num_classes)], numbered
-
-
-def _to_rgb(image: ImageInput) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        return read_image(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(
-            "an image as an array must be uint8 RGB (H, W, 3); "
-            f"given {image.dtype} of shape {image.shape}"
-        )
-    return image

@@ -1,161 +1,320 @@
-"""Detect objects and draw them: `python tools/demo.py --config-file C --weights W --input DIR`.
+"""Detect and draw objects: `tensormask predict images/ --weights model_final.pth`.
 
-Write a drawing of each image and all detections, in COCO's results format, to --output.
+Inputs are images, folders, globs, addresses, videos and cameras; outputs are drawings, videos,
+COCO results and label images.
 """
 
 import argparse
-import glob
-import json
 import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tensormask.commands.common import (
+    EXIT_INTERRUPTED,
+    CommandParser,
     add_config_file,
     add_overrides,
     exits_on_user_error,
-    read_config,
 )
-from tensormask.data.images import ImageError, read_image
-from tensormask.evaluation import coco_results
-from tensormask.predictor import Predictor
+from tensormask.commands.inputs import Input, find_inputs
+from tensormask.detections import Detections
+from tensormask.evaluation.results import ResultsWriter
+from tensormask.predictor import Predictor, read_input
 from tensormask.utils.errors import UserError
-from tensormask.visualization.instances import draw_instances, save_image, unique_stem
+from tensormask.utils.video import VideoError, VideoReader, VideoWriter
+from tensormask.visualization.instances import unique_stem
 
 logger = logging.getLogger("tensormask.commands.predict")
 
 DETECTIONS_FILE = "detections.json"
-EXIT_NOTHING_READ = 1
+DEFAULT_THRESHOLD = 0.5
+KINDS = ("image", "video", "json", "labels")
+DEFAULT_KINDS = "image,video,json"
+EXIT_UNREAD = 1
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of the command; its options include those of detectron2's demo."""
+    parser = CommandParser(
+        "predict",
+        description="Detect the objects in images and videos, and draw them.",
+        example="images/ --weights output/quickstart/model_final.pth",
+    )
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="image, video, folder (without its subfolders), quoted glob (** matches subfolders), "
+        "http(s) address, or the number of a camera (stop with Ctrl-C)",
+    )
+    add("--input", nargs="+", default=[], metavar="INPUT", help="more of them")
+    add("--video-input", metavar="INPUT", help=argparse.SUPPRESS)  # of detectron2's demo, as next
+    add("--webcam", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="a checkpoint, by path or address, or a name such as tensormask_R_50_FPN_6x "
+        "(default: MODEL.WEIGHTS of --config-file)",
+    )
+    add_config_file(parser, default="")
+    add(
+        "--output",
+        default="output/predict",
+        metavar="DIR",
+        help="folder for what --save names (default: %(default)s)",
+    )
+    add(
+        "--save",
+        default=DEFAULT_KINDS,
+        metavar="KINDS",
+        help="what is written: image: a drawing (PNG) per image, named like it (a_2.png for a "
+        "second a); video: a drawn video (MP4) per video; "
+        f"json: {DETECTIONS_FILE}, a list of COCO results; labels: labels/<name>.png, 16 bits, 0 "
+        "is background, n is the n-th detection of the image, the better score on top "
+        "(default: %(default)s)",
+    )
+    add(
+        "--threshold",
+        "--confidence-threshold",
+        type=float,
+        metavar="SCORE",
+        help="scores are above it (default: the threshold with the best F1 in the checkpoint's "
+        f"last evaluation, {DEFAULT_THRESHOLD} if it has none)",
+    )
+    add("--classes", metavar="A,B", help="names or labels of the classes (default: all)")
+    add("--device", metavar="DEVICE", help="cpu, cuda:0, ... (default: the GPU if there is one)")
+    add_overrides(parser)
+    return parser
+
+
+@dataclass
+class Run:
+    """Detects in inputs one after the other, and writes what is to be saved.
+
+    Attributes:
+        results: the writer of the COCO results, or None.
+        stop: set to stop after the present image.
+    """
+
+    predictor: Predictor
+    options: dict[str, Any]
+    output: Path
+    kinds: set[str]
+    results: ResultsWriter | None
+    progress: tqdm
+    stop: threading.Event
+    num_images: int = 0  # and frames, also those that cannot be read: the next image_id
+    num_read: int = 0
+    num_detections: int = 0
+    num_unread: int = 0
+
+    def process(self, inputs: list[Input], stems: list[str]) -> None:
+        """Process inputs, each with the stem of its output files, until `stop` is set."""
+        for source, stem in zip(inputs, stems, strict=True):
+            if self.stop.is_set():
+                return
+            try:
+                if source.is_video:
+                    self._process_video(source, stem)
+                else:
+                    self._process_image(source, stem)
+            except (_UnreadError, VideoError) as error:
+                logger.error(error)
+                self.num_unread += 1
+
+    def _process_image(self, source: Input, stem: str) -> None:
+        self.num_images += 1
+        try:
+            rgb = read_input(source.location)
+        except (UserError, OSError) as error:
+            raise _UnreadError(str(error)) from None
+        detections = self.predictor(rgb, **self.options)
+        if "image" in self.kinds:
+            detections.save(self.output / f"{stem}.png")
+        self._save(detections, self.num_images - 1, {"file_name": str(source.location)}, stem)
+
+    def _process_video(self, source: Input, stem: str) -> None:
+        with ExitStack() as stack:
+            reader = stack.enter_context(VideoReader(source.location))
+            if self.progress.total is not None:
+                more = reader.num_frames - 1
+                self.progress.total = self.progress.total + more if more >= 0 else None
+            writer = None
+            if "video" in self.kinds:
+                writer = stack.enter_context(VideoWriter(self.output / f"{stem}.mp4", reader.fps))
+            for number, rgb in enumerate(reader):
+                self.num_images += 1
+                detections = self.predictor(rgb, **self.options)
+                if writer is not None:
+                    writer.write(detections.draw(magnify=1))
+                about = {"file_name": str(source.location), "frame": number}
+                self._save(detections, self.num_images - 1, about, f"{stem}/{number:06d}")
+                if self.stop.is_set():
+                    return
+
+    def _save(
+        self, detections: Detections, image_id: int, about: dict[str, Any], name: str
+    ) -> None:
+        """Write what images and frames have in common: COCO results and label images."""
+        if self.results is not None:
+            for result, class_name in zip(
+                detections.to_coco(image_id), detections["class_names"], strict=True
+            ):
+                self.results.add([result | {"category_name": class_name} | about])
+        if "labels" in self.kinds:
+            path = self.output / "labels" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(detections.label_image()).save(path)
+        self.num_read += 1
+        self.num_detections += len(detections)
+        self.progress.update()
+
+
+class _UnreadError(UserError):
+    """An image that cannot be read, unlike a drawing that cannot be written."""
+
+
+class _NothingReadError(UserError):
+    """No input can be read: an older file of results is not overwritten."""
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Set the yielded event at the first Ctrl-C; the second one interrupts as usual."""
+    stop, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, previous)
+
+    if threading.current_thread() is not threading.main_thread():  # the only one with handlers
+        yield stop
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def output_stems(inputs: list[Input], output: Path) -> list[str]:
+    """Return a name for the files of each input, all different.
+
+    Raises:
+        UserError: a file would overwrite an input; nothing has been written.
+    """
+    taken: set[str] = set()
+    stems = [unique_stem(source.stem, taken) for source in inputs]
+    written = [output / f"{stem}{suffix}" for stem in stems for suffix in (".png", ".mp4")]
+    written += [output / "labels" / f"{stem}.png" for stem in stems]
+    read = {source.location.resolve() for source in inputs if isinstance(source.location, Path)}
+    if overwritten := read & {file.resolve() for file in written}:
+        raise UserError(
+            f"drawings would overwrite the inputs, such as {min(overwritten)}: "
+            "give another folder as --output"
+        )
+    return stems
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `opts` holds the `KEY VALUE` words."""
-    parser = argparse.ArgumentParser(
-        description="Detect and draw the objects in images.",
-        epilog="KEY VALUE pairs at the end override the config, as in --input a.jpg --output out "
-        "MODEL.DEVICE cpu. Put --opts before them if they follow the list of --input.",
-    )
-    add_config_file(parser)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="images, folders (without their subfolders) or quoted globs; ** matches subfolders",
-    )
-    parser.add_argument(
-        "--output",
-        default="output/demo",
-        metavar="DIR",
-        help="folder for a PNG per image, named like it (a_2.png for a second a), and "
-        f"{DETECTIONS_FILE}: a list of COCO results with image_id (index in the sorted list of "
-        "inputs, from 0), category_id, category_name, bbox (x, y, width, height), score, "
-        "segmentation (RLE) and file_name (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--weights", default="", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)"
-    )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="lowest score that is drawn and written; the model itself drops detections below "
-        "MODEL.TENSOR_MASK.SCORE_THRESH_TEST (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--opts", dest="more_opts", nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS
-    )
-    add_overrides(parser)
+    """Read the command line; `inputs` are all inputs, `save` a set, `opts` the `KEY VALUE` words.
+
+    Raises:
+        UserError: --save names something else.
+    """
+    parser = build_parser()
     args = parser.parse_args(arguments)
-    args.opts += args.more_opts
+    args.inputs += args.input + ([args.video_input] if args.video_input else [])
+    args.inputs += ["0"] if args.webcam else []
+    if not args.inputs:
+        parser.error("name images, folders, videos or addresses")
+    if not (args.weights or args.config_file):
+        parser.error("name a model: --weights, with a checkpoint or tensormask_R_50_FPN_6x")
+    args.save = {kind.strip() for kind in args.save.split(",")}
+    if unknown := args.save - set(KINDS):
+        parser.error(f"--save takes {','.join(KINDS)}, not {min(unknown)!r}")
     return args
 
 
-def find_images(inputs: list[str]) -> list[Path]:
-    """Return the files of `inputs`, sorted and without duplicates.
-
-    A folder gives its files with the suffix of an image format, a glob all files that it matches.
-    An input that matches no file is returned unchanged.
-    """
-    suffixes = Image.registered_extensions()
-    files = set()
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files |= {file for file in path.iterdir() if file.suffix.lower() in suffixes}
-        elif path.exists():  # before globs: a name may hold brackets
-            files.add(path)
-        else:
-            matches = (Path(match) for match in glob.glob(text, recursive=True))
-            files |= {match for match in matches if match.is_file()} or {path}
-    return sorted(files)
-
-
-def process(
-    predictor: Predictor, images: list[Path], output: Path, min_score: float
-) -> tuple[list[dict[str, Any]], int]:
-    """Detect in each image, and draw it to `output`.
-
-    Returns:
-        The detections in COCO's results format, and the number of images that cannot be read.
-
-    Raises:
-        UserError: a drawing would overwrite an image; nothing has been written.
-    """
-    taken: set[str] = set()
-    drawings = [output / f"{unique_stem(image.stem, taken)}.png" for image in images]
-    overwritten = {file.resolve() for file in drawings} & {file.resolve() for file in images}
-    if overwritten:
-        raise UserError(
-            f"drawings would overwrite the images, such as {min(overwritten)}: "
-            "give another folder as --output"
-        )
-    results, num_unread = [], 0
-    todo = tqdm(zip(images, drawings, strict=True), total=len(images), disable=None)
-    for image_id, (image, drawing) in enumerate(todo):
-        try:
-            rgb = read_image(image)
-        except ImageError as error:
-            logger.error(error)
-            num_unread += 1
-            continue
-        detections = predictor(rgb)
-        names = detections.pop("class_names")
-        # Sorted by score: a slice of the masks, because a copy may take gigabytes.
-        num_shown = int((detections["scores"] >= min_score).sum())
-        fields = {key: value[:num_shown] for key, value in detections.items()}
-        coco = coco_results(fields, image_id, predictor.category_ids)
-        for result, name in zip(coco, names[:num_shown], strict=True):
-            results.append(result | {"category_name": name, "file_name": str(image)})
-        drawn = draw_instances(
-            rgb,
-            fields["boxes"],
-            fields["labels"],
-            fields.get("masks"),
-            fields["scores"],
-            predictor.class_names,
-        )
-        save_image(drawing, drawn)
-    return results, num_unread
+def build_predictor(args: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:
+    """Return the predictor of a command line, and the options of its calls."""
+    source, weights = args.config_file or args.weights, args.weights or None
+    predictor = Predictor(
+        source, weights if args.config_file else None, args.device, overrides=args.opts
+    )
+    threshold, reason = args.threshold, "given"
+    if threshold is None and predictor.score_threshold is not None:
+        threshold, reason = predictor.score_threshold, "the best F1 of the last evaluation"
+    elif threshold is None:
+        threshold, reason = DEFAULT_THRESHOLD, "the checkpoint has none of an evaluation"
+    print(f"threshold {threshold:.3g} ({reason})")
+    options: dict[str, Any] = {"threshold": threshold}
+    if args.classes:
+        names = [name.strip() for name in args.classes.split(",")]
+        options["classes"] = [
+            int(name) if name.isdecimal() and name not in predictor.class_names else name
+            for name in names
+        ]
+    return predictor, options
 
 
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 1 if no image could be read, 2 for a user error."""
+    """Run the command.
+
+    Returns:
+        0; 1 if an input could not be read, 2 for a user's error, 130 after Ctrl-C, which is the way
+        to stop a camera and gives 0 there. What was done before is complete in all files.
+    """
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    images, output = find_images(args.input), Path(args.output)
-    predictor = Predictor(read_config(args.config_file, args.opts), args.weights or None)
-    results, num_unread = process(predictor, images, output, args.confidence_threshold)
-    num_read = len(images) - num_unread
-    if num_read:
-        (output / DETECTIONS_FILE).write_text(json.dumps(results), encoding="utf-8")
+    (inputs, others, without), output = find_inputs(args.inputs), Path(args.output)
+    stems = output_stems(inputs, output)
+    for message in without:
+        logger.error(message)
+    if others:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        logger.info("%d other files were left out: %s", others.total(), listed)
+    if not inputs:
+        return EXIT_UNREAD
+    predictor, options = build_predictor(args)
+    output.mkdir(parents=True, exist_ok=True)
+    has_camera = any(isinstance(source.location, int) for source in inputs)
+    start = time.perf_counter()
+    with suppress(_NothingReadError), ExitStack() as stack:
+        stop = stack.enter_context(stop_on_interrupt())
+        stack.enter_context(logging_redirect_tqdm())
+        total = None if has_camera else len(inputs)
+        progress = stack.enter_context(tqdm(total=total, unit=" images", disable=None))
+        results = None
+        if "json" in args.save:
+            results = stack.enter_context(ResultsWriter(output / DETECTIONS_FILE))
+        run = Run(predictor, options, output, args.save, results, progress, stop)
+        run.process(inputs, stems)
+        if not run.num_read:
+            raise _NothingReadError("no input could be read")
+    num_unread = run.num_unread + len(without)
+    speed = run.num_read / (time.perf_counter() - start)
     print(
-        f"{len(results)} detections in {num_read} images written to {output}; "
-        f"{num_unread} files could not be read"
+        f"{run.num_detections} detections in {run.num_read} images written to {output} "
+        f"({speed:.1f} images a second)"
+        + (f"; {num_unread} inputs could not be read" if num_unread else "")
     )
-    return 0 if num_read else EXIT_NOTHING_READ
+    if stop.is_set() and not has_camera:
+        print("interrupted: the remaining inputs were not processed", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_UNREAD if num_unread else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -75,7 +76,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             Image.init()  # fills Image.OPEN with the formats that this PIL was built with
             formats = [name for name in _FORMATS if name in Image.OPEN]
             with Image.open(path, formats=formats) as image:
-                return _to_rgb(image)
+                image.load()  # before the EXIF: PIL rotates a TIFF itself and resets the tag
+                return to_rgb(_upright(image))
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -111,15 +113,27 @@ def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
     return np.round(stretched.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    image.load()  # before the orientation is read: PIL rotates a TIFF itself and resets the tag
-    try:
-        upright = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # the metadata are broken, but not the image
-        upright = None
-    if upright is not None:
-        image = image.transpose(upright)
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert an image of PIL, of any mode, to uint8 RGB `(H, W, 3)`."""
     if image.mode in _DEEP_GREY_MODES or image.mode.startswith("I;16"):
         grey = stretch_to_8_bits(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, such as ".jpg", of the formats that `read_image` reads."""
+    known = Image.registered_extensions()
+    return frozenset(
+        suffix for suffix, name in known.items() if name in _FORMATS and name in Image.OPEN
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotate an image by its EXIF orientation."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # the metadata are broken, but not the image
+        return image
+    return image if turn is None else image.transpose(turn)

@@ -1,0 +1,266 @@
+"""`Detections`: what `Predictor` returns for an image, a dict with methods.
+
+Letters: K detections, (H, W) the image, P points of a polygon.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from tensormask.data.checks.issues import Identity
+from tensormask.evaluation import coco_results
+from tensormask.utils.errors import UserError, unknown_name
+from tensormask.utils.files import write_atomically
+from tensormask.visualization.instances import class_name, draw_instances, save_image
+
+ClassChoice = str | int | Sequence[str | int]
+_NUM_LISTED = 6  # classes in a repr
+
+
+class Detections(dict[str, Any]):
+    """The detections of one image: a dict of tensors, sorted by score.
+
+    Keys: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0, `masks
+    (K, H, W)` bool if the model has a mask head, and `class_names`, a list of K str. The tensors
+    can be changed in place. ``len`` is the number of detections, so that without any the object is
+    false; ``dict(detections)`` is a plain dict.
+
+    Args:
+        fields: the keys above; the names are added.
+        size: `(H, W)` of the image in pixels.
+        all_class_names: the name of each label of the model.
+        category_ids: the COCO category id of each label.
+        image: uint8 RGB `(H, W, 3)`, for `draw`; None saves its memory.
+    """
+
+    def __init__(
+        self,
+        fields: dict[str, Any],
+        *,
+        size: tuple[int, int],
+        all_class_names: Sequence[str],
+        category_ids: Sequence[Identity],
+        image: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(fields)
+        self.size = size
+        self.all_class_names = list(all_class_names)
+        self.category_ids = list(category_ids)
+        self.image = image
+        self["class_names"] = [class_name(n, all_class_names) for n in self["labels"].tolist()]
+
+    def __len__(self) -> int:
+        return len(self["scores"])
+
+    def __repr__(self) -> str:
+        num, (height, width) = len(self), self.size
+        parts = [f"{num} detection{'s' * (num != 1)}"]
+        if num:
+            counts = Counter(self["class_names"]).most_common()
+            listed = [f"{count} {name}" for name, count in counts[:_NUM_LISTED]]
+            if more := len(counts) - _NUM_LISTED:
+                listed += [f"{more} more classes"] if more > 0 else []
+            parts[0] += f": {', '.join(listed)}"
+            low, high = self["scores"].min().item(), self["scores"].max().item()
+            parts.append(f"scores {low:.2f}..{high:.2f}")
+        return "; ".join([*parts, f"{height} x {width}"])
+
+    __str__ = __repr__
+
+    def select(self, rows: Any) -> "Detections":
+        """Return some of the detections: a slice, a bool mask `(K,)`, or indices.
+
+        Example:
+            >>> fields = {"boxes": torch.zeros(2, 4), "scores": torch.tensor([0.9, 0.4])}
+            >>> fields["labels"] = torch.tensor([1, 0])
+            >>> options = {"all_class_names": ["cat", "dog"], "category_ids": [1, 2]}
+            >>> Detections(fields, size=(48, 64), **options).select([0])
+            1 detection: 1 dog; scores 0.90..0.90; 48 x 64
+        """
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows, device=self["scores"].device)
+            rows = rows.long() if rows.dtype != torch.bool else rows
+        return Detections(
+            {key: value[rows] for key, value in self.items() if key != "class_names"},
+            size=self.size,
+            all_class_names=self.all_class_names,
+            category_ids=self.category_ids,
+            image=self.image,
+        )
+
+    def filter(
+        self,
+        *,
+        threshold: float | None = None,
+        classes: ClassChoice | None = None,
+        max_detections: int | None = None,
+    ) -> "Detections":
+        """Return the detections with a score above `threshold`, of some classes, the best first.
+
+        Args:
+            threshold: a score in 0..1.
+            classes: names or labels.
+            max_detections: how many at most.
+
+        Raises:
+            UserError: an unknown class.
+        """
+        rows = torch.ones(len(self), dtype=torch.bool, device=self["scores"].device)
+        if threshold is not None:
+            rows &= self["scores"] > threshold
+        if classes is not None:
+            labels = find_labels(classes, self.all_class_names)
+            rows &= torch.isin(self["labels"], self["labels"].new_tensor(labels))
+        best = rows.nonzero()[:, 0]
+        return self.select(best if max_detections is None else best[:max_detections])
+
+    def to_coco(self, image_id: Identity = 0) -> list[dict[str, Any]]:
+        """Return K dicts in COCO's results format: `coco_results`."""
+        return coco_results(self, image_id, self.category_ids, self.size)
+
+    def to_supervision(self) -> Any:
+        """Return a ``supervision.Detections``, with the names in ``data["class_name"]``.
+
+        Raises:
+            ImportError: the package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision needs a package: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=_to_numpy(self["boxes"]),
+            mask=_to_numpy(self["masks"]) if "masks" in self else None,
+            confidence=_to_numpy(self["scores"]),
+            class_id=_to_numpy(self["labels"]),
+            data={"class_name": np.array(self["class_names"], dtype=str)},
+        )
+
+    def polygons(self) -> list[list[np.ndarray]]:
+        """Return the outlines of each mask: per detection a list of polygons, `(P, 2)` float xy.
+
+        A polygon runs along the edges of the pixels, in the coordinates of the boxes, so its area
+        is the number of pixels inside. A mask in several parts gives one polygon per part, an empty
+        mask none. Holes are left out, as in COCO's polygons.
+
+        Raises:
+            UserError: the model has no masks.
+        """
+        return [_outlines(_to_numpy(mask)) for mask in self._masks()]
+
+    def label_image(self) -> np.ndarray:
+        """Return `(H, W)` uint16: 0 is background, n is row n - 1; the better score is on top.
+
+        Raises:
+            UserError: the model has no masks.
+        """
+        labels = np.zeros(self.size, np.uint16)
+        order = self["scores"].argsort(stable=True).tolist()
+        masks = self._masks()
+        for row in order:
+            labels[_to_numpy(masks[row])] = row + 1
+        return labels
+
+    def draw(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray:
+        """Draw the detections, and return uint8 RGB `(H, W, 3)`, enlarged for small images.
+
+        Args:
+            image: uint8 RGB `(H, W, 3)`; None takes the image that was given to the predictor.
+            options: of `visualization.instances.draw_instances`, such as ``magnify=1``.
+
+        Raises:
+            UserError: there is no image.
+        """
+        image = self.image if image is None else image
+        if image is None:
+            raise UserError("these detections have no image: give it, as in draw(image)")
+        return draw_instances(
+            image,
+            self["boxes"],
+            self["labels"],
+            self.get("masks"),
+            self["scores"],
+            self.all_class_names,
+            **options,
+        )
+
+    def save(self, path: str | Path, image: np.ndarray | None = None, **options: Any) -> None:
+        """Write the drawing (`draw`) to an image file, or `to_coco` with names to a .json file.
+
+        Raises:
+            UserError: another suffix, or there is no image.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".json":
+            save_image(path, self.draw(image, **options))
+            return
+        results = [
+            result | {"category_name": name}
+            for result, name in zip(self.to_coco(), self["class_names"], strict=True)
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
+
+    def _masks(self) -> torch.Tensor:
+        if "masks" not in self:
+            raise UserError("these detections have no masks: the model has none (MODEL.MASK_ON)")
+        return self["masks"]
+
+
+def find_labels(classes: ClassChoice, class_names: Sequence[str]) -> list[int]:
+    """Return the labels of classes, which are given by their names or by labels from 0.
+
+    Raises:
+        UserError: an unknown name, with the nearest one; an invalid label.
+
+    Example:
+        >>> find_labels(["dog", 0], ["cat", "dog"])
+        [1, 0]
+    """
+    chosen = [classes] if isinstance(classes, str | int) else list(classes)
+    if not chosen:
+        raise UserError("classes is empty: leave it out for all classes")
+    labels: list[int] = []
+    for choice in chosen:
+        if isinstance(choice, str):
+            named = [label for label, name in enumerate(class_names) if name == choice]
+            if not named:
+                raise UserError(unknown_name("a class of the model", choice, class_names))
+            labels += named
+        elif type(choice) is bool or not 0 <= int(choice) < len(class_names):
+            highest = len(class_names) - 1
+            raise UserError(f"a class is a name or a label in 0..{highest}, got {choice!r}")
+        else:
+            labels.append(int(choice))
+    return labels
+
+
+def _to_numpy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _outlines(mask: np.ndarray) -> list[np.ndarray]:
+    """Return the outer outlines of a bool mask `(H, W)` along the edges of its pixels."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return []
+    y, x = rows[0], columns[0]
+    cropped = mask[y : rows[-1] + 1, x : columns[-1] + 1].astype(np.uint8)
+    # OpenCV's contours run through pixel centers. In a doubled mask, pixel i is 2i and 2i + 1, and
+    # contours turn at 2i on a left or upper edge and at 2i + 1 on others: the edges i and i + 1.
+    doubled = cropped.repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [_corners((contour[:, 0] + 1) // 2 + (x, y)) for contour in contours]
+
+
+def _corners(points: np.ndarray) -> np.ndarray:
+    """Return a closed polygon `(P, 2)` without repeated points and points within straight lines."""
+    points = points[(points != np.roll(points, 1, axis=0)).any(1)].astype(float)
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    return points[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
