@@ -4,6 +4,7 @@ A command's module is imported when the command is chosen, so that the list of c
 without importing torch.
 """
 
+import argparse
 import difflib
 import importlib
 import sys
@@ -11,6 +12,8 @@ import sys
 from tensormask import __version__
 
 EXIT_MISTAKE = 2
+SHELLS = ("bash", "zsh")
+FILES = ("DIR", "FILE", "INPUT", "OUTPUT", "RUN")  # in the help of arguments that are paths
 
 # Command: (module of tensormask.commands, summary).
 COMMANDS = {
@@ -39,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"tensormask {__version__}")
         return 0
+    if words[0] == "--print-completion":
+        return _print_completion(words[1:])
     for length in (1, 2):
         if found := COMMANDS.get(" ".join(words[:length])):
             module = importlib.import_module(f"tensormask.commands.{found[0]}")
@@ -57,10 +62,35 @@ def describe() -> str:
             "",
             *(f"  {name:<18} {summary}" for name, (_, summary) in COMMANDS.items()),
             "",
-            "tensormask COMMAND --help describes a command; --version prints the version.",
+            "tensormask COMMAND --help describes a command; --version prints the version;",
+            "--print-completion bash (or zsh) prints a script that completes commands and options.",
             "Example: tensormask train --config-file quickstart",
         ]
     )
+
+
+def _print_completion(words: list[str]) -> int:
+    if len(words) != 1 or words[0] not in SHELLS:
+        print(f"error: --print-completion takes {' or '.join(SHELLS)}", file=sys.stderr)
+        return EXIT_MISTAKE
+    try:
+        import shtab
+    except ImportError:
+        print("error: it needs shtab: pip install 'tensormask[completion]'", file=sys.stderr)
+        return EXIT_MISTAKE
+    program = argparse.ArgumentParser("tensormask")
+    groups = {"": program.add_subparsers()}
+    for name, (module, summary) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group, help=summary).add_subparsers()
+        parser = importlib.import_module(f"tensormask.commands.{module}").build_parser()
+        for action in parser._actions:
+            if action.metavar in FILES:
+                vars(action)["complete"] = shtab.FILE
+        groups[group].add_parser(last, help=summary, parents=[parser], add_help=False)
+    print(shtab.complete(program, words[0]))
+    return 0
 
 
 def _unknown(words: list[str]) -> str:

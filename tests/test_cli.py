@@ -45,6 +45,28 @@ def test_words_of_the_program_itself(capsys):
     assert "  on cpu " in capsys.readouterr().out
 
 
+def test_completion(capsys):
+    assert cli.main(["--print-completion", "fish"]) == 2
+    assert "bash or zsh" in capsys.readouterr().err
+    pytest.importorskip("shtab")
+    assert cli.main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    words = [
+        "bash",
+        "-c",
+        f"{script}\nCOMP_WORDS=(tensormask visualize windows --we); COMP_CWORD=3\n"
+        '_shtab_tensormask; echo "${COMPREPLY[@]}"',
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "--weights\n"
+
+
+def test_completion_without_shtab_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["--print-completion", "bash"]) == 2
+    assert "tensormask[completion]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_command_says_its_name_and_what_it_needs(name, capsys):
     with pytest.raises(SystemExit, match="0"):
