@@ -1,0 +1,138 @@
+"""image_to_rgb: what is converted, by hand, and what is refused with the call that mends it."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tensormask
+from tensormask.data.arrays import image_to_rgb
+from tensormask.data.images import read_image, stretch_to_8_bits
+from tensormask.utils.errors import UserError
+
+RGB = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 3) * 8
+GREY = RGB[..., 0]
+REPEATED = np.repeat(GREY[..., None], 3, axis=2)
+ALPHA = np.dstack([RGB, GREY])
+DEEP = np.array([[100, 1000], [4000, 5000]], np.uint16)
+CHW = torch.from_numpy(RGB).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (RGB, RGB),
+        (np.asfortranarray(RGB), RGB),
+        (GREY, REPEATED),
+        (GREY[..., None], REPEATED),
+        (ALPHA, RGB),
+        (RGB / 255, RGB),
+        ((GREY / 255).astype(np.float16), REPEATED),
+        (np.full((2, 5, 3), 1.00001), np.full((2, 5, 3), 255)),
+        (DEEP, np.repeat(stretch_to_8_bits(DEEP)[..., None], 3, axis=2)),
+        (CHW, RGB),
+        (CHW / 255, RGB),
+        ((CHW / 255).double().requires_grad_(), RGB),
+        (torch.ones(3, 2, 5, dtype=torch.bfloat16), np.full((2, 5, 3), 255)),
+        (Image.fromarray(RGB), RGB),
+        (Image.fromarray(ALPHA), RGB),
+        (Image.fromarray(GREY), REPEATED),
+    ],
+)
+def test_images_in_memory(image, expected):
+    pixels = image_to_rgb(image)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_an_rgb_array_is_not_copied():
+    assert np.shares_memory(image_to_rgb(RGB), RGB)
+
+
+@pytest.mark.parametrize("image", [RGB[..., ::-1], ALPHA[..., [2, 1, 0, 3]], CHW.flip(0)])
+def test_bgr(image):
+    np.testing.assert_array_equal(image_to_rgb(image, "BGR"), RGB)
+
+
+@pytest.mark.parametrize("dtype", ["u2", "i4", "f4"])
+def test_deep_grey_of_pil_equals_that_of_its_file(tmp_path, dtype):
+    image = Image.fromarray(DEEP.astype(dtype))
+    image.save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(image_to_rgb(image), read_image(tmp_path / "a.tif"))
+
+
+def test_exif_of_pil_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image_to_rgb(image).shape == (2, 5, 3)
+    assert read_image(tmp_path / "a.png").shape == (5, 2, 3)
+
+
+NAN = np.full((2, 3, 3), np.nan)
+# Images, and the calls that their errors name, which must give an image.
+MENDED = {
+    "image.astype(np.uint8) * 255": GREY > 50,
+    "image.astype(np.uint8)": RGB.astype(np.int64),
+    " image.astype(np.uint8)": RGB.astype(np.float32),
+    "(image // 256).astype(np.uint8)": RGB.astype(np.uint16) * 257,
+    "tensormask.data.images.stretch_to_8_bits(image)": DEEP.astype(np.float32),
+    " tensormask.data.images.stretch_to_8_bits(image)": -DEEP.astype(np.int32),
+    "np.nan_to_num(image)": NAN,
+    "image.transpose(1, 2, 0)": CHW.numpy(),
+    "list(images), for a list of results": RGB[None],
+    "image.permute(2, 0, 1)": torch.from_numpy(RGB),
+    "image.expand(3, -1, -1)": CHW[:1],
+    " image.expand(3, -1, -1)": CHW[0],
+    "image[:3]": torch.cat([CHW, CHW[:1]]),
+    " list(images), for a list of results": CHW[None],
+    "PIL.Image.open(io.BytesIO(data))": b"\x89PNG",
+    "PIL.Image.open(file)": io.BytesIO(b""),
+}
+
+
+@pytest.mark.parametrize("call", MENDED)
+def test_the_call_that_mends_it(call):
+    image = MENDED[call]
+    with pytest.raises(UserError) as raised:
+        image_to_rgb(image)
+    call = call.strip()
+    assert str(raised.value).endswith(f"give {call}")
+    if not call.startswith(("list", "PIL")):
+        names = {"image": image, "np": np, "tensormask": tensormask}
+        assert image_to_rgb(eval(call, names)).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (None, r"None.*cv2\.imread"),
+        (RGB - 100.0, "before normalization"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (Image.new("RGB", (0, 4)), "no pixels"),
+        (np.zeros((2, 3, 2), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros(5, np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((2, 3, 3), complex), "complex128"),
+        (np.array(None), "no pixels|dtype|H, W"),
+        (torch.zeros(3, 0, 4), "no pixels"),
+        (torch.full((3, 2, 2), 200.0), "values from 200 to 200"),
+        (3, "int is not an image"),
+        ([RGB], "list is not an image"),
+        ({"image": RGB}, "dict is not an image"),
+    ],
+)
+def test_other_objects_are_refused(image, message):
+    with pytest.raises(UserError, match=message):
+        image_to_rgb(image)
+
+
+def test_a_broken_pil_image(tmp_path):
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / "a.bmp")
+    content = (tmp_path / "a.bmp").read_bytes()
+    with Image.open(io.BytesIO(content[:200])) as image:
+        with pytest.raises(UserError, match="cannot be read"):
+            image_to_rgb(image)
