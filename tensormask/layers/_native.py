@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ DEVICES = frozenset(
     for key in ("CPU", "CUDA", "Meta")
     if LIBRARY and (key == "Meta" or torch._C._dispatch_has_kernel_for_dispatch_key(_OP, key))
 )
-_backend = os.environ.get("TENSORMASK_OP", "auto")
+_DEFAULT = os.environ.get("TENSORMASK_OP", "auto")
+_backend = ContextVar("_backend", default=_DEFAULT)
 _warned_devices: set[str] = set()
 
 
@@ -49,14 +51,25 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"the backend (TENSORMASK_OP) must be one of {names}, got {backend!r}")
 
 
-_check_backend(_backend)
+_check_backend(_DEFAULT)
+
+
+def _chosen() -> str:
+    return _backend.get()
+
+
+if torch.__version__ < "2.14":
+    # torch.compile cannot trace a context variable: a compiled function keeps its first choice.
+    _chosen = torch.compiler.assume_constant_result(_chosen)
 
 
 @contextlib.contextmanager
 def op_backend(backend: str) -> Iterator[None]:
     """Choose what computes swap_align2nat and `winograd.conv2d` within a ``with`` block.
 
-    The environment variable ``TENSORMASK_OP`` chooses for the whole process.
+    The choice is that of the running thread and asyncio task; other threads keep their own. The
+    environment variable ``TENSORMASK_OP`` chooses for the whole process, where nothing else does. A
+    gradient is computed by what computed the result.
 
     Args:
         backend: "native" for the compiled op, with an error where it is missing; "reference" for
@@ -71,13 +84,12 @@ def op_backend(backend: str) -> Iterator[None]:
         ...     swap_align2nat(torch.zeros(1, 9, 4, 4), 2).shape
         torch.Size([1, 36, 2, 2])
     """
-    global _backend
     _check_backend(backend)
-    before, _backend = _backend, backend
+    token = _backend.set(backend)
     try:
         yield
     finally:
-        _backend = before
+        _backend.reset(token)
 
 
 def use_native(device: str) -> bool:
@@ -86,11 +98,12 @@ def use_native(device: str) -> bool:
     Raises:
         RuntimeError: the backend is "native" and the compiled op is missing.
     """
-    if _backend == "reference":
+    backend = _chosen()
+    if backend == "reference":
         return False
     if device in DEVICES:
         return True
-    if _backend == "native":
+    if backend == "native":
         raise RuntimeError(f"the backend 'native' needs the compiled op, but {why_not(device)}")
     if not torch.compiler.is_compiling() and device not in _warned_devices:
         _warned_devices.add(device)
@@ -102,7 +115,7 @@ def use_native(device: str) -> bool:
 
 def describe(device: str) -> str:
     """Describe in a few words, for logs, what computes swap_align2nat on a device type."""
-    reason = why_not(device) or ("the backend is 'reference'" if _backend == "reference" else "")
+    reason = why_not(device) or ("the backend is 'reference'" if _chosen() == "reference" else "")
     return f"plain PyTorch: {reason}" if reason else "compiled"
 
 

@@ -14,6 +14,8 @@ and number of leading axes. `swap_align2nat` here is the composition that the co
 the same name computes in one pass; its docstring says where the two differ.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,9 +171,8 @@ def up_align2nat_at(
     """
     side = check_input(x, 1)
     check_windows(x, windows)
-    if x.device.type == "cpu":
-        check_inside(x, windows, 1)
-    matrix = _upscale_matrix(side, lambda_val, mode).to(x)
+    check_inside(x, windows, 1)
+    matrix = _upscale_matrix(x, side, lambda_val, mode)
     out_side = len(matrix)
 
     # All channels at every pixel of a mask, (K, V', U', V*U). The center of an even mask is between
@@ -201,27 +202,29 @@ def _shift(x: Tensor, alpha: float, mask_axis: int, window_axis: int) -> Tensor:
     """Read each mask row at ``alpha`` times its offset along the windows; read 0 outside."""
     x = x.movedim((mask_axis, window_axis), (-2, -1))
     side, extent = x.shape[-2:]
-    offset = alpha * (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)
-    low = offset.floor()
+    offsets = [alpha * (row - (side - 1) / 2) for row in range(side)]
+    low = [math.floor(offset) for offset in offsets]
+    above = [offset - first for offset, first in zip(offsets, low, strict=True)]
     out = torch.zeros_like(x)
-    for first, weight in ((low, 1 - (offset - low)), (low + 1, offset - low)):
-        if weight.any():
-            location = first.long()[:, None] + torch.arange(extent)
-            weight = weight[:, None] * ((location >= 0) & (location < extent))
-            index = location.clamp(0, extent - 1).to(x.device)
-            out = out + x.gather(-1, index.expand(x.shape)) * weight.to(x)
+    for step, weights in ((0, [1 - weight for weight in above]), (1, above)):
+        if any(weights):
+            location = torch.tensor(low, device=x.device)[:, None] + step
+            location = location + torch.arange(extent, device=x.device)
+            inside = (location >= 0) & (location < extent)
+            weight = torch.tensor(weights, dtype=x.dtype, device=x.device)[:, None] * inside
+            out = out + x.gather(-1, location.clamp(0, extent - 1).expand(x.shape)) * weight
     return out.movedim((-2, -1), (mask_axis, window_axis))
 
 
 def _upscale(x: Tensor, lambda_val: float, mode: str) -> Tensor:
     _check(x)
-    rows, columns = (_upscale_matrix(side, lambda_val, mode).to(x) for side in x.shape[-4:-2])
+    rows, columns = (_upscale_matrix(x, side, lambda_val, mode) for side in x.shape[-4:-2])
     x = torch.einsum("av,...vuhw->...auhw", rows, x)
     return torch.einsum("bu,...auhw->...abhw", columns, x)
 
 
-def _upscale_matrix(side: int, lambda_val: float, mode: str) -> Tensor:
-    """Return the matrix (lambda*side, side), float64, that upscales a row of mask pixels.
+def _upscale_matrix(x: Tensor, side: int, lambda_val: float, mode: str) -> Tensor:
+    """Return the matrix (lambda*side, side) that upscales a row of mask pixels of ``x``.
 
     A mask extends half a pixel beyond the centers of its outer pixels (``align_corners`` is off).
     """
@@ -232,7 +235,14 @@ def _upscale_matrix(side: int, lambda_val: float, mode: str) -> Tensor:
         raise ValueError(
             f"lambda_val must be >= 1 with an integer lambda_val * {side}, got {lambda_val}"
         )
-    identity = torch.eye(side, dtype=torch.float64)[None]
-    # PyTorch's "nearest" rounds locations down, which shifts fractional scales.
-    interpolation = {"bilinear": "linear", "nearest": "nearest-exact"}[mode]
-    return F.interpolate(identity, size=out_side, mode=interpolation)[0].T
+    matrix = [[0.0] * side for _ in range(out_side)]
+    for row, weights in enumerate(matrix):
+        # The center of the row is at `center / unit` rows of the input's masks.
+        center, unit = (2 * row + 1) * side, 2 * out_side
+        if mode == "nearest":
+            weights[center // unit] = 1.0
+        else:
+            low, above = divmod(max(0, center - out_side), unit)  # outside, border values repeat
+            weights[low] += (unit - above) / unit
+            weights[min(low + 1, side - 1)] += above / unit
+    return torch.tensor(matrix, dtype=x.dtype, device=x.device)

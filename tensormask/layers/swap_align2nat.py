@@ -9,23 +9,15 @@ interpolated at
 
 and at ``ox, ou`` likewise. Outside of the input, on any of the four axes, ``pad_val`` is read.
 
-This file has the public functions and what PyTorch needs to know of a compiled op. The kernels are
-in ``csrc``; `swap_align2nat_reference` computes the same in plain PyTorch.
+This file has the public functions. The kernels are in ``csrc``, and `_registration` tells PyTorch
+about them; `swap_align2nat_reference` computes the same in plain PyTorch.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensormask.layers import _native, swap_align2nat_reference
-from tensormask.layers._checks import (
-    check_grad,
-    check_grad_at,
-    check_input,
-    check_inside,
-    check_windows,
-)
+from tensormask.layers import _native, _registration, swap_align2nat_reference
+from tensormask.layers._checks import check_input, check_inside, check_windows
 
 
 def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
@@ -81,9 +73,7 @@ def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: floa
     """
     check_input(x, lambda_val)
     check_windows(x, windows)
-    # A graph that is being compiled has no values to check: the kernel checks them.
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_inside(x, windows, lambda_val)
+    check_inside(x, windows, lambda_val)
     if _native.use_native(x.device.type):
         return torch.ops.tensormask.swap_align2nat_at(x, windows, lambda_val, pad_val)
     return swap_align2nat_reference.swap_align2nat_at(x, windows, lambda_val, pad_val)
@@ -104,82 +94,5 @@ class SwapAlign2Nat(nn.Module):
         return f"lambda_val={self.lambda_val}, pad_val={self.pad_val}"
 
 
-# ---- fake kernels: shapes, for tracing ----
-
-
-def _fake(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    side = check_input(x, lambda_val) * lambda_val
-    num_images, _, height, width = x.shape
-    return x.new_empty(num_images, side * side, -(-height // lambda_val), -(-width // lambda_val))
-
-
-def _fake_backward(grad: Tensor, lambda_val: int, height: int, width: int) -> Tensor:
-    side = check_grad(grad, lambda_val, height, width)
-    return grad.new_empty(grad.shape[0], side * side, height, width)
-
-
-def _fake_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
-    side = check_input(x, lambda_val) * lambda_val
-    check_windows(x, windows)
-    return x.new_empty(windows.shape[0], side, side)
-
-
-def _fake_at_backward(
-    grad: Tensor, windows: Tensor, lambda_val: int, num_images: int, height: int, width: int
-) -> Tensor:
-    side = check_grad_at(grad, lambda_val, height, width)
-    check_windows(grad, windows)
-    return grad.new_empty(num_images, side * side, height, width)
-
-
-# ---- gradients: the transposed operation, whose own gradient is the operation with padding 0 ----
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.lambda_val, _ = inputs
-    ctx.size = x.shape[2:]
-
-
-def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    op = torch.ops.tensormask.swap_align2nat_backward
-    return op(grad, ctx.lambda_val, *ctx.size), None, None
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.lambda_val = inputs[1]
-
-
-def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.tensormask.swap_align2nat(grad, ctx.lambda_val, 0.0), None, None, None
-
-
-def _setup_at(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, windows, ctx.lambda_val, _ = inputs
-    ctx.save_for_backward(windows)
-    ctx.size = (x.shape[0], *x.shape[2:])
-
-
-def _grad_at(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    op = torch.ops.tensormask.swap_align2nat_at_backward
-    return op(grad, *ctx.saved_tensors, ctx.lambda_val, *ctx.size), None, None, None
-
-
-def _setup_at_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.lambda_val = inputs[2]
-    ctx.save_for_backward(inputs[1])
-
-
-def _grad_at_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    op = torch.ops.tensormask.swap_align2nat_at
-    return op(grad, *ctx.saved_tensors, ctx.lambda_val, 0.0), None, None, None, None, None
-
-
 if _native.LIBRARY is not None:
-    for _name, _fake_kernel, _gradient, _context in (
-        ("swap_align2nat", _fake, _grad, _setup),
-        ("swap_align2nat_backward", _fake_backward, _grad_backward, _setup_backward),
-        ("swap_align2nat_at", _fake_at, _grad_at, _setup_at),
-        ("swap_align2nat_at_backward", _fake_at_backward, _grad_at_backward, _setup_at_backward),
-    ):
-        torch.library.register_fake(f"tensormask::{_name}", _fake_kernel)
-        torch.library.register_autograd(f"tensormask::{_name}", _gradient, setup_context=_context)
+    _registration.register()

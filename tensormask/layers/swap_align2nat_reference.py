@@ -5,13 +5,14 @@ The operation separates: ``op(X) = pad_val + L(X - pad_val)`` with ``L = L_y (x)
 everything below follows from them. Arguments are those of the public functions, already checked.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensormask.layers._checks import side_of
+from tensormask.layers._transforms import is_transformed
 
 # Mask values gathered at once: limits the index tensors to a few dozen MB.
 _MAX_VALUES_PER_CHUNK = 1 << 20
@@ -36,6 +37,8 @@ def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float) -> Tensor:
 
 def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     """Compute the operation at chosen windows, one tap after the other."""
+    if is_transformed(x):
+        return _gather(x, windows, lambda_val, pad_val)
     return _SwapAt.apply(x, windows, lambda_val, pad_val)
 
 
@@ -76,60 +79,67 @@ class _SwapAtAdjoint(torch.autograd.Function):
 
 def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     out_side = side_of(x.shape[1]) * lambda_val
-    out = x.new_full((len(windows), out_side, out_side), pad_val)
-    values = x.contiguous().view(-1)
-    for chunk, out_chunk in _chunks(windows, out):
+    values = x.flatten()
+    chunks = []
+    for chunk in windows.split(_chunk_size(out_side)):
+        masks = x.new_full((len(chunk), out_side, out_side), pad_val)
         for index, weight in _window_taps(x.shape, x.dtype, chunk, lambda_val):
-            out_chunk += weight * (values[index] - pad_val)
-    return out
+            masks = masks + weight * (values[index] - pad_val)
+        chunks.append(masks)
+    return torch.cat(chunks)
 
 
 def _scatter(grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
     out = grad.new_zeros(shape)
     values = out.view(-1)
-    for chunk, grad_chunk in _chunks(windows, grad):
+    size = _chunk_size(grad.shape[1])
+    for chunk, grad_chunk in zip(windows.split(size), grad.split(size), strict=True):
         for index, weight in _window_taps(shape, grad.dtype, chunk, lambda_val):
             values.index_add_(0, index.view(-1), (weight * grad_chunk).view(-1))
     return out
 
 
-def _chunks(windows: Tensor, masks: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Iterate over windows and their masks, with a limited number of mask values at a time."""
-    size = max(1, _MAX_VALUES_PER_CHUNK // max(1, masks[:1].numel()))
-    return zip(windows.split(size), masks.split(size), strict=True)
+def _chunk_size(out_side: int) -> int:
+    """Return how many windows have a limited number of mask values."""
+    return max(1, _MAX_VALUES_PER_CHUNK // out_side**2)
 
 
 # ---- the taps ----
 
 
 def _axis_taps(
-    side: int, lambda_val: int, device: torch.device
+    side: int, lambda_val: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return what the mask rows of window 0 read along one axis pair, (H, V) or (W, U).
 
     Returns:
         One to four ``(location, channel, weight)``, each (lambda*side,): the location relative to
-        ``y * lambda`` (int64), the mask row of the input (int64), and the weight (float64), which
+        ``y * lambda`` (int64), the mask row of the input (int64), and the weight (``dtype``), which
         is 0 where the mask row is outside of 0..side-1.
     """
-    row = torch.arange(side * lambda_val, dtype=torch.float64, device=device)
-    locations = _linear(row - side * lambda_val / 2 + 0.5, whole=side * lambda_val % 2 == 1)
-    channels = _linear((row + 0.5) / lambda_val - 0.5, whole=lambda_val == 1)
+    out_side = side * lambda_val
+    row = torch.arange(out_side, device=device)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    locations = _linear(2 * row + 1 - out_side, 2, weights, whole=out_side % 2 == 1)
+    channels = _linear(2 * row + 1 - lambda_val, 2 * lambda_val, weights, whole=lambda_val == 1)
     taps = []
     for location, location_weight in locations:
         for channel, channel_weight in channels:
             inside = (channel >= 0) & (channel < side)
             weight = (location_weight * channel_weight) * inside
-            taps.append((location, channel.clamp(0, side - 1), weight))
+            taps.append((location, channel.clamp(0, side - 1), weight.to(dtype)))
     return taps
 
 
-def _linear(coordinate: Tensor, *, whole: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return floor and ceil of a coordinate with their weights; only the floor if it is whole."""
-    low = coordinate.floor()
+def _linear(
+    numerator: Tensor, denominator: int, dtype: torch.dtype, *, whole: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return floor and ceil of a fraction with their weights; only the floor if it is whole."""
+    low = numerator // denominator
+    above = (numerator - low * denominator).to(dtype)
     if whole:
-        return [(low.long(), torch.ones_like(low))]
-    return [(low.long(), 1 - coordinate + low), (low.long() + 1, coordinate - low)]
+        return [(low, torch.ones_like(above))]
+    return [(low, (denominator - above) / denominator), (low + 1, above / denominator)]
 
 
 def _window_taps(
@@ -141,7 +151,7 @@ def _window_taps(
     """
     _, channels, height, width = shape
     image, y, x = (column.view(-1, 1) for column in windows.unbind(1))
-    taps = _axis_taps(side_of(channels), lambda_val, windows.device)
+    taps = _axis_taps(side_of(channels), lambda_val, dtype, windows.device)
 
     def along(
         start: Tensor, extent: int, location_stride: int, channel_stride: int
@@ -150,7 +160,7 @@ def _window_taps(
             location = start * lambda_val + location  # (K, lambda*side)
             inside = (location >= 0) & (location < extent)
             index = location.clamp(0, extent - 1) * location_stride + channel * channel_stride
-            yield index, (weight * inside).to(dtype)
+            yield index, weight * inside
 
     rows = list(along(y, height, width, side_of(channels) * height * width))
     columns = list(along(x, width, 1, height * width))
@@ -167,10 +177,10 @@ def _apply_axis(x: Tensor, lambda_val: int, num_windows: int) -> Tensor:
     x = x.flatten(-2)
     start = torch.arange(num_windows, device=x.device) * lambda_val
     out = x.new_zeros(())
-    for location, channel, weight in _axis_taps(side, lambda_val, x.device):
+    for location, channel, weight in _axis_taps(side, lambda_val, x.dtype, x.device):
         location = location[:, None] + start  # (lambda*side, num_windows)
         inside = (location >= 0) & (location < extent)
         index = channel[:, None] * extent + location.clamp(0, extent - 1)
         tap = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)
-        out = out + tap * (weight[:, None] * inside).to(x.dtype)
+        out = out + tap * (weight[:, None] * inside)
     return out

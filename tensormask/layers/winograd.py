@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from tensormask.layers import _native
+from tensormask.layers._transforms import is_eager
 
 _TILE = 4  # side of a tile of results; it reads _TILE + 2 inputs in each direction
 _TILES_AT_ONCE = 168  # 12 MB with 256 channels in and out: they stay in the caches
@@ -50,10 +49,10 @@ def conv2d(
     transforms of `torch.func`, and forward-mode differentiation.
 
     Results of Winograd's algorithm are in channels_last memory format, whatever the format of
-    ``x``. They can be differentiated once.
+    ``x``. Second derivatives are PyTorch's.
     """
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    if _is_eager(inputs) and _is_faster(x, weight, stride, padding):
+    if is_eager(*inputs) and _is_faster(x, weight, stride, padding):
         return _Winograd.apply(x, weight, bias, padding[0])
     return F.conv2d(x, weight, bias, stride, padding)
 
@@ -63,19 +62,6 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
-
-
-def _is_eager(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the inputs hold values, and nothing but reverse-mode autograd records the call."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()  # vmap, grad, jvp, ...
-        and torch._C._len_torch_dispatch_stack() == 0  # make_fx, FakeTensorMode, ...
-        and all(type(x) in (Tensor, nn.Parameter) for x in inputs)  # not fx.Proxy, FakeTensor, ...
-        and all(forward_ad.unpack_dual(x).tangent is None for x in inputs)
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, inputs))  # is_grads_batched
-    )
 
 
 def _is_faster(
@@ -106,11 +92,11 @@ class _Winograd(torch.autograd.Function):
         return _convolve(x, weight, bias, padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needed, padding = ctx.needs_input_grad[:3], ctx.padding
-        if not _is_eager((grad,)):  # a batch of gradients
+        # To be differentiated again, or a batch of gradients.
+        if torch.is_grad_enabled() or not is_eager(grad):
             arguments = (len(weight),), (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, needed
             return *torch.ops.aten.convolution_backward(grad, x, weight, *arguments), None
         grad_x = grad_weight = grad_bias = None

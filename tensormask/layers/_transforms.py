@@ -1,0 +1,38 @@
+"""Whether more than reverse-mode autograd follows a call: not every fast path supports more."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def is_transformed(*inputs: Tensor) -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation follows the call."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():  # cannot trace the next lines
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
+def is_eager(*inputs: Tensor) -> bool:
+    """Whether the inputs hold values, and nothing but reverse-mode autograd records the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_transformed(*inputs)
+        and torch._C._len_torch_dispatch_stack() == 0  # make_fx, FakeTensorMode, ...
+        and all(type(x) in (Tensor, nn.Parameter) for x in inputs)  # not fx.Proxy, FakeTensor, ...
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, inputs))  # is_grads_batched
+    )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor is an argument of a function that `torch.func` transforms."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def any_true(x: Tensor) -> bool:
+    """Return whether any value is True, in any element of a batch of `torch.func.vmap`."""
+    while is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return bool(x.any())
