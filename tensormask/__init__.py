@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tensormask.checkpoint.loading import load_weights
     from tensormask.config import get_cfg
+    from tensormask.detections import Detections
     from tensormask.engine.evaluator import evaluate_only as evaluate
     from tensormask.engine.trainer import train
+    from tensormask.model_zoo import build
     from tensormask.modeling import TensorMask, build_model
     from tensormask.predictor import Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Detections",
     "Predictor",
     "TensorMask",
+    "build",
     "build_model",
     "evaluate",
     "get_cfg",
@@ -27,8 +31,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Detections": "detections",
     "Predictor": "predictor",
     "TensorMask": "modeling",
+    "build": "model_zoo",
     "build_model": "modeling",
     "evaluate": "engine.evaluator",
     "get_cfg": "config",
