@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -369,3 +372,33 @@ def test_results_can_be_changed_in_place_and_pickled(real, images):
     for key in ("boxes", "scores", "labels", "masks"):
         found[key][:1] = 0
     assert repr(pickle.loads(pickle.dumps(found))) == repr(found)
+
+
+# ---- docs/predict.md ----
+
+
+def test_the_snippets_of_the_page(tmp_path, cfg, model, monkeypatch, capsys):
+    """In their order, with a model that detects red, called star, and green, called disc."""
+    monkeypatch.chdir(tmp_path)
+    names = {"class_names": ["star", "disc", "ring"], "config": cfg.dump()}
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    checkpoint(tmp_path / "output" / "quickstart", "model_final.pth", **names)
+    (tmp_path / "images").mkdir()
+    for path in ("image.jpg", "a.jpg", "b.jpg", "images/c.jpg"):
+        Image.fromarray(make_image()).save(path, quality=95)
+    monkeypatch.setattr(
+        predictor_module, "download", lambda url, path, **options: shutil.copy("image.jpg", path)
+    )
+    page = (Path(__file__).parents[1] / "docs" / "predict.md").read_text(encoding="utf-8")
+    variables: dict = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(snippet, variables)
+    assert capsys.readouterr().out.splitlines() == [
+        "2 detections: 1 star, 1 disc; scores 0.65..0.90; 48 x 96", "2"
+    ]  # fmt: skip
+    assert len(variables["several"]) == 2
+    assert variables["stars"]["class_names"] == ["star"]
+    assert len(variables["polygons"]) == 2
+    assert type(variables["plain"]) is dict
+    assert model.options[-2:] == [{"class_agnostic_nms": True}, {}]
+    assert {"drawing.png", "detections.json"} <= {path.name for path in tmp_path.iterdir()}

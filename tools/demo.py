@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Detect objects and draw them: `tools/demo.py --config-file C --weights W --input images/`."""
+"""Detect objects and draw them, with the options of detectron2's demo: `tensormask predict`.
+
+tools/demo.py --config-file configs/tensormask_R_50_FPN_1x.yaml --input images/ --output out \
+    --opts MODEL.WEIGHTS model_final.pkl
+"""
 
 import sys
 

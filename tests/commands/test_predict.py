@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -279,3 +280,15 @@ def test_a_camera_is_stopped_by_an_interrupt(run, out, model, monkeypatch, num_f
     assert run(1) == (0 if num_frames else 1)
     monkeypatch.undo()
     assert names_in(out) == (["camera_1.mp4", "detections.json"] if num_frames else [])
+
+
+def test_the_commands_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "predict.md").read_text(encoding="utf-8")
+    lines = [
+        shlex.split(line) for line in page.splitlines() if line.startswith("tensormask predict")
+    ]
+    assert len(lines) > 3
+    for words in lines:
+        args = predict.parse_arguments(words[2:])
+        assert args.opts == []
+        assert args.inputs
