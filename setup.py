@@ -89,7 +89,7 @@ def report(error: Exception) -> None:
     if MUST_COMPILE:
         sys.exit(f"tensormask: the operators cannot be compiled: {error}")
     print(
-        f"tensormask: the operators are not compiled: {error}. They run in plain PyTorch, slower; "
+        f"tensormask: the operators are not compiled ({error}). They run in plain PyTorch, slower; "
         f"'{build['COMMAND']}' compiles them later."
     )
 
