@@ -6,6 +6,7 @@ from tiny import build, get_cfg, make_image, target
 from torch.testing import assert_close
 
 import tensormask
+from tensormask.utils.errors import UserError
 
 BOXES = [[20.0, 30.0, 60.0, 70.0], [70.0, 10.0, 90.0, 50.0]]
 
@@ -22,6 +23,47 @@ def test_masks_of_0_and_255() -> None:
     scaled = truth | {"masks": truth["masks"].to(torch.uint8) * 255}
     losses = model([make_image(96, 96)], [truth]), model([make_image(96, 96)], [scaled])
     assert_close(losses[0]["loss_mask"], losses[1]["loss_mask"])
+
+
+def test_floating_masks_are_true_above_one_half() -> None:
+    model, image, truth = build().train(), make_image(96, 96), target(96, 96, BOXES)
+    expected = model([image], [truth])["loss_mask"]
+    soft = truth["masks"] * 0.5 + 0.2  # 0.2 and 0.7
+    for masks in (soft, truth["masks"].double()):
+        assert_close(model([image], [truth | {"masks": masks}])["loss_mask"], expected)
+    empty = truth | {"masks": torch.full((2, 96, 96), 0.1)}
+    assert model([image], [empty])["loss_mask"] != expected
+
+
+def test_a_model_without_masks_needs_none_in_training() -> None:
+    model, truth = build(opts=["MODEL.MASK_ON", False]).train(), target(96, 96, BOXES)
+    del truth["masks"]
+    assert set(model([make_image(96, 96)], [truth])) == {"loss_cls", "loss_box_reg"}
+
+
+IMAGE, TRUTH = make_image(96, 96), target(96, 96, BOXES)
+
+
+@pytest.mark.parametrize(
+    "training, arguments, message",
+    [
+        (True, ([], []), "no images"),
+        (False, ([],), "no images"),
+        (True, ([IMAGE], [TRUTH] * 2), "targets must have one entry per image: got 2 for 1"),
+        (True, ([IMAGE] * 2, [TRUTH]), "targets must have one entry per image: got 1 for 2"),
+        (False, ([IMAGE] * 2, None, [(9, 9)]), "output_sizes must have one entry per image"),
+        (True, ([IMAGE], [None]), "dict with the tensors boxes, labels, masks, got NoneType"),
+        (
+            True,
+            ([IMAGE], [{"boxes": TRUTH["boxes"], "labels": TRUTH["labels"]}]),
+            r"boxes, labels, masks, got .'boxes', 'labels'.",
+        ),
+        (True, ([IMAGE], [TRUTH | {"boxes": BOXES}]), "dict with the tensors"),
+    ],
+)
+def test_bad_lists_are_refused(training, arguments, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build().train(training)(*arguments)
 
 
 def test_preprocess_by_hand() -> None:
