@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tensormask.data.checks.annotations import ImageEntry, is_trainable
 from tensormask.data.checks.issues import Identity
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
-from tensormask.data.samplers import AUGMENTATION, REPLACEMENT, BatchSampler, random_stream
+from tensormask.data.samplers import AUGMENTATION, MAPPER, REPLACEMENT, BatchSampler, random_stream
 from tensormask.data.transforms import (
     Augmentation,
     build_test_transform,
@@ -32,17 +32,23 @@ from tensormask.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
+Mapper = Callable[[Sample, np.random.Generator], Sample]
 _MAX_REPLACEMENTS = 100  # of an image that cannot be read, before the sample is given up
 
 
 def build_train_loader(
-    cfg: CfgNode, start_iteration: int = 0, *, rank: int = 0, world_size: int = 1
+    cfg: CfgNode,
+    start_iteration: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    mapper: Mapper | None = None,
 ) -> Iterator[list[Sample]]:
     """Yield training batches from `DATASETS.TRAIN` endlessly, starting at `start_iteration`.
 
-    A batch is a list of `SOLVER.IMS_PER_BATCH` samples (see `TrainingSet`). It depends only on
-    `SEED`, its iteration and the files. Process `rank` of `world_size` gets an equal share of each
-    of the `SOLVER.ACCUMULATE_STEPS` parts, so all processes together have the batch of one process.
+    A batch is a list of `SOLVER.IMS_PER_BATCH` samples. It depends only on `SEED`, its iteration,
+    the files and `mapper` (see `TrainingSet`). Process `rank` of `world_size` gets an equal share
+    of each of the `SOLVER.ACCUMULATE_STEPS` parts, so all processes together have the batch of one.
 
     Raises:
         ValueError: the batch does not divide into these shares, the seed is negative, no image can
@@ -77,7 +83,9 @@ def build_train_loader(
             )
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     augmentation = build_train_transform(cfg)
-    training_set = TrainingSet(datasets, augmentation, seed=cfg.SEED, filter_empty=filter_empty)
+    training_set = TrainingSet(
+        datasets, augmentation, seed=cfg.SEED, filter_empty=filter_empty, mapper=mapper
+    )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = training_set.aspect_groups() if grouped else [0] * len(training_set)
     sampler = BatchSampler(groups, batch_size=batch_size, seed=cfg.SEED, start=start_iteration)
@@ -140,6 +148,10 @@ class TrainingSet(Dataset):
         file_name: full path
         height, width: size of the original image in pixels
         issues: list of (name of the set, kind, id) of the issues of this sample
+
+    `mapper(sample, rng)` changes a sample, unless its image is None, and returns it. `rng` is
+    seeded by `position`. Worker processes that are not forked import the function, so it cannot be
+    a lambda there.
     """
 
     def __init__(
@@ -149,10 +161,12 @@ class TrainingSet(Dataset):
         *,
         seed: int,
         filter_empty: bool = True,
+        mapper: Mapper | None = None,
     ) -> None:
         self.datasets = list(datasets)
         self.augmentation = augmentation
         self.seed = seed
+        self.mapper = mapper
         indices_per_set = []
         for dataset in self.datasets:
             used = dataset.has_file & ((dataset.num_trainable > 0) | (not filter_empty))
@@ -194,12 +208,15 @@ class TrainingSet(Dataset):
         labels = [dataset.label_of(annotation) for annotation in annotations]
         target, included = transform_annotations(annotations, labels, geometry)
         too_small = [annotations[i]["id"] for i in np.flatnonzero(~included)]
-        return {
+        sample = {
             **_describe(dataset, image),
             "image": image_to_tensor(transform_image(rgb, geometry)),
             "target": target,
             "issues": issues + [(dataset.name, "object_too_small", i) for i in too_small],
         }
+        if self.mapper is None:
+            return sample
+        return self.mapper(sample, random_stream(self.seed, MAPPER, position))
 
     def aspect_groups(self) -> list[int]:
         """Return the group of each image: 0 if it is wider than high, else 1."""

@@ -13,7 +13,7 @@ import numpy as np
 
 # The random streams of a seed: the order of an epoch, the augmentation of a sample, and the
 # replacements of an image that cannot be read.
-ORDER, AUGMENTATION, REPLACEMENT = 0, 1, 2
+ORDER, AUGMENTATION, REPLACEMENT, MAPPER = 0, 1, 2, 3
 
 
 def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -48,7 +48,7 @@ def gradients_error(model: nn.Module, iteration: int, batch: list[dict]) -> NonF
 
 def _advice(batch: list[dict]) -> str:
     return (
-        f". The batch: {', '.join(sample['file_name'] for sample in batch)}. "
+        f". The batch: {', '.join(sample.get('file_name', '?') for sample in batch)}. "
         "SOLVER.DETECT_ANOMALY True finds the module of origin. "
         "Decrease SOLVER.BASE_LR, increase SOLVER.WARMUP_ITERS or clip the gradients "
         "(SOLVER.CLIP_GRADIENTS.ENABLED True)"

@@ -2,9 +2,12 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode
@@ -18,10 +21,11 @@ from tensormask.data import (
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine import distributed
-from tensormask.engine.events import append_issues
+from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import checkpoint_to_resume, restore_model
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
+from tensormask.evaluation.coco import evaluation_mode
 from tensormask.modeling import TensorMask, build_model
 from tensormask.utils.errors import UserError
 from tensormask.utils.random import preserved_random_states
@@ -29,9 +33,19 @@ from tensormask.visualization.instances import unique_stem
 
 logger = logging.getLogger(__name__)
 
+# Called as evaluator(model, dataset, folder), see `trainer.train`.
+Evaluator = Callable[[nn.Module, CocoDataset, Path], Mapping[str, float]]
 
-def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+
+def evaluate_only(
+    cfg: CfgNode, resume: bool = False, *, evaluators: Sequence[Evaluator] = ()
+) -> dict[str, Any]:
     """Evaluate `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`.
+
+    The weights file is not changed. Files go to `OUTPUT_DIR/inference`, and replace those there.
+
+    Args:
+        evaluators: as of `train`.
 
     Returns:
         The results of `evaluate_all`; with `resume` and `SOLVER.EMA` also those of the checkpoint's
@@ -59,11 +73,11 @@ def evaluate_only(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
                 "No weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
                 "or --resume to use the last checkpoint in OUTPUT_DIR"
             )
-        results = evaluate_all(cfg, model, output_dir, reporter)
+        results = evaluate_all(cfg, model, output_dir, reporter, evaluators)
         if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
             logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
             restore_model(checkpoint["ema"], model)
-            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter)
+            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter, evaluators)
             results = {**results, "ema": averaged}
         if distributed.is_main_process():
             append_issues(output_dir, reporter.pop_record())
@@ -102,7 +116,11 @@ def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> Non
 
 
 def evaluate_all(
-    cfg: CfgNode, model: TensorMask, output_dir: str | Path, reporter: IssueReporter
+    cfg: CfgNode,
+    model: TensorMask,
+    output_dir: str | Path,
+    reporter: IssueReporter,
+    evaluators: Sequence[Evaluator] = (),
 ) -> dict[str, Any]:
     """Evaluate a model on every set in `DATASETS.TEST`, and log the results.
 
@@ -112,8 +130,8 @@ def evaluate_all(
 
     Returns:
         `{"bbox": {"AP", ...}, "segm": {...}}` in percent, with `TEST.ORACLE_ON` also `"oracle"`:
-        the score of ground-truth masks represented in the model's windows. Several sets add a
-        level: `{name of the set: {"bbox": ...}}`.
+        the score of ground-truth masks represented in the model's windows, and the metrics of each
+        of `evaluators` under its name. Several sets add a level: `{name of the set: {...}}`.
     """
     distributed.sync_buffers(model)
     names = list(dict.fromkeys(cfg.DATASETS.TEST))
@@ -125,12 +143,17 @@ def evaluate_all(
             folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
         # Training must not depend on whether and when a run is evaluated.
         with preserved_random_states():
-            results[name] = _evaluate_one(cfg, model, name, folder, reporter)
+            results[name] = _evaluate_one(cfg, model, name, folder, reporter, evaluators)
     return results[names[0]] if len(names) == 1 else results
 
 
 def _evaluate_one(
-    cfg: CfgNode, model: TensorMask, name: str, folder: Path, reporter: IssueReporter
+    cfg: CfgNode,
+    model: TensorMask,
+    name: str,
+    folder: Path,
+    reporter: IssueReporter,
+    evaluators: Sequence[Evaluator],
 ) -> dict[str, Any]:
     dataset = get_dataset(name)
     logger.info("Evaluating on %s: %d images", name, len(dataset))
@@ -149,7 +172,8 @@ def _evaluate_one(
     distributed.barrier()  # Rank 0's scoring can take longer than collectives on GPUs wait.
     reporter.add([{"issues": distributed.gather_lists(reporter.pop_new())}])
     oracle = None
-    if cfg.TEST.ORACLE_ON and cfg.MODEL.MASK_ON and dataset.has_annotations:
+    has_windows = isinstance(model, TensorMask) and cfg.MODEL.MASK_ON
+    if cfg.TEST.ORACLE_ON and has_windows and dataset.has_annotations:
         oracle = evaluate_oracle(
             model,
             dataset,
@@ -166,7 +190,29 @@ def _evaluate_one(
                 f1, threshold = metrics["best_f1"], metrics["best_f1_threshold"]
                 logger.info("%s: best F1 at IoU 0.5 is %.2f, at score %.2f", task, f1, threshold)
         results = results if oracle is None else {**results, "oracle": oracle}
+    if rank == 0 and evaluators:
+        results = {**results, **_run_evaluators(evaluators, model, dataset, folder, {*results})}
     return distributed.broadcast_object(results)
+
+
+def _run_evaluators(
+    evaluators: Sequence[Evaluator],
+    model: TensorMask,
+    dataset: CocoDataset,
+    folder: Path,
+    taken: set[str],
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of evaluators by their names; `taken` are names that they cannot have."""
+    results: dict[str, dict[str, float]] = {}
+    for evaluator in evaluators:
+        name = getattr(evaluator, "__name__", type(evaluator).__name__)
+        if name in {*taken, *results, "ema"}:
+            raise UserError(f"two evaluators are named {name}: rename the function or class")
+        with evaluation_mode(model), torch.no_grad():
+            results[name] = {key: float(v) for key, v in evaluator(model, dataset, folder).items()}
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items())
+        logger.info("%s: %s", name, numbers)
+    return results
 
 
 def score_threshold(results: dict[str, Any]) -> float | None:
@@ -175,10 +221,11 @@ def score_threshold(results: dict[str, Any]) -> float | None:
     Args:
         results: of `evaluate_all`; of several data sets the first counts that has a threshold.
     """
-    for metrics in [results] if "bbox" in results else results.values():
-        threshold = metrics.get("segm", metrics.get("bbox", {})).get("best_f1_threshold")
-        if threshold is not None:
-            return threshold
+    own = flatten_results({name: value for name, value in results.items() if name != "ema"})
+    for task in ("segm", "bbox"):
+        for name, value in own.items():
+            if f"/{name}".endswith(f"/{task}/best_f1_threshold"):
+                return value
     return None
 
 

@@ -49,6 +49,7 @@ def pack_checkpoint(
     class_names: list[str],
     category_ids: Sequence[Identity],
     issues: Iterable[SampleIssue] = (),
+    run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the checkpoint of a run; its tensors are references, not copies.
 
@@ -61,6 +62,7 @@ def pack_checkpoint(
         config: the run's config as YAML text.
         class_names, category_ids: name and COCO id of each label, in order of the labels.
         issues: the distinct issues of training samples so far.
+        run: state of the run and of its callbacks, as `Run.state_dict` returns it.
     """
     ema = state.ema
     return {
@@ -72,6 +74,7 @@ def pack_checkpoint(
         "iteration": iteration,
         "random_states": get_random_states(),
         "issues": pack_issues(issues),
+        "run": run or {},
         "config": config,
         "class_names": list(class_names),
         "category_ids": list(category_ids),

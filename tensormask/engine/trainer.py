@@ -3,20 +3,23 @@
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
+from tensormask.data.loader import Mapper
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
-from tensormask.engine.evaluator import build_issue_reporter, check_evaluation
+from tensormask.engine.callbacks import Callback, Run, restore_callbacks
+from tensormask.engine.evaluator import Evaluator, build_issue_reporter, check_evaluation
 from tensormask.engine.output_dir import CONFIG, link_latest, open_output_dir, record_environment
 from tensormask.engine.precision import build_autocast, set_float32_precision
 from tensormask.engine.resume import (
@@ -28,9 +31,8 @@ from tensormask.engine.resume import (
     warn_of_changes,
 )
 from tensormask.engine.run import (
-    Run,
+    catch_up_on_evaluation,
     evaluate,
-    is_evaluated,
     log_start,
     log_summary,
     save,
@@ -49,7 +51,17 @@ logger = logging.getLogger(__name__)
 LOG_PERIOD = 20
 
 
-def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    cfg: CfgNode,
+    resume: bool = False,
+    overwrite: bool = False,
+    *,
+    callbacks: Sequence[Callback] = (),
+    evaluators: Sequence[Evaluator] = (),
+    mapper: Mapper | None = None,
+    train_loader: Iterable[list[dict[str, Any]]] | None = None,
+    model: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train the model of a config, evaluate it, and write all files to `OUTPUT_DIR`.
 
     If `OUTPUT_DIR` holds a run or is in use, this run goes to `<OUTPUT_DIR>_2`, `_3`, ..., which
@@ -60,6 +72,18 @@ def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[s
         resume: continue from the last checkpoint in `OUTPUT_DIR`; without a checkpoint, start from
             the beginning. A finished run is only evaluated.
         overwrite: start in `OUTPUT_DIR` even if it holds a run, and replace its files.
+        callbacks: are called around steps, evaluations and checkpoints, see `Callback`.
+        evaluators: functions (or objects with `__call__`) that rank 0 calls in each evaluation as
+            `evaluator(model, dataset, folder)`, for weights and averages: with the model in
+            evaluation mode, a `CocoDataset`, and the folder that has its results file. The metrics
+            that it returns, `{name: number}`, are results under the function's name.
+        mapper: changes each training sample in the worker processes, as `mapper(sample, rng)`, and
+            returns it (see `TrainingSet`). `rng` depends on `SEED` and the sample's position only.
+        train_loader: batches of this rank, lists of samples with `image` and `target`, instead of
+            those of `DATASETS.TRAIN`. It is iterated again when it ends, and from its beginning
+            when a run is resumed.
+        model: the model to train, with the interface of `TensorMask`, on its device, instead of the
+            config's. It keeps its weights: `MODEL.WEIGHTS` is not loaded.
 
     Returns:
         The results of the last evaluation (see `evaluate_all`); with `SOLVER.EMA` also those of the
@@ -85,25 +109,28 @@ def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[s
         set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
         set_float32_precision(cfg.FLOAT32_PRECISION)
 
-        state = build_state(cfg)
+        state = build_state(cfg, model)
         start = 0
         issues: dict[SampleIssue, None] = {}
+        saved: dict[str, Any] = {}  # of `Run.state_dict`
         if checkpoint is not None:
             warn_of_changes(checkpoint, cfg)
             start = restore_checkpoint(checkpoint, state)
             issues = dict.fromkeys(unpack_issues(checkpoint))
             reporter.add([{"issues": [issue for issue in issues if issue[0] in reporter.logs]}])
+            saved = checkpoint.get("run", {})
+            restore_callbacks(callbacks, saved.get("callbacks", {}))
             del checkpoint  # its memory
-        elif cfg.MODEL.WEIGHTS:
+        elif cfg.MODEL.WEIGHTS and model is None:
             with distributed.first_on_machine():  # this can download a file
                 load_weights(distributed.unwrap(state.model), cfg.MODEL.WEIGHTS)
             check_weights(state.model, cfg.MODEL.WEIGHTS)
-        finished = start >= cfg.SOLVER.MAX_ITER
         distributed.check_same("config or checkpoint", (cfg.dump(), start))
         batches: Iterator[list[dict]] = iter(())
-        if not finished:
-            rank, world_size = distributed.get_rank(), distributed.get_world_size()
-            batches = build_train_loader(cfg, start, rank=rank, world_size=world_size)
+        if start < cfg.SOLVER.MAX_ITER and saved.get("stopped") is None:
+            batches = (
+                _repeat(train_loader) if train_loader is not None else _load(cfg, start, mapper)
+            )
 
         # All checks of the config are done: an invalid one does not change an earlier run's files.
         if distributed.is_main_process():
@@ -114,11 +141,13 @@ def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[s
                 link_latest(given_dir, output_dir)
             record_environment(output_dir)
         with events.MetricsWriter(output_dir, start) as writer:
-            run = Run(cfg, state, writer, reporter, issues)
-            if not finished:
-                _run_iterations(run, batches, stop, start)
-            with stop.interruptible():
-                results = evaluate(run, cfg.SOLVER.MAX_ITER)
+            run = Run(cfg, state, writer, reporter, stop, issues, callbacks, evaluators, start)
+            run.stopped, run.evaluated = saved.get("stopped"), saved.get("evaluated", -1)
+            if not run.finished:
+                _run_iterations(run, batches)
+            results = run.results
+            if results is None or run.evaluated != run.done:
+                results = evaluate(run)
             store_score_thresholds(run, results)
             reporter.log_new()
             log_summary(run, results, start, time.perf_counter() - started)
@@ -126,14 +155,15 @@ def train(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> dict[s
     return results
 
 
-def build_state(cfg: CfgNode) -> TrainState:
-    """Build a new model with its optimizer, schedule, loss scaler and averages."""
+def build_state(cfg: CfgNode, model: nn.Module | None = None) -> TrainState:
+    """Build a new model, unless it is given, with its optimizer, schedule, scaler and averages."""
     if cfg.SOLVER.DETECT_ANOMALY and cfg.MODEL.COMPILE:
         raise UserError(
             "SOLVER.DETECT_ANOMALY checks the output of every module, but compiled modules do not "
             "support this: set MODEL.COMPILE to ''"
         )
-    model = build_model(cfg, sum_over_ranks=distributed.all_reduce_sum)
+    if model is None:
+        model = build_model(cfg, sum_over_ranks=distributed.all_reduce_sum)
     optimizer = solver.build_optimizer(cfg, model)
     scheduler = solver.build_lr_scheduler(cfg, optimizer)
     ema = solver.build_ema(cfg, model)  # a copy without the hooks of `watch_modules`
@@ -143,9 +173,9 @@ def build_state(cfg: CfgNode) -> TrainState:
     return TrainState(distributed.wrap(model), optimizer, scheduler, scaler, ema)
 
 
-def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, start: int) -> None:
-    """Train from iteration `start` to the last; log, save and evaluate periodically."""
-    cfg, state, max_iter = run.cfg, run.state, run.cfg.SOLVER.MAX_ITER
+def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
+    """Train to the last iteration; log, save and evaluate periodically, and save at the end."""
+    cfg, state, stop, max_iter = run.cfg, run.state, run.signals, run.cfg.SOLVER.MAX_ITER
     device = _device(state.model)
     step = partial(
         train_step,
@@ -154,50 +184,71 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]], stop: StopSignals, 
         autocast=build_autocast(cfg, device)[0],
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
-    log_start(run, start)
-    run.writer.write_issues(start, run.reporter.pop_record())
+    log_start(run)
+    run.writer.write_issues(run.done, run.reporter.pop_record())
     recent = events.RecentMetrics()
     state.model.train()
-    done = saved = start  # iterations since the start of the run
-    with events.progress_bar(start, max_iter) as bar:
+    saved = run.done
+    with events.progress_bar(run.done, max_iter) as bar:
         try:
-            if start > 0 and _is_due(start, cfg.TEST.EVAL_PERIOD) and not is_evaluated(run, start):
-                with stop.interruptible():  # the run was stopped before or during it
-                    evaluate(run, start)
-            while done < max_iter:
+            if run.done > 0 and _is_due(run.done, cfg.TEST.EVAL_PERIOD):
+                catch_up_on_evaluation(run)  # the run was stopped before or during it
+            while not run.finished:
                 started = time.perf_counter()
                 with stop.interruptible():
                     batch = next(batches)
-                new = [issue for sample in batch for issue in sample["issues"]]
+                new = [issue for sample in batch for issue in sample.get("issues", ())]
                 new = distributed.gather_lists(new)
                 run.reporter.add([{"issues": new}])
                 _check_images(batch)
                 run.issues |= dict.fromkeys(new)
+                for callback in run.callbacks:
+                    callback.before_step(run, batch)
                 data_time = time.perf_counter() - started
-                metrics = step(batch, iteration=done)
-                done += 1
+                metrics = step(batch, iteration=run.done)
+                run.done += 1
+                for callback in run.callbacks:
+                    callback.after_step(run, metrics)
+                run.agree_on_stop()
                 seconds = time.perf_counter() - started
-                recent.add({**metrics, "data_time": data_time, "time": seconds})
+                recent.add(run.with_logged({**metrics, "data_time": data_time, "time": seconds}))
                 bar.update()
-                if done % LOG_PERIOD == 0 or done == max_iter:
+                if run.done % LOG_PERIOD == 0 or run.finished:
                     medians = recent.pop_medians() | {"max_mem": events.peak_memory(device)}
-                    medians["eta_seconds"] = recent.seconds_left(max_iter - done)
-                    events.log_progress(events.format_progress(done - 1, max_iter, medians))
+                    medians["eta_seconds"] = recent.seconds_left(max_iter - run.done)
+                    events.log_progress(events.format_progress(run.done - 1, max_iter, medians))
                     bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
-                    run.writer.write(done - 1, medians)
-                    run.writer.write_issues(done - 1, run.reporter.pop_record())
-                if done == max_iter or _is_due(done, cfg.SOLVER.CHECKPOINT_PERIOD):
-                    save(run, done)
-                    saved = done
+                    run.writer.write(run.done - 1, medians)
+                    run.writer.write_issues(run.done - 1, run.reporter.pop_record())
+                if not run.finished and _is_due(run.done, cfg.SOLVER.CHECKPOINT_PERIOD):
+                    save(run)
+                    saved = run.done
                 stop.check()
-                if done < max_iter and _is_due(done, cfg.TEST.EVAL_PERIOD):
-                    with stop.interruptible():
-                        evaluate(run, done)
+                if not run.finished and _is_due(run.done, cfg.TEST.EVAL_PERIOD):
+                    evaluate(run)
+            save(run)
+            saved = run.done
+            stop.check()
         except TrainingStopped as stopped:
-            if done > saved:
-                save(run, done)
-            logger.warning("%s after %d iterations; continue with --resume", stopped, done)
+            if run.done > saved:
+                save(run)
+            logger.warning("%s after %d iterations; continue with --resume", stopped, run.done)
             raise
+
+
+def _load(cfg: CfgNode, start: int, mapper: Mapper | None) -> Iterator[list[dict]]:
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    return build_train_loader(cfg, start, rank=rank, world_size=world_size, mapper=mapper)
+
+
+def _repeat(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    """Iterate over a loader again and again."""
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise UserError("train_loader has no batch, or ends and cannot be iterated again")
 
 
 def _complete(cfg: CfgNode, output_dir: Path, checkpoint: dict | None) -> CfgNode:

@@ -139,7 +139,7 @@ def _write_detections(
     unreadable: list[Identity] = []
     # disable=None: on a terminal only.
     progress = tqdm(loader, desc="evaluation", disable=None if show_progress else True, leave=False)
-    with _evaluation_mode(model), torch.inference_mode(), ResultsWriter(path) as writer:
+    with evaluation_mode(model), torch.inference_mode(), ResultsWriter(path) as writer:
         for samples in progress:
             for image_id in (sample["image_id"] for sample in samples):
                 if image_id not in expected:
@@ -190,7 +190,7 @@ def _warn_of_missing_images(summaries: Sequence[_Summary], dataset: Any) -> None
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch `model` to evaluation mode, and restore the mode of each module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

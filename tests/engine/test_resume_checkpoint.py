@@ -63,7 +63,7 @@ def test_the_state_is_restored(tmp_path):
     assert ckpt.unpack_issues(loaded) == [("a", "box_empty", 3)]
     assert set(loaded) == {
         *("model", "optimizer", "scheduler", "scaler", "ema", "iteration", "random_states"),
-        *("issues", "config", "class_names", "category_ids", "versions"),
+        *("issues", "config", "class_names", "category_ids", "versions", "run"),
     }
 
 
