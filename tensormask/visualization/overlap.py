@@ -85,7 +85,7 @@ def group_duplicates(
     Returns:
         Rows of each group, in the order of their first rows.
     """
-    close = (box_iou(boxes, boxes) >= DUPLICATE_IOU) & (labels[:, None] != labels)
+    close = box_iou(boxes, boxes) >= DUPLICATE_IOU
     groups: dict[int, list[int]] = {}
     for row in order:
         for best in np.flatnonzero(close[row]).tolist():

@@ -33,10 +33,14 @@ def test_labels_do_not_cover_each_other():
 
 
 def test_labels_that_do_not_fit_are_omitted():
-    positions = place([[100, 150, 130, 180]] * 12)  # of which labels may cover 40 %
-    num_placed = sum(position is not None for position in positions)
-    assert 4 <= num_placed < 12
-    assert None not in positions[:4]
+    positions = place([[100, 150, 160, 250]] * 12)
+    omitted = positions.index(None)
+    assert omitted >= 6
+    assert positions[omitted:] == [None] * (12 - omitted)
+    canvas = np.zeros((400, 500))
+    for x, y in positions[:omitted]:
+        canvas[y : y + 20, x : x + 60] = 1
+    assert 0.3 < canvas[150:250, 100:160].mean() <= 0.4  # of the box
 
 
 def test_crowded_images_have_no_labels():
