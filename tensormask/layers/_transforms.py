@@ -14,6 +14,14 @@ def is_transformed(*inputs: Tensor) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made, by `torch.compile`, `torch.export` or make_fx."""
+    keys = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
+    )
+
+
 def is_eager(*inputs: Tensor) -> bool:
     """Whether the inputs hold values, and nothing but reverse-mode autograd records the call."""
     return (

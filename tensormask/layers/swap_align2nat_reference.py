@@ -79,7 +79,7 @@ class _SwapAtAdjoint(torch.autograd.Function):
 
 def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tensor:
     out_side = side_of(x.shape[1]) * lambda_val
-    values = x.flatten()
+    values = x.contiguous().view(-1)
     chunks = []
     for chunk in windows.split(_chunk_size(out_side)):
         masks = x.new_full((len(chunk), out_side, out_side), pad_val)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensormask.layers._transforms import is_eager, is_transformed
 from tensormask.layers.masks import to_device
 
 # Values that a CPU processes at a time: 1 MB of float32, which fits its caches.
@@ -45,15 +46,27 @@ def focal_loss_star(
         >>> focal_loss_star([torch.tensor([2.0, -1.0])], [positive])
         tensor(0.0116)
     """
-    dense = (x if _is_channels_last(x) else x.contiguous() for x in logits_per_level)
-    levels = zip(dense, positives, strict=True)
-    return sum(_FocalLossStar.apply(logits, alpha, gamma, *index) for logits, index in levels)
+    loss: Any = _formula
+    if not is_transformed(*logits_per_level):
+        loss = _FocalLossStar.apply
+        logits_per_level = [x if _is_channels_last(x) else x.contiguous() for x in logits_per_level]
+    levels = zip(logits_per_level, positives, strict=True)
+    return sum(loss(logits, alpha, gamma, *index) for logits, index in levels)
+
+
+def _formula(logits: Tensor, alpha: float, gamma: float, *index: Tensor) -> Tensor:
+    """FL* of a level, in operations that every transform supports."""
+    everywhere = _at_least_float32(logits) * gamma
+    positive = everywhere[index]
+    background = F.softplus(everywhere).sum() - F.softplus(positive).sum()
+    return ((1 - alpha) * background + alpha * F.softplus(-positive).sum()) / gamma
 
 
 class _FocalLossStar(torch.autograd.Function):
     """FL* of a level. The derivative by a logit is a sigmoid, so only the logits are saved.
 
-    Both passes read the logits once, on a CPU in chunks that stay in its caches.
+    Both passes read the logits once, on a CPU in chunks that stay in its caches. A backward pass
+    that is to be differentiated again, or that is compiled, is a plain formula.
     """
 
     @staticmethod
@@ -67,10 +80,14 @@ class _FocalLossStar(torch.autograd.Function):
         return ((1 - alpha) * background + alpha * F.softplus(-positive).sum()) / gamma
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, *index = ctx.saved_tensors
         index = tuple(index)
+        if torch.is_grad_enabled() or not is_eager(grad):
+            dense = _at_least_float32(logits) * ctx.gamma
+            positive = torch.sigmoid(-dense[index]) * (-ctx.alpha * grad)
+            out = (dense.sigmoid() * ((1 - ctx.alpha) * grad)).index_put(index, positive)
+            return out.to(logits.dtype), None, None, *(None for _ in index)
         out = torch.empty_like(logits)  # of equal strides, because the logits are dense
         factor = (1 - ctx.alpha) * grad
         for chunk, out_chunk in zip(_chunks(logits), _chunks(out), strict=True):
