@@ -33,7 +33,6 @@ from tensormask.visualization.instances import class_name
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
 
 MAX_DOWNLOADED_BYTES = 100_000_000  # of an image
-_ADDRESSES = ("https://", "http://")
 
 
 class CallOptions(TypedDict, total=False):
@@ -245,16 +244,20 @@ def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
     Raises:
         UserError, ImageError, OSError: as `Predictor`.
     """
-    if isinstance(image, str) and image.startswith(_ADDRESSES):
-        return _read_address(image)
-    if isinstance(image, str | PathLike):
-        path = resolve(image) if isinstance(image, str) and "://" in image else image
-        if os.path.isdir(path):
-            raise UserError(
-                f"{path} is a folder: give its files, as in Path({os.fspath(path)!r}).glob('*.jpg')"
-            )
-        return read_image(path)
-    return image_to_rgb(image, channel_order)
+    if not isinstance(image, str | PathLike):
+        return image_to_rgb(image, channel_order)
+    scheme, separator, _ = os.fspath(image).partition("://")
+    if isinstance(image, str) and separator:
+        if scheme.lower() in ("https", "http"):
+            return _read_address(image)
+        if scheme.lower() != "file":
+            raise UserError(f"{image!r} is not the address of an image: http, https or file")
+        image = resolve(image)
+    if os.path.isdir(image):
+        raise UserError(
+            f"{image} is a folder: give its files, as in Path({os.fspath(image)!r}).glob('*.jpg')"
+        )
+    return read_image(image)
 
 
 def _read_address(url: str) -> np.ndarray:

@@ -226,6 +226,8 @@ def test_an_address_without_an_image(predictor, monkeypatch):
             predictor(server.add("/large.png", Answer(bytes(101))))
         with pytest.raises(OSError, match="404"):
             predictor(f"{url}.none")
+    with pytest.raises(ValueError, match="http, https or file"):
+        predictor("detectron2://a.pkl")
 
 
 def test_an_image_without_objects(predictor):

@@ -29,7 +29,7 @@ class Input(NamedTuple):
             return f"camera_{self.location}"
         if isinstance(self.location, str):
             parts = urlsplit(self.location)
-            return PurePosixPath(parts.path).stem or parts.hostname or "image"
+            return PurePosixPath(parts.path).stem.strip(".") or parts.hostname or "image"
         return self.location.stem
 
 

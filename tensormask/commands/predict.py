@@ -6,6 +6,7 @@ COCO results and label images.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -160,7 +161,8 @@ class Run:
                 self.num_images += 1
                 detections = self.predictor(rgb, **self.options)
                 if writer is not None:
-                    writer.write(detections.draw(magnify=1))
+                    # A color per class: rows, and so their colors, change from frame to frame.
+                    writer.write(detections.draw(magnify=1, color_by="class"))
                 about = {"file_name": str(source.location), "frame": number}
                 self._save(detections, self.num_images - 1, about, f"{stem}/{number:06d}")
                 if self.stop.is_set():
@@ -200,6 +202,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, previous)
+        os.write(2, b"\nstopping after this image; repeat to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # the only one with handlers
         yield stop
