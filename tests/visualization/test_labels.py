@@ -53,11 +53,11 @@ def test_crowded_images_have_no_labels():
 
 def test_a_label_has_the_color_of_its_object_and_readable_text():
     for color, ink in (((250, 240, 0), 0), ((0, 0, 200), 255)):
-        canvas = np.full((100, 200, 3), 100, np.uint8)
-        draw_labels(canvas, ["cell"], np.array([[20, 60, 80, 90]]), [color], 1.0)
-        assert (canvas[59, 20] == color).all()
-        assert (canvas[40:60] == ink).all(2).any()
-        assert (canvas[60:] == 100).all()
+        canvas = np.full((300, 400, 3), 100, np.uint8)
+        draw_labels(canvas, ["cell"], np.array([[20, 160, 180, 290]]), [color], 3.0)
+        assert (canvas[159, 20] == color).all()
+        assert (canvas[:160] == ink).all(2).any()
+        assert (canvas[160:] == 100).all()
 
 
 @pytest.mark.parametrize("side, expected", [(1, 1), (640, 1), (1280, 1.5), (3840, 3.5)])
