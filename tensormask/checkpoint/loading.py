@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -12,11 +13,14 @@ from torchvision.models.resnet import Bottleneck
 from tensormask.checkpoint.downloads import resolve
 from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, split_weights
 from tensormask.checkpoint.names import find_kind, to_our_names
+from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
 
+# The prefixes of DistributedDataParallel, of a user's module around the model, and of compilation.
+_WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _ABOVE_BACKBONE = ("fpn", "head", "mask_head")
 _CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
 
@@ -46,22 +50,29 @@ class LoadResult(NamedTuple):
 
 
 def load_weights(
-    model: TensorMask, path: str | PathLike[str], *, content: dict[str, Any] | None = None
+    model: TensorMask,
+    path: str | PathLike[str] | Mapping[str, Any],
+    *,
+    content: dict[str, Any] | None = None,
 ) -> LoadResult:
-    """Load weights from a file into a model.
+    """Load weights from a file or a dict into a model.
 
     The file is a checkpoint of this library or of detectron2's TensorMask, or a backbone: an
     ImageNet ResNet of detectron2 (with Caffe2's names or its own) or of torchvision. Its format is
     that of a ``.pth``, ``.pkl`` or ``.safetensors``, whatever its suffix. A batch norm without
-    running statistics in the file gets mean 0 and variance 1.
+    running statistics in the file gets mean 0 and variance 1. The weights can be in an entry
+    "state_dict", and their names can have the prefixes of wrappers: ``module.``, ``model.`` and
+    ``_orig_mod.``.
 
     Args:
         model: gets the weights, in its own dtypes and on its own device.
-        path: of the file, or a name or address for `downloads.resolve`.
+        path: of the file, or a name or address for `downloads.resolve`; or what a file contains, a
+            dict of weights.
         content: of the file, if `read_checkpoint` has read it already.
 
     Returns:
-        What is missing, unexpected or misshapen, which is also logged. After loading a backbone,
+        What is missing, unexpected or misshapen, which is also logged, as is the number of weights
+        that were loaded. After loading a backbone,
         the rest of the model is missing.
 
     Raises:
@@ -75,13 +86,17 @@ def load_weights(
     Example:
         >>> from tensormask import build_model, model_zoo
         >>> model = build_model(model_zoo.get_config("tensormask_R_50_FPN_1x"))
-        >>> content = {"model": {"fpn.p7.bias": torch.ones(256)}}
-        >>> load_weights(model, "model.pth", content=content).unexpected
+        >>> load_weights(model, {"model.fpn.p7.bias": torch.ones(256)}).unexpected
         []
     """
+    if isinstance(path, Mapping):
+        content, path = _to_cpu(path), "the dict of weights"
     if content is None:
         content = read_checkpoint(resolve(path))
+    if isinstance(content.get("state_dict"), dict):
+        content = {"model": content["state_dict"]}
     arrays, others = split_weights(content, path)
+    arrays = _without_prefixes(arrays, path)
     kind = find_kind(arrays)
     _check_images(model, kind, content.get("__author__"), path)
     ours, left_out = to_our_names(arrays, kind, model.windows.mask_sizes)
@@ -116,8 +131,26 @@ def load_weights(
     if is_backbone:
         _check_whole_backbone(result, path)
     model.load_state_dict(fitting, strict=False)
+    logger.info("%s: loaded %d of the model's %d entries", path, len(fitting), len(state))
     _log_misfits(result, _changed_classes(model, state, weights), is_backbone, path)
     return result
+
+
+def _to_cpu(value: Any) -> Any:
+    """Return a dict of tensors, or of such dicts, on the CPU."""
+    if isinstance(value, Mapping):
+        return {name: _to_cpu(item) for name, item in value.items()}
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _without_prefixes(arrays: dict[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Return the weights by names without the prefixes that wrappers of a model add."""
+    renamed = {name: _WRAPPERS.sub("", name) for name in arrays}
+    if changed := [name for name, own in renamed.items() if name != own]:
+        logger.info("%s: prefixes of wrappers are left out: %s", path, _list(changed))
+    if len(set(renamed.values())) < len(renamed):
+        raise UserError(f"{path}: names are equal without the prefixes of wrappers")
+    return {renamed[name]: array for name, array in arrays.items()}
 
 
 def check_complete(loaded: LoadResult, path: str | PathLike[str]) -> None:
@@ -134,7 +167,7 @@ def check_complete(loaded: LoadResult, path: str | PathLike[str]) -> None:
 def _is_unused_level(name: str, model: TensorMask) -> bool:
     """Whether a parameter is of a pyramid level without windows, which only detectron2 has."""
     level = re.match(r"fpn\.(?:\w+\.)?p(\d)\.", name)
-    return level is not None and not model.fpn.first <= int(level[1]) <= model.fpn.last
+    return level is not None and f"p{level[1]}" not in model.windows.level_names
 
 
 def _default_statistics(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -156,12 +189,12 @@ def _check_images(model: TensorMask, kind: str, written_by: Any, path: str | Pat
         author = "torchvision"
     else:  # a whole model, or a backbone of an unknown author
         return
-    block = model.backbone.res3[0]
     given = {
         "INPUT.FORMAT": model.channel_order,
         "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
         "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
     }
+    block = model.backbone.res3[0] if isinstance(model.backbone, ResNet) else None
     if isinstance(block, Bottleneck):  # R-18 and R-34 have no choice of the stride
         given["MODEL.RESNETS.STRIDE_IN_1X1"] = block.conv1.stride != (1, 1)
     wanted = _TRAINED_WITH[author]

@@ -19,7 +19,8 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     optimizer has to be built afterwards.
 
     Args:
-        names: of modules, as in `nn.Module.named_modules`; everything inside of them is frozen.
+        names: of modules, as in `nn.Module.named_modules`; everything inside of them is frozen. ""
+            is the model itself.
 
     Raises:
         UserError: there is no such module.
@@ -38,7 +39,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
             raise UserError(f"{name!r} is not a module of the model; the nearest is {nearest!r}")
         modules[name].requires_grad_(False)
         for child_name, child in modules.items():
-            if f"{child_name}.".startswith(f"{name}.") and isinstance(child, _BatchNorm):
+            if f"{child_name}.".startswith(f"{name}." if name else "") and isinstance(child, _BatchNorm):
                 parent, _, leaf = child_name.rpartition(".")
                 if type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and leaf and child.affine:
                     setattr(modules[parent], leaf, _frozen(child))

@@ -103,7 +103,7 @@ def test_torchvision(tmp_path, caplog, depth: int) -> None:
     path.write_bytes(torch_bytes(theirs.state_dict(), legacy=depth == 50))
     with caplog.at_level(logging.INFO):
         result = load_weights(model, path)
-    assert caplog.messages == [
+    assert [message for message in caplog.messages if "loaded" not in message] == [
         f"{path}: entries that are not used: fc.weight, fc.bias",
         f"{path}: backbone only: fpn and heads keep their initial weights",
     ]
@@ -125,7 +125,7 @@ def test_msra(tmp_path, caplog, depth: int, spelling: str, inside: str | None) -
     path.write_bytes(pickle.dumps({inside: blobs} if inside else blobs, 2))
     with caplog.at_level(logging.INFO):
         result = load_weights(model, path)
-    unused, backbone = caplog.messages
+    unused, _, backbone = caplog.messages
     assert unused == f"{path}: entries that are not used: {', '.join(SOLVER)}"
     assert backbone == f"{path}: backbone only: fpn and heads keep their initial weights"
     assert result.unexpected == result.misshapen == []
