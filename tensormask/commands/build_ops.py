@@ -8,10 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensormask.layers.build import BuildError, build_library
+from tensormask.layers.build import PACKAGE, BuildError, build_library
 
 EXIT_MISTAKE = 2
-CHECK = "from tensormask.layers import _native; print(_native.LIBRARY or _native.REASON)"
+# In a new process, because this one keeps what it has loaded.
+CHECK = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+from tensormask.layers import _native
+print(_native.LIBRARY or _native.REASON)
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"compiled: {library}")
     if args.output is not None:
         return 0
-    # A process that runs already keeps what it has loaded.
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     if done.stdout.strip() == str(library):
         return 0

@@ -126,7 +126,7 @@ def build_library(folder: Path | None = None) -> Path:
     from setuptools import Distribution
 
     with tempfile.TemporaryDirectory() as temporary:
-        distribution = Distribution({"name": "tensormask", **arguments})
+        distribution = Distribution({"name": "tensormask", "packages": [], **arguments})
         command = distribution.get_command_obj("build_ext")
         command.build_lib, command.build_temp = temporary, f"{temporary}/objects"
         try:
