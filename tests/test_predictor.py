@@ -98,7 +98,7 @@ def test_other_models_are_refused(tmp_path, cfg, model, monkeypatch):
         (("none.yaml",), "none.yaml"),
         ((foreign,), "contains no config.* such as tensormask_R_50_FPN_6x"),
         (("old.pth",), r"the config in .*old\.pth: SOLVER\.OLD is not a config key"),
-        ((complete, complete), "both checkpoints"),
+        ((complete, "c.yaml"), "is given alone.*c.yaml"),
         ((".",), r"folder.*model_final\.pth"),
     ):
         with pytest.raises(ValueError, match=message):

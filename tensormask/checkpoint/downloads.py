@@ -197,10 +197,10 @@ def download(
     except (OSError, ValueError) as error:
         # If the connection failed, requests has the reason inside of its error.
         reason = getattr(error.args[0] if error.args else None, "reason", error)
+        message = f"{url} could not be downloaded: {reason}. Try again, or download it by hand"
         raise OSError(
-            f"{url} could not be downloaded into {path.parent}: {reason}. Try again, or download "
-            "it by hand and give its path"
-            + ("; TENSORMASK_CACHE sets another cache folder" if is_cached else "")
+            f"{message} and give its path"
+            + (f"; TENSORMASK_CACHE sets another cache folder than {cache_folder()}" * is_cached)
         ) from None
     return path
 

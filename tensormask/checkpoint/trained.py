@@ -52,7 +52,8 @@ def find_trained_model(
         assert not isinstance(source, CfgNode)
         if weights is not None:
             raise UserError(
-                f"{source} and {weights} are both checkpoints: give one of them, or a config first"
+                f"{source} is a checkpoint, which contains its config and is given alone (a device "
+                f"as device=...), or after a config; got a second file, {weights}"
             )
         path = resolve(source)
         content = read_checkpoint(path)

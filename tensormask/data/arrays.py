@@ -4,7 +4,7 @@ What has a single meaning is converted. Everything else is refused, and the erro
 that makes an image of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,12 @@ from tensormask.utils.errors import UserError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
 _MAX_FLOAT = 1 + 1e-4  # of a floating image, with the error of a resize
+# What mends a tensor, by what mends the same array.
+_CALLS_OF_TORCH = {
+    ".astype(np.uint8)": ".to(torch.uint8)",
+    "np.nan_to_num(image)": "image.nan_to_num()",
+    "tensormask.data.images.stretch_to_8_bits(image)": "image / image.max()",
+}
 
 
 def image_to_rgb(image: Any, channel_order: str = "RGB") -> np.ndarray:
@@ -49,7 +55,13 @@ def image_to_rgb(image: Any, channel_order: str = "RGB") -> np.ndarray:
     if isinstance(image, Image.Image):
         return _pil_to_rgb(image)
     if isinstance(image, torch.Tensor):
-        image = _tensor_to_array(image)
+        try:
+            return image_to_rgb(_tensor_to_array(image), channel_order)
+        except UserError as error:
+            message = str(error)
+            for of_numpy, of_torch in _CALLS_OF_TORCH.items():
+                message = message.replace(of_numpy, of_torch)
+            raise UserError(message) from None
     if not isinstance(image, np.ndarray):
         raise UserError(_describe_other(image))
     pixels = _to_8_bits(_with_channels_last(image))
@@ -138,8 +150,8 @@ def _describe_other(image: Any) -> str:
         return f"{kind}: give PIL.Image.open(io.BytesIO(data))"
     if hasattr(image, "read"):
         return f"{kind}: give PIL.Image.open(file)"
-    if isinstance(image, Sequence):
-        return f"{kind}: an image is a path, an address, a PIL image, an array or a tensor"
+    if isinstance(image, Iterable) and not isinstance(image, dict | list | tuple):
+        return f"{kind}: give iter(images), for a generator of results"
     return (
         f"{kind}: give a path, an address, a PIL image, an array (H, W, 3), a tensor (3, H, W), or "
         "a list or iterator of them"

@@ -90,6 +90,10 @@ MENDED = {
     " image.expand(3, -1, -1)": CHW[0],
     "image[:3]": torch.cat([CHW, CHW[:1]]),
     " list(images), for a list of results": CHW[None],
+    "image.to(torch.uint8)": CHW.float() + 1,
+    "image.nan_to_num()": torch.full((3, 2, 5), torch.nan),
+    "image / image.max()": CHW * 7.0,
+    "iter(images), for a generator of results": range(3),
     "PIL.Image.open(io.BytesIO(data))": b"\x89PNG",
     "PIL.Image.open(file)": io.BytesIO(b""),
 }
@@ -102,8 +106,8 @@ def test_the_call_that_mends_it(call):
         image_to_rgb(image)
     call = call.strip()
     assert str(raised.value).endswith(f"give {call}")
-    if not call.startswith(("list", "PIL")):
-        names = {"image": image, "np": np, "tensormask": tensormask}
+    if not call.startswith(("list", "iter", "PIL")):
+        names = {"image": image, "np": np, "torch": torch, "tensormask": tensormask}
         assert image_to_rgb(eval(call, names)).shape[0] == 2
 
 
