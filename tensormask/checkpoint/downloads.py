@@ -197,10 +197,10 @@ def download(
     except (OSError, ValueError) as error:
         # If the connection failed, requests has the reason inside of its error.
         reason = getattr(error.args[0] if error.args else None, "reason", error)
-        message = f"{url} could not be downloaded: {reason}. Try again, or download it by hand"
+        hint = f"; TENSORMASK_CACHE sets another cache folder than {cache_folder()}"
         raise OSError(
-            f"{message} and give its path"
-            + (f"; TENSORMASK_CACHE sets another cache folder than {cache_folder()}" * is_cached)
+            f"{url} could not be downloaded: {reason}. Try again, or download it by hand and give "
+            f"its path{hint if is_cached else ''}"
         ) from None
     return path
 
