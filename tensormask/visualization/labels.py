@@ -11,7 +11,7 @@ from tensormask.visualization.text import FONT_MARGIN, line_width, text_size, wr
 
 MAX_COVERED = 0.4  # part of an object's box that labels may cover together
 MAX_FILLED = 0.25  # part of the image that all labels together may fill
-ORDER_COST = 0.01  # added to the covered parts for each position that would be preferred
+ORDER_COST = 0.01  # of each position that would be preferred; a covered box costs 1
 
 
 def draw_labels(
@@ -45,7 +45,7 @@ def place_labels(
 
     The first labels are placed first. Of the positions above, below, inside and beside its box that
     are inside of the image and clear of earlier labels, each label takes the one that covers the
-    smallest part of boxes. It is omitted if at each position labels would cover more than 40 % of a
+    least of all boxes. It is omitted if at each position labels would cover more than 40 % of a
     box. All are omitted if they would together fill more than a quarter of the image.
 
     Args:
@@ -65,7 +65,8 @@ def place_labels(
         reach = np.concatenate([corners.min(0), corners.max(0) + size])[None]
         near = np.flatnonzero(_intersections(reach, boxes)[0])
         parts = _intersections(labels, boxes[near]) / areas[near]
-        cost = parts.sum(1) + ORDER_COST * np.arange(len(labels))
+        # The root, because a label on a large other object seems to be that object's.
+        cost = np.sqrt(parts).sum(1) + ORDER_COST * np.arange(len(labels))
         cost[(parts + covered[near] > MAX_COVERED).any(1)] = np.inf
         cost[_intersections(labels, placed).any(1)] = np.inf
         best = cost.argmin()
