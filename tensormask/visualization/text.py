@@ -1,6 +1,6 @@
 """Text on images, and how large texts and lines are for an image's size.
 
-OpenCV 5 draws any script; OpenCV 4 draws ASCII only, and "?" for everything else.
+OpenCV 5 draws Latin, Greek, Cyrillic, CJK and more; OpenCV 4 draws ASCII only, and "?" for everything else.
 """
 
 import cv2
