@@ -1,6 +1,7 @@
 """Text on images, and how large texts and lines are for an image's size.
 
-OpenCV 5 draws Latin, Greek, Cyrillic, CJK and more; OpenCV 4 draws ASCII only, and "?" for everything else.
+OpenCV 5 draws Latin, Greek, Cyrillic, CJK and more; OpenCV 4 draws ASCII only, and "?" for
+everything else.
 """
 
 import cv2
