@@ -150,7 +150,7 @@ def log_start(run: Run) -> None:
         "%.2f M parameters, %.2f M of them trainable",
         *(run.done, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, parameters[0].device),
         sum(len(get_dataset(name)) for name in cfg.DATASETS.TRAIN),
-        ", ".join(cfg.DATASETS.TRAIN),
+        ", ".join(cfg.DATASETS.TRAIN) or "no data set",
         sum(p.numel() for p in parameters) / 1e6,
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
