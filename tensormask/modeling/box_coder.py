@@ -31,7 +31,12 @@ def encode_boxes(
 def decode_boxes(
     deltas: Tensor, windows: Tensor, weights: tuple[float, ...] = BOX_WEIGHTS
 ) -> Tensor:
-    """Return boxes (K, 4) from offsets: the inverse of `encode_boxes`, with limited sizes."""
+    """Return boxes (K, 4) from offsets: the inverse of `encode_boxes`, with limited sizes.
+
+    Example:
+        >>> decode_boxes(torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 40.0, 40.0]]))
+        tensor([[ 0.,  0., 40., 40.]])
+    """
     window_size, window_center = _size_and_center(windows)
     deltas = deltas.to(windows.dtype) / windows.new_tensor(weights)
     center = deltas[:, :2] * window_size + window_center

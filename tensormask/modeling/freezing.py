@@ -38,8 +38,9 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
             (nearest,) = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
             raise UserError(f"{name!r} is not a module of the model; the nearest is {nearest!r}")
         modules[name].requires_grad_(False)
+        inside = f"{name}." if name else ""
         for child_name, child in modules.items():
-            if f"{child_name}.".startswith(f"{name}." if name else "") and isinstance(child, _BatchNorm):
+            if f"{child_name}.".startswith(inside) and isinstance(child, _BatchNorm):
                 parent, _, leaf = child_name.rpartition(".")
                 if type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and leaf and child.affine:
                     setattr(modules[parent], leaf, _frozen(child))

@@ -110,6 +110,7 @@ def find_detections(
     nms_threshold: float,
     class_agnostic_nms: bool,
     num_detections: int,
+    classes: Sequence[int] | None,
     **options: Any,
 ) -> list[Candidates]:
     """Return per image the candidates after NMS, in pixels of the network's input.
@@ -122,6 +123,8 @@ def find_detections(
     check_score_threshold(score_threshold)
     if num_detections < 0:
         raise UserError(f"num_detections must be >= 0, got {num_detections}")
+    if classes is not None and not all(0 <= label < head.num_classes for label in classes):
+        raise UserError(f"classes must be labels in 0..{head.num_classes - 1}, got {list(classes)}")
     candidates_per_image = []
     for image in map(dense.image, range(len(dense.logits[0]))):
 
@@ -135,6 +138,7 @@ def find_detections(
             deltas_at if head.with_boxes else None,
             windows,
             score_threshold=score_threshold,
+            classes=classes,
             **options,
         )
         candidates_per_image.append(candidates)

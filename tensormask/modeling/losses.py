@@ -116,6 +116,10 @@ def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor | None = Non
 
     Another loss of boxes may need the ``windows`` (F, 4) in pixels: `box_coder.decode_boxes` makes
     boxes of them and the offsets.
+
+    Example:
+        >>> box_loss(torch.zeros(1, 4), torch.ones(1, 4))
+        tensor(4.)
     """
     return F.l1_loss(_at_least_float32(deltas), target_deltas, reduction="sum")
 
@@ -124,6 +128,10 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
     """Return the binary cross-entropy of masks (F, V, U): the mean of each mask, summed over masks.
 
     ``positive_weight`` is the weight of the pixels of the object.
+
+    Example:
+        >>> mask_loss(torch.zeros(2, 15, 15), torch.zeros(2, 15, 15, dtype=torch.bool))
+        tensor(1.3863)
     """
     logits = _at_least_float32(logits)
     weight = torch.tensor(positive_weight, device=logits.device)

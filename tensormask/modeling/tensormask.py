@@ -18,16 +18,13 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from tensormask.modeling import losses
-from tensormask.modeling.assignment import assign
-from tensormask.modeling.box_coder import BOX_WEIGHTS
 from tensormask.modeling.checks import as_levels, check_options, check_parts
-from tensormask.modeling.criterion import Assigner, Criterion, Normalizer
+from tensormask.modeling.criterion import Criterion, CriterionOptions, Normalizer
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
     Candidates,
@@ -45,6 +42,7 @@ from tensormask.modeling.inputs import (
     size_of,
 )
 from tensormask.modeling.inspect import Inspection
+from tensormask.modeling.losses import foreground_normalizer
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.parts import build_parts
 from tensormask.modeling.windows import Windows
@@ -73,15 +71,6 @@ class TensorMask(nn.Module):
         channels_last: convolve in that memory format.
         autocast_dtype: dtype of `torch.autocast` in inference, bfloat16 or float16; None for the
             dtype of the weights.
-        box_weights: weights of the box offsets ``(dx, dy, dw, dh)``.
-        assigner: from the boxes of each image, the windows and the grids to the positive windows,
-            as `assign`; `Assignment.make` returns what it has to.
-        cls_loss: as `losses.focal_loss_star`, of the logits and the index of the positive ones.
-        box_loss: as `losses.box_loss`, of the offsets of the F positive windows, those of their
-            objects, and the windows ``(x0, y0, x1, y1)`` in pixels, (F, 4) each.
-        mask_loss: as `losses.mask_loss`, of mask logits and targets (F, V, U), of which it gets
-            those of one size and level at a time. Each loss returns a sum over windows.
-        mask_loss_weight: of the mask loss.
         score_threshold, num_candidates: see `inference.find_candidates`.
         nms_on: what NMS compares, the regressed "boxes" or the boxes of the "masks". The latter
             computes the masks of all candidates.
@@ -89,6 +78,8 @@ class TensorMask(nn.Module):
         class_agnostic_nms: whether two boxes of different classes can be one object, too.
         num_detections: the maximum per image.
         sum_over_ranks: see `losses.foreground_normalizer`; needed in distributed training.
+        criterion: the options of `Criterion`: ``assigner``, ``cls_loss``, ``box_loss``,
+            ``mask_loss``, ``mask_loss_weight`` and ``box_weights``.
 
     Raises:
         UserError: an option is invalid, needs a part that is missing, or two parts contradict each
@@ -110,14 +101,6 @@ class TensorMask(nn.Module):
         size_divisor: int = SIZE_DIVISOR,
         channels_last: bool = False,
         autocast_dtype: torch.dtype | None = None,
-        box_weights: tuple[float, ...] = BOX_WEIGHTS,
-        assigner: Assigner = assign,
-        cls_loss: Callable[[list[Tensor], list[tuple[Tensor, ...]]], Tensor] = (
-            losses.focal_loss_star
-        ),
-        box_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = losses.box_loss,
-        mask_loss: Callable[[Tensor, Tensor], Tensor] = losses.mask_loss,
-        mask_loss_weight: float = 2.0,
         score_threshold: float = 0.05,
         num_candidates: int = 6000,
         nms_on: str = "boxes",
@@ -125,25 +108,16 @@ class TensorMask(nn.Module):
         class_agnostic_nms: bool = False,
         num_detections: int = 100,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        **criterion: Unpack[CriterionOptions],
     ) -> None:
         super().__init__()
         check_options(nms_on, channel_order, size_divisor)
         check_score_threshold(score_threshold)
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
-        self.windows = windows
+        self.windows, self.criterion = windows, Criterion(windows, **criterion)
         self.num_classes = head.num_classes if num_classes is None else num_classes
         self.channel_order, self.size_divisor = channel_order, size_divisor
         self.channels_last, self.autocast_dtype = channels_last, autocast_dtype
-        self.box_weights = tuple(box_weights)
-        self.criterion = Criterion(
-            windows,
-            assigner=assigner,
-            cls_loss=cls_loss,
-            box_loss=box_loss,
-            mask_loss=mask_loss,
-            mask_loss_weight=mask_loss_weight,
-            box_weights=self.box_weights,
-        )
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.num_candidates, self.num_detections = num_candidates, num_detections
         self.nms_on, self.class_agnostic_nms = nms_on, class_agnostic_nms
@@ -229,17 +203,14 @@ class TensorMask(nn.Module):
         check_lengths(images, targets=targets, output_sizes=output_sizes)
         if not self.training:
             sizes = output_sizes or [size_of(image) for image in images]
-            return [
-                paste_detection(detection, size)
-                for detection, size in zip(self.detect(images, sizes), sizes, strict=True)
-            ]
+            return list(map(paste_detection, self.detect(images, sizes), sizes))
         if targets is None:
             raise UserError("train mode needs targets: pass them, or call model.eval()")
         dense = self.dense(images)
         targets = [self._checked(*pair) for pair in zip(targets, images, strict=True)]
         if normalizer is None:
             normalizer = functools.partial(
-                losses.foreground_normalizer, device=self.device, sum_over_ranks=self.sum_over_ranks
+                foreground_normalizer, device=self.device, sum_over_ranks=self.sum_over_ranks
             )
         return self.criterion(dense, targets, self.head, self.mask_head, normalizer)
 
@@ -307,7 +278,7 @@ class TensorMask(nn.Module):
             windows=self.windows,
             head=self.head,
             mask_head=self.mask_head,
-            box_weights=self.box_weights,
+            box_weights=self.criterion.box_weights,
             threshold=threshold,
             detections=rescale_and_clip(detections, size, size),
             assignment=assignment,
@@ -350,13 +321,8 @@ class TensorMask(nn.Module):
         sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
         with self._autocast():
             dense = self.dense(images)
-            detections = self.find_detections(
-                dense,
-                score_threshold,
-                num_detections=num_detections,
-                classes=classes,
-                class_agnostic_nms=class_agnostic_nms,
-            )
+            options = score_threshold, num_detections, classes, class_agnostic_nms
+            detections = self.find_detections(dense, *options)
             detections = [rescale_and_clip(d, *s) for d, s in zip(detections, sizes, strict=True)]
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
@@ -371,25 +337,17 @@ class TensorMask(nn.Module):
         self,
         dense: DenseOutputs,
         score_threshold: float | None = None,
-        *,
         num_detections: int | None = None,
         classes: Sequence[int] | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> list[Candidates]:
-        """Return per image the candidates after NMS, in pixels of the network's input.
-
-        The options are those of `detect`.
-        """
-        if classes is not None and not all(0 <= label < self.num_classes for label in classes):
-            raise UserError(
-                f"classes must be labels in 0..{self.num_classes - 1}, got {list(classes)}"
-            )
+        """Return per image what `detect` detects with these options, in pixels of the input."""
         return find_detections(
             dense,
             self.head,
             self.mask_head,
             self.windows,
-            box_weights=self.box_weights,
+            box_weights=self.criterion.box_weights,
             score_threshold=_first(score_threshold, self.score_threshold),
             num_candidates=self.num_candidates,
             classes=classes,

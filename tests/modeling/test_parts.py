@@ -70,10 +70,12 @@ def test_the_defaults_are_the_published_recipe() -> None:
     shapes = {name: value.shape for name, value in published.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     assert model.windows == published.windows
-    names = ("score_threshold", "nms_threshold", "num_candidates", "num_detections", "box_weights")
+    names = ("score_threshold", "nms_threshold", "num_candidates", "num_detections")
     names += ("channel_order", "size_divisor", "nms_on", "class_agnostic_nms")
     assert all(getattr(model, name) == getattr(published, name) for name in names)
     assert model.fpn.fuse == published.fpn.fuse
+    assert model.criterion.box_weights == published.criterion.box_weights
+    assert model.criterion.mask_loss_weight == published.criterion.mask_loss_weight
     for name in ("cls_loss", "mask_loss"):  # default arguments
         loss = getattr(published.criterion, name)
         assert all(loss.func.__kwdefaults__[key] == value for key, value in loss.keywords.items())
