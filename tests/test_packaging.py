@@ -6,10 +6,8 @@ import runpy
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import venv
-import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -196,48 +194,79 @@ def test_pins_are_within_the_bounds_of_the_package() -> None:
     assert pins["torch"] == "2.14.1"
 
 
-CHECK = """
-import sys, torch
-import tensormask
+NATIVE = """
+import sys, torch, tensormask
 from tensormask.layers import _native, op_backend, swap_align2nat
-assert tensormask.__file__.startswith(sys.argv[1]), tensormask.__file__
-assert str(_native.LIBRARY).startswith(sys.argv[1]), (_native.LIBRARY, _native.REASON)
+for path in (tensormask.__file__, str(_native.LIBRARY)):
+    assert path.startswith(sys.argv[1]), (path, _native.REASON)
 x = torch.randn(1, 9, 12, 10)
 with op_backend("native"):
     native = swap_align2nat(x, 2)
 with op_backend("reference"):
     torch.testing.assert_close(native, swap_align2nat(x, 2))
-print("it works")
 """
+PURE = """
+import sys
+from tensormask.layers import _native, build
+assert _native.LIBRARY is None
+assert "tensormask build-ops" in _native.REASON
+assert str(build.SOURCES).startswith(sys.argv[1])
+"""
+
+
+def make_environment(folder: Path, *, linked: bool) -> Path:
+    """Make an environment with the packages of this one but ours, and return its Python.
+
+    They are linked into it, or else added to its path only, where no build looks for PyTorch.
+    """
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    installed = Path(sysconfig.get_path("purelib"))
+    if not linked:
+        (packages / "needed.pth").write_text(f"{installed}\n")
+        return folder / "bin" / "python"
+    for path in installed.iterdir():
+        if not path.name.startswith(("tensormask", "__editable__")):
+            (packages / path.name).symlink_to(path)
+    return folder / "bin" / "python"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("TENSORMASK_WITHOUT_EXT" in os.environ, reason="nothing is compiled")
-def test_wheel_from_the_sdist_in_a_clean_environment(tmp_path) -> None:
-    def run(folder: Path, *command: str | Path) -> str:
-        env = clean_environment(CUDA_VISIBLE_DEVICES="")
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+def test_wheels_from_the_sdist_in_clean_environments(tmp_path) -> None:
+    """With pip's isolated builds, with and without PyTorch; outside of the repository."""
+
+    def run(*command: str | Path, cwd: Path = tmp_path) -> None:
+        env = clean_environment(CUDA_VISIBLE_DEVICES="", TENSORMASK_CACHE=str(tmp_path / "cache"))
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    def setup_py(folder: Path, *arguments: str) -> None:
-        run(folder, sys.executable, "setup.py", "--quiet", *arguments, "--dist-dir", tmp_path)
+    def install(python: Path, tag: str) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", python]
+        wheels = tmp_path / tag
+        run(*pip, "wheel", "-q", "--no-deps", "--wheel-dir", wheels, sdist)
+        (wheel,) = wheels.glob("*.whl")
+        assert f"-{tag}" in wheel.name
+        assert wheel.stat().st_size < 8e6
+        run(*pip, "install", "-q", "--no-index", "--no-deps", wheel)
 
-    setup_py(ROOT, "egg_info", "--egg-base", str(tmp_path), "sdist")
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        file.extractall(tmp_path / "source", filter="data")
-    (source,) = (tmp_path / "source").iterdir()
-    setup_py(source, "bdist_wheel")
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-cp310-abi3-linux_" in wheel.name
-    assert "tensormask/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    sdist_command = ["egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    run(sys.executable, "setup.py", "--quiet", *sdist_command, cwd=ROOT)
+    (sdist,) = tmp_path.glob("*.tar.gz")
 
-    # An environment with only the wheel, and a path to the packages that it needs.
-    clean = tmp_path / "clean"
-    venv.create(clean, with_pip=False)
-    (packages,) = clean.glob("lib/python*/site-packages")
-    (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(clean)]
-    run(tmp_path, *pip, "install", "-q", "--no-index", "--no-deps", wheel)
-    assert run(tmp_path, clean / "bin/python", "-I", "-c", CHECK, clean) == "it works\n"
+    python = make_environment(tmp_path / "pure", linked=False)
+    install(python, "py3-none-any")
+    run(python, "-I", "-c", PURE, tmp_path / "pure")
+
+    python = make_environment(tmp_path / "compiled", linked=True)
+    install(python, "cp310-abi3-linux_")
+    run(python, "-I", "-c", NATIVE, tmp_path / "compiled")
+    tensormask = python.parent / "tensormask"
+    train = ["DATASETS.TRAIN", "['nuclei_val']", "DATASETS.TEST", "[]", "SOLVER.MAX_ITER", "10"]
+    few = ["SOLVER.IMS_PER_BATCH", "1", "TEST.EXPECTED_RESULTS", "[]"]
+    one_class = ["MODEL.TENSOR_MASK.NUM_CLASSES", "1"]
+    run(tensormask, "train", "--config-file", "quickstart", *train, *few, *one_class)
+    (image, *_) = (tmp_path / "compiled").glob("lib/*/*/tensormask/data/nuclei/val/*.jpg")
+    weights = tmp_path / "output" / "quickstart" / "model_final.pth"
+    run(tensormask, "predict", image, "--weights", weights, "--output", "drawn")
+    assert (tmp_path / "drawn" / f"{image.stem}.png").is_file()
