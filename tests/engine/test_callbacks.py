@@ -1,7 +1,9 @@
 """Callbacks, evaluators, mappers, loaders and models of a user's own in `train`."""
 
 import itertools
+import re
 import signal
+from pathlib import Path
 
 import fork
 import numpy as np
@@ -214,6 +216,17 @@ def test_a_state_that_could_not_be_read_is_not_saved(tmp_path, fakes):
 
     with pytest.raises(ValueError, match=r"Wrong\.state_dict\(\)"):
         trainer.train(make_cfg(tmp_path), callbacks=[Wrong()])
+
+
+def test_the_example_of_the_docs(tmp_path, fakes):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "coco_instances_results.json").write_text("[1, 2]")
+    exec(code, {"cfg": make_cfg(tmp_path, "SOLVER.MAX_ITER", 2)})
+    step, result = lines(tmp_path)
+    assert step["weight_norm"] > 0
+    assert result["num_detections/per_image"] == 2 / 7
 
 
 def test_evaluators(tmp_path, fakes):
