@@ -5,6 +5,7 @@ compiles the CUDA kernels on a machine without a GPU, and the command build_ext.
 TENSORMASK_WITHOUT_EXT=1 compiles nothing. More variables: see tensormask/layers/build.py.
 """
 
+import contextlib
 import importlib
 import os
 import runpy
@@ -76,12 +77,9 @@ def import_torch() -> None:
     """
     folders = [folder for folder in site.getsitepackages() if folder not in sys.path]
     sys.path += folders
-    try:
+    with contextlib.suppress(ImportError, OSError):  # `setup_arguments` reports it
         importlib.import_module("torch.utils.cpp_extension")
-    except ImportError:
-        pass  # `setup_arguments` reports it
-    finally:
-        del sys.path[len(sys.path) - len(folders) :]
+    del sys.path[len(sys.path) - len(folders) :]
 
 
 def report(error: Exception) -> None:

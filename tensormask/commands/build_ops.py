@@ -1,6 +1,6 @@
 """Compile the operators for the installed PyTorch: `tensormask build-ops`.
 
-It imports only PyTorch of what the package needs, so it also runs in its clone on a bare machine.
+It imports only PyTorch and torchvision, so it also runs in a clone on a bare machine.
 """
 
 import argparse

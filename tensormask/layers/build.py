@@ -53,7 +53,7 @@ def setup_arguments(sources: Path) -> dict[str, Any]:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: its libraries do not load
         raise BuildError(f"compiling needs PyTorch and setuptools ({error})") from error
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
         raise BuildError(f"compiling needs PyTorch 2.11 or newer, this is {torch.__version__}")
