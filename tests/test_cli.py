@@ -87,6 +87,12 @@ def test_an_example_is_a_command_line_of_its_parser(name):
     get_cfg().merge_from_list(getattr(parser.parse_args(words), "opts", []))
 
 
+def test_a_config_without_its_option(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "quickstart", "OUTPUT_DIR", "output/mine"])
+    assert "name a config with --config-file" in capsys.readouterr().err
+
+
 def test_a_script_of_tools_has_its_own_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/tools/train_net.py"])
     assert train.build_parser().prog == "tools/train_net.py"

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None, command: str = "train") -> int:
     parser = build_parser(command)
     try:
         args = parser.parse_args(arguments)
-        if not args.config_file and not args.opts:
+        if not args.config_file and (not args.opts or len(args.opts) % 2):  # also `train NAME`
             parser.error("name a config with --config-file")
         cfg = setup_config(args)
         if args.num_gpus > 1 or args.num_machines != 1 or args.machine_rank:
