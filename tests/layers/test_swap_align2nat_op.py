@@ -1,9 +1,12 @@
 """The compiled op: equal to the reference, usable with PyTorch's tools, loading, and errors."""
 
+import asyncio
 import importlib.util
 import logging
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -306,6 +309,49 @@ def test_op_backend_chooses(monkeypatch, caplog) -> None:
     with op_backend("native"), pytest.raises(RuntimeError, match="it was not built"):
         swap_align2nat(x, 2)
     assert "plain PyTorch: it was not built" in env.describe()
+
+
+def test_op_backend_is_of_a_thread_and_of_a_task() -> None:
+    """Two threads that leave their choices in the order of entering, and two tasks of asyncio."""
+    entered = threading.Barrier(2), threading.Event()
+
+    def choose(backend: str, last: bool) -> list[bool]:
+        used = []
+        with op_backend(backend):
+            entered[0].wait(10)
+            used.append(_native.use_native("cpu"))
+            if last:
+                entered[1].wait(10)
+        entered[1].set()
+        return [*used, _native.use_native("cpu")]
+
+    async def switch(backend: str) -> bool:
+        with op_backend(backend):
+            await asyncio.sleep(0)
+            return _native.use_native("cpu")
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(switch("reference"), switch("native"))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(choose, ("reference", "native"), (False, True))
+    assert (first, second) == ([False, True], [True, True])
+    assert asyncio.run(both()) == [False, True]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="a compiled function keeps its first choice")
+def test_a_compiled_function_follows_op_backend() -> None:
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        lambda x: swap_align2nat(x, 1),
+        fullgraph=True,
+        backend=lambda graph, _: graphs.append(graph) or graph,
+    )
+    for backend in ("native", "reference", "native"):
+        with op_backend(backend):
+            compiled(torch.zeros(1, 1, 3, 3))
+    assert ["tensormask" in graph.code for graph in graphs] == [True, False]
 
 
 def test_the_environment_chooses_at_import(monkeypatch) -> None:

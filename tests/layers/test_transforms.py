@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, func
+from torch import Tensor, func, nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormask import layers
 from tensormask.layers import representation, winograd
@@ -46,7 +48,7 @@ def as_4d(function: Function) -> Function:
 BOTH_BACKENDS = {
     "swap_align2nat": (lambda x: layers.swap_align2nat(x, 2), LOGITS),
     "swap_align2nat_at": (lambda x: layers.swap_align2nat_at(x, WINDOWS, 2), LOGITS),
-    "SwapAlign2Nat": (layers.SwapAlign2Nat(3, 1.5), LOGITS),
+    "SwapAlign2Nat": (lambda x: layers.SwapAlign2Nat(3, 1.5)(x), LOGITS),
     "conv2d": (convolution, IMAGE.shape),
     "conv2d, weight": (convolution_of_weights, WEIGHT.shape),
 }
@@ -136,7 +138,9 @@ def dual(f: Function, x: Tensor) -> Tensor:
 def backward(f: Function, x: Tensor, times: int = 1) -> Tensor:
     y = x = x.detach().requires_grad_()
     for _ in range(times):
-        (y,) = torch.autograd.grad(scalar(f)(x) if y is x else y.sin().sum(), x, create_graph=True)
+        (y,) = torch.autograd.grad(
+            scalar(f)(x) if y is x else y.sin().sum(), x, create_graph=times > 1
+        )
     return y.detach()
 
 
@@ -184,7 +188,128 @@ def dual_of_dual(f: Function, x: Tensor) -> Tensor:
     return func.jvp(lambda x: func.jvp(f, (x,), (x.sin(),))[1], (x,), (x.cos(),))[1]
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+SLOW = ("linearize",)  # it traces
+FAST = ("up_align2nat_at",)  # to compile
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(transform, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, transform in TRANSFORMS.items()
+    ],
+)
 def test_table(operator, transform: Callable[[Function, Tensor], Tensor]) -> None:
     function, formula, x = operator
     assert_close(transform(function, x), transform(formula, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["backward", "grad", "vmap of jvp"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case[0] not in FAST), id=", ".join(case))
+        for case in CASES
+    ],
+    indirect=True,
+)
+def test_compile(operator, name: str) -> None:
+    """In one graph: forward and backward, and transforms inside of the graph."""
+    function, formula, x = operator
+    transform = TRANSFORMS[name]
+    torch._dynamo.reset()
+    compile_ = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    if transform is backward:
+        actual = backward(compile_(function), x)
+    else:
+        actual = compile_(lambda x: transform(function, x))(x)
+    assert_close(actual, transform(formula, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", BOTH_BACKENDS | ONE_BACKEND)
+@pytest.mark.slow
+def test_export(name: str, backend: str) -> None:
+    """With any size of the feature maps, or any number of boxes."""
+    function, _, x = case(name)
+    if name == "conv2d, weight":
+        pytest.skip("its input is a weight")
+    dims = (2, 3) if x.dim() == 4 else (0,)
+    sizes = [[size + more * (d in dims) for d, size in enumerate(x.shape)] for more in (3, 8)]
+    large, larger = (torch.randn(size, dtype=x.dtype) for size in sizes)
+    module = nn.Module()
+    module.forward = function
+    with layers.op_backend(backend):
+        dynamic = (dict.fromkeys(dims, torch.export.Dim.DYNAMIC),)
+        program = torch.export.export(module, (large,), dynamic_shapes=dynamic).module()
+        assert_close(program(larger), function(larger))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference", "representation"])
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (2, -1)])
+def test_vmap_over_windows(in_dims, backend: str) -> None:
+    """Batches of feature maps, of windows, or of both, and their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 3, 4, dtype=torch.float64, generator=generator)
+    windows = torch.randint(2, (3, 5, 3), generator=generator)
+
+    def masks(x: Tensor, windows: Tensor) -> Tensor:
+        if backend == "representation":
+            return layers.up_align2nat_at(x, windows, 2)
+        return layers.swap_align2nat_at(x, windows, 2)
+
+    def gradient(x: Tensor, windows: Tensor) -> Tensor:
+        return func.grad(lambda x: masks(x, windows).square().sum())(x)
+
+    pairs = zip(
+        [x[0]] * 3 if in_dims[0] is None else x,
+        [windows[0]] * 3 if in_dims[1] is None else windows,
+        strict=True,
+    )
+    arguments = [
+        tensor[0] if dim is None else tensor.movedim(0, dim)
+        for tensor, dim in zip((x, windows), in_dims, strict=True)
+    ]
+    with layers.op_backend("auto" if backend == "representation" else backend):
+        pairs = list(pairs)
+        for function in (masks, gradient):
+            expected = torch.stack([function(*pair) for pair in pairs])
+            assert_close(func.vmap(function, in_dims)(*arguments), expected)
+        with pytest.raises(ValueError, match=r"window .* is outside of the grid"):
+            func.vmap(masks, (None, 0))(x[0], windows + 2)
+
+
+class Dtypes(TorchDispatchMode):
+    """Collect the dtypes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.found |= {t.dtype for t in pytree.tree_leaves(result) if isinstance(t, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_float64_tensors(operator, dtype: torch.dtype) -> None:
+    """MPS has none. Forward and backward."""
+    function, _, x = operator
+    x = x.to(dtype).requires_grad_()
+    with Dtypes() as dtypes:
+        y = function(x)
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.float64 not in dtypes.found
+    assert dtype in dtypes.found
+
+
+def test_masks_without_gradients() -> None:
+    """Results that are bool have no gradient, and no transform gives a wrong one."""
+    masks, box = torch.rand(1, 4, 4, requires_grad=True), torch.tensor([[0.0, 0, 8, 8]])
+    pasted = layers.paste_masks(masks, box.requires_grad_(), (8, 8))
+    cropped = layers.crop_masks(masks.detach() > 0.5, torch.tensor([0]), box, 4)
+    assert not pasted.requires_grad
+    assert not cropped.requires_grad
+    with pytest.raises(RuntimeError, match="vmap"):
+        func.vmap(lambda masks: layers.paste_masks(masks, box, (8, 8)))(masks[None])
