@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -29,18 +27,17 @@ from tensormask.commands.common import (
     add_overrides,
     exits_on_user_error,
 )
-from tensormask.commands.inputs import Input, find_inputs
-from tensormask.detections import Detections
+from tensormask.commands.inputs import find_inputs
+from tensormask.commands.prediction import Run, output_stems
 from tensormask.evaluation.results import ResultsWriter
-from tensormask.predictor import Predictor, read_input
+from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
-from tensormask.utils.video import VideoError, VideoReader, VideoWriter
-from tensormask.visualization.instances import unique_stem
 
 logger = logging.getLogger("tensormask.commands.predict")
 
 DETECTIONS_FILE = "detections.json"
 DEFAULT_THRESHOLD = 0.5
+SMALL_SIDE = 640  # pixels, of the network's input
 KINDS = ("image", "video", "json", "labels")
 DEFAULT_KINDS = "image,video,json"
 EXIT_UNREAD = 1
@@ -102,94 +99,6 @@ def build_parser() -> CommandParser:
     return parser
 
 
-@dataclass
-class Run:
-    """Detects in inputs one after the other, and writes what is to be saved.
-
-    Attributes:
-        results: the writer of the COCO results, or None.
-        stop: set to stop after the present image.
-    """
-
-    predictor: Predictor
-    options: dict[str, Any]
-    output: Path
-    kinds: set[str]
-    results: ResultsWriter | None
-    progress: tqdm
-    stop: threading.Event
-    num_images: int = 0  # and frames, also those that cannot be read: the next image_id
-    num_read: int = 0
-    num_detections: int = 0
-    num_unread: int = 0
-
-    def process(self, inputs: list[Input], stems: list[str]) -> None:
-        """Process inputs, each with the stem of its output files, until `stop` is set."""
-        for source, stem in zip(inputs, stems, strict=True):
-            if self.stop.is_set():
-                return
-            try:
-                if source.is_video:
-                    self._process_video(source, stem)
-                else:
-                    self._process_image(source, stem)
-            except (_UnreadError, VideoError) as error:
-                logger.error(error)
-                self.num_unread += 1
-
-    def _process_image(self, source: Input, stem: str) -> None:
-        self.num_images += 1
-        try:
-            rgb = read_input(source.location)
-        except (UserError, OSError) as error:
-            raise _UnreadError(str(error)) from None
-        detections = self.predictor(rgb, **self.options)
-        if "image" in self.kinds:
-            detections.save(self.output / f"{stem}.png")
-        self._save(detections, self.num_images - 1, {"file_name": str(source.location)}, stem)
-
-    def _process_video(self, source: Input, stem: str) -> None:
-        with ExitStack() as stack:
-            reader = stack.enter_context(VideoReader(source.location))
-            if self.progress.total is not None:
-                more = reader.num_frames - 1
-                self.progress.total = self.progress.total + more if more >= 0 else None
-            writer = None
-            if "video" in self.kinds:
-                writer = stack.enter_context(VideoWriter(self.output / f"{stem}.mp4", reader.fps))
-            for number, rgb in enumerate(reader):
-                self.num_images += 1
-                detections = self.predictor(rgb, **self.options)
-                if writer is not None:
-                    # A color per class: rows, and so their colors, change from frame to frame.
-                    writer.write(detections.draw(magnify=1, color_by="class"))
-                about = {"file_name": str(source.location), "frame": number}
-                self._save(detections, self.num_images - 1, about, f"{stem}/{number:06d}")
-                if self.stop.is_set():
-                    return
-
-    def _save(
-        self, detections: Detections, image_id: int, about: dict[str, Any], name: str
-    ) -> None:
-        """Write what images and frames have in common: COCO results and label images."""
-        if self.results is not None:
-            for result, class_name in zip(
-                detections.to_coco(image_id), detections["class_names"], strict=True
-            ):
-                self.results.add([result | {"category_name": class_name} | about])
-        if "labels" in self.kinds:
-            path = self.output / "labels" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(detections.label_image()).save(path)
-        self.num_read += 1
-        self.num_detections += len(detections)
-        self.progress.update()
-
-
-class _UnreadError(UserError):
-    """An image that cannot be read, unlike a drawing that cannot be written."""
-
-
 class _NothingReadError(UserError):
     """No input can be read: an older file of results is not overwritten."""
 
@@ -202,7 +111,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, previous)
-        os.write(2, b"\nstopping after this image; repeat to stop at once\n")
+        os.write(2, b"\nstopping after the present images; repeat to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # the only one with handlers
         yield stop
@@ -214,31 +123,8 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def output_stems(inputs: list[Input], output: Path) -> list[str]:
-    """Return a name for the files of each input, all different.
-
-    Raises:
-        UserError: a file would overwrite an input; nothing has been written.
-    """
-    taken: set[str] = set()
-    stems = [unique_stem(source.stem, taken) for source in inputs]
-    written = [output / f"{stem}{suffix}" for stem in stems for suffix in (".png", ".mp4")]
-    written += [output / "labels" / f"{stem}.png" for stem in stems]
-    read = {source.location.resolve() for source in inputs if isinstance(source.location, Path)}
-    if overwritten := read & {file.resolve() for file in written}:
-        raise UserError(
-            f"drawings would overwrite the inputs, such as {min(overwritten)}: "
-            "give another folder as --output"
-        )
-    return stems
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `inputs` are all inputs, `save` a set, `opts` the `KEY VALUE` words.
-
-    Raises:
-        UserError: --save names something else.
-    """
+    """Read the command line; `inputs` are all inputs, `save` a set, `opts` the `KEY VALUE` words."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     args.inputs += args.input + ([args.video_input] if args.video_input else [])
@@ -265,7 +151,9 @@ def build_predictor(args: argparse.Namespace) -> tuple[Predictor, dict[str, Any]
     elif threshold is None:
         threshold, reason = DEFAULT_THRESHOLD, "the checkpoint has none of an evaluation"
     print(f"threshold {threshold:.3g} ({reason})")
-    options: dict[str, Any] = {"threshold": threshold}
+    # Small images are faster together. A large one occupies the device, and its memory, alone.
+    is_small = 0 not in predictor.transform.min_sizes and predictor.transform.max_size <= SMALL_SIDE
+    options: dict[str, Any] = {"threshold": threshold, "batch_size": 4 if is_small else 1}
     if args.classes:
         names = [name.strip() for name in args.classes.split(",")]
         options["classes"] = [

@@ -110,7 +110,7 @@ class VideoWriter:
         if self._writer is None:
             return
         self._writer.release()
-        if error is None or isinstance(error, VideoError):
+        if error is None:
             self._temporary.replace(self.path)
         else:
             self._temporary.unlink(missing_ok=True)
