@@ -110,12 +110,13 @@ def _recorded_evaluation(run: Run) -> dict[str, float] | None:
 
 def store_score_thresholds(run: Run, results: dict[str, Any]) -> None:
     """Add the thresholds of the last evaluation to the final checkpoints, which it evaluated."""
-    folder = run.output_dir
-    last = resume.find_last_checkpoint(folder)
-    if distributed.is_main_process() and last == folder / resume.FINAL_CHECKPOINT:
-        resume.store_score_threshold(last, score_threshold(results))
+    if not distributed.is_main_process():
+        return
+    final = run.output_dir / resume.FINAL_CHECKPOINT
+    if resume.find_last_checkpoint(run.output_dir) == final:
+        resume.store_score_threshold(final, score_threshold(results))
         averaged = score_threshold(results.get("ema", {}))
-        resume.store_score_threshold(folder / resume.FINAL_EMA, averaged)
+        resume.store_score_threshold(run.output_dir / resume.FINAL_EMA, averaged)
 
 
 def _keep_best(run: Run, metrics: dict[str, float]) -> None:
@@ -165,6 +166,7 @@ def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -
     drawings = sorted(output_dir.glob("inference/**/montage.png"))
     rows = {
         "iterations": f"{start} to {run.done}",
+        **({"stopped": run.stopped} if run.stopped else {}),
         "time": timedelta(seconds=round(seconds)),
         "most memory": f"{events.peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
         **{name: f"{value:.2f}" for name, value in flat.items() if name.endswith("/AP")},

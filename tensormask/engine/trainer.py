@@ -96,6 +96,8 @@ def train(
         DiskFullError: the disk is full; existing checkpoints are intact.
         UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
+    if train_loader is not None and mapper is not None:
+        raise UserError("mapper is for the samples of DATASETS.TRAIN: apply it in train_loader")
     given_dir, started = cfg.OUTPUT_DIR, time.perf_counter()
     new_run = not (resume or overwrite)
     with open_output_dir(given_dir, new_run=new_run) as output_dir, StopSignals() as stop:
@@ -121,15 +123,20 @@ def train(
             saved = checkpoint.get("run", {})
             restore_callbacks(callbacks, saved.get("callbacks", {}))
             del checkpoint  # its memory
-        elif cfg.MODEL.WEIGHTS and model is None:
+        elif cfg.MODEL.WEIGHTS and model is not None:
+            logger.info("MODEL.WEIGHTS is not loaded: the given model keeps its weights")
+        elif cfg.MODEL.WEIGHTS:
             with distributed.first_on_machine():  # this can download a file
                 load_weights(distributed.unwrap(state.model), cfg.MODEL.WEIGHTS)
             check_weights(state.model, cfg.MODEL.WEIGHTS)
         distributed.check_same("config or checkpoint", (cfg.dump(), start))
         batches: Iterator[list[dict]] = iter(())
-        if start < cfg.SOLVER.MAX_ITER and saved.get("stopped") is None:
-            batches = (
-                _repeat(train_loader) if train_loader is not None else _load(cfg, start, mapper)
+        if train_loader is not None:
+            batches = _repeat(train_loader)
+        elif start < cfg.SOLVER.MAX_ITER and saved.get("stopped") is None:
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            batches = build_train_loader(
+                cfg, start, rank=rank, world_size=world_size, mapper=mapper
             )
 
         # All checks of the config are done: an invalid one does not change an earlier run's files.
@@ -234,11 +241,6 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                 save(run)
             logger.warning("%s after %d iterations; continue with --resume", stopped, run.done)
             raise
-
-
-def _load(cfg: CfgNode, start: int, mapper: Mapper | None) -> Iterator[list[dict]]:
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    return build_train_loader(cfg, start, rank=rank, world_size=world_size, mapper=mapper)
 
 
 def _repeat(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:

@@ -118,7 +118,7 @@ def test_a_stopped_run_ends_like_a_finished_one(tmp_path, fakes):
     assert [r["iteration"] for r in lines(tmp_path) if "segm/AP" in r] == [1, 2]
     log = (tmp_path / "log.txt").read_text()
     assert "Stopped after 3 iterations: that is enough" in log
-    assert "iterations   0 to 3" in log
+    assert "iterations   0 to 3\nstopped      that is enough" in log
     before = len(fakes.evaluations)
     trainer.train(cfg, resume=True)  # without the callback
     assert load_checkpoint(tmp_path / "model_final.pth")["iteration"] == 2
@@ -268,6 +268,9 @@ def test_an_own_model_and_an_own_loader(tmp_path, fakes):
     assert all(image is expected for image, expected in zip(images, order, strict=True))
     with pytest.raises(ValueError, match="train_loader has no batch"):
         trainer.train(cfg, overwrite=True, model=model, train_loader=iter(()))
+    with pytest.raises(ValueError, match="apply it in train_loader"):
+        trainer.train(cfg, train_loader=loader, mapper=darken)
+    assert "MODEL.WEIGHTS is not loaded" in (tmp_path / "log.txt").read_text()
 
 
 def darken(sample, rng):
