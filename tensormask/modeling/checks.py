@@ -58,6 +58,7 @@ def as_levels(
     part: str,
     features: Sequence[Tensor] | Mapping[str, Tensor],
     batch: Tensor,
+    source: str,
     strides: Sequence[int] | None,
     channels: Sequence[int] | int | None,
 ) -> list[Tensor]:
@@ -67,6 +68,7 @@ def as_levels(
         part: its name, "backbone" or "fpn".
         features: its output for a batch of images, fine to coarse.
         batch: the images (N, 3, height, width).
+        source: of the strides, such as "windows.strides".
         strides, channels: that the maps must have; None for any.
 
     Raises:
@@ -82,7 +84,7 @@ def as_levels(
         if actual != expected:
             raise UserError(
                 f"for images of {height} x {width} px, {part} returned feature maps of (H, W) = "
-                f"{actual}, but its strides are {list(strides)}, which give {expected}"
+                f"{actual}, but {source} {list(strides)} give {expected}"
             )
     if channels is not None:
         wanted = [channels] * len(levels) if isinstance(channels, int) else list(channels)

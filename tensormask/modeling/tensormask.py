@@ -218,8 +218,9 @@ class TensorMask(nn.Module):
         """Run the backbone, the pyramid, and the class and box head."""
         batch = self.preprocess(images)
         said = getattr(self.backbone, "strides", None), getattr(self.backbone, "out_channels", None)
-        features = as_levels("backbone", self.backbone(batch), batch, *said)
-        features = as_levels("fpn", self.fpn(features), batch, self.windows.strides, None)
+        features = as_levels("backbone", self.backbone(batch), batch, "backbone.strides", *said)
+        strides = self.windows.strides
+        features = as_levels("fpn", self.fpn(features), batch, "windows.strides", strides, None)
         # A compiled head does the same work for every image: best the deltas of all windows.
         compiled = self.head._compiled_call_impl is not None
         return DenseOutputs(features, *self.head(features, dense_boxes=compiled))
