@@ -1,4 +1,4 @@
-"""Versions, devices and the compiled op: `python -m tensormask.utils.env`, for bug reports."""
+"""Versions, devices and the operators in use, for bug reports: `tensormask env`."""
 
 import os
 import platform
@@ -18,14 +18,14 @@ _PACKAGES = (
 
 
 def describe() -> str:
-    """Return versions, devices and the state of the compiled op, one per line, for bug reports."""
+    """Return versions, devices and the operators in use, one per line."""
     rows = [("python", f"{sys.version.split()[0]} on {platform.platform()}")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     rows += [
         ("threads", str(torch.get_num_threads())),
         ("CUDA of torch", torch.version.cuda or "none"),
         *((f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())),
-        ("swap_align2nat", str(_native.LIBRARY or "plain PyTorch")),
+        ("operators", str(_native.LIBRARY or "plain PyTorch")),
     ]
     rows += [(f"  on {device}", _native.describe(device)) for device in ("cpu", "cuda")]
     rows.append(("  TENSORMASK_OP", os.environ.get("TENSORMASK_OP", "auto (not set)")))
