@@ -124,7 +124,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `inputs` are all inputs, `save` a set, `opts` the `KEY VALUE` words."""
+    """Read the command line; `inputs` are all inputs, `save` a set, `opts` the overrides."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     args.inputs += args.input + ([args.video_input] if args.video_input else [])
