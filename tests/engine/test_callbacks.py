@@ -139,10 +139,12 @@ def test_early_stopping(tmp_path, fakes, monkeypatch):
         trainer.train(cfg, overwrite=True, callbacks=[EarlyStopping("segm/APP")])
 
 
-@pytest.mark.parametrize("where", ["step", "evaluation", "after evaluation"])
+@pytest.mark.parametrize("where", ["step", "evaluation", "after evaluation", "before a save"])
 def test_the_state_of_callbacks_is_restored(tmp_path, fakes, monkeypatch, where):
     """Each evaluation counts once, wherever the run was stopped."""
     cfg = make_cfg(tmp_path, *PERIODS, "SOLVER.MAX_ITER", 9)
+    if where == "before a save":
+        cfg.SOLVER.CHECKPOINT_PERIOD = 50
     real, stops = evaluator.evaluate, iter([True])
 
     class Count(Callback):
@@ -155,7 +157,8 @@ def test_the_state_of_callbacks_is_restored(tmp_path, fakes, monkeypatch, where)
 
         def after_evaluation(self, run, metrics):
             self.evaluated.append(run.done)
-            if run.done == 4 and where == "after evaluation" and next(stops, False):
+            is_after = where in ("after evaluation", "before a save")
+            if run.done == 4 and is_after and next(stops, False):
                 signal.raise_signal(signal.SIGTERM)
 
         def state_dict(self):
