@@ -1,4 +1,4 @@
-"""Find the inputs of `predict`: images, videos, folders, globs, addresses, cameras."""
+"""Find the inputs of `predict`: images, videos, folders, globs, addresses, cameras, data sets."""
 
 import glob
 import os
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from tensormask.data.catalog import get_dataset, is_dataset_name
 from tensormask.data.images import image_suffixes
 
 VIDEO_SUFFIXES = frozenset(
@@ -46,7 +47,10 @@ def find_inputs(words: Iterable[str]) -> FoundInputs:
 
     A word is the path of a file, which is a video if it has the suffix of one, and else an image,
     whatever its suffix; a folder or a glob, of whose files only those with the suffix of an image
-    or video are taken, sorted; an address; or the number of a camera.
+    or video are taken, sorted; an address; the number of a camera; or the name of a data set.
+
+    Raises:
+        UserError, FileNotFoundError: the data set cannot be read.
     """
     inputs: dict[Input, None] = {}  # a set that keeps the order
     others: Counter[str] = Counter()
@@ -66,6 +70,10 @@ def find_inputs(words: Iterable[str]) -> FoundInputs:
             inputs.update(dict.fromkeys(map(_file, taken)))
             if not taken:
                 without.append(_describe_without(word, len(files)))
+        elif not path.exists() and is_dataset_name(word):
+            dataset = get_dataset(word)
+            images = map(dataset.image, dataset.image_ids)
+            inputs.update((_file(Path(dataset.path(image))), None) for image in images)
         else:
             inputs[_file(path)] = None
     return FoundInputs(list(inputs), others, without)

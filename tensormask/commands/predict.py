@@ -56,7 +56,7 @@ def build_parser() -> CommandParser:
         nargs="*",
         metavar="INPUT",
         help="image, video, folder (without its subfolders), quoted glob (** matches subfolders), "
-        "http(s) address, or the number of a camera (stop with Ctrl-C)",
+        "http(s) address, name of a data set, or the number of a camera (stop with Ctrl-C)",
     )
     add("--input", nargs="+", default=[], metavar="INPUT", help="more of them")
     add("--video-input", metavar="INPUT", help=argparse.SUPPRESS)  # of detectron2's demo, as next

@@ -30,6 +30,7 @@ _SHAPES = {f"shapes_{split}": split for split in shapes.NUM_IMAGES}
 # Annotations and images of each name, in the package (data/nuclei/README.md).
 _NUCLEI_ROOT = Path(__file__).parent / "nuclei"
 _NUCLEI_FILES = {f"nuclei_{split}": (f"{split}.json", split) for split in ("train", "val")}
+_JSON_AT = re.compile(r"\.json@", re.IGNORECASE)  # of annotations.json@images
 _registered: dict[str, tuple[dict[str, Any], str, str]] = {}
 
 
@@ -85,6 +86,11 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
     return dataset
 
 
+def is_dataset_name(name: str) -> bool:
+    """Return whether `get_dataset` knows the name; the files of the set may be missing."""
+    return name in _registered or name in _built_in_names() or bool(_JSON_AT.search(name))
+
+
 def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
     """Return metadata, annotations and folder of images of a name."""
     if name in _SHAPES:
@@ -105,7 +111,7 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
             f" The data root is {root.absolute()}; set the environment variable "
             "TENSORMASK_DATASETS (or DETECTRON2_DATASETS) to the folder that holds coco/."
         )
-    elif separator := re.search(r"\.json@", name, re.IGNORECASE):
+    elif separator := _JSON_AT.search(name):
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
         known = [*_registered, *_built_in_names()]

@@ -254,6 +254,10 @@ def test_find_inputs(tmp_path, monkeypatch):
     ).inputs
     assert [source.is_video for source in sources] == [False, True, True, True, True, False]
     assert [source.stem for source in sources] == ["3", "camera_0", "v", "x", "v", "h"]
+    val = find_inputs(["nuclei_val"]).inputs
+    assert len(val) == 40
+    assert all(source.location.is_file() and not source.is_video for source in val)
+    assert found("nuclei_other") == ["nuclei_other"]
 
 
 @pytest.mark.parametrize("num_frames", [0, 3])
