@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
 from tensormask.layers._checks import check_grad, check_grad_at, check_input, check_windows
@@ -194,10 +194,13 @@ def _autograd(name: str, gradient: Callable[..., Tensor]) -> Callable[..., Tenso
 
     node: Any = Affine
 
-    def autograd(keyset: Any, *arguments: Any) -> Tensor:
-        if not torch._C._are_functorch_transforms_active():
-            return node.apply(keyset, None, *arguments)
-        with enable_single_level_autograd_function():
-            return node.apply(keyset, torch.is_grad_enabled(), *arguments)
+    def autograd(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return node.apply(keyset, torch.is_grad_enabled(), x, *rest)
+        if x.requires_grad or unpack_dual(x).tangent is not None:
+            return node.apply(keyset, None, x, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, x, *rest)
 
     return autograd

@@ -16,10 +16,12 @@ def is_transformed(*inputs: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether a graph is being made, by `torch.compile`, `torch.export` or make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
     keys = torch._C._TorchDispatchModeKey
-    return torch.compiler.is_compiling() or any(
-        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
-    )
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
 def is_eager(*inputs: Tensor) -> bool:
