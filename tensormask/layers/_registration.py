@@ -161,7 +161,7 @@ def _gradient_at_backward(
 def _autograd(name: str, gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return what `torch.library.register_autograd` would register, with support of tangents.
 
-    That and `torch.autograd.Function` raise under `torch.func`, or give no tangent in silence.
+    That raises under the gradients of `torch.func`, and gives tangents of 0 without a word.
     """
     op = getattr(_ops, name).default
 

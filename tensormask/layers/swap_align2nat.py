@@ -31,7 +31,7 @@ def swap_align2nat(x: Tensor, lambda_val: int, pad_val: float = -6.0) -> Tensor:
 
     Returns:
         Tensor[N, (lambda*V) * (lambda*U), ceil(H/lambda), ceil(W/lambda)]: natural masks, dtype of
-        ``x``, contiguous; differentiable twice in ``x``.
+        ``x``, contiguous; differentiable in ``x`` any number of times, with `torch.func` too.
 
     Raises:
         ValueError: ``x`` is not 4D of these dtypes, its number of channels is not a square, or
@@ -58,7 +58,7 @@ def swap_align2nat_at(x: Tensor, windows: Tensor, lambda_val: int, pad_val: floa
         pad_val: the logit that is read outside of ``x``.
 
     Returns:
-        Tensor[K, lambda*V, lambda*U]: natural masks, dtype of ``x``; differentiable twice in ``x``.
+        Tensor[K, lambda*V, lambda*U]: natural masks, dtype of ``x``; differentiable as those.
 
     Raises:
         ValueError: as `swap_align2nat`; or ``windows`` is not (K, 3) int64 on the device of ``x``;
