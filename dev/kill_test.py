@@ -144,7 +144,6 @@ def prepare(folder: Path, iterations: int) -> list[str]:
         "TEST.EVAL_PERIOD": 7,
         "TEST.NUM_VISUALIZED": 0,
         "TEST.ORACLE_ON": False,
-        "TEST.EXPECTED_RESULTS": [],
     }
     return [str(word) for pair in opts.items() for word in pair]
 

@@ -263,7 +263,7 @@ def test_wheels_from_the_sdist_in_clean_environments(tmp_path) -> None:
     run(python, "-I", "-c", NATIVE, tmp_path / "compiled")
     tensormask = python.parent / "tensormask"
     train = ["DATASETS.TRAIN", "['nuclei_val']", "DATASETS.TEST", "[]", "SOLVER.MAX_ITER", "10"]
-    few = ["SOLVER.IMS_PER_BATCH", "1", "TEST.EXPECTED_RESULTS", "[]"]
+    few = ["SOLVER.IMS_PER_BATCH", "1"]
     one_class = ["MODEL.TENSOR_MASK.NUM_CLASSES", "1"]
     run(tensormask, "train", "--config-file", "quickstart", *train, *few, *one_class)
     (image, *_) = (tmp_path / "compiled").glob("lib/*/*/tensormask/data/nuclei/val/*.jpg")

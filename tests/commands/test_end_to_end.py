@@ -27,7 +27,7 @@ def shapes(tmp_path_factory) -> dict[str, str]:
 def arguments(shapes: dict[str, str], output: Path, *more: object) -> list[str]:
     opts = [
         "DATASETS.TRAIN", [shapes["train"]], "DATASETS.TEST", [shapes["val"]],
-        "OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "TEST.EXPECTED_RESULTS", [],
+        "OUTPUT_DIR", output, "MODEL.DEVICE", "cpu",
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 1,
         "SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.005, *more,
     ]  # fmt: skip
@@ -113,4 +113,4 @@ def test_predictor_and_demo(run, shapes, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{i:06d}.png" for i in range(1, 5)]
     results = json.loads((tmp_path / "detections.json").read_text())
     first = [result["score"] for result in results if result["image_id"] == 0]
-    assert first == pytest.approx(detections["scores"].tolist())
+    assert first == pytest.approx(detections["scores"].tolist(), rel=1e-4)  # four in a batch
