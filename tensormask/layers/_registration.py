@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 
 from tensormask.layers._checks import check_grad, check_grad_at, check_input, check_windows
 
@@ -166,6 +166,8 @@ def _autograd(name: str, gradient: Callable[..., Tensor]) -> Callable[..., Tenso
     op = getattr(_ops, name).default
 
     class Affine(_SingleLevelFunction):
+        _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)
+
         @staticmethod
         def forward(ctx: Any, keyset: Any, records: bool | None, x: Tensor, *rest: Any) -> Tensor:
             windows = [argument for argument in rest if isinstance(argument, Tensor)]

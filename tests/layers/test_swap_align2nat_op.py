@@ -339,6 +339,15 @@ def test_op_backend_is_of_a_thread_and_of_a_task() -> None:
     assert asyncio.run(both()) == [False, True]
 
 
+def test_compiled_autograd() -> None:
+    x = torch.randn(1, 9, 4, 5, requires_grad=True)
+    y = swap_align2nat(x, 2).sin().sum() + swap_align2nat_at(x, random_windows(x, 2, 2), 2).sum()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward()
+    assert_close(x.grad, expected)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="a compiled function keeps its first choice")
 def test_a_compiled_function_follows_op_backend() -> None:
     torch._dynamo.reset()
