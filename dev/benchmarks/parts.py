@@ -65,12 +65,18 @@ def parts_of(model: Any) -> list[Part]:
     modules: dict[str, nn.Module]
     if isinstance(model, TensorMask):
         modules = {"backbone": model.backbone, "fpn": model.fpn, "class tower": model.head}
-        modules |= {f"mask head: {name}": m for name, m in model.mask_head.named_children()}
+        # Of these, fast paths read the weights only; with another forward they would be called.
+        not_called = [] if model.mask_head.aligned else ["mask_pred"]
+        not_called += ["mask_fuse"] if model.device.type == "cpu" else []
+        modules |= {
+            f"mask head: {name}": module
+            for name, module in model.mask_head.named_children()
+            if name not in not_called
+        }
         functions = [
             ("preprocess", model, "preprocess"),
             ("box tower", model.head, "deltas_at"),
-            ("candidates and NMS", tensormask, "find_candidates"),
-            ("candidates and NMS", tensormask, "batched_nms"),
+            ("candidates and NMS", tensormask, "find_detections"),
             ("op at windows", mask_head, "swap_align2nat_at"),
             ("rest of the mask head, sigmoid", tensormask, "masks_at_windows"),
             ("paste", tensormask, "paste_detection"),
