@@ -248,6 +248,12 @@ def _repeat(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
     while True:
         batch = None
         for batch in loader:
+            if not isinstance(batch, list) or not all(isinstance(sample, dict) for sample in batch):
+                raise UserError(
+                    "train_loader must yield lists of dicts with image and target, got a "
+                    f"{type(batch).__name__}: pass collate_fn=list to a DataLoader whose data set "
+                    "returns such dicts"
+                )
             yield batch
         if batch is None:
             raise UserError("train_loader has no batch, or ends and cannot be iterated again")

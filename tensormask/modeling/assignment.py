@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 # Rule 3, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
 _REACH = (-1, 0, 1, 2)
@@ -53,7 +54,17 @@ class Assignment(NamedTuple):
         y: Tensor,
         x: Tensor,
     ) -> "Assignment":
-        """Return the assignment of F windows in any order, int64 (F,) each."""
+        """Return the assignment of F windows in any order, int64 (F,) each.
+
+        Raises:
+            UserError: a window occurs twice, or an index is negative.
+        """
+        indices = torch.stack([image, level, size, y, x])
+        if (indices < 0).any() or torch.unique(indices, dim=1).shape[1] < len(object):
+            raise UserError(
+                "an assignment has each window at most once, and no negative indices: keep one "
+                "object for a window, and leave out windows outside of the grid"
+            )
         shape = windows.num_levels, windows.num_sizes, num_images
         boxes = windows.boxes(level, size, y, x)
         return cls._sorted(shape, image, object, level, size, y, x, boxes)

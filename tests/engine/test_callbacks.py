@@ -271,6 +271,8 @@ def test_an_own_model_and_an_own_loader(tmp_path, fakes):
     assert all(image is expected for image, expected in zip(images, order, strict=True))
     with pytest.raises(ValueError, match="train_loader has no batch"):
         trainer.train(cfg, overwrite=True, model=model, train_loader=iter(()))
+    with pytest.raises(ValueError, match="got a tuple: pass collate_fn=list"):
+        trainer.train(cfg, overwrite=True, model=model, train_loader=[(images, images)])
     with pytest.raises(ValueError, match="apply it in train_loader"):
         trainer.train(cfg, train_loader=loader, mapper=darken)
     assert "MODEL.WEIGHTS is not loaded" in (tmp_path / "log.txt").read_text()

@@ -136,3 +136,12 @@ def test_box_offsets_by_hand() -> None:
 def test_invalid_geometry_is_refused(strides, sizes, message) -> None:
     with pytest.raises(ValueError, match=message):
         Windows(strides, sizes)
+
+
+@pytest.mark.parametrize("y", [[3, 3], [-1, 3]])
+def test_windows_that_occur_twice_or_are_outside(y) -> None:
+    zeros = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="each window at most once"):
+        Assignment.make(
+            WINDOWS, 1, zeros, torch.tensor([0, 1]), zeros, zeros, torch.tensor(y), zeros
+        )
