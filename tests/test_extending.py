@@ -115,6 +115,14 @@ def own_loop(example):
     assert_close(weights, dict(example.model.state_dict()))
 
 
+def validation_loss(example):
+    """Without batch statistics, and without a collective."""
+    assert example.model.training
+    assert not any(part.training for part in example.model.children())
+    example.model.sum_over_ranks = pytest.fail
+    assert 0 < example.validation_loss(example.model, example.loader) < 100
+
+
 def own_backbone(example):
     assert example.model.windows.strides == (4, 8, 16, 32, 64, 128)
     assert_trains(example)
@@ -137,14 +145,15 @@ def own_box_loss(example):
 
 def own_assignment(example):
     windows, grids = example.model.windows, example.model.windows.grids((96, 96))
-    targets = [example.Discs()[i]["target"]["boxes"] for i in (0, 1)]
-    assignment = example.best_windows([targets[0], torch.zeros(0, 4), targets[1]], windows, grids)
-    indices = torch.stack(assignment[:6])[[0, 2, 3, 4, 5]]
-    assert torch.unique(indices, dim=1).shape == indices.shape
-    counts = torch.bincount(assignment.image * 3 + assignment.object)
-    assert (counts[[0, 6, 7]] > 0).all()
-    assert counts.max() <= 9
-    assert counts.sum() == counts[[0, 6, 7]].sum()
+    close = torch.tensor([[20.0, 20.0, 40.0, 40.0], [22.0, 22.0, 43.0, 43.0]])
+    boxes_per_image = [close, torch.zeros(0, 4), close[:1], close[:1] * 100]
+    assignment = example.best_windows(boxes_per_image, windows, grids)
+    counts = torch.bincount(assignment.image * 2 + assignment.object, minlength=7).tolist()
+    assert counts[2:] == [0, 0, 9, 0, 0]  # no window contains the last
+    assert all(0 < count < 9 for count in counts[:2])  # both want the same windows
+    objects = torch.stack([boxes_per_image[i][k] for i, k in zip(*assignment[:2], strict=True)])
+    assert (assignment.boxes[:, :2] <= objects[:, :2]).all()
+    assert (assignment.boxes[:, 2:] >= objects[:, 2:]).all()
     assert_trains(example)
 
 
@@ -174,7 +183,7 @@ def figures(example):
 CHECKS = {
     "Setup": setup,
     "Own loop": own_loop,
-    "Validation loss": assert_trains,
+    "Validation loss": validation_loss,
     "Own data in the trainer": assert_trained,
     "Own augmentation": assert_trained,
     "Own model in the trainer": assert_trained,
