@@ -226,7 +226,9 @@ def test_timm(run):
     own_backbone(run("Own backbone: timm"))
 
 
-def test_ddp_by_hand(run):
+def test_ddp_by_hand(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     def rank():
         torch.set_num_threads(1)
         run("DDP by hand")

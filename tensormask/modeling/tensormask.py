@@ -17,7 +17,7 @@ Shapes:
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -46,7 +46,7 @@ from tensormask.modeling.losses import foreground_normalizer
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.parts import build_parts
 from tensormask.modeling.windows import Windows
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, unknown_name
 
 T = TypeVar("T")
 
@@ -141,15 +141,20 @@ class TensorMask(nn.Module):
                 defaults are the paper's R-50 with FPN and the tensor bipyramid.
 
         Raises:
-            UserError: an option is invalid, or contradicts another.
+            UserError: an option is unknown or invalid, or contradicts another.
 
         Example:
             >>> model = TensorMask.build(depth=18, num_classes=3, head="simple_aligned")
             >>> model.num_classes, model.windows.mask_sizes
             (3, [11, 15])
         """
-        names = signature(build_parts).parameters.keys() & options.keys()
-        parts = build_parts(**{name: options.pop(name) for name in names})
+        of_parts = signature(build_parts).parameters
+        own = [*signature(cls).parameters.values(), *signature(TensorMask).parameters.values()]
+        names = [parameter.name for parameter in own if parameter.kind is Parameter.KEYWORD_ONLY]
+        known = dict.fromkeys([*of_parts, *names, *CriterionOptions.__annotations__])
+        for name in options.keys() - known:
+            raise UserError(unknown_name("an option of a model", name, known))
+        parts = build_parts(**{name: options.pop(name) for name in of_parts if name in options})
         return cls(*parts, **options)
 
     @property
