@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
-from tensormask.evaluation.predictions import evenly_spread, write_images
+from tensormask.evaluation.predictions import DRAWN_SCORE, evenly_spread, write_images
 from tensormask.evaluation.results import ResultsWriter, coco_results, merge_results, read_results
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
@@ -93,15 +93,15 @@ def evaluate(
         path = folder / RESULTS_FILE
         _merge_parts(path, len(summaries), image_ids)
         _warn_of_missing_images(summaries, dataset)
+        processed = {image_id for summary in summaries for image_id in summary.processed}
+        drawn = [i for i in evenly_spread(image_ids, num_visualized) if i in processed]
         if output_dir is not None:
-            processed = {image_id for summary in summaries for image_id in summary.processed}
-            chosen = evenly_spread(image_ids, num_visualized)
-            write_images(folder, dataset, [i for i in chosen if i in processed], path)
             num_results = sum(summary.num_results for summary in summaries)
             logger.info("%d detections written to %s", num_results, path)
         if not dataset.has_annotations:
             logger.warning("%s has no annotations: the detections are not scored", dataset.name)
             if output_dir is not None:
+                write_images(folder, dataset, drawn, path)
                 write_submission(path, dataset.name, submission_name)
             return {}
         coco_gt, names = dataset.to_coco(), dataset.class_names
@@ -112,6 +112,9 @@ def evaluate(
             )
         if output_dir is not None:
             (folder / CURVES_FILE).write_text(json.dumps(curves))
+            best = metrics.get("segm", metrics["bbox"])
+            threshold = best.get("best_f1_threshold", DRAWN_SCORE)
+            write_images(folder, dataset, drawn, path, threshold)
         return metrics
 
 

@@ -19,28 +19,33 @@ from tensormask.visualization.grid import montage, shrink, side_by_side
 from tensormask.visualization.instances import draw_instances, save_image, unique_stem
 from tensormask.visualization.overlap import match
 
-DRAWN_SCORE = 0.3
+DRAWN_SCORE = 0.3  # if the evaluation has no threshold
 MONTAGE_COLUMNS = 2
 MONTAGE_CELL_WIDTH = 800
 
 
 def write_images(
-    output_dir: Path, dataset: Any, image_ids: Sequence[Identity], results_file: Path
+    output_dir: Path,
+    dataset: Any,
+    image_ids: Sequence[Identity],
+    results_file: Path,
+    threshold: float = DRAWN_SCORE,
 ) -> None:
-    """Draw the detections of some images, which are read from a file of `ResultsWriter`.
+    """Draw detections with scores above a threshold, read from a file of `ResultsWriter`.
 
     `<output_dir>/images/<stem>.png` shows each image beside its ground truth, and
     `<output_dir>/montage.png` small copies of all.
     """
     results_of: dict[Identity, list[Result]] = {image_id: [] for image_id in image_ids}
     for result in read_results(results_file) if results_of else ():
-        if result["image_id"] in results_of and result["score"] >= DRAWN_SCORE:
+        if result["image_id"] in results_of and result["score"] > threshold:
             results_of[result["image_id"]].append(result)
     stems: set[str] = set()
     thumbnails = []
     for image_id, results in results_of.items():
         rgb, _ = dataset.load(image_id)
-        panel = draw_beside(rgb, dataset, image_id, detections_of(results, dataset.category_ids))
+        found = detections_of(results, dataset.category_ids)
+        panel = draw_beside(rgb, dataset, image_id, found, threshold)
         stem = unique_stem(Path(dataset.image(image_id)["file_name"]).stem, stems)
         save_image(output_dir / "images" / f"{stem}.png", panel)
         thumbnails.append(shrink(panel, MONTAGE_CELL_WIDTH))
@@ -54,8 +59,12 @@ def evenly_spread(items: Sequence, count: int) -> list:
     return [items[index] for index in indices]
 
 
-def draw_beside(rgb: np.ndarray, dataset: Any, image_id: Identity, found: Detections) -> np.ndarray:
+def draw_beside(
+    rgb: np.ndarray, dataset: Any, image_id: Identity, found: Detections, threshold: float
+) -> np.ndarray:
     """Draw detections on a copy of `rgb (H, W, 3)`, and the ground truth on another one beside it.
+
+    The title states the `threshold` of their scores.
 
     Each detection, best score first, takes the color of the remaining object with the highest mask
     IoU, of any class, if that is 0.5 or more; the IoU of boxes where there are no masks. Detections
@@ -78,7 +87,7 @@ def draw_beside(rgb: np.ndarray, dataset: Any, image_id: Identity, found: Detect
     truth = draw_instances(rgb, gt_boxes, gt_labels, gt_masks, None, names, colors=gt_colors)
     left_out = f", without {num_crowds} crowd" + "s" * (num_crowds > 1) if num_crowds else ""
     gt_title = "ground truth (red: missed)" if dataset.has_annotations else "no ground truth"
-    titles = (f"predicted, score >= {DRAWN_SCORE} (red: no match)", gt_title + left_out)
+    titles = (f"predicted, score > {threshold:.2g} (red: no match)", gt_title + left_out)
     return side_by_side(predicted, truth, titles)
 
 

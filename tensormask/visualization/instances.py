@@ -53,7 +53,8 @@ def draw_instances(
         labels: `(K,)` integers from 0.
         masks: `(K, H, W)` bool, or None to draw boxes only.
         scores: `(K,)` in 0..1.
-        class_names: name by label; a label 3 without a name is shown as "class 3".
+        class_names: name by label; a label 3 without a name is shown as "class 3". The name of an
+            only class is omitted.
         draw_boxes: draw the boxes; without masks they are always drawn.
         magnify: whole factor by which the image is enlarged first; None selects one that makes
             small images large enough for text (4 for 128 pixels, 1 from 342 pixels).
@@ -113,16 +114,21 @@ def draw_instances(
     for row in drawn:
         if has_box[row] and (draw_boxes or masks is None):
             _draw_rectangle(canvas, corners[row], color_of[row], line_width(BOX_WIDTH, scale))
-    groups = [group for group in groups if sizes[group[0]] > 0]
-    texts = [
-        " / ".join(
-            class_name(labels[row], class_names) + ("" if scores is None else f" {scores[row]:.0%}")
-            for row in group
-        )
-        for group in groups
-    ]
-    first = [group[0] for group in groups]
-    draw_labels(canvas, texts, corners[first], [color_of[row] for row in first], scale)
+    if class_names is not None and len(class_names) == 1:
+        names = [""] * num_objects
+    else:
+        names = [class_name(label, class_names) for label in labels]
+    percent = [""] * num_objects if scores is None else [f"{score:.0%}" for score in scores]
+    row_texts = [" ".join(filter(None, parts)) for parts in zip(names, percent, strict=True)]
+    texts = {group[0]: " / ".join(row_texts[row] for row in group) for group in groups}
+    first = [row for row, text in texts.items() if text and sizes[row] > 0]
+    draw_labels(
+        canvas,
+        [texts[row] for row in first],
+        corners[first],
+        [color_of[row] for row in first],
+        scale,
+    )
     return canvas
 
 

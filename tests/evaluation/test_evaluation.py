@@ -23,7 +23,7 @@ from pycocotools import mask as rle_tools
 from tiny import build, make_image
 from torch import nn
 
-from tensormask.evaluation import coco_results, evaluate, results_table
+from tensormask.evaluation import coco_results, evaluate, predictions, results_table
 from tensormask.evaluation.submission import server_name
 
 
@@ -115,6 +115,23 @@ def test_images_are_written_for_evenly_spread_images(tmp_path):
     names = sorted(path.name for path in (out / "images").iterdir())
     assert names == ["1.png", "1_2.png", "9.png"]
     assert (out / "montage.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("annotated, threshold", [(True, 0.65), (False, 0.3)])
+def test_images_show_the_scores_above_the_best_threshold(
+    tmp_path, monkeypatch, annotated, threshold
+):
+    right, wrong = rectangle(10, 10, 30, 30), rectangle(60, 60, 90, 90)
+    dataset = GreyDataset(coco_json([annotation(1, 1, 4, right)] if annotated else []), tmp_path)
+    drawn = []
+    monkeypatch.setattr(
+        predictions, "draw_beside", lambda rgb, *args: drawn.append(args[2:]) or rgb.copy()
+    )
+    found = detections([right, wrong, wrong], [0, 0, 0], [0.7, 0.6, 0.2])
+    evaluate_found({1: found}, dataset, tmp_path / "out", num_visualized=1)
+    ((shown, title),) = drawn
+    assert shown["scores"].tolist() == pytest.approx([s for s in (0.7, 0.6, 0.2) if s > threshold])
+    assert title == pytest.approx(threshold)
 
 
 def test_no_images_by_default_and_no_output_of_pycocotools(tmp_path, capsys):

@@ -15,7 +15,7 @@ NONE = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int), "scores": np.zero
 def panels(dataset, found):
     """The drawings without their titles, in the size of the image, which they show magnified."""
     factor = magnification(128, 160)
-    drawn = draw_beside(GREY, dataset, 1, found)[-factor * 128 :]
+    drawn = draw_beside(GREY, dataset, 1, found, 0.3)[-factor * 128 :]
     return drawn[::factor, : factor * 160 : factor], drawn[::factor, -factor * 160 :: factor]
 
 

@@ -90,9 +90,20 @@ def test_boxes_only():
 
 def test_names_and_scores_are_written():
     box, mask = [[100, 150, 200, 250]], square(100, 150, 200, 250)[None]
-    texts = ((None, None), (None, ["star"]), ([0.5], ["star"]), ([0.75], ["star"]))
+    names = ["star", "disc"]
+    texts = ((None, None), (None, names), ([0.5], names), ([0.75], names))
     drawings = [draw_instances(grey(), box, [0], mask, *text) for text in texts]
     assert len({drawn.tobytes() for drawn in drawings}) == 4
+
+
+def test_the_name_of_an_only_class_is_omitted():
+    box = [[100, 150, 200, 250]]
+
+    def draw(scores, names):
+        return draw_instances(grey(), box, [0], None, scores, names).tobytes()
+
+    assert draw([0.5], ["star"]) == draw([0.5], ["disc"]) != draw(None, ["star"])
+    assert draw([0.5], ["star", "disc"]) != draw([0.5], ["star"])
 
 
 def test_an_object_of_two_classes_is_drawn_once_with_both_names():
@@ -103,7 +114,8 @@ def test_an_object_of_two_classes_is_drawn_once_with_both_names():
         return draw_instances(grey(), boxes, labels, masks, scores, names)
 
     one = draw_instances(
-        grey(), boxes[:1], [0], near[None], None, ["dog 75% / cat 50%"], colors=[instance_color(1)]
+        *(grey(), boxes[:1], [0], near[None], None, ["dog 75% / cat 50%", ""]),
+        colors=[instance_color(1)],
     )
     assert np.array_equal(draw(np.stack([near, near])), one)
     assert not np.array_equal(draw(np.stack([near, near]), labels=(1, 1)), one)
