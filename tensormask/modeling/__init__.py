@@ -1,11 +1,10 @@
 """The model. `TensorMask.build` and `build_model` make it; its parts work without a config."""
 
 from tensormask.modeling.assignment import Assignment, assign
-from tensormask.modeling.backbone import ResNet
+from tensormask.modeling.backbone import ResNet, freeze
 from tensormask.modeling.box_coder import decode_boxes, encode_boxes
 from tensormask.modeling.build import build_model
 from tensormask.modeling.fpn import FPN
-from tensormask.modeling.freezing import freeze
 from tensormask.modeling.head import ClassBoxHead
 from tensormask.modeling.inspect import Inspection
 from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss

@@ -10,8 +10,6 @@ from torch import Tensor
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
 from tensormask.modeling.losses import focal_loss_star, mask_loss
-from tensormask.modeling.mask_head import MaskHead
-from tensormask.modeling.parts import make_mask_head
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -40,9 +38,9 @@ def build_model(
         >>> build_model(cfg).windows.mask_sizes
         [11, 15]
     """
-    checked = get_cfg()  # a value that was set by attribute can have another type
-    checked.merge_from_other_cfg({"MODEL": cfg.MODEL})
-    model, head = checked.MODEL, checked.MODEL.TENSOR_MASK
+    given, cfg = cfg, get_cfg()  # a value that was set by attribute can have another type
+    cfg.merge_from_other_cfg({key: given[key] for key in ("INPUT", "MODEL", "TEST")})
+    model, head = cfg.MODEL, cfg.MODEL.TENSOR_MASK
     if model.META_ARCHITECTURE != "TensorMask":
         raise UserError(
             f"MODEL.META_ARCHITECTURE must be 'TensorMask', got {model.META_ARCHITECTURE!r}: start "
@@ -151,26 +149,6 @@ def autocast_dtype(key: str, options: CfgNode) -> torch.dtype | None:
     return getattr(torch, options.DTYPE) if options.ENABLED else None
 
 
-def build_mask_head(cfg: CfgNode, windows: Windows) -> MaskHead:
-    """Return the mask head of a config's model.
-
-    Raises:
-        UserError: the head does not exist, or its options contradict each other.
-    """
-    options = cfg.MODEL.TENSOR_MASK
-    return make_mask_head(
-        _head_name(options),
-        cfg.MODEL.FPN.OUT_CHANNELS,
-        windows,
-        upscale=options.UPSCALE_LAMBDA,
-        upscale_mode=options.UPSCALE_MODE,
-        channels=options.MASK_CHANNELS,
-        num_convs=options.NUM_CONVS,
-        init=options.INIT,
-        checkpointed=options.CHECKPOINT_ACTIVATIONS,
-    )
-
-
 def _head_name(options: CfgNode) -> str:
     """Return the head of a config: HEAD, or that of detectron2's switches.
 
@@ -226,11 +204,14 @@ def resolve_device(name: str) -> torch.device:
     """Return the device of a name; "auto" is the GPU if one is available, else the CPU.
 
     Raises:
-        UserError: no GPU is available.
+        UserError: no device has this name, or no GPU is available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"MODEL.DEVICE is {name!r}: set it to 'auto', 'cpu' or 'cuda:0'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"MODEL.DEVICE is {name!r} and no GPU is available: set it to 'cpu' or 'auto'"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensormask.layers.plain import is_plain
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import PLAIN_NORMS, get_norm
-from tensormask.modeling.plain import is_plain
 from tensormask.utils.errors import UserError
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
+from tensormask.layers.plain import is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
-from tensormask.modeling.plain import is_plain, plain_tower
 from tensormask.modeling.tiles import convolve_at
 from tensormask.utils.errors import UserError
 

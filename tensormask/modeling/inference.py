@@ -11,10 +11,10 @@ from torchvision.ops import batched_nms
 
 from tensormask.layers import mask_boxes, paste_masks
 from tensormask.layers.masks import to_device
+from tensormask.layers.plain import is_plain
 from tensormask.modeling.box_coder import decode_boxes
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
-from tensormask.modeling.plain import is_plain
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 

@@ -41,7 +41,10 @@ def batch_images(
 
     They are normalized in at least float32. The batch has the device and dtype of ``mean``.
     """
-    check_lengths(images)
+    if len(images) == 0:
+        raise UserError("there are no images: give a list of at least one")
+    for image in images:
+        check_image(image)
     dtype = torch.promote_types(mean.dtype, torch.float32)
     heights, widths = zip(*map(size_of, images), strict=True)
     size = padded_size(max(heights), max(widths), divisor)
@@ -49,7 +52,6 @@ def batch_images(
     if channels_last:
         batch = batch.contiguous(memory_format=torch.channels_last)
     for n, image in enumerate(images):
-        check_image(image)
         is_uint8 = image.dtype == torch.uint8
         image = image.to(mean.device, non_blocking=True).to(dtype)
         image = image if is_uint8 else image * 255
@@ -60,6 +62,8 @@ def batch_images(
 
 def check_image(image: Tensor) -> None:
     """Raise UserError unless an image has a valid shape, dtype and range."""
+    if not isinstance(image, Tensor):
+        raise UserError(f"an image must be a tensor (3, H, W), RGB, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise UserError(f"an image must be (3, H, W), RGB, got shape {tuple(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
@@ -72,15 +76,12 @@ def check_image(image: Tensor) -> None:
         )
 
 
-def check_lengths(images: Sequence[Tensor], **others: Sequence[Any] | None) -> None:
-    """Raise UserError unless there are images, and as many of the others that are not None."""
-    if len(images) == 0:
-        raise UserError("there are no images: give a list of at least one")
-    for name, values in others.items():
-        if values is not None and len(values) != len(images):
-            raise UserError(
-                f"{name} must have one entry per image: got {len(values)} for {len(images)} images"
-            )
+def check_length(name: str, values: Sequence[Any], images: Sequence[Tensor]) -> None:
+    """Raise UserError unless there is a value for each image."""
+    if len(values) != len(images):
+        raise UserError(
+            f"{name} must have one entry per image: got {len(values)} for {len(images)} images"
+        )
 
 
 def checked_target(

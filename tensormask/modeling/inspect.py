@@ -6,6 +6,7 @@ Masks are logits.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,9 @@ from torch import Tensor
 from tensormask.layers import nat2align
 from tensormask.modeling.assignment import Assignment
 from tensormask.modeling.box_coder import decode_boxes
-from tensormask.modeling.head import ClassBoxHead, DenseOutputs
+from tensormask.modeling.head import DenseOutputs
 from tensormask.modeling.inference import Candidates
 from tensormask.modeling.mask_head import MaskHead
-from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
 
@@ -28,11 +28,8 @@ class Inspection:
     they are asked for.
     """
 
+    model: Any  # the TensorMask
     dense: DenseOutputs
-    windows: Windows
-    head: ClassBoxHead
-    mask_head: MaskHead | None
-    box_weights: tuple[float, ...]
     threshold: float  # a window fires if its score is above
     detections: Candidates  # above the threshold, after NMS, best first: with level, size, y, x
     assignment: Assignment | None  # of the target's objects; None without a target
@@ -45,7 +42,7 @@ class Inspection:
     @cached_property
     def class_scores(self) -> list[Tensor]:
         """Per level (S, num_classes, H, W)."""
-        sizes = self.windows.num_sizes
+        sizes = self.model.windows.num_sizes
         return [x[0].float().unflatten(0, (sizes, -1)).sigmoid() for x in self.dense.logits]
 
     @cached_property
@@ -55,23 +52,22 @@ class Inspection:
 
     def boxes(self, level: int) -> Tensor:
         """Return the boxes of all windows of a level, (S, H, W, 4); without a box head, windows."""
-        grid = (self.windows.num_sizes, *self.features[level].shape[-2:])
-        size, y, x = torch.ones(grid, device=self.features[level].device).nonzero().unbind(1)
-        windows = self.windows.boxes(torch.full_like(y, level), size, y, x)
-        if not self.head.with_boxes:
-            return windows.view(*grid, 4)
-        dense = self.dense.deltas
-        deltas = self.head.deltas(self.features[level]) if dense is None else dense[level]
-        deltas = deltas.unflatten(1, (-1, 4))[0, size, :, y, x].float()
-        return decode_boxes(deltas, windows, self.box_weights).view(*grid, 4)
+        model, features = self.model, self.features[level]
+        grid = (model.windows.num_sizes, *features.shape[-2:])
+        size, y, x = torch.ones(grid, device=features.device).nonzero().unbind(1)
+        boxes = model.windows.boxes(torch.full_like(y, level), size, y, x)
+        if model.head.with_boxes:
+            deltas = model.head.deltas_at(self.dense, level, torch.zeros_like(y), size, y, x)
+            boxes = decode_boxes(deltas.float(), boxes, model.criterion.box_weights)
+        return boxes.view(*grid, 4)
 
     def masks(self, level: int, size: int) -> Tensor:
         """Return the mask logits of all windows of a level and size, (H, W, V, U): large."""
-        if self.mask_head is None:
+        if self.model.mask_head is None:
             raise UserError("the model has no mask head")
         grid = self.features[level].shape[-2:]
         indices = torch.ones(grid).nonzero()
-        masks = natural_masks(self.mask_head, self.features, level, size, indices)
+        masks = natural_masks(self.model.mask_head, self.features, level, size, indices)
         return masks.unflatten(0, grid)
 
     def fired(self, level: int, size: int) -> Tensor:

@@ -25,8 +25,8 @@ from tensormask.layers import (
     up_bilinear,
     up_nearest,
 )
+from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.modeling.head import conv_tower, init_convs, maybe_checkpoint
-from tensormask.modeling.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.modeling.tiles import Tiles
 from tensormask.utils.errors import UserError
 

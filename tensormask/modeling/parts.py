@@ -1,26 +1,21 @@
-"""Make the parts of a model so that they fit together. Each fact is given once."""
+"""The parts of a model fit together: made so by `build_parts`, or checked."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tensormask.config.detectron2 import HEAD_SWITCHES
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead
+from tensormask.modeling.inference import check_score_threshold
+from tensormask.modeling.inputs import SIZE_DIVISOR
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
-
-
-class Parts(NamedTuple):
-    """The parts of a `TensorMask`, in the order of its arguments."""
-
-    backbone: nn.Module
-    fpn: FPN
-    head: ClassBoxHead
-    mask_head: MaskHead | None
-    windows: Windows
 
 
 def build_parts(
@@ -45,8 +40,8 @@ def build_parts(
     num_convs: int = 4,
     init: str = "normal",
     checkpointed: bool = False,
-) -> Parts:
-    """Return parts that fit together. The defaults are those of the paper's R-50 with FPN.
+) -> tuple[nn.Module, FPN, ClassBoxHead, MaskHead | None, Windows]:
+    """Return the first arguments of `TensorMask`. The defaults make the paper's R-50 with FPN.
 
     Args:
         depth, norm, freeze_at, stride_in_1x1: of the `ResNet`.
@@ -67,12 +62,14 @@ def build_parts(
     """
     if backbone is None:
         backbone = ResNet(depth, norm=norm, freeze_at=freeze_at, stride_in_1x1=stride_in_1x1)
-    channels, strides = (getattr(backbone, name, None) for name in ("out_channels", "strides"))
-    if channels is None or strides is None:
+    said: list[Any] = [getattr(backbone, name, None) for name in ("out_channels", "strides")]
+    try:
+        channels, strides = (list(map(int, numbers)) for numbers in said)
+    except TypeError:
         raise UserError(
             "the backbone needs the attributes out_channels and strides, each a list with a number "
-            f"for each of its feature maps, fine to coarse; got {channels} and {strides}"
-        )
+            f"for each of its feature maps, fine to coarse; got {said[0]} and {said[1]}"
+        ) from None
     if windows is None:
         windows = Windows.of_strides([*strides, 2 * strides[-1], 4 * strides[-1]])
     fpn = FPN(
@@ -83,6 +80,7 @@ def build_parts(
         norm=fpn_norm,
         fuse=fuse,
     )
+    towers: dict[str, Any] = {"num_convs": num_convs, "init": init, "checkpointed": checkpointed}
     class_box_head = ClassBoxHead(
         fpn_channels,
         windows.num_sizes,
@@ -90,40 +88,28 @@ def build_parts(
         with_boxes=with_boxes,
         cls_channels=cls_channels,
         bbox_channels=bbox_channels,
-        num_convs=num_convs,
-        init=init,
-        checkpointed=checkpointed,
+        **towers,
     )
     mask_head = None
     if head is not None:
-        mask_head = make_mask_head(
-            head,
+        _check_head(head, upscale, upscale_mode)
+        aligned, bipyramid = HEAD_SWITCHES[head]
+        mask_head = MaskHead(
             fpn_channels,
-            windows,
+            windows.mask_sizes,
+            windows.strides,
+            aligned=aligned,
+            bipyramid=bipyramid,
             upscale=upscale,
             upscale_mode=upscale_mode,
             channels=mask_channels,
-            num_convs=num_convs,
-            init=init,
-            checkpointed=checkpointed,
+            **towers,
         )
-    return Parts(backbone, fpn, class_box_head, mask_head, windows)
+    return backbone, fpn, class_box_head, mask_head, windows
 
 
-def make_mask_head(
-    head: str,
-    in_channels: int,
-    windows: Windows,
-    *,
-    upscale: float,
-    upscale_mode: str,
-    **options: Any,
-) -> MaskHead:
-    """Return the mask head of a name, see `build_parts`; other options are those of `MaskHead`.
-
-    Raises:
-        UserError: there is no such head, a head that upscales does not, or another one does.
-    """
+def _check_head(head: str, upscale: float, upscale_mode: str) -> None:
+    """Raise UserError for an unknown head, one that upscales by 1, or another one that upscales."""
     if head not in HEAD_SWITCHES:
         raise UserError(unknown_name("a mask head", str(head), list(HEAD_SWITCHES)))
     upscales = head.startswith("upscale_")
@@ -139,14 +125,104 @@ def make_mask_head(
             "MODEL.TENSOR_MASK.HEAD to one of them, or leave UPSCALE_LAMBDA at 1 and UPSCALE_MODE "
             "at 'bilinear'"
         )
-    aligned, bipyramid = HEAD_SWITCHES[head]
-    return MaskHead(
-        in_channels,
-        windows.mask_sizes,
-        windows.strides,
-        aligned=aligned,
-        bipyramid=bipyramid,
-        upscale=upscale,
-        upscale_mode=upscale_mode,
-        **options,
-    )
+
+
+# What several parts of a TensorMask say, and where: attributes of the model.
+_FACTS = {
+    "strides of the backbone's features": ("backbone.strides", "fpn.in_strides"),
+    "channels of the backbone's features": ("backbone.out_channels", "fpn.in_channels"),
+    "strides of the pyramid": ("fpn.strides", "windows.strides", "mask_head.strides"),
+    "channels of the pyramid": ("fpn.out_channels", "head.in_channels", "mask_head.in_channels"),
+    "number of windows at a location": ("windows.num_sizes", "head.num_sizes"),
+    "sides of the masks": ("windows.mask_sizes", "mask_head.mask_sizes"),
+    "number of classes": ("head.num_classes", "num_classes"),
+}
+# The strides and channels of the feature maps that a part returns.
+_FEATURES = {
+    "backbone": ("backbone.strides", "backbone.out_channels"),
+    "fpn": ("windows.strides", "head.in_channels"),
+}
+
+
+def check_model(model: Any) -> None:
+    """Raise UserError if an option of a `TensorMask` is invalid, or parts contradict each other.
+
+    A part of another type need not say anything; `as_levels` checks its output.
+    """
+    check_score_threshold(model.score_threshold)
+    if model.nms_on not in ("boxes", "masks"):
+        raise UserError(f"nms_on must be 'boxes' or 'masks', got {model.nms_on!r}")
+    if model.channel_order not in ("RGB", "BGR"):
+        raise UserError(f"channel_order must be 'RGB' or 'BGR', got {model.channel_order!r}")
+    if model.size_divisor < 1 or model.size_divisor % SIZE_DIVISOR:
+        raise UserError(
+            f"size_divisor (MODEL.SIZE_DIVISOR) must be a multiple of {SIZE_DIVISOR}, "
+            f"got {model.size_divisor}"
+        )
+    if model.nms_on == "boxes" and not model.head.with_boxes:
+        raise UserError(
+            "MODEL.TENSOR_MASK.NMS_ON is 'boxes', but the model has no box head (BOX_ON is "
+            "False): set NMS_ON to 'masks' or BOX_ON to True"
+        )
+    if model.nms_on == "masks" and model.mask_head is None:
+        raise UserError(
+            "MODEL.TENSOR_MASK.NMS_ON is 'masks', but the model has no mask head "
+            "(MODEL.MASK_ON is False): set NMS_ON to 'boxes' or MASK_ON to True"
+        )
+    coarsest = max(_said(model, "backbone.strides") or [1])
+    if model.size_divisor % coarsest:
+        raise UserError(
+            f"size_divisor must be a multiple of the backbone's coarsest stride, {coarsest}, got "
+            f"{model.size_divisor}"
+        )
+    for fact, places in _FACTS.items():
+        said = {place: value for place in places if (value := _said(model, place)) is not None}
+        if any(value != next(iter(said.values())) for value in said.values()):
+            texts = " and ".join(f"{place} is {value}" for place, value in said.items())
+            raise UserError(f"the parts of the model differ in the {fact}: {texts}")
+
+
+def _said(model: Any, place: str) -> Any:
+    """Return an attribute of a part, sequences as lists; None if it is missing."""
+    value = reduce(lambda part, name: getattr(part, name, None), place.split("."), model)
+    return list(value) if hasattr(value, "__iter__") else value
+
+
+def as_levels(
+    model: Any, part: str, features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], batch: Tensor
+) -> list[Tensor]:
+    """Return the feature maps of a part as a list.
+
+    Args:
+        model: a `TensorMask`.
+        part: "backbone" or "fpn".
+        features: its output for a batch of images (N, 3, height, width), fine to coarse.
+
+    Raises:
+        UserError: the maps have other strides or channels than the model's attributes say.
+    """
+    if isinstance(features, Tensor):
+        features = [features]
+    levels = list(features.values() if isinstance(features, Mapping) else features)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return levels
+    strides_at, channels_at = _FEATURES[part]
+    strides, channels = _said(model, strides_at), _said(model, channels_at)
+    height, width = batch.shape[-2:]
+    if strides is not None:
+        actual = [tuple(x.shape[-2:]) for x in levels]
+        expected = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        if actual != expected:
+            raise UserError(
+                f"for images of {height} x {width} px, {part} returned feature maps of (H, W) = "
+                f"{actual}, but {strides_at} {strides} give {expected}"
+            )
+    if channels is not None:
+        wanted = [channels] * len(levels) if isinstance(channels, int) else channels
+        returned = [x.shape[1] for x in levels]
+        if returned != wanted:
+            raise UserError(
+                f"{part} returned feature maps of {returned} channels, but {channels_at} is "
+                f"{channels}"
+            )
+    return levels

@@ -16,19 +16,16 @@ Shapes:
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from tensormask.modeling.checks import as_levels, check_options, check_parts
-from tensormask.modeling.criterion import Criterion, CriterionOptions, Normalizer
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
     Candidates,
-    check_score_threshold,
     find_detections,
     masks_at_windows,
     paste_detection,
@@ -37,14 +34,19 @@ from tensormask.modeling.inference import (
 from tensormask.modeling.inputs import (
     SIZE_DIVISOR,
     batch_images,
-    check_lengths,
+    check_length,
     checked_target,
     size_of,
 )
 from tensormask.modeling.inspect import Inspection
-from tensormask.modeling.losses import foreground_normalizer
+from tensormask.modeling.losses import (
+    Criterion,
+    CriterionOptions,
+    Normalizer,
+    foreground_normalizer,
+)
 from tensormask.modeling.mask_head import MaskHead
-from tensormask.modeling.parts import build_parts
+from tensormask.modeling.parts import as_levels, build_parts, check_model
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
 
@@ -111,8 +113,6 @@ class TensorMask(nn.Module):
         **criterion: Unpack[CriterionOptions],
     ) -> None:
         super().__init__()
-        check_options(nms_on, channel_order, size_divisor)
-        check_score_threshold(score_threshold)
         self.backbone, self.fpn, self.head, self.mask_head = backbone, fpn, head, mask_head
         self.windows, self.criterion = windows, Criterion(windows, **criterion)
         self.num_classes = head.num_classes if num_classes is None else num_classes
@@ -122,7 +122,7 @@ class TensorMask(nn.Module):
         self.num_candidates, self.num_detections = num_candidates, num_detections
         self.nms_on, self.class_agnostic_nms = nms_on, class_agnostic_nms
         self.sum_over_ranks = sum_over_ranks
-        check_parts(self)
+        check_model(self)
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
         if channels_last:
@@ -205,12 +205,12 @@ class TensorMask(nn.Module):
             >>> sorted(model([torch.rand(3, 64, 64)])[0])
             ['boxes', 'labels', 'masks', 'scores']
         """
-        check_lengths(images, targets=targets, output_sizes=output_sizes)
         if not self.training:
-            sizes = output_sizes or [size_of(image) for image in images]
-            return list(map(paste_detection, self.detect(images, sizes), sizes))
+            detections = self.detect(images, output_sizes)
+            return list(map(paste_detection, detections, output_sizes or map(size_of, images)))
         if targets is None:
             raise UserError("train mode needs targets: pass them, or call model.eval()")
+        check_length("targets", targets, images)
         dense = self.dense(images)
         targets = [self._checked(*pair) for pair in zip(targets, images, strict=True)]
         if normalizer is None:
@@ -222,10 +222,8 @@ class TensorMask(nn.Module):
     def dense(self, images: list[Tensor]) -> DenseOutputs:
         """Run the backbone, the pyramid, and the class and box head."""
         batch = self.preprocess(images)
-        said = getattr(self.backbone, "strides", None), getattr(self.backbone, "out_channels", None)
-        features = as_levels("backbone", self.backbone(batch), batch, "backbone.strides", *said)
-        strides = self.windows.strides
-        features = as_levels("fpn", self.fpn(features), batch, "windows.strides", strides, None)
+        features = as_levels(self, "backbone", self.backbone(batch), batch)
+        features = as_levels(self, "fpn", self.fpn(features), batch)
         # A compiled head does the same work for every image: best the deltas of all windows.
         compiled = self.head._compiled_call_impl is not None
         return DenseOutputs(features, *self.head(features, dense_boxes=compiled))
@@ -257,6 +255,8 @@ class TensorMask(nn.Module):
     ) -> Inspection:
         """Return what the model makes of an image: the outputs of all windows, and detections.
 
+        They are computed in the dtype of the weights, without the autocast of `detect`.
+
         Args:
             image, target: as of `forward`, one each. With a target, its objects are assigned to
                 windows.
@@ -274,21 +274,12 @@ class TensorMask(nn.Module):
         dense = self.dense([image])
         threshold = _first(score_threshold, self.score_threshold)
         (detections,) = self.find_detections(dense, threshold)
+        detections = rescale_and_clip(detections, size_of(image), size_of(image))
         assignment = None
         if target is not None:
             boxes = self._checked(target, image)["boxes"]
             assignment = self.criterion.assign([boxes], dense)
-        size = size_of(image)
-        return Inspection(
-            dense=dense,
-            windows=self.windows,
-            head=self.head,
-            mask_head=self.mask_head,
-            box_weights=self.criterion.box_weights,
-            threshold=threshold,
-            detections=rescale_and_clip(detections, size, size),
-            assignment=assignment,
-        )
+        return Inspection(self, dense, threshold, detections, assignment)
 
     # ---- inference ----
 
@@ -322,14 +313,15 @@ class TensorMask(nn.Module):
             UserError: an image is invalid, or an option is out of range.
         """
         torch.compiler.cudagraph_mark_step_begin()  # results of earlier calls are no longer needed
-        check_lengths(images, output_sizes=output_sizes)
-        input_sizes = [size_of(image) for image in images]
-        sizes = zip(input_sizes, output_sizes or input_sizes, strict=True)
-        with self._autocast():
+        if output_sizes is not None:
+            check_length("output_sizes", output_sizes, images)
+        dtype = self.autocast_dtype  # without one, the caller's autocast stays active
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             dense = self.dense(images)
             options = score_threshold, num_detections, classes, class_agnostic_nms
             detections = self.find_detections(dense, *options)
-            detections = [rescale_and_clip(d, *s) for d, s in zip(detections, sizes, strict=True)]
+            sizes = [size_of(image) for image in images]
+            detections = list(map(rescale_and_clip, detections, sizes, output_sizes or sizes))
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
             ]
@@ -362,11 +354,6 @@ class TensorMask(nn.Module):
             class_agnostic_nms=_first(class_agnostic_nms, self.class_agnostic_nms),
             num_detections=_first(num_detections, self.num_detections),
         )
-
-    def _autocast(self) -> AbstractContextManager:
-        """Return the autocast of inference; without a dtype, the caller's autocast stays active."""
-        dtype = self.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def _first(given: T | None, default: T) -> T:

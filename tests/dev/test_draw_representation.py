@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tensormask.config import get_cfg
-from tensormask.modeling.build import build_mask_head, build_windows
+from tensormask.modeling.build import build_model, build_windows
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "representation.md").read_text(encoding="utf-8")
@@ -89,9 +89,10 @@ def test_heads(row):
     cfg = get_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / "Base-TensorMask.yaml"))
     cfg.merge_from_list(["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]])
+    cfg.MODEL.DEVICE = "meta"
     cfg.merge_from_list(options.strip("`").split())
     with torch.device("meta"):
-        head = build_mask_head(cfg, build_windows(cfg))
+        head = build_model(cfg).mask_head
         grids = build_windows(cfg).grids((800, 1344))
         features = [torch.zeros(1, cfg.MODEL.FPN.OUT_CHANNELS, *grid) for grid in grids]
         masks = head.dense(features)

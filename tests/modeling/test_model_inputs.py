@@ -1,5 +1,6 @@
 """Valid and invalid inputs of the model: images, targets, configs."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import build, get_cfg, make_image, target
@@ -85,6 +86,7 @@ def test_preprocess_by_hand() -> None:
         (torch.zeros(8, 8, 3), "3, H, W"),
         (torch.zeros(3, 0, 8), "3, H, W"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8 or floating"),
+        (np.zeros((3, 8, 8), np.uint8), "must be a tensor .*, got ndarray"),
     ],
 )
 def test_bad_images_are_refused(image, message) -> None:

@@ -1,7 +1,10 @@
 """Parts of one's own: a model in one call, backbones, losses, assignments, and misfits."""
 
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import build, get_cfg, make_image, target, with_detections
@@ -97,27 +100,28 @@ def test_heads_by_name(head: str | None) -> None:
 class OwnBackbone(nn.Module):
     """A convolution of stride 2 per level."""
 
-    def __init__(self, strides: list[int], as_dict: bool = False) -> None:
+    def __init__(self, strides: Sequence[int], returns: Callable = list) -> None:
         super().__init__()
-        self.strides, self.out_channels, self.as_dict = strides, [8 + i for i in strides], as_dict
-        channels = [3, *self.out_channels]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], 3, strides[0] if i == 0 else 2, 1)
-            for i in range(len(strides))
-        )
+        self.strides, self.out_channels, self.returns = strides, [8 + i for i in strides], returns
+        channels, steps = [3, *self.out_channels], [int(strides[0]), 2, 2]
+        sizes = zip(channels, self.out_channels, steps, strict=False)
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, step, 1) for i, o, step in sizes)
 
-    def forward(self, x: Tensor) -> list[Tensor] | dict[str, Tensor]:
-        features = []
-        for conv in self.convs:
-            x = conv(x).relu()
-            features.append(x)
-        return {str(i): x for i, x in enumerate(features)} if self.as_dict else features
+    def forward(self, x: Tensor) -> object:
+        return self.returns([x := conv(x).relu() for conv in self.convs])
 
 
-@pytest.mark.parametrize("strides", [[4, 8], [8, 16, 32], [2, 4, 8], [16]])
-def test_own_backbones(strides: list[int]) -> None:
-    as_dict = len(strides) != 2
-    model = TensorMask.build(backbone=OwnBackbone(strides, as_dict), **SMALL)
+@pytest.mark.parametrize(
+    "strides, returns",
+    [
+        ([4, 8], lambda maps: maps),
+        ([8, 16, 32], lambda maps: dict(enumerate(maps))),
+        (np.array([2, 4, 8]), tuple),
+        ([16], lambda maps: maps[0]),
+    ],
+)
+def test_own_backbones(strides, returns) -> None:
+    model = TensorMask.build(backbone=OwnBackbone(strides, returns), **SMALL)
     assert list(model.windows.strides) == [*strides, strides[-1] * 2, strides[-1] * 4]
     assert_works(model)
 
@@ -202,6 +206,17 @@ def test_own_assigner() -> None:
     whole = assign([torch.tensor(BOXES)], model.windows, model.windows.grids((96, 96)))
     assert 0 < counts[0] == (whole.level == 0).sum() < len(whole.level)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_windows_outside_of_the_grid_are_refused() -> None:
+    def beyond(boxes: list[Tensor], windows: Windows, grids: list) -> Assignment:
+        last = torch.tensor([len(grids) - 1])
+        height, width = torch.tensor(grids[-1:]).T
+        return Assignment.make(windows, 1, last * 0, last * 0, last, last * 0, height - 1, width)
+
+    model = TensorMask(*parts_of(build()), assigner=beyond)
+    with pytest.raises(ValueError, match="assigner returned windows outside of the grids"):
+        losses_of(model)
 
 
 def test_assignments_are_sorted_and_counted() -> None:
@@ -315,6 +330,8 @@ def test_feature_maps_of_other_strides_or_channels() -> None:
     with pytest.raises(ValueError, match=r"backbone returned .*23. channels"):
         model([make_image(64, 96)])
     identity = TensorMask(*make_parts(fpn=nn.Identity())).eval()
+    with pytest.raises(ValueError, match=r"fpn returned .*64, .* but head.in_channels is 16"):
+        identity([make_image(64, 96)])
     identity.windows = Windows.of_strides([4, 8, 16])
     with pytest.raises(ValueError, match=r"fpn returned .*windows.strides .4, 8, 16. give"):
         identity([make_image(64, 96)])
@@ -342,7 +359,8 @@ def test_options_that_cannot_be_built(options, message) -> None:
 
 
 def test_values_set_by_attribute_are_checked() -> None:
-    cfg = get_cfg()
-    cfg.MODEL.TENSOR_MASK.NUM_CLASSES = "three"
-    with pytest.raises(ValueError, match=r"MODEL\.TENSOR_MASK\.NUM_CLASSES takes int, got str"):
-        build_model(cfg)
+    for group, key in ("MODEL.TENSOR_MASK", "NUM_CLASSES"), ("TEST", "DETECTIONS_PER_IMAGE"):
+        cfg = get_cfg()
+        setattr(functools.reduce(getattr, group.split("."), cfg), key, "three")
+        with pytest.raises(ValueError, match=f"{group}.{key} takes int, got str"):
+            build_model(cfg)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from tensormask.modeling.plain import is_plain, is_plain_conv, plain_tower
+from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 
 BOXES = [[20.0, 30.0, 60.0, 70.0], [100.0, 110.0, 170.0, 180.0]]
 SIZE = 192  # px: here plain towers are evaluated at tiles
