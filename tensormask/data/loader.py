@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from tensormask.data.transforms import (
     transform_image,
 )
 from tensormask.data.workers import leave_signals_to_parent
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,36 @@ def build_test_loader(
     test_set = TestSet(dataset, build_test_transform(cfg))
     indices = range(rank, len(test_set), world_size)
     return _data_loader(cfg, test_set, batch_size=1, sampler=indices)
+
+
+def repeat(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
+    """Iterate over a loader again and again."""
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise UserError("train_loader has no batch, or ends and cannot be iterated again")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise UserError for a batch of a user's own loader or mapper that is no list of samples.
+
+    Also for a sample without an image: too many consecutive files are unreadable.
+    """
+    for sample in batch if isinstance(batch, list) and batch else [()]:
+        if isinstance(sample, dict) and sample.get("issues") and sample.get("image", ()) is None:
+            raise UserError(
+                f"{len(sample['issues'])} consecutive images cannot be read; the last one is "
+                f"{sample['issues'][-1]} (data set, issue, image id). "
+                "Check that the folder of images exists and is readable"
+            )
+        if not isinstance(sample, dict) or not {"image", "target"} <= sample.keys():
+            raise UserError(
+                "a batch must be a list of dicts with image and target: return the sample from a "
+                "mapper, and give collate_fn=list to a DataLoader whose data set returns such "
+                f"dicts; got {shorten(repr(batch))}"
+            )
 
 
 def check_dataset(cfg: CfgNode, dataset: CocoDataset) -> None:

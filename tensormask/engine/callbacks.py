@@ -2,13 +2,13 @@
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tensormask.config import CfgNode
 from tensormask.data import IssueReporter
@@ -18,9 +18,13 @@ from tensormask.engine.events import MetricsWriter
 from tensormask.engine.resume import SampleIssue
 from tensormask.engine.signals import StopSignals
 from tensormask.engine.step import TrainState
+from tensormask.modeling import TensorMask
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Names in records of metrics.json that no metric of a callback can have.
+_TAKEN = ("iteration", "issues", "total_loss", "max_mem", "eta_seconds")
 
 
 class Callback:
@@ -99,6 +103,8 @@ class Run:
         cfg: the config, frozen; `cfg.OUTPUT_DIR` is the folder of the run.
         state: model (wrapped if there are several ranks), optimizer, schedule and averages.
         done: the number of iterations so far, with those before a resume.
+        saved: that of the last checkpoint.
+        issues: of training samples, in order of their detection.
         stopped: the reason of a callback that has stopped the run.
         evaluated: the iterations of the weights that were evaluated last; -1 for none.
         results: of this evaluation, in this process (see `evaluate_all`).
@@ -106,13 +112,14 @@ class Run:
 
     cfg: CfgNode
     state: TrainState
-    writer: MetricsWriter
     reporter: IssueReporter
     signals: StopSignals
-    issues: dict[SampleIssue, None]  # of training samples, in order of their detection
     callbacks: Sequence[Callback] = ()
     evaluators: Sequence[Evaluator] = ()
+    writer: MetricsWriter = field(init=False)
+    issues: dict[SampleIssue, None] = field(default_factory=dict)
     done: int = 0
+    saved: int = 0
     stopped: str | None = None
     evaluated: int = -1
     results: dict[str, Any] | None = None
@@ -120,9 +127,14 @@ class Run:
     _logged: dict[str, float] = field(default_factory=dict)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> TensorMask:
         """The model itself, not its `DistributedDataParallel` wrapper."""
         return distributed.unwrap(self.state.model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
 
     @property
     def output_dir(self) -> Path:
@@ -156,14 +168,16 @@ class Run:
         Raises:
             UserError: two metrics have the same name.
         """
-        if taken := ({*metrics, "iteration", "issues", "total_loss"} & self._logged.keys()):
+        if taken := ({*metrics, *_TAKEN} & self._logged.keys()):
             raise UserError(f"Run.log: choose other names than {', '.join(sorted(taken))}")
         logged, self._logged = self._logged, {}
         return {**metrics, **logged}
 
     def agree_on_stop(self) -> None:
         """Let all ranks know whether a callback of any rank has called `stop`."""
-        if self.callbacks and distributed.any_rank(self._request is not None):
+        if not self.callbacks or self.finished:
+            return
+        if distributed.any_rank(self._request is not None):
             self.stopped = next(filter(None, distributed.gather_objects(self._request)))
             logger.info("Stopped after %d iterations: %s", self.done, self.stopped)
 
@@ -183,16 +197,16 @@ class Run:
                 )
         return {"stopped": self.stopped, "evaluated": self.evaluated, "callbacks": states}
 
-
-def restore_callbacks(callbacks: Sequence[Callback], states: Mapping[str, dict[str, Any]]) -> None:
-    """Restore the callbacks that a checkpoint has states of; the log has the others."""
-    named = _named(callbacks)
-    for name in named.keys() & states.keys():
-        named[name].load_state_dict(states[name])
-    if new := named.keys() - states.keys():
-        logger.warning("Callbacks without a state in the checkpoint: %s", ", ".join(sorted(new)))
-    if gone := states.keys() - named.keys():
-        logger.warning("The run had callbacks that it has not now: %s", ", ".join(sorted(gone)))
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned; the log has the callbacks without a state."""
+        self.stopped, self.evaluated = saved.get("stopped"), saved.get("evaluated", -1)
+        named, states = _named(self.callbacks), saved.get("callbacks", {})
+        for name in named.keys() & states.keys():
+            named[name].load_state_dict(states[name])
+        if new := ", ".join(sorted(named.keys() - states.keys())):
+            logger.warning("Callbacks without a state in the checkpoint: %s", new)
+        if gone := ", ".join(sorted(states.keys() - named.keys())):
+            logger.warning("The run had callbacks that it has not now: %s", gone)
 
 
 def _named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
@@ -206,7 +220,7 @@ def _named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):  # the latter of modules
         return all(map(_is_plain, [*value, *value.values()]))
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))

@@ -23,18 +23,25 @@ from tensormask.data.transforms import build_test_transform
 from tensormask.engine import distributed
 from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.output_dir import open_output_dir
-from tensormask.engine.resume import checkpoint_to_resume, restore_model
+from tensormask.engine.resume import (
+    FINAL_CHECKPOINT,
+    FINAL_EMA,
+    checkpoint_to_resume,
+    find_last_checkpoint,
+    restore_model,
+    store_score_threshold,
+)
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.evaluation.coco import evaluation_mode
 from tensormask.modeling import TensorMask, build_model
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.random import preserved_random_states
 from tensormask.visualization.instances import unique_stem
 
 logger = logging.getLogger(__name__)
 
 # Called as evaluator(model, dataset, folder), see `trainer.train`.
-Evaluator = Callable[[nn.Module, CocoDataset, Path], Mapping[str, float]]
+Evaluator = Callable[[nn.Module, CocoDataset, Path], Mapping[str, Any]]
 
 
 def evaluate_only(
@@ -42,7 +49,8 @@ def evaluate_only(
 ) -> dict[str, Any]:
     """Evaluate `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`.
 
-    The weights file is not changed. Files go to `OUTPUT_DIR/inference`, and replace those there.
+    Files go to `OUTPUT_DIR/inference`, and replace those there. A file in `MODEL.WEIGHTS` is not
+    changed; with `resume`, the final checkpoint gets the `score_threshold`, as from `train`.
 
     Args:
         evaluators: as of `train`.
@@ -79,6 +87,8 @@ def evaluate_only(
             restore_model(checkpoint["ema"], model)
             averaged = evaluate_all(cfg, model, output_dir / "ema", reporter, evaluators)
             results = {**results, "ema": averaged}
+        if checkpoint is not None:
+            store_score_thresholds(output_dir, results)
         if distributed.is_main_process():
             append_issues(output_dir, reporter.pop_record())
         reporter.log_new()
@@ -209,7 +219,14 @@ def _run_evaluators(
         if name in {*taken, *results, "ema"}:
             raise UserError(f"two evaluators are named {name}: rename the function or class")
         with evaluation_mode(model), torch.no_grad():
-            results[name] = {key: float(v) for key, v in evaluator(model, dataset, folder).items()}
+            metrics = evaluator(model, dataset, folder)
+        try:
+            results[name] = {key: float(v) for key, v in flatten_results(metrics).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            given = shorten(repr(metrics))
+            raise UserError(
+                f"evaluator {name} must return a dict of numbers, got {given}"
+            ) from error
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items())
         logger.info("%s: %s", name, numbers)
     return results
@@ -227,6 +244,17 @@ def score_threshold(results: dict[str, Any]) -> float | None:
             if f"/{name}".endswith(f"/{task}/best_f1_threshold"):
                 return value
     return None
+
+
+def store_score_thresholds(output_dir: Path, results: dict[str, Any]) -> None:
+    """Add the thresholds of an evaluation of a run's last checkpoint to it, if it is the final one.
+
+    Those of the averaged weights, under "ema" in the results, are for their own file.
+    """
+    final = output_dir / FINAL_CHECKPOINT
+    if distributed.is_main_process() and find_last_checkpoint(output_dir) == final:
+        store_score_threshold(final, score_threshold(results))
+        store_score_threshold(output_dir / FINAL_EMA, score_threshold(results.get("ema", {})))
 
 
 def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:

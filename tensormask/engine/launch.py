@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from tensormask.modeling.build import resolve_device
@@ -98,7 +98,7 @@ def launch(
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error)
         ended = f"exit code {failure.exitcode}"
         if failure.exitcode < 0:
             ended = f"signal {signal.Signals(-failure.exitcode).name}"
@@ -109,6 +109,21 @@ def launch(
         )
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Return the rank that failed first, and how.
+
+    The times are in whole seconds: of ranks that failed in the same one, those that a signal killed
+    come first, since others fail when they lose the connection. SIGTERM is the launcher's.
+    """
+
+    def order(rank: int) -> tuple[int, bool]:
+        failure = error.failures[rank]
+        return failure.timestamp, failure.exitcode in (-signal.SIGTERM, *range(256))
+
+    first = min(error.failures, key=order)
+    return first, error.failures[first]
 
 
 def _endpoint(dist_url: str) -> str:

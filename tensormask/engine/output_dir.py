@@ -108,13 +108,13 @@ def link_latest(output_dir: str | Path, folder: Path) -> None:
 
     Where this is not possible, or a file or folder has this name, nothing changes.
     """
-    link = Path(output_dir).resolve()
-    link = link.with_name(f"{link.name}_latest")
+    given = Path(os.path.abspath(output_dir))  # a link itself, not where it points to
+    link = given.with_name(f"{given.name}_latest")
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     try:
         if link.exists() and not link.is_symlink():
             raise FileExistsError(f"{link} is not a link")
-        temporary.symlink_to(folder.resolve().name, target_is_directory=True)
+        temporary.symlink_to(Path(os.path.abspath(folder)).name, target_is_directory=True)
         temporary.replace(link)
     except OSError as error:
         logger.debug("No link to the latest run: %s", error)

@@ -29,6 +29,7 @@ def save(run: Run) -> None:
         resume.save_checkpoint(run.output_dir, name, checkpoint)
         num_kept = run.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
         resume.remove_old_checkpoints(run.output_dir, num_kept, iteration)
+    run.saved = run.done
     for callback in run.callbacks:
         callback.after_checkpoint(run, run.output_dir / name)
 
@@ -47,6 +48,16 @@ def _pack(run: Run) -> dict:
     )
 
 
+def restore(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Restore all that a checkpoint has of a run; the log has the changes of the config."""
+    resume.warn_of_changes(checkpoint, run.cfg)
+    run.done = run.saved = resume.restore_checkpoint(checkpoint, run.state)
+    run.issues = dict.fromkeys(resume.unpack_issues(checkpoint))
+    issues = [issue for issue in run.issues if issue[0] in run.reporter.logs]
+    run.reporter.add([{"issues": issues}])
+    run.load_state_dict(checkpoint.get("run", {}))
+
+
 def evaluate(run: Run) -> dict[str, Any]:
     """Evaluate the weights after `run.done` iterations; averaged weights, if any, under "ema".
 
@@ -57,8 +68,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     for callback in run.callbacks:
         callback.before_evaluation(run)
     with run.signals.interruptible():
-        model = distributed.unwrap(run.state.model)
-        results = evaluate_all(cfg, model, output_dir, run.reporter, run.evaluators)
+        results = evaluate_all(cfg, run.model, output_dir, run.reporter, run.evaluators)
         if ema is not None:
             logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
             model = cast(TensorMask, ema.module)
@@ -108,17 +118,6 @@ def _recorded_evaluation(run: Run) -> dict[str, float] | None:
     return None
 
 
-def store_score_thresholds(run: Run, results: dict[str, Any]) -> None:
-    """Add the thresholds of the last evaluation to the final checkpoints, which it evaluated."""
-    if not distributed.is_main_process():
-        return
-    final = run.output_dir / resume.FINAL_CHECKPOINT
-    if resume.find_last_checkpoint(run.output_dir) == final:
-        resume.store_score_threshold(final, score_threshold(results))
-        averaged = score_threshold(results.get("ema", {}))
-        resume.store_score_threshold(run.output_dir / resume.FINAL_EMA, averaged)
-
-
 def _keep_best(run: Run, metrics: dict[str, float]) -> None:
     """Write `model_best.pth` if the metric is better than all earlier ones in metrics.json."""
     metric = run.cfg.SOLVER.CHECKPOINT_BEST
@@ -145,17 +144,17 @@ def _keep_best(run: Run, metrics: dict[str, float]) -> None:
 
 def log_start(run: Run) -> None:
     """Log the iterations, the data and the size of the model."""
-    cfg, parameters = run.cfg, list(run.state.model.parameters())
+    cfg, parameters = run.cfg, list(run.model.parameters())
     logger.info(
         "Training iterations %d to %d, %d images each, on %s; %d images in %s; "
         "%.2f M parameters, %.2f M of them trainable",
-        *(run.done, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, parameters[0].device),
+        *(run.done, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, run.device),
         sum(len(get_dataset(name)) for name in cfg.DATASETS.TRAIN),
         ", ".join(cfg.DATASETS.TRAIN) or "no data set",
         sum(p.numel() for p in parameters) / 1e6,
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
-    logger.info("swap_align2nat: %s", _native.describe(parameters[0].device.type))
+    logger.info("swap_align2nat: %s", _native.describe(run.device.type))
 
 
 def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -> None:
@@ -168,7 +167,7 @@ def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -
         "iterations": f"{start} to {run.done}",
         **({"stopped": run.stopped} if run.stopped else {}),
         "time": timedelta(seconds=round(seconds)),
-        "most memory": f"{events.peak_memory(next(run.state.model.parameters()).device):.0f} MiB",
+        "most memory": f"{events.peak_memory(run.device):.0f} MiB",
         **{name: f"{value:.2f}" for name, value in flat.items() if name.endswith("/AP")},
         "weights": output_dir / resume.FINAL_CHECKPOINT,
     }

@@ -8,35 +8,38 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
-from tensormask.data.loader import Mapper
+from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
-from tensormask.engine.callbacks import Callback, Run, restore_callbacks
-from tensormask.engine.evaluator import Evaluator, build_issue_reporter, check_evaluation
-from tensormask.engine.output_dir import CONFIG, link_latest, open_output_dir, record_environment
-from tensormask.engine.precision import build_autocast, set_float32_precision
-from tensormask.engine.resume import (
-    LAST_CHECKPOINT,
-    SampleIssue,
-    checkpoint_to_resume,
-    restore_checkpoint,
-    unpack_issues,
-    warn_of_changes,
+from tensormask.engine.callbacks import Callback, Run
+from tensormask.engine.evaluator import (
+    Evaluator,
+    build_issue_reporter,
+    check_evaluation,
+    store_score_thresholds,
 )
+from tensormask.engine.output_dir import (
+    CONFIG,
+    holds_run,
+    link_latest,
+    open_output_dir,
+    record_environment,
+)
+from tensormask.engine.precision import build_autocast, set_float32_precision
+from tensormask.engine.resume import LAST_CHECKPOINT, checkpoint_to_resume
 from tensormask.engine.run import (
     catch_up_on_evaluation,
     evaluate,
     log_start,
     log_summary,
+    restore,
     save,
-    store_score_thresholds,
 )
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.step import TrainState, train_step
@@ -111,29 +114,22 @@ def train(
         set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
         set_float32_precision(cfg.FLOAT32_PRECISION)
 
-        state = build_state(cfg, model)
-        start = 0
-        issues: dict[SampleIssue, None] = {}
-        saved: dict[str, Any] = {}  # of `Run.state_dict`
+        run = Run(cfg, build_state(cfg, model), reporter, stop, callbacks, evaluators)
         if checkpoint is not None:
-            warn_of_changes(checkpoint, cfg)
-            start = restore_checkpoint(checkpoint, state)
-            issues = dict.fromkeys(unpack_issues(checkpoint))
-            reporter.add([{"issues": [issue for issue in issues if issue[0] in reporter.logs]}])
-            saved = checkpoint.get("run", {})
-            restore_callbacks(callbacks, saved.get("callbacks", {}))
+            restore(run, checkpoint)
             del checkpoint  # its memory
         elif cfg.MODEL.WEIGHTS and model is not None:
             logger.info("MODEL.WEIGHTS is not loaded: the given model keeps its weights")
         elif cfg.MODEL.WEIGHTS:
             with distributed.first_on_machine():  # this can download a file
-                load_weights(distributed.unwrap(state.model), cfg.MODEL.WEIGHTS)
-            check_weights(state.model, cfg.MODEL.WEIGHTS)
-        distributed.check_same("config or checkpoint", (cfg.dump(), start))
+                load_weights(run.model, cfg.MODEL.WEIGHTS)
+            check_weights(run.model, cfg.MODEL.WEIGHTS)
+        distributed.check_same("config or checkpoint", (cfg.dump(), run.done))
+        start = run.done
         batches: Iterator[list[dict]] = iter(())
         if train_loader is not None:
-            batches = _repeat(train_loader)
-        elif start < cfg.SOLVER.MAX_ITER and saved.get("stopped") is None:
+            batches = repeat(train_loader)
+        elif not run.finished:
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
             batches = build_train_loader(
                 cfg, start, rank=rank, world_size=world_size, mapper=mapper
@@ -143,19 +139,17 @@ def train(
         if distributed.is_main_process():
             if start == 0:
                 (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
-            write_atomically(output_dir / CONFIG, lambda f: f.write(cfg.dump().encode()))
-            if not resume:
+            if not (resume and holds_run(output_dir)):
                 link_latest(given_dir, output_dir)
+            write_atomically(output_dir / CONFIG, lambda f: f.write(cfg.dump().encode()))
             record_environment(output_dir)
-        with events.MetricsWriter(output_dir, start) as writer:
-            run = Run(cfg, state, writer, reporter, stop, issues, callbacks, evaluators, start)
-            run.stopped, run.evaluated = saved.get("stopped"), saved.get("evaluated", -1)
+        with events.MetricsWriter(output_dir, start) as run.writer:
             if not run.finished:
                 _run_iterations(run, batches)
             results = run.results
             if results is None or run.evaluated != run.done:
                 results = evaluate(run)
-            store_score_thresholds(run, results)
+            store_score_thresholds(output_dir, results)
             reporter.log_new()
             log_summary(run, results, start, time.perf_counter() - started)
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
@@ -171,31 +165,35 @@ def build_state(cfg: CfgNode, model: nn.Module | None = None) -> TrainState:
         )
     if model is None:
         model = build_model(cfg, sum_over_ranks=distributed.all_reduce_sum)
+    num_classes = cfg.MODEL.TENSOR_MASK.NUM_CLASSES
+    if (given := getattr(model, "num_classes", num_classes)) != num_classes:
+        raise UserError(
+            f"the given model has {given} classes, but MODEL.TENSOR_MASK.NUM_CLASSES, which its "
+            f"checkpoints will name, is {num_classes}: make them equal"
+        )
     optimizer = solver.build_optimizer(cfg, model)
     scheduler = solver.build_lr_scheduler(cfg, optimizer)
     ema = solver.build_ema(cfg, model)  # a copy without the hooks of `watch_modules`
     if cfg.SOLVER.DETECT_ANOMALY:
         watch_modules(model)
-    _, scaler = build_autocast(cfg, _device(model))
+    _, scaler = build_autocast(cfg, next(model.parameters()).device)
     return TrainState(distributed.wrap(model), optimizer, scheduler, scaler, ema)
 
 
 def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
     """Train to the last iteration; log, save and evaluate periodically, and save at the end."""
-    cfg, state, stop, max_iter = run.cfg, run.state, run.signals, run.cfg.SOLVER.MAX_ITER
-    device = _device(state.model)
+    cfg, stop, max_iter = run.cfg, run.signals, run.cfg.SOLVER.MAX_ITER
     step = partial(
         train_step,
-        state,
+        run.state,
         clip_gradients=solver.build_gradient_clipper(cfg),
-        autocast=build_autocast(cfg, device)[0],
+        autocast=build_autocast(cfg, run.device)[0],
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
     log_start(run)
     run.writer.write_issues(run.done, run.reporter.pop_record())
     recent = events.RecentMetrics()
-    state.model.train()
-    saved = run.done
+    run.state.model.train()
     with events.progress_bar(run.done, max_iter) as bar:
         try:
             if run.done > 0 and _is_due(run.done, cfg.TEST.EVAL_PERIOD):
@@ -204,10 +202,10 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                 started = time.perf_counter()
                 with stop.interruptible():
                     batch = next(batches)
+                check_batch(batch)
                 new = [issue for sample in batch for issue in sample.get("issues", ())]
                 new = distributed.gather_lists(new)
                 run.reporter.add([{"issues": new}])
-                _check_images(batch)
                 run.issues |= dict.fromkeys(new)
                 for callback in run.callbacks:
                     callback.before_step(run, batch)
@@ -221,7 +219,7 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                 recent.add(run.with_logged({**metrics, "data_time": data_time, "time": seconds}))
                 bar.update()
                 if run.done % LOG_PERIOD == 0 or run.finished:
-                    medians = recent.pop_medians() | {"max_mem": events.peak_memory(device)}
+                    medians = recent.pop_medians() | {"max_mem": events.peak_memory(run.device)}
                     medians["eta_seconds"] = recent.seconds_left(max_iter - run.done)
                     events.log_progress(events.format_progress(run.done - 1, max_iter, medians))
                     bar.set_postfix_str(f"loss {medians['total_loss']:.4g}")
@@ -229,34 +227,16 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                     run.writer.write_issues(run.done - 1, run.reporter.pop_record())
                 if not run.finished and _is_due(run.done, cfg.SOLVER.CHECKPOINT_PERIOD):
                     save(run)
-                    saved = run.done
                 stop.check()
                 if not run.finished and _is_due(run.done, cfg.TEST.EVAL_PERIOD):
                     evaluate(run)
             save(run)
-            saved = run.done
             stop.check()
         except TrainingStopped as stopped:
-            if run.done > saved:
+            if run.done > run.saved:
                 save(run)
             logger.warning("%s after %d iterations; continue with --resume", stopped, run.done)
             raise
-
-
-def _repeat(loader: Iterable[list[dict]]) -> Iterator[list[dict]]:
-    """Iterate over a loader again and again."""
-    while True:
-        batch = None
-        for batch in loader:
-            if not isinstance(batch, list) or not all(isinstance(sample, dict) for sample in batch):
-                raise UserError(
-                    "train_loader must yield lists of dicts with image and target, got a "
-                    f"{type(batch).__name__}: pass collate_fn=list to a DataLoader whose data set "
-                    "returns such dicts"
-                )
-            yield batch
-        if batch is None:
-            raise UserError("train_loader has no batch, or ends and cannot be iterated again")
 
 
 def _complete(cfg: CfgNode, output_dir: Path, checkpoint: dict | None) -> CfgNode:
@@ -276,20 +256,5 @@ def _complete(cfg: CfgNode, output_dir: Path, checkpoint: dict | None) -> CfgNod
     return cfg
 
 
-def _check_images(batch: list[dict]) -> None:
-    """Raise UserError for a sample without an image: too many consecutive files are unreadable."""
-    for sample in batch:
-        if sample["image"] is None:
-            raise UserError(
-                f"{len(sample['issues'])} consecutive images cannot be read; the last one is "
-                f"{sample['issues'][-1]} (data set, issue, image id). "
-                "Check that the folder of images exists and is readable"
-            )
-
-
 def _is_due(done: int, period: int) -> bool:
     return period > 0 and done % period == 0
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device

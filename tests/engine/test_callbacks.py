@@ -3,6 +3,7 @@
 import itertools
 import re
 import signal
+from collections import OrderedDict
 from pathlib import Path
 
 import fork
@@ -51,7 +52,7 @@ class Recorder(Callback):
         self.calls.append(("after checkpoint", run.done, path.name))
 
     def state_dict(self):
-        return {"num_steps": self.num_steps}
+        return OrderedDict(num_steps=self.num_steps)  # as of a module
 
     def load_state_dict(self, state):
         self.num_steps = state["num_steps"]
@@ -101,12 +102,13 @@ def test_metrics_of_callbacks_are_logged(tmp_path, fakes):
     assert (tmp_path / "model_best.pth").is_file()
 
 
-def test_a_metric_with_a_name_that_is_taken(tmp_path, fakes):
+@pytest.mark.parametrize("name", ["lr", "max_mem", "eta_seconds", "iteration", "issues"])
+def test_a_metric_with_a_name_that_is_taken(tmp_path, fakes, name):
     class Logging(Callback):
         def after_step(self, run, metrics):
-            run.log("lr", 1.0)
+            run.log(name, 1.0)
 
-    with pytest.raises(ValueError, match="other names than lr"):
+    with pytest.raises(ValueError, match=f"other names than {name}"):
         trainer.train(make_cfg(tmp_path), callbacks=[Logging()])
 
 
@@ -117,12 +119,14 @@ def test_a_stopped_run_ends_like_a_finished_one(tmp_path, fakes):
     assert checkpoint["iteration"] == 2
     assert [r["iteration"] for r in lines(tmp_path) if "segm/AP" in r] == [1, 2]
     log = (tmp_path / "log.txt").read_text()
-    assert "Stopped after 3 iterations: that is enough" in log
+    assert log.count("Stopped after 3 iterations: that is enough") == 1
     assert "iterations   0 to 3\nstopped      that is enough" in log
     before = len(fakes.evaluations)
     trainer.train(cfg, resume=True)  # without the callback
     assert load_checkpoint(tmp_path / "model_final.pth")["iteration"] == 2
     assert len(fakes.evaluations) == before + 1
+    trainer.train(make_cfg(tmp_path / "whole", *PERIODS), callbacks=[StopAt(6)])
+    assert load_checkpoint(tmp_path / "whole" / "model_final.pth")["run"]["stopped"] is None
 
 
 def test_early_stopping(tmp_path, fakes, monkeypatch):
@@ -233,21 +237,25 @@ def test_the_example_of_the_docs(tmp_path, fakes):
 
 
 def test_evaluators(tmp_path, fakes):
-    seen = []
+    seen, metrics = [], {"F": torch.tensor(0.5), "small": {"F": 1}}
 
     def boundary(model, dataset, folder):
         assert not model.training
         assert not torch.is_grad_enabled()
         seen.append((len(dataset), folder))
-        return {"F": torch.tensor(0.5)}
+        return metrics
 
     cfg = make_cfg(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.EMA.ENABLED", True)
     results = trainer.train(cfg, evaluators=[boundary])
-    own = {"segm": {"AP": 30.0}, "boundary": {"F": 0.5}}
+    own = {"segm": {"AP": 30.0}, "boundary": {"F": 0.5, "small/F": 1.0}}
     assert results == {**own, "ema": own}
     assert lines(tmp_path)[-1]["ema/boundary/F"] == 0.5
     assert seen == [(7, tmp_path / "inference"), (7, tmp_path / "ema" / "inference")]
     assert evaluator.evaluate_only(cfg, resume=True, evaluators=[boundary])["boundary"]["F"] == 0.5
+    for wrong in None, 0.5, {"F": "high"}:
+        metrics = wrong
+        with pytest.raises(ValueError, match="boundary must return a dict of numbers, got"):
+            evaluator.evaluate_only(cfg, resume=True, evaluators=[boundary])
     boundary.__name__ = "segm"
     with pytest.raises(ValueError, match="are named segm"):
         evaluator.evaluate_only(cfg, resume=True, evaluators=[boundary])
@@ -271,8 +279,13 @@ def test_an_own_model_and_an_own_loader(tmp_path, fakes):
     assert all(image is expected for image, expected in zip(images, order, strict=True))
     with pytest.raises(ValueError, match="train_loader has no batch"):
         trainer.train(cfg, overwrite=True, model=model, train_loader=iter(()))
-    with pytest.raises(ValueError, match="got a tuple: pass collate_fn=list"):
-        trainer.train(cfg, overwrite=True, model=model, train_loader=[(images, images)])
+    sample = loader[0][0]
+    for batch in (sample, sample), sample, [], [None], [{"target": {}, "issues": [1]}]:
+        with pytest.raises(ValueError, match="must be a list of dicts with image and target"):
+            trainer.train(cfg, overwrite=True, model=model, train_loader=[batch])
+    model.num_classes = 3
+    with pytest.raises(ValueError, match=r"has 3 classes, but .* is 2"):
+        trainer.train(cfg, model=model, train_loader=loader)
     with pytest.raises(ValueError, match="apply it in train_loader"):
         trainer.train(cfg, train_loader=loader, mapper=darken)
     assert "MODEL.WEIGHTS is not loaded" in (tmp_path / "log.txt").read_text()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fakes import make_cfg as make_fake_cfg
 from grey import CATEGORY_IDS, FakeModel, GreyDataset, coco_json, detections, noisy_case, rectangle
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tensormask.config import get_cfg
 from tensormask.data import build_test_loader, build_train_loader, get_dataset
@@ -291,7 +292,31 @@ def test_detections_are_restored_from_results():
     assert detections_of([], CATEGORY_IDS)["boxes"].shape == (0, 4)
 
 
-# ---- arguments of a launch ----
+# ---- launch ----
+
+
+@pytest.mark.parametrize(
+    "codes, times, first",
+    [
+        ({0: 1, 1: -9}, (5, 5), 1),  # rank 0 lost the connection
+        ({0: 1, 1: -9}, (5, 35), 0),  # the launcher killed rank 1, which did not end
+        ({0: 2, 1: -15}, (5, 5), 0),  # the launcher stopped rank 1
+        ({1: -9, 0: -9}, (5, 4), 0),
+    ],
+)
+def test_the_rank_that_failed_first(monkeypatch, capsys, codes, times, first):
+    """Times are in whole seconds, and a rank fails in the same one in which it loses another."""
+    failures = {}
+    for (rank, code), seconds in zip(codes.items(), times, strict=True):
+        failures[rank] = ProcessFailure(rank, 100 + rank, code, "no file")
+        failures[rank].timestamp = seconds
+
+    def launch_agent(*args):
+        raise ChildFailedError("run", failures)
+
+    monkeypatch.setattr(launch, "launch_agent", launch_agent)
+    assert launch.launch(["command"], num_processes=2) == max(1, codes[first])
+    assert f"error: rank {first} of 2 (process {100 + first}) ended" in capsys.readouterr().err
 
 
 def check(**arguments):

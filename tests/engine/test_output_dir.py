@@ -112,6 +112,15 @@ def test_all_ranks_use_the_folder_of_rank_0(tmp_path):
     assert run_in_ranks(run) == [0, 0]
 
 
+def test_the_latest_run_of_a_folder_that_is_a_link(tmp_path):
+    """The numbered folders are beside the link, not beside the folder that it points to."""
+    (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+    (tmp_path / "run").symlink_to("elsewhere/folder")
+    link_latest(tmp_path / "run", tmp_path / "run_2")
+    assert (tmp_path / "run_latest").readlink() == Path("run_2")
+    assert os.listdir(tmp_path / "elsewhere") == ["folder"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "no links"])
 def test_where_no_link_is_possible(tmp_path, monkeypatch, kind):
     link = tmp_path / "run_latest"

@@ -261,6 +261,9 @@ def test_score_thresholds_are_in_the_evaluated_checkpoints(tmp_path, fakes, monk
     assert stored("model_final_ema.pth")[0] == 0.75
     assert stored("model_best.pth")[0] == (0.75 if "ema" in metric else 0.25)
     assert stored("model_0000019.pth")[0] is None
+    thresholds["inference"] = 0.5
+    evaluator.evaluate_only(make_cfg(tmp_path, *opts), resume=True)
+    assert [stored(name)[0] for name in ("model_final.pth", "model_final_ema.pth")] == [0.5, 0.75]
 
 
 def test_an_unknown_best_metric(tmp_path, fakes):

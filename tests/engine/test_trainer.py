@@ -76,7 +76,7 @@ def test_a_new_run_is_not_resumed_from_an_old_one(tmp_path, fakes, monkeypatch):
 def test_a_run_is_not_overwritten(tmp_path, fakes, monkeypatch):
     first, second, third = (tmp_path / name for name in ("run", "run_2", "run_3"))
     link = tmp_path / "run_latest"
-    trainer.train(make_cfg(first))
+    trainer.train(make_cfg(first), resume=True)  # there is nothing to resume
     assert link.readlink() == Path("run")
     before = {path: path.read_bytes() for path in first.iterdir()}
     # A run that has no checkpoint yet is a run too.
