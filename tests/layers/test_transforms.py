@@ -46,9 +46,8 @@ def as_4d(function: Function) -> Function:
 
 # Operators that are affine in x: name, function, shape of x.
 BOTH_BACKENDS = {
-    "swap_align2nat": (lambda x: layers.swap_align2nat(x, 2), LOGITS),
+    "swap_align2nat": (lambda x: layers.SwapAlign2Nat(3, 1.5)(x), LOGITS),
     "swap_align2nat_at": (lambda x: layers.swap_align2nat_at(x, WINDOWS, 2), LOGITS),
-    "SwapAlign2Nat": (lambda x: layers.SwapAlign2Nat(3, 1.5)(x), LOGITS),
     "conv2d": (convolution, IMAGE.shape),
     "conv2d, weight": (convolution_of_weights, WEIGHT.shape),
 }
@@ -189,7 +188,6 @@ def dual_of_dual(f: Function, x: Tensor) -> Tensor:
 
 
 SLOW = ("linearize",)  # it traces
-FAST = ("up_align2nat_at",)  # to compile
 
 
 @pytest.mark.parametrize(
@@ -205,14 +203,7 @@ def test_table(operator, transform: Callable[[Function, Tensor], Tensor]) -> Non
 
 
 @pytest.mark.parametrize("name", ["backward", "grad", "vmap of jvp"])
-@pytest.mark.parametrize(
-    "operator",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] * (case[0] not in FAST), id=", ".join(case))
-        for case in CASES
-    ],
-    indirect=True,
-)
+@pytest.mark.slow
 def test_compile(operator, name: str) -> None:
     """In one graph: forward and backward, and transforms inside of the graph."""
     function, formula, x = operator

@@ -68,8 +68,9 @@ def test_the_defaults_are_the_published_recipe() -> None:
     from tensormask import model_zoo
 
     cfg = model_zoo.get_config("tensormask_R_50_FPN_1x")
-    cfg.MODEL.DEVICE = "cpu"
-    published = build_model(cfg)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        published = build_model(cfg)
     shapes = {name: value.shape for name, value in published.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     assert model.windows == published.windows
@@ -242,8 +243,7 @@ def test_assignments_are_sorted_and_counted() -> None:
         assert torch.equal(key, key.sort().values)
 
 
-@pytest.mark.parametrize("normalizer", [7, lambda number: 7 if number > 0 else None])
-def test_normalizer(normalizer) -> None:
+def test_normalizer() -> None:
     """It replaces the sum over ranks, which would wait for the others."""
 
     def unreachable(counts: Tensor) -> Tensor:
@@ -253,8 +253,9 @@ def test_normalizer(normalizer) -> None:
     model.load_state_dict(build().state_dict())
     plain = losses_of(build())
     number = len(assign([torch.tensor(BOXES)], model.windows, model.windows.grids((96, 96))).y)
-    for name, loss in losses_of(model, normalizer=normalizer).items():
-        assert_close(loss * 7, plain[name] * number)
+    for normalizer in (7, lambda given: 7 if given == number else None):
+        for name, loss in losses_of(model, normalizer=normalizer).items():
+            assert_close(loss * 7, plain[name] * number)
 
 
 # ---- what a model makes of an image ----

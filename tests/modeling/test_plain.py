@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 
-BOXES = [[20.0, 30.0, 60.0, 70.0], [100.0, 110.0, 170.0, 180.0]]
-SIZE = 192  # px: here plain towers are evaluated at tiles
+BOXES = [[10.0, 20.0, 50.0, 60.0], [100.0, 110.0, 150.0, 156.0]]
+SIZE = 160  # px: here plain towers are evaluated at tiles
 FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN"]
 
 
@@ -35,7 +35,7 @@ def test_hooks_of_all_modules_fire_and_change_nothing(head: str, depth: int) -> 
     }
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *args, name=name: called.add(name))
-    for size in (96, SIZE):
+    for size in (64, SIZE):
         for run in (losses_of, detect):
             called.clear()
             result = run(model, size)
