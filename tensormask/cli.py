@@ -7,11 +7,12 @@ without importing torch.
 import argparse
 import difflib
 import importlib
+import os
 import sys
 
 from tensormask import __version__
+from tensormask.commands import EXIT_CLOSED, EXIT_INTERRUPTED, EXIT_MISTAKE
 
-EXIT_MISTAKE = 2
 SHELLS = ("bash", "zsh")
 FILES = ("DIR", "FILE", "INPUT", "OUTPUT", "RUN")  # in the help of arguments that are paths
 
@@ -34,8 +35,25 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the first words name, and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """Run the command that the first words name, and return its exit code.
+
+    Ctrl-C, and a closed stdout as in `tensormask --help | head -1`, end it without a traceback.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # At its exit, Python flushes again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(describe())
         return 0

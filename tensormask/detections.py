@@ -5,7 +5,7 @@ Letters: K detections, (H, W) the image, P points of a polygon.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tensormask.utils.errors import UserError, unknown_name
 from tensormask.utils.files import write_atomically
 from tensormask.visualization.instances import class_name, draw_instances, save_image
 
-ClassChoice = str | int | Sequence[str | int]
+ClassChoice = str | int | Iterable[str | int]
 _NUM_LISTED = 6  # classes in a repr
 
 
@@ -28,8 +28,7 @@ class Detections(dict[str, Any]):
 
     Keys: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0, `masks
     (K, H, W)` bool if the model has a mask head, and `class_names`, a list of K str. The tensors
-    can be changed in place. ``len`` is the number of detections, so that without any the object is
-    false; ``dict(detections)`` is a plain dict.
+    can be changed in place. ``len`` is the number of keys, as of every dict.
 
     Args:
         fields: the keys above; the names are added.
@@ -55,11 +54,13 @@ class Detections(dict[str, Any]):
         self.image = image
         self["class_names"] = [class_name(n, all_class_names) for n in self["labels"].tolist()]
 
-    def __len__(self) -> int:
+    @property
+    def num_detections(self) -> int:
+        """K."""
         return len(self["scores"])
 
     def __repr__(self) -> str:
-        num, (height, width) = len(self), self.size
+        num, (height, width) = self.num_detections, self.size
         parts = [f"{num} detection{'s' * (num != 1)}"]
         if num:
             counts = Counter(self["class_names"]).most_common()
@@ -74,17 +75,17 @@ class Detections(dict[str, Any]):
     __str__ = __repr__
 
     def select(self, rows: Any) -> "Detections":
-        """Return some of the detections: a slice, a bool mask `(K,)`, or indices.
+        """Return some of the detections: a slice, a bool mask `(K,)`, or one or several indices.
 
         Example:
             >>> fields = {"boxes": torch.zeros(2, 4), "scores": torch.tensor([0.9, 0.4])}
             >>> fields["labels"] = torch.tensor([1, 0])
             >>> options = {"all_class_names": ["cat", "dog"], "category_ids": [1, 2]}
-            >>> Detections(fields, size=(48, 64), **options).select([0])
+            >>> Detections(fields, size=(48, 64), **options).select(0)
             1 detection: 1 dog; scores 0.90..0.90; 48 x 64
         """
         if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows, device=self["scores"].device)
+            rows = torch.as_tensor(rows, device=self["scores"].device).reshape(-1)
             rows = rows.long() if rows.dtype != torch.bool else rows
         return Detections(
             {key: value[rows] for key, value in self.items() if key != "class_names"},
@@ -109,9 +110,10 @@ class Detections(dict[str, Any]):
             max_detections: how many at most.
 
         Raises:
-            UserError: an unknown class.
+            UserError: an unknown class, or an invalid threshold or number.
         """
-        rows = torch.ones(len(self), dtype=torch.bool, device=self["scores"].device)
+        check_limits(threshold, max_detections)
+        rows = torch.ones_like(self["scores"], dtype=torch.bool)
         if threshold is not None:
             rows &= self["scores"] > threshold
         if classes is not None:
@@ -213,6 +215,14 @@ class Detections(dict[str, Any]):
         return self["masks"]
 
 
+def check_limits(threshold: float | None, max_detections: int | None) -> None:
+    """Raise a `UserError` for an invalid threshold or number of detections; None is valid."""
+    if threshold is not None and not 0 <= threshold < 1:
+        raise UserError(f"threshold is a score in 0..1, below 1 (30 % is 0.3), got {threshold}")
+    if max_detections is not None and max_detections < 1:
+        raise UserError(f"max_detections must be 1 or more, got {max_detections}")
+
+
 def find_labels(classes: ClassChoice, class_names: Sequence[str]) -> list[int]:
     """Return the labels of classes, which are given by their names or by labels from 0.
 
@@ -223,7 +233,9 @@ def find_labels(classes: ClassChoice, class_names: Sequence[str]) -> list[int]:
         >>> find_labels(["dog", 0], ["cat", "dog"])
         [1, 0]
     """
-    chosen = [classes] if isinstance(classes, str | int) else list(classes)
+    chosen: list[Any] = [classes]
+    if isinstance(classes, Iterable) and not isinstance(classes, str):
+        chosen = list(classes)
     if not chosen:
         raise UserError("classes is empty: leave it out for all classes")
     labels: list[int] = []
@@ -233,7 +245,7 @@ def find_labels(classes: ClassChoice, class_names: Sequence[str]) -> list[int]:
             if not named:
                 raise UserError(unknown_name("a class of the model", choice, class_names))
             labels += named
-        elif type(choice) is bool or not 0 <= int(choice) < len(class_names):
+        elif isinstance(choice, bool) or choice not in range(len(class_names)):
             highest = len(class_names) - 1
             raise UserError(f"a class is a name or a label in 0..{highest}, got {choice!r}")
         else:

@@ -28,7 +28,7 @@ def build(
     Args:
         name: of a config, such as "tensormask_R_50_FPN_1x", or the path of a YAML file.
         num_classes: without the background; None: the config's.
-        weights: a path, a name in `MODELS` or an address, see `load_weights`. If its number of
+        weights: a path, a name in `MODELS` or a URL, see `load_weights`. If its number of
             classes is not ``num_classes``, all but the classifier is loaded. None: random weights.
         device: None: the config's, which is the GPU if there is one, else the CPU.
 

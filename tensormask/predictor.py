@@ -23,7 +23,7 @@ from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
 from tensormask.data.images import ImageError, read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
-from tensormask.detections import ClassChoice, Detections, find_labels
+from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
 from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
 from tensormask.modeling.inputs import padded_size, size_of
@@ -58,10 +58,10 @@ class Predictor:
     Several threads can use one predictor.
 
     Args:
-        cfg: a checkpoint of this library, by path or address, or the name of a model of the zoo,
+        cfg: a checkpoint of this library, by path or URL, or the name of a model of the zoo,
             such as "tensormask_R_50_FPN_6x". With `weights`, a config: a tree, which is not
             changed, the path of a YAML file, or a name.
-        weights: of a config: path, name or address of a checkpoint (`downloads.resolve`); None
+        weights: of a config: path, name or URL of a checkpoint (`downloads.resolve`); None
             takes MODEL.WEIGHTS.
         device: "cpu", "cuda:0", ...; None takes MODEL.DEVICE of a given config, and else the GPU
             if there is one.
@@ -131,7 +131,7 @@ class Predictor:
         """Detect the objects in an image, in a list of images, or in those of an iterator.
 
         Args:
-            image: a path, whose EXIF orientation is applied, or an http(s) address; a PIL image,
+            image: a path, whose EXIF orientation is applied, or an http(s) URL; a PIL image,
                 an array or a tensor in memory (`data.arrays.image_to_rgb`), which are not rotated;
                 a list or tuple of these; or an iterator over them.
             threshold: scores are above it; None takes the predictor's default, and without one
@@ -152,7 +152,7 @@ class Predictor:
         Raises:
             UserError: an image in memory or an option that is not valid.
             ImageError: a file does not exist or is not an image.
-            OSError: an address could not be downloaded.
+            OSError: an image could not be downloaded.
         """
         given = self._options(threshold, classes, max_detections, class_agnostic_nms)
         options = {**self._defaults, **given}
@@ -173,10 +173,7 @@ class Predictor:
         class_agnostic_nms: bool | None,
     ) -> dict[str, Any]:
         """Return the options that are not None, checked, as arguments of `TensorMask.detect`."""
-        if threshold is not None and not 0 <= threshold < 1:
-            raise UserError(f"threshold is a score in 0..1, below 1 (30 % is 0.3), got {threshold}")
-        if max_detections is not None and max_detections < 1:
-            raise UserError(f"max_detections must be 1 or more, got {max_detections}")
+        check_limits(threshold, max_detections)
         options = {
             "score_threshold": threshold,
             "classes": None if classes is None else find_labels(classes, self.class_names),
@@ -249,9 +246,9 @@ def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
     scheme, separator, _ = os.fspath(image).partition("://")
     if isinstance(image, str) and separator:
         if scheme.lower() in ("https", "http"):
-            return _read_address(image)
+            return _read_url(image)
         if scheme.lower() != "file":
-            raise UserError(f"{image!r} is not the address of an image: http, https or file")
+            raise UserError(f"{image!r} is not the URL of an image: http, https or file")
         image = resolve(image)
     if os.path.isdir(image):
         raise UserError(
@@ -260,7 +257,7 @@ def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
     return read_image(image)
 
 
-def _read_address(url: str) -> np.ndarray:
+def _read_url(url: str) -> np.ndarray:
     """Download an image, without keeping its file."""
     with tempfile.TemporaryDirectory(prefix="tensormask-") as folder:
         path = download(url, path=Path(folder) / "image", max_bytes=MAX_DOWNLOADED_BYTES)

@@ -28,7 +28,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[str] = []
 
     def add(self, path: str, *answers: Answer) -> str:
-        """Set the answers of a path, and return its address."""
+        """Set the answers of a path, and return its URL."""
         self.answers[path] = list(answers)
         return f"http://127.0.0.1:{self.server_port}{path}"
 

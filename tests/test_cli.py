@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from tensormask.commands.common import CommandParser, add_config_file, add_overr
 from tensormask.config import get_cfg
 from tensormask.utils.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 LIST_OF_COMMANDS = """
 import sys, tensormask.cli
 code = tensormask.cli.main(["--help"])
@@ -30,6 +33,20 @@ def test_commands_are_listed_without_importing_torch():
     for name, (_, summary) in cli.COMMANDS.items():
         assert f"{name} " in done.stdout
         assert summary in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "tensormask", "--help"], ["tools/demo.py", "--help"]], ids=" ".join
+)
+@pytest.mark.skipif(os.name != "posix", reason="SIGPIPE")
+def test_a_closed_stdout(words):
+    """`tensormask --help | true` ends without a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *words], stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode in (141, 0)  # argparse ignores it
 
 
 def test_words_of_the_program_itself(capsys):
@@ -77,6 +94,7 @@ def test_a_command_says_its_name_and_what_it_needs(name, capsys):
             cli.main(name.split())
         first, example, _ = capsys.readouterr().err.splitlines()
         assert first.startswith(f"tensormask {name}: error: ")
+        assert "KEY" not in first
         assert example.startswith(f"example: tensormask {name} ")
 
 

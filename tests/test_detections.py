@@ -34,11 +34,12 @@ def detections(num=3, with_masks=True, **options):
     return Detections(fields, size=(20, 30), all_class_names=NAMES, **options)
 
 
-def test_a_dict_with_a_length_and_a_text():
+def test_a_dict_with_a_text():
     found = detections()
     assert found["class_names"] == ["dog", "cat", "dog"]
-    assert set({**found}) == {"boxes", "scores", "labels", "masks", "class_names"}
-    assert len(found) == 3
+    assert set(found) == {"boxes", "scores", "labels", "masks", "class_names"}
+    assert (len(found), found.num_detections) == (5, 3)
+    assert detections(0)
     assert str(found) == "3 detections: 2 dog, 1 cat; scores 0.25..0.75; 20 x 30"
     assert str(detections(1)) == "1 detection: 1 dog; scores 0.75..0.75; 20 x 30"
     assert str(detections(0)) == "0 detections; 20 x 30"
@@ -67,7 +68,8 @@ def test_select(rows):
     assert found["scores"].tolist() == [0.75, 0.25]
     assert found["class_names"] == ["dog", "dog"]
     assert found["masks"].shape == (2, 20, 30)
-    assert len(detections().select([])) == 0
+    assert detections().select([]).num_detections == 0
+    assert detections().select(1)["class_names"] == ["cat"]
 
 
 @pytest.mark.parametrize(
@@ -80,18 +82,26 @@ def test_select(rows):
         ({"classes": 1, "threshold": 0.3}, [0.75]),
         ({"max_detections": 2}, [0.75, 0.5]),
         ({"classes": "dog", "max_detections": 1}, [0.75]),
+        ({"classes": np.int64(0)}, [0.5]),
+        ({"classes": torch.tensor([0, 2])}, [0.5]),
     ],
 )
 def test_filter(options, scores):
     assert detections().filter(**options)["scores"].tolist() == scores
 
 
-def test_unknown_classes_are_refused():
-    with pytest.raises(UserError, match="nearest name is 'dog'"):
-        detections().filter(classes="dgo")
-    for choice in (3, -1, True):
-        with pytest.raises(UserError, match=r"0\.\.2"):
-            detections().filter(classes=[choice])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"classes": "dgo"}, "nearest name is 'dog'"),
+        *(({"classes": [choice]}, r"0\.\.2") for choice in (3, -1, True, 0.5, None)),
+        ({"threshold": 30}, r"30 % is 0\.3"),
+        ({"max_detections": 0}, "max_detections"),
+    ],
+)
+def test_invalid_filters_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        detections().filter(**options)
 
 
 def test_to_coco():

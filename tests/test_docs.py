@@ -59,11 +59,12 @@ def help_of(script: str, *subcommand: str) -> str:
 
 def command_of(program: str, words: list[str]) -> tuple[str, list[str]]:
     """Return the module of a command, given by `tensormask` or tools/*.py, and its arguments."""
-    if program == "tensormask":
-        length = 1 + (words[0] not in COMMANDS)
-        return COMMANDS[" ".join(words[:length])][0], words[length:]
-    source = (ROOT / program).read_text(encoding="utf-8")
-    return re.search(r"from tensormask\.commands\.(\w+) import main", source)[1], words
+    if program != "tensormask":
+        source = (ROOT / program).read_text(encoding="utf-8")
+        name = re.search(r'main\(\["(.*)", \*sys\.argv', source)[1]
+        return COMMANDS[name.replace('", "', " ")][0], words
+    length = 1 + (words[0] not in COMMANDS)
+    return COMMANDS[" ".join(words[:length])][0], words[length:]
 
 
 @EACH_PAGE

@@ -215,7 +215,7 @@ def test_every_kind_of_input_gives_the_same(tmp_path, predictor, monkeypatch):
     assert not same(predictor(rgb[..., ::-1]), expected)
 
 
-def test_an_address_without_an_image(predictor, monkeypatch):
+def test_a_url_without_an_image(predictor, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(predictor_module, "MAX_DOWNLOADED_BYTES", 100)
     with serve() as server:
@@ -232,7 +232,7 @@ def test_an_address_without_an_image(predictor, monkeypatch):
 
 def test_an_image_without_objects(predictor):
     found = predictor(np.zeros((30, 20, 3), np.uint8))
-    assert (found["class_names"], len(found), bool(found)) == ([], 0, False)
+    assert (found["class_names"], found.num_detections) == ([], 0)
     assert found["masks"].shape == (0, 30, 20)
 
 
@@ -262,7 +262,7 @@ def test_an_iterator_is_read_when_it_is_needed(predictor):
 
     results = predictor(images(), batch_size=2)
     assert read == []
-    assert (len(next(results)), read) == (2, [0, 1])
+    assert (next(results).num_detections, read) == (2, [0, 1])
     next(results)
     assert read == [0, 1]
     with pytest.raises(ValueError, match=r"image 3 .*None.*cv2\.imread"):
@@ -353,7 +353,7 @@ def test_numbers_of_evaluation(tmp_path, real, images):
     expected = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
     found = real(tmp_path / "a.png")
     found.category_ids = dataset.category_ids
-    assert len(found) == 5
+    assert found.num_detections == 5
     assert found.to_coco(1) == expected
 
 
@@ -361,7 +361,7 @@ def test_results_of_a_list_and_of_threads(real, images):
     single = [real(image) for image in images]
     with ThreadPoolExecutor(3) as pool:
         kept = list(pool.map(lambda n: real(images[0], max_detections=n), (1, 3, 2)))
-    assert [len(found) for found in kept] == [1, 3, 2]
+    assert [found.num_detections for found in kept] == [1, 3, 2]
     for found, expected in zip(real(images), single, strict=True):
         assert torch.equal(found["labels"], expected["labels"])
         for key in ("boxes", "scores"):

@@ -3,7 +3,7 @@
 
 import sys
 
-from tensormask.commands.benchmark import main
+from tensormask.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

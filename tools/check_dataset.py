@@ -3,7 +3,7 @@
 
 import sys
 
-from tensormask.commands.check import main
+from tensormask.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["check", *sys.argv[1:]]))

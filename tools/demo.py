@@ -7,7 +7,7 @@ tools/demo.py --config-file configs/tensormask_R_50_FPN_1x.yaml --input images/ 
 
 import sys
 
-from tensormask.commands.predict import main
+from tensormask.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["predict", *sys.argv[1:]]))

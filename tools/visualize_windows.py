@@ -3,7 +3,7 @@
 
 import sys
 
-from tensormask.commands.visualize_windows import main
+from tensormask.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["visualize", "windows", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Find the local file of a model zoo name, an address or a path; download it if needed.
+"""Find the local file of a model zoo name, a URL or a path; download it if needed.
 
 Downloads are kept in a cache folder. pooch writes each under a temporary name, and renames it when
 it is complete.
@@ -37,14 +37,14 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
             - the path of a file, which is returned unchanged, even if no such file exists;
             - a name in `model_zoo.MODELS`;
-            - an address: ``https://...``, ``http://...`` or ``file:///...``;
+            - a URL: ``https://...``, ``http://...`` or ``file:///...``;
             - ``detectron2://...``, a file of detectron2's server;
             - ``torchvision://ResNet50_Weights.IMAGENET1K_V2``, weights by torchvision's names
               (18, 34, 50 or 101 layers), or ``torchvision://resnet50`` for IMAGENET1K_V1, as in
               torchvision's own detection models.
 
     Raises:
-        ValueError: the address is malformed or of an unknown kind; or a bare name, without folder
+        ValueError: the URL is malformed or of an unknown kind; or a bare name, without folder
             and suffix, is neither a file nor in the zoo.
         OSError: the download failed.
 
@@ -61,7 +61,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     elif not separator:
         return _checked_path(name)
     elif scheme == "file":
-        return _path_of_address(name, rest)
+        return _path_of_file_url(name, rest)
     elif scheme in ("https", "http"):
         url = name
     elif scheme == "detectron2":
@@ -69,7 +69,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     elif scheme == "torchvision":
         url = _torchvision_url(rest)
     else:
-        raise UserError(f"{name!r}: {unknown_name('a kind of address', scheme, _SCHEMES)}")
+        raise UserError(f"{name!r}: {unknown_name('a kind of URL', scheme, _SCHEMES)}")
     return download(url, _sha256(url))
 
 
@@ -109,10 +109,10 @@ def _checked_path(name: str) -> Path:
     return path
 
 
-def _path_of_address(address: str, rest: str) -> Path:
+def _path_of_file_url(url: str, rest: str) -> Path:
     host, _, path = rest.partition("/")
     if host not in ("", "localhost") or not path:
-        raise UserError(f"{address!r} is not the address of a file: write file:///folder/file")
+        raise UserError(f"{url!r} is not the URL of a file: write file:///folder/file")
     return Path(url2pathname(f"/{path}"))
 
 
@@ -129,26 +129,34 @@ def cache_folder() -> Path:
 
 
 def cache_path(url: str) -> Path:
-    """Return the path in the cache for the file of an address.
+    """Return the path in the cache for the file of a URL.
 
-    Each address has a folder of its own in the cache folder. The folder's name has the host and
-    path of the address, and a digest of the whole address with its query. The path is inside of
-    the cache folder, whatever the address.
+    Each URL has a folder of its own in the cache folder. The folder's name has the host and
+    path of the URL, and a digest of the whole URL with its query. The path is inside of
+    the cache folder, whatever the URL.
 
     Raises:
-        ValueError: the address has no host or no file name, or is malformed.
+        ValueError: the URL has no host or no file name, or is malformed.
     """
+    host, path = _host_and_path(url)
+    folder, _, name = path.rpartition("/")
+    name = _plain(name)[-100:].strip(".")  # its end has the suffix
+    if not name:
+        raise UserError(f"{url!r} is not the URL of a file: it ends with a folder")
+    digest = hashlib.sha256(urldefrag(url).url.encode()).hexdigest()
+    return cache_folder() / f"{_plain(host + folder)[:150]}-{digest[:16]}" / name
+
+
+def _host_and_path(url: str) -> tuple[str, str]:
     try:
+        url.encode()
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # an invalid port raises ValueError
-        folder, _, name = parts.path.rpartition("/")
-        name = _plain(name)[-100:].strip(".")  # its end has the suffix
-        if not host or not name:
-            raise UserError("write it as https://host/folder/file")
-        digest = hashlib.sha256(urldefrag(url).url.encode()).hexdigest()
+        if not host:
+            raise ValueError("write it as https://host/folder/file")
     except ValueError as error:
-        raise UserError(f"{url!r} is not the address of a file: {error}") from None
-    return cache_folder() / f"{_plain(host + folder)[:150]}-{digest[:16]}" / name
+        raise UserError(f"{url!r} is not the URL of a file: {error}") from None
+    return host, parts.path
 
 
 def _plain(text: str) -> str:
@@ -162,7 +170,7 @@ def download(
     path: Path | None = None,
     max_bytes: int | None = None,
 ) -> Path:
-    """Return the local path of the file of an address, downloaded if the cache lacks it.
+    """Return the local path of the file of a URL, downloaded if the cache lacks it.
 
     Errors that may be transient (no connection, a broken transfer, a busy server) are retried. An
     incomplete transfer is detected if the server sends the length of the file.
@@ -175,9 +183,10 @@ def download(
         max_bytes: the transfer of a larger file is stopped.
 
     Raises:
-        ValueError: the address is malformed.
+        ValueError: the URL is malformed.
         OSError: the download failed; there is no file.
     """
+    _host_and_path(url)  # checks it
     is_cached = path is None
     path = cache_path(url) if path is None else path
     if path.is_file() and sha256 is not None and not pooch.file_hash(path).startswith(sha256):

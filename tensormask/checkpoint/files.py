@@ -111,7 +111,7 @@ def get_description(content: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `class_names`, a list of str; with them `category_ids`, a list of int of the same length;
         `config`, the YAML text of the training run's config, which is not parsed here; and
-        `score_threshold`, a float in 0..1, the one with the best F1 in the last evaluation.
+        `score_threshold`, a float in 0..1, not 1, with the best F1 in the last evaluation.
     """
     names, ids = content.get("class_names"), content.get("category_ids")
     config, threshold = content.get("config"), content.get("score_threshold")
@@ -122,7 +122,7 @@ def get_description(content: dict[str, Any]) -> dict[str, Any]:
             description["category_ids"] = ids
     if isinstance(config, str):
         description["config"] = config
-    if isinstance(threshold, float) and 0 <= threshold <= 1:
+    if isinstance(threshold, float) and 0 <= threshold < 1:
         description["score_threshold"] = threshold
     return description
 

@@ -66,7 +66,7 @@ def load_weights(
 
     Args:
         model: gets the weights, in its own dtypes and on its own device.
-        path: of the file, or a name or address for `downloads.resolve`; or what a file contains, a
+        path: of the file, or a name or URL for `downloads.resolve`; or what a file contains, a
             dict of weights.
         content: of the file, if `read_checkpoint` has read it already.
 

@@ -15,7 +15,7 @@ from tensormask.utils.errors import UserError, unknown_name
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
-_BACKBONE_ADDRESSES = ("torchvision://", "detectron2://ImageNetPretrained/")
+_BACKBONE_URLS = ("torchvision://", "detectron2://ImageNetPretrained/")
 
 
 class TrainedModel(NamedTuple):
@@ -34,11 +34,11 @@ def find_trained_model(
     """Return config and weights of a model to predict with.
 
     Args:
-        source: a checkpoint of this library, as a path or an address, whose own config is taken;
+        source: a checkpoint of this library, as a path or a URL, whose own config is taken;
             or a config: a tree, which is not changed, the path of a YAML file, or a name, whose
             weights are those of the model zoo if there are any. The device and MODEL.COMPILE of a
             checkpoint's config are those of its training, and are reset.
-        weights: of a config: a path, a name or an address for `resolve`; None takes MODEL.WEIGHTS.
+        weights: of a config: a path, a name or a URL for `resolve`; None takes MODEL.WEIGHTS.
         overrides: `[KEY, VALUE, ...]` of the config.
 
     Raises:
@@ -113,7 +113,7 @@ def _trained_weights(
         raise UserError(f"{name} has no trained weights (MODEL.WEIGHTS): {call}")
     text = os.fspath(given)
     is_backbone = text in MODELS and MODELS[text].config is None
-    if is_backbone or text.startswith(_BACKBONE_ADDRESSES):
+    if is_backbone or text.startswith(_BACKBONE_URLS):
         raise UserError(f"{text}, the weights of {name}, are a backbone to train from: {call}")
     return given
 

@@ -1,4 +1,4 @@
-"""The table of the published models, and their addresses."""
+"""The table of the published models, and their URLs."""
 
 from typing import NamedTuple
 

@@ -2,3 +2,7 @@
 
 `tensormask.cli` and `tools/*.py` only call them.
 """
+
+EXIT_MISTAKE = 2
+# As if SIGINT or SIGPIPE ended the process.
+EXIT_INTERRUPTED, EXIT_CLOSED = 128 + 2, 128 + 13

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tensormask.commands import EXIT_MISTAKE
 from tensormask.layers.build import PACKAGE, BuildError, build_library
 
-EXIT_MISTAKE = 2
 # In a new process, because this one keeps what it has loaded.
 CHECK = f"""
 import sys

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tensormask.commands import EXIT_MISTAKE
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 128 + 2  # like a process that SIGINT ended
 Main = Callable[[list[str] | None], int]
 
 
@@ -130,6 +129,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "opts",
         nargs="*",
+        default=[],  # without it, errors of argparse name KEY VALUE as required
         metavar="KEY VALUE",
         help="overrides of the config, anywhere in the command line; after --opts, all words are",
     )
@@ -162,19 +162,16 @@ def write_json(path: str, content: object) -> None:
 
 
 def exits_on_user_error(main: Main) -> Main:
-    """Decorate a `main`: print a `UserError` or `OSError` as one line, and return exit code 2.
-
-    Ctrl+C ends the command without a traceback.
-    """
+    """Decorate a `main`: print a `UserError` or `OSError` as one line, and return exit code 2."""
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None) -> int:
         try:
             return main(arguments)
+        except BrokenPipeError:  # of stdout, which `cli.main` handles
+            raise
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_MISTAKE
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
 
     return wrapped

@@ -49,7 +49,7 @@ def build_parser() -> CommandParser:
         "input",
         metavar="INPUT",
         help="checkpoint of this library or of detectron2's TensorMask, in any format: a path, a "
-        "name of the model zoo, or an address",
+        "name of the model zoo, or a URL",
     )
     parser.add_argument(
         "output",

@@ -1,4 +1,4 @@
-"""Find the inputs of `predict`: images, videos, folders, globs, addresses, cameras, data sets."""
+"""Find the inputs of `predict`: images, videos, folders, globs, URLs, cameras, data sets."""
 
 import glob
 import os
@@ -20,7 +20,7 @@ _STREAMS = ("rtsp", "rtmp", "udp")
 class Input(NamedTuple):
     """An image, a video or a camera."""
 
-    location: Path | str | int  # a path, an address, or the number of a camera
+    location: Path | str | int  # a path, a URL, or the number of a camera
     is_video: bool  # or a camera
 
     @property
@@ -47,7 +47,7 @@ def find_inputs(words: Iterable[str]) -> FoundInputs:
 
     A word is the path of a file, which is a video if it has the suffix of one, and else an image,
     whatever its suffix; a folder or a glob, of whose files only those with the suffix of an image
-    or video are taken, sorted; an address; the number of a camera; or the name of a data set.
+    or video are taken, sorted; a URL; the number of a camera; or the name of a data set.
 
     Raises:
         UserError, FileNotFoundError: the data set cannot be read.
@@ -97,11 +97,13 @@ def _kind(path: Path) -> str:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if not entry.is_dir())
 
 
 def _files_of_glob(pattern: str) -> list[Path]:
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    return sorted(
+        path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.is_dir()
+    )
 
 
 def _describe_without(word: str, num_files: int) -> str:

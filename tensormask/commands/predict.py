@@ -1,6 +1,6 @@
 """Detect and draw objects: `tensormask predict images/ --weights model_final.pth`.
 
-Inputs are images, folders, globs, addresses, videos and cameras; outputs are drawings, videos,
+Inputs are images, folders, globs, URLs, videos and cameras; outputs are drawings, videos,
 COCO results and label images.
 """
 
@@ -20,15 +20,15 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tensormask.commands import EXIT_INTERRUPTED
 from tensormask.commands.common import (
-    EXIT_INTERRUPTED,
     CommandParser,
     add_config_file,
     add_overrides,
     exits_on_user_error,
 )
 from tensormask.commands.inputs import find_inputs
-from tensormask.commands.prediction import Run, output_stems
+from tensormask.commands.prediction import InputProcessor, output_stems
 from tensormask.evaluation.results import ResultsWriter
 from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
@@ -56,7 +56,7 @@ def build_parser() -> CommandParser:
         nargs="*",
         metavar="INPUT",
         help="image, video, folder (without its subfolders), quoted glob (** matches subfolders), "
-        "http(s) address, name of a data set, or the number of a camera (stop with Ctrl-C)",
+        "http(s) URL, name of a data set, or the number of a camera (stop with Ctrl-C)",
     )
     add("--input", nargs="+", default=[], metavar="INPUT", help="more of them")
     add("--video-input", metavar="INPUT", help=argparse.SUPPRESS)  # of detectron2's demo, as next
@@ -65,7 +65,7 @@ def build_parser() -> CommandParser:
         "--weights",
         default="",
         metavar="FILE",
-        help="a checkpoint, by path or address, or a name such as tensormask_R_50_FPN_6x "
+        help="a checkpoint, by path or URL, or a name such as tensormask_R_50_FPN_6x "
         "(default: MODEL.WEIGHTS of --config-file)",
     )
     add_config_file(parser, default="")
@@ -130,7 +130,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.inputs += args.input + ([args.video_input] if args.video_input else [])
     args.inputs += ["0"] if args.webcam else []
     if not args.inputs:
-        parser.error("name images, folders, videos or addresses")
+        parser.error("name images, folders, videos or URLs")
     if not (args.weights or args.config_file):
         parser.error("name a model: --weights, with a checkpoint or tensormask_R_50_FPN_6x")
     args.save = {kind.strip() for kind in args.save.split(",")}
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     (inputs, others, without), output = find_inputs(args.inputs), Path(args.output)
-    stems = output_stems(inputs, output)
+    stems = output_stems(inputs, output, args.save)
     for message in without:
         logger.error(message)
     if others:
@@ -194,14 +194,14 @@ def main(arguments: list[str] | None = None) -> int:
         results = None
         if "json" in args.save:
             results = stack.enter_context(ResultsWriter(output / DETECTIONS_FILE))
-        run = Run(predictor, options, output, args.save, results, progress, stop)
-        run.process(inputs, stems)
-        if not run.num_read:
+        processor = InputProcessor(predictor, options, output, args.save, results, progress, stop)
+        processor.process(inputs, stems)
+        if not processor.num_read:
             raise _NothingReadError("no input could be read")
-    num_unread = run.num_unread + len(without)
-    speed = run.num_read / (time.perf_counter() - start)
+    num_unread = processor.num_unread + len(without)
+    speed = processor.num_read / (time.perf_counter() - start)
     print(
-        f"{run.num_detections} detections in {run.num_read} images written to {output} "
+        f"{processor.num_detections} detections in {processor.num_read} images written to {output} "
         f"({speed:.1f} images a second)"
         + (f"; {num_unread} inputs could not be read" if num_unread else "")
     )

@@ -25,16 +25,16 @@ from tensormask.visualization.instances import unique_stem
 logger = logging.getLogger("tensormask.commands.predict")
 
 
-def output_stems(inputs: list[Input], output: Path) -> list[str]:
+def output_stems(inputs: list[Input], output: Path, kinds: set[str]) -> list[str]:
     """Return a name for the files of each input, all different.
 
     Raises:
-        UserError: a file would overwrite an input; nothing has been written.
+        UserError: a file of these kinds would overwrite an input; nothing has been written.
     """
     taken: set[str] = set()
     stems = [unique_stem(source.stem, taken) for source in inputs]
-    written = [output / f"{stem}{suffix}" for stem in stems for suffix in (".png", ".mp4")]
-    written += [output / "labels" / f"{stem}.png" for stem in stems]
+    names = {"image": "{}.png", "video": "{}.mp4", "labels": "labels/{}.png"}
+    written = [output / names[kind].format(stem) for kind in kinds & {*names} for stem in stems]
     read = {source.location.resolve() for source in inputs if isinstance(source.location, Path)}
     if overwritten := read & {file.resolve() for file in written}:
         raise UserError(
@@ -45,8 +45,8 @@ def output_stems(inputs: list[Input], output: Path) -> list[str]:
 
 
 @dataclass
-class Run:
-    """Detects in inputs one after the other, and writes what is to be saved.
+class InputProcessor:
+    """Detects objects in inputs one after the other, and writes what is to be saved.
 
     Attributes:
         results: the writer of the COCO results, or None.
@@ -150,5 +150,5 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(detections.label_image()).save(path)
         self.num_read += 1
-        self.num_detections += len(detections)
+        self.num_detections += detections.num_detections
         self.progress.update()

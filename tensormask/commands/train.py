@@ -7,7 +7,8 @@ by `--num-gpus` or by `torchrun`.
 import argparse
 import sys
 
-from tensormask.commands.common import EXIT_MISTAKE, CommandParser, add_config_file, add_overrides
+from tensormask.commands import EXIT_MISTAKE
+from tensormask.commands.common import CommandParser, add_config_file, add_overrides
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError

@@ -64,7 +64,7 @@ def image_to_rgb(image: Any, channel_order: str = "RGB") -> np.ndarray:
             raise UserError(message) from None
     if not isinstance(image, np.ndarray):
         raise UserError(_describe_other(image))
-    pixels = _to_8_bits(_with_channels_last(image))
+    pixels = _to_8_bits(_with_channels_last(np.asarray(image)))  # a matrix stays 2-dimensional
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
     pixels = pixels[:, :, :3]
@@ -153,6 +153,6 @@ def _describe_other(image: Any) -> str:
     if isinstance(image, Iterable) and not isinstance(image, dict | list | tuple):
         return f"{kind}: give iter(images), for a generator of results"
     return (
-        f"{kind}: give a path, an address, a PIL image, an array (H, W, 3), a tensor (3, H, W), or "
+        f"{kind}: give a path, a URL, a PIL image, an array (H, W, 3), a tensor (3, H, W), or "
         "a list or iterator of them"
     )

@@ -22,7 +22,7 @@ class VideoReader:
     """Context manager that iterates over the frames of a video, uint8 RGB `(H, W, 3)`.
 
     Args:
-        source: the path or address of a video, or the number of a camera.
+        source: the path or URL of a video, or the number of a camera.
 
     Attributes:
         fps: frames per second.

@@ -191,7 +191,7 @@ def test_cache_path(cache):
     assert path == cache_path("https://example.com:8443/zoo/v1.0/model_final.pkl?download=1")
 
 
-def test_no_two_addresses_share_a_file():
+def test_no_two_urls_share_a_file():
     urls = [
         *("https://h/a/model.pkl", "http://h/a/model.pkl", "https://h:8443/a/model.pkl"),
         *("https://h/b/model.pkl", "https://h/A/model.pkl", "https://h/a_model.pkl", "https://h/a"),
@@ -211,7 +211,7 @@ def test_no_two_addresses_share_a_file():
         f"/{'long' * 2000}/{'name' * 500}.pkl",
     ],
 )
-def test_no_address_leads_out_of_the_cache(server, cache, tmp_path, path):
+def test_no_url_leads_out_of_the_cache(server, cache, tmp_path, path):
     server.otherwise = GOOD  # whatever the client makes of the dots
     written = download(f"http://127.0.0.1:{server.server_port}{path}")
     assert written.read_bytes() == CONTENT
@@ -229,8 +229,8 @@ def test_no_address_leads_out_of_the_cache(server, cache, tmp_path, path):
         *("a.pkl", ""),
     ],
 )
-def test_broken_addresses_are_refused(url):
-    with pytest.raises(ValueError, match="is not the address of a file"):
+def test_broken_urls_are_refused(url):
+    with pytest.raises(ValueError, match="is not the URL of a file"):
         download(url)
 
 

@@ -1,4 +1,4 @@
-"""The model zoo: its table and its document, and the files of names and addresses."""
+"""The model zoo: its table and its document, and the files of names and URLs."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def test_build(tmp_path):
         ("HTTP://host/a.pkl", "HTTP://host/a.pkl"),
     ],
 )
-def test_addresses(downloaded, name, url):
+def test_urls(downloaded, name, url):
     assert resolve(name) == Path("local")
     assert downloaded == [(url, None)]
 
@@ -163,7 +163,7 @@ def test_paths(downloaded, tmp_path):
     assert len(downloaded) == 1
 
 
-def test_file_addresses(downloaded, tmp_path):
+def test_file_urls(downloaded, tmp_path):
     path = tmp_path / "with space.pth"
     assert resolve(path.as_uri()) == path
     assert resolve(path.as_uri().replace("file:///", "file://localhost/")) == path
@@ -175,7 +175,7 @@ def test_file_addresses(downloaded, tmp_path):
     [
         ("tensormask_R50_6x", "nearest name is 'tensormask_R_50_FPN_6x'"),
         ("", "'' is not a file or a model of the zoo"),
-        ("htps://host/a.pkl", "'htps' is not a kind of address; the nearest name is 'https'"),
+        ("htps://host/a.pkl", "'htps' is not a kind of URL; the nearest name is 'https'"),
         ("ftp://host/a.pkl", "Known: https, http, detectron2, torchvision, file"),
         ("torchvision://resnet51", "nearest name is 'resnet50'"),
         ("torchvision://resnet152", "'resnet152' is not one of torchvision's ResNets"),
@@ -194,9 +194,9 @@ def test_invalid_names_are_refused(downloaded, name, message):
 def test_from_a_server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serve() as server:
-        address = server.add("/a.pkl", Answer(b"weights"))
-        assert resolve(address).read_bytes() == b"weights"
-    assert resolve(address).read_bytes() == b"weights"
+        url = server.add("/a.pkl", Answer(b"weights"))
+        assert resolve(url).read_bytes() == b"weights"
+    assert resolve(url).read_bytes() == b"weights"
 
 
 # ---- any text ----

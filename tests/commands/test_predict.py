@@ -16,6 +16,7 @@ from loopback import Answer, serve
 from PIL import Image
 from pycocotools import mask as rle_tools
 
+from tensormask import cli
 from tensormask import predictor as predictor_module
 from tensormask.commands import predict
 from tensormask.commands.inputs import find_inputs
@@ -41,7 +42,7 @@ def run(tmp_path, model, monkeypatch, out):
     described = {"class_names": list(CHANNELS), "category_ids": [7, 8, 9], "score_threshold": 0.5}
     weights = checkpoint(tmp_path, config=bright_cfg().dump(), **described)
     options = ["--weights", str(weights), "--output", str(out)]
-    return lambda *arguments: predict.main([*options, *map(str, arguments)])
+    return lambda *arguments: cli.main(["predict", *options, *map(str, arguments)])
 
 
 def save(path, rgb=None):
@@ -143,13 +144,16 @@ def test_damaged_inputs_are_named_and_the_rest_goes_on(tmp_path, run, out, capsy
     text = tmp_path / "text"
     text.write_text("no image")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "dangling.png").symlink_to("nowhere.png")
     bad = [cut, text, tmp_path / "none.png", tmp_path / "none*.png", cut_video, text_video]
-    bad += [tmp_path / "none.avi", tmp_path / "empty", "ftp://host/a.png"]
+    bad += [tmp_path / "none.avi", tmp_path / "empty", "ftp://host/a.png", "http:///a.png"]
     with caplog.at_level(logging.ERROR):
-        assert run(*bad, good) == 1
+        assert run(*bad, good, tmp_path / "links") == 1
     for path in bad:
         assert str(path) in caplog.text
-    assert "9 inputs could not be read" in capsys.readouterr().out
+    assert "dangling.png does not exist" in caplog.text
+    assert "11 inputs could not be read" in capsys.readouterr().out
     assert names_in(out) == ["cut_2.mp4", "detections.json", "good.png"]
 
 
@@ -171,7 +175,7 @@ def test_nothing_read_keeps_older_results(tmp_path, run, out):
     assert names_in(out) == ["a.png", "detections.json"]
 
 
-def test_an_address(tmp_path, run, out, monkeypatch, caplog):
+def test_a_url(tmp_path, run, out, monkeypatch, caplog):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     png = io.BytesIO()
     Image.fromarray(make_image()).save(png, "png")
@@ -215,11 +219,12 @@ def test_images_with_equal_names_are_drawn_to_different_files(tmp_path, run, out
     assert names_in(out) == ["a.png", "a_2.png", "a_3.png", "detections.json"]
 
 
-@pytest.mark.parametrize("name, folder", [("a.png", "."), ("labels/a.png", "labels")])
-def test_inputs_are_not_overwritten(tmp_path, run, capsys, name, folder):
+@pytest.mark.parametrize("name, kind", [("a.png", "image"), ("labels/a.png", "labels")])
+def test_inputs_are_not_overwritten(tmp_path, run, capsys, name, kind):
     path = save(tmp_path / name)
     before = path.read_bytes()
-    assert run(path, "--output", tmp_path) == 2
+    assert run(path, "--output", tmp_path, "--save", "json") == 0
+    assert run(path, "--output", tmp_path, "--save", kind) == 2
     assert path.read_bytes() == before
     assert "--output" in capsys.readouterr().err
 

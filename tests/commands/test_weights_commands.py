@@ -42,7 +42,7 @@ USERS: dict[str, Callable[[Path], object]] = {
     "read_checkpoint": read_checkpoint,
     "load_weights": lambda path: tensormask.load_weights(build(), path),
     "load_weights, as text": lambda path: tensormask.load_weights(build(), str(path)),
-    "load_weights, by address": lambda path: tensormask.load_weights(build(), path.as_uri()),
+    "load_weights, by URL": lambda path: tensormask.load_weights(build(), path.as_uri()),
     "Predictor": lambda path: tensormask.Predictor(get_cfg(), path),
     "Predictor, from the config": lambda path: tensormask.Predictor(
         get_cfg(opts=["MODEL.WEIGHTS", str(path)])
