@@ -46,6 +46,9 @@ def test_dtypes_of_the_model(dtype: torch.dtype) -> None:
         actual = model.preprocess([(image / 255).to(other)])
         assert actual.dtype == dtype
         assert_close(actual.float(), batch, rtol=0.02, atol=0.02)
+    precise = torch.promote_types(dtype, torch.float32)
+    mean, std = model.pixel_mean.to(precise), model.pixel_std.to(precise)
+    assert torch.equal(model.preprocess([image])[0], ((image.flip(0) - mean) / std).to(dtype))
     with torch.inference_mode():
         (detection,) = model.eval()([image])
     assert detection["masks"].shape[1:] == (64, 96)

@@ -63,12 +63,13 @@ def test_outputs_that_hooks_keep_are_not_changed() -> None:
     assert all(torch.equal(output, copy) for output, copy in kept)
 
 
-def test_backward_hooks_of_layers_before_additions() -> None:
+def test_backward_hooks_of_layers_before_additions_and_of_towers() -> None:
     model, seen = build(opts=FROZEN), []
-    for module in (model.backbone.res3[0].bn2, model.fpn.lateral["p3"], model.mask_head.mask_fuse):
+    towers = model.head.bbox_subnet, model.mask_head.mask_fuse
+    for module in (model.backbone.res3[0].bn2, model.fpn.lateral["p3"], *towers):
         module.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(module))
     sum(losses_of(model).values()).backward()
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 4
 
 
 class LoRA(nn.Module):
@@ -155,11 +156,21 @@ def test_what_is_plain() -> None:
     class Own(nn.Conv2d):
         pass
 
-    hooked, patched = conv(), conv()
+    class Quantized(nn.Parameter):
+        pass
+
+    hooked, patched, quantized = conv(), conv(), conv()
+    quantized.weight = Quantized(quantized.weight)
     hooked.register_forward_pre_hook(lambda module, inputs: None)
     patched.forward = lambda x: x
     assert is_plain_conv(conv())
-    unknown = [hooked, patched, Own(4, 4, 3, padding=1), parametrizations.weight_norm(conv())]
+    unknown = [
+        hooked,
+        patched,
+        quantized,
+        Own(4, 4, 3, padding=1),
+        parametrizations.weight_norm(conv()),
+    ]
     unknown += [conv(groups=2), conv(dilation=2), conv(padding_mode="reflect")]
     assert not any(map(is_plain_conv, unknown))
     assert plain_tower([conv(), nn.ReLU(), conv()]) is not None
