@@ -178,7 +178,9 @@ def test_the_state_of_callbacks_is_restored(tmp_path, fakes, monkeypatch, where)
 
     monkeypatch.setattr(evaluator, "evaluate", evaluate)
     with pytest.raises(TrainingStopped):
-        trainer.train(cfg, callbacks=[Recorder(), Count()])
+        trainer.train(cfg, callbacks=[stopped := Recorder(), Count()])
+    saved = [call[2] for call in stopped.calls if call[0] == "after checkpoint"]
+    assert len(set(saved)) == len(saved)  # none twice
     recorder, count = Recorder(), Count()
     trainer.train(cfg, resume=True, callbacks=[recorder, count])
     assert recorder.num_steps == 9

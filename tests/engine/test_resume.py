@@ -263,6 +263,9 @@ def test_score_thresholds_are_in_the_evaluated_checkpoints(tmp_path, fakes, monk
     assert stored("model_0000019.pth")[0] is None
     thresholds["inference"] = 0.5
     evaluator.evaluate_only(make_cfg(tmp_path, *opts), resume=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000019.pth")
+    thresholds["inference"] = 0.1  # of other weights than those in model_final.pth
+    evaluator.evaluate_only(make_cfg(tmp_path, *opts), resume=True)
     assert [stored(name)[0] for name in ("model_final.pth", "model_final_ema.pth")] == [0.5, 0.75]
 
 
