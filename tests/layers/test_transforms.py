@@ -187,7 +187,7 @@ def dual_of_dual(f: Function, x: Tensor) -> Tensor:
     return func.jvp(lambda x: func.jvp(f, (x,), (x.sin(),))[1], (x,), (x.cos(),))[1]
 
 
-SLOW = ("linearize",)  # it traces
+SLOW = ("linearize", "jvp of jvp", "functional.hessian")
 
 
 @pytest.mark.parametrize(
