@@ -100,8 +100,10 @@ def is_key(word: str, cfg: CfgNode) -> bool:
     exists, only a key that exists is one: write ./SEED for a file SEED.
 
     Raises:
-        UserError: it is KEY=VALUE.
+        UserError: it is KEY=VALUE, or a key in lower case that is no file.
     """
+    if "." in word and word != word.upper() in dict(leaves(cfg)) and not os.path.exists(word):
+        raise UserError(f"keys are in upper case: write {word.upper()}, not {word}")
     key, equals, value = word.partition("=")
     if not re.fullmatch(r"[A-Z][A-Z\d_]*(\.[A-Z\d_]+)*", key) or key.split(".")[0] not in cfg:
         return False

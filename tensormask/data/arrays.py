@@ -91,9 +91,7 @@ def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
     if len(shape) != 3 or shape[0] != 3:
         raise UserError(_refusal(f"a tensor must be (3, H, W), got {shape}", hint))
     image = image.detach().cpu().permute(1, 2, 0)
-    if image.dtype in (torch.bfloat16, torch.float16):
-        image = image.float()
-    return image.numpy()
+    return (image.float() if image.is_floating_point() else image).numpy()
 
 
 def _with_channels_last(image: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 from loopback import Answer, serve
 
 from tensormask.checkpoint.downloads import cache_folder, cache_path, download
+from tensormask.utils.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -236,6 +237,8 @@ def test_broken_urls_are_refused(url):
 
 def test_a_path_and_a_limit_of_the_size(server, cache, tmp_path):
     url, path = server.add("/a.png", GOOD), tmp_path / "image"
+    with pytest.raises(UserError, match="is not the URL of a file"):
+        download("http://", path=path)
     with pytest.raises(OSError, match=r"larger than 0\.01 MB"):
         download(url, path=path, max_bytes=10_000)
     assert files_in(tmp_path) == []

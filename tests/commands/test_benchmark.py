@@ -73,8 +73,10 @@ def test_dtype_and_device_become_options_of_the_config(config):
         True,
         "float16",
     )
-    with pytest.raises(UserError, match="no GPU is available"):
-        benchmark.model_config(benchmark.build_parser().parse_args([*config, "--device", "cuda"]))
+    for device, message in (("cuda", "no GPU is available"), ("gpu", "'gpu': set it to")):
+        words = [*config, "--device", device]
+        with pytest.raises(UserError, match=message):
+            benchmark.model_config(benchmark.build_parser().parse_args(words))
 
 
 def test_training_leaves_the_weights_unchanged():

@@ -287,6 +287,7 @@ def test_a_camera_is_stopped_by_an_interrupt(run, out, model, monkeypatch, num_f
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     assert run(1) == (0 if num_frames else 1)
+    assert all(len(batch) == 1 for batch in model.seen)  # no frame waits for others
     monkeypatch.undo()
     assert names_in(out) == (["camera_1.mp4", "detections.json"] if num_frames else [])
 
