@@ -140,7 +140,7 @@ class ResNet(nn.Module):
         return features
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> None:
+def freeze(model: nn.Module, names: str | Iterable[str]) -> None:
     """Freeze parts of a model: no gradients, and batch norms that stay as they are.
 
     Batch norms keep their statistics and use them in train mode, too. Those of `torch.nn` for
@@ -148,8 +148,8 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     optimizer has to be built afterwards.
 
     Args:
-        names: of modules, as in `nn.Module.named_modules`; everything inside of them is frozen. ""
-            is the model itself.
+        names: one or several names of modules, as in `nn.Module.named_modules`; everything inside
+            of them is frozen. "" is the model itself.
 
     Raises:
         UserError: there is no such module.
@@ -162,7 +162,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
         ('FrozenBatchNorm2d', True)
     """
     modules = dict(model.named_modules())
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if name not in modules:
             (nearest,) = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
             raise UserError(f"{name!r} is not a module of the model; the nearest is {nearest!r}")

@@ -53,7 +53,7 @@ def test_frozen_parts_stay_as_they_are_and_others_learn() -> None:
 
 def test_copies_stay_frozen() -> None:
     model = trained_once()
-    freeze(model, [""])
+    freeze(model, "")
     copied = copy.deepcopy(model).train()
     statistics = copied.backbone.res2[0].bn1.running_mean.clone()
     copied.backbone(copied.preprocess([make_image(64, 64)]))
@@ -63,7 +63,7 @@ def test_copies_stay_frozen() -> None:
 
 def test_a_norm_itself_and_unknown_names() -> None:
     model, norm = trained_once(), nn.BatchNorm2d(3)
-    freeze(model, ["backbone.res3.0.bn1"])
+    freeze(model, "backbone.res3.0.bn1")
     assert isinstance(model.backbone.res3[0].bn1, FrozenBatchNorm2d)
     freeze(norm, [""])
     norm.train()(torch.rand(2, 3, 4, 4))
