@@ -154,13 +154,23 @@ def _without_prefixes(arrays: dict[str, Tensor], path: str | PathLike[str]) -> d
 
 
 def check_complete(loaded: LoadResult, path: str | PathLike[str]) -> None:
-    """Raise ValueError if `load_weights` left a part of the model at its random start."""
+    """Raise ValueError if the weights in a file are not those of this model.
+
+    A part of the model has kept its random start, or the file has statistics of batch norms where
+    the model has other norms.
+    """
     if loaded.missing or loaded.misshapen:
         first = (loaded.missing + loaded.misshapen)[0]
         raise UserError(
             f"{path} does not fit the model that the config describes: {len(loaded.missing)} "
             f"parameters are missing and {len(loaded.misshapen)} have another shape, such as "
             f"{first}. Give the config that the weights were trained with"
+        )
+    statistics = [name for name in loaded.unexpected if name.endswith(".running_mean")]
+    if statistics:
+        raise UserError(
+            f"{path} has batch norms where the model has another norm, such as {statistics[0]}. "
+            "Give the config that the weights were trained with (MODEL.RESNETS.NORM)"
         )
 
 

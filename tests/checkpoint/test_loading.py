@@ -257,6 +257,13 @@ def test_misfits_are_returned_and_logged(caplog) -> None:
         check_complete(result, "model.pth")
 
 
+def test_batch_norms_do_not_fit_other_norms() -> None:
+    trained = dict(build(opts=["MODEL.RESNETS.NORM", "BN"]).state_dict())
+    loaded = load(build(opts=["MODEL.RESNETS.NORM", "GN"]), trained)
+    with pytest.raises(ValueError, match=r"another norm.*MODEL\.RESNETS\.NORM"):
+        check_complete(loaded, "model.pth")
+
+
 def test_long_lists_and_names_are_cut(caplog) -> None:
     state = build().state_dict() | {f"{'x' * 300}{i}\n": torch.zeros(1) for i in range(100)}
     assert len(load(build(), state).unexpected) == 100
