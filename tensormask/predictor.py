@@ -24,6 +24,7 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.images import ImageError, read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
+from tensormask.engine.anomaly import check_weights
 from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
 from tensormask.modeling.inputs import padded_size, size_of
@@ -78,7 +79,8 @@ class Predictor:
             None. It is applied only if it is given as `threshold`.
 
     Raises:
-        UserError: an unknown name, no trained weights, no config, or weights that do not fit it.
+        UserError: an unknown name, no trained weights, no config, or weights that do not fit it
+            or are not finite.
         FileNotFoundError: the checkpoint does not exist.
         OSError: the checkpoint could not be downloaded.
     """
@@ -100,6 +102,7 @@ class Predictor:
             cfg.MODEL.DEVICE = str(device)
         self.model = build_model(cfg).eval()
         check_complete(load_weights(self.model, path, content=content), path)
+        check_weights(self.model, path)
         self.transform = build_test_transform(cfg)
         description = get_description(content)
         self.score_threshold: float | None = description.get("score_threshold")

@@ -1,6 +1,7 @@
 """`Predictor`: which model, every kind of input, the options of a call, and its results."""
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -136,6 +137,11 @@ def test_weights_must_match(tmp_path, cfg, model):
     model.other = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="1 parameters are missing"):
         Predictor(cfg, checkpoint(tmp_path))
+    del model.other
+    path = tmp_path / "nan.pth"
+    torch.save({"model": {"bias": torch.tensor([math.nan])}}, path)
+    with pytest.raises(ValueError, match=r"Not finite in .*nan\.pth: bias"):
+        Predictor(cfg, path)
 
 
 def test_class_names_of_the_checkpoint_the_data_or_numbers(tmp_path, cfg, model, monkeypatch):

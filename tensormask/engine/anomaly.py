@@ -7,6 +7,7 @@ Losses and the gradient norm are always checked, as they are read in every itera
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _advice(batch: list[dict]) -> str:
     )
 
 
-def check_weights(model: nn.Module, where: str) -> None:
+def check_weights(model: nn.Module, where: str | PathLike[str]) -> None:
     """Raise UserError if a weight is NaN or infinite; `where` names the file in the message."""
     if names := _not_finite(model.state_dict()):
         raise UserError(f"Not finite in {where}: {names}; use other weights")

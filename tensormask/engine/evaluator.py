@@ -21,6 +21,7 @@ from tensormask.data import (
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine import distributed
+from tensormask.engine.anomaly import check_weights
 from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import (
@@ -76,6 +77,7 @@ def evaluate_only(
             with distributed.first_on_machine():  # this can download a file
                 loaded = load_weights(model, cfg.MODEL.WEIGHTS)
             check_complete(loaded, cfg.MODEL.WEIGHTS)
+            check_weights(model, cfg.MODEL.WEIGHTS)
         else:
             raise UserError(
                 "No weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "

@@ -318,8 +318,9 @@ def test_weights_to_start_from_that_are_not_finite(tmp_path, fakes):
     bad.out.bias.data.fill_(float("inf"))
     torch.save({"model": bad.state_dict()}, tmp_path / "bad.pth")
     cfg = make_cfg(tmp_path / "run", "MODEL.WEIGHTS", str(tmp_path / "bad.pth"))
-    with pytest.raises(ValueError, match=r"Not finite in .*bad\.pth: out\.bias; use other"):
-        trainer.train(cfg)
+    for use in (trainer.train, evaluator.evaluate_only):
+        with pytest.raises(ValueError, match=r"Not finite in .*bad\.pth: out\.bias; use other"):
+            use(cfg)
 
 
 def test_algorithms_and_precision_follow_their_keys(tmp_path, fakes):
