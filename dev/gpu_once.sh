@@ -642,7 +642,7 @@ case $PART in
 1)
     { nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,temperature.gpu --format=csv; nvcc --version | tail -1; "$PY" --version; } 2>&1 | tee -a "$OUT/log.txt"
     [ "$DEVICE" = cpu ] || "$PY" -c 'import sys; from tensormask.layers import _native; print(_native.LIBRARY, _native.REASON); sys.exit("cuda" not in _native.DEVICES)' ||
-        { rm -f tensormask/_C*.so; FORCE_CUDA=1 CUDA_HOME=/usr/local/cuda TORCH_CUDA_ARCH_LIST=9.0 step 100 build "$PY" setup.py build_ext --inplace; }
+        { rm -f tensormask/_C*.so; FORCE_CUDA=1 CUDA_HOME=/usr/local/cuda TORCH_CUDA_ARCH_LIST=9.0 step 100 build "$PY" -m tensormask.commands.build_ops; }
     step 60 env "$PY" "$H/env.py" "$OUT/env.json"
 
     log "correctness: three side by side, no times"

@@ -201,9 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     num_unread = processor.num_unread + len(without)
     speed = processor.num_read / (time.perf_counter() - start)
     print(
-        f"{processor.num_detections} detections in {processor.num_read} images written to {output} "
+        f"detections: {processor.num_detections} in {processor.num_read} images, in {output} "
         f"({speed:.1f} images a second)"
-        + (f"; {num_unread} inputs could not be read" if num_unread else "")
+        + (f"; inputs that could not be read: {num_unread}" if num_unread else "")
     )
     if stop.is_set() and not has_camera:
         print("interrupted: the remaining inputs were not processed", file=sys.stderr)

@@ -27,7 +27,9 @@ def describe() -> str:
         *((f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())),
         ("operators", str(_native.LIBRARY or "plain PyTorch")),
     ]
-    rows += [(f"  on {device}", _native.describe(device)) for device in ("cpu", "cuda")]
+    has_cuda = torch.cuda.is_available() or "cuda" in _native.DEVICES
+    devices = ("cpu", "cuda") if has_cuda else ("cpu",)
+    rows += [(f"  on {device}", _native.describe(device)) for device in devices]
     rows.append(("  TENSORMASK_OP", os.environ.get("TENSORMASK_OP", "auto (not set)")))
     return "\n".join(f"{name:<24} {text}" for name, text in rows)
 

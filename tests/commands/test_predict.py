@@ -153,7 +153,7 @@ def test_damaged_inputs_are_named_and_the_rest_goes_on(tmp_path, run, out, capsy
     for path in bad:
         assert str(path) in caplog.text
     assert "dangling.png does not exist" in caplog.text
-    assert "11 inputs could not be read" in capsys.readouterr().out
+    assert "inputs that could not be read: 11" in capsys.readouterr().out
     assert names_in(out) == ["cut_2.mp4", "detections.json", "good.png"]
 
 
