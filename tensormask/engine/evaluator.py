@@ -198,7 +198,7 @@ def _evaluate_one(
     if results:  # empty for test-dev, which has no annotations, and above rank 0
         logger.info("Results on %s\n%s", name, results_table(results, oracle))
         if oracle is not None:
-            logger.info("oracle: ground-truth masks at the resolution of the windows, a limit of AP")
+            logger.info("oracle: ground-truth masks at the windows' resolution, a limit of AP")
         for task, metrics in results.items():
             if "best_f1" in metrics:
                 f1, threshold = metrics["best_f1"], metrics["best_f1_threshold"]

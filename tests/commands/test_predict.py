@@ -83,7 +83,7 @@ def test_drawings_and_cocos_format(tmp_path, run, out, capsys):
         assert drawing.width > 96
     printed = capsys.readouterr().out
     assert "threshold 0.5 (the best F1" in printed
-    assert "4 detections in 2 images" in printed
+    assert "detections: 4 in 2 images" in printed
 
 
 def test_threshold_classes_and_overrides(tmp_path, run, model, out):
