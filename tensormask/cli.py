@@ -5,13 +5,13 @@ without importing torch.
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
 
 from tensormask import __version__
 from tensormask.commands import EXIT_CLOSED, EXIT_INTERRUPTED, EXIT_MISTAKE
+from tensormask.utils.errors import nearest_name
 
 SHELLS = ("bash", "zsh")
 FILES = ("DIR", "FILE", "INPUT", "OUTPUT", "RUN")  # in the help of arguments that are paths
@@ -114,8 +114,8 @@ def _print_completion(words: list[str]) -> int:
 def _unknown(words: list[str]) -> str:
     if inside := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]:
         return f"error: say what to {words[0]}: tensormask {' or tensormask '.join(inside)}"
-    (nearest,) = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)
     return (
-        f"error: {words[0]!r} is not a command; the nearest one is {nearest}. "
+        f"error: {words[0]!r} is not a command; the nearest one is "
+        f"{nearest_name(words[0], COMMANDS)}. "
         "tensormask --help lists all commands."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from tensormask.data import shapes
 from tensormask.data.coco import CocoDataset
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, nearest_name
 
 # Annotations and images of each name, below `<data root>/coco`, as in detectron2.
 _COCO_FILES = {
@@ -115,9 +114,8 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
         json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
     else:
         known = [*_registered, *_built_in_names()]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown data set {name!r}; the nearest known name is {nearest!r}. "
+            f"unknown data set {name!r}; the nearest known name is {nearest_name(name, known)!r}. "
             f"Use one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
             "or a name given to register_coco_instances."
         )

@@ -3,7 +3,6 @@
 Also `freeze`, for these and other parts of a model.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers.plain import is_plain, is_plain_conv
 from tensormask.layers.winograd import conv2d
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, nearest_name
 
 PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 
@@ -164,7 +163,7 @@ def freeze(model: nn.Module, names: str | Iterable[str]) -> None:
     modules = dict(model.named_modules())
     for name in [names] if isinstance(names, str) else names:
         if name not in modules:
-            (nearest,) = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
+            nearest = nearest_name(name, modules)
             raise UserError(f"{name!r} is not a module of the model; the nearest is {nearest!r}")
         modules[name].requires_grad_(False)
         inside = f"{name}." if name else ""

@@ -1,7 +1,7 @@
 """The error for what a user can correct, and texts of unknown origin in its message."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -17,7 +17,12 @@ def shorten(text: str, length: int = 100) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return the most similar of the known names, of which there is at least one."""
+    return difflib.get_close_matches(name, [*known], n=1, cutoff=0.0)[0]
+
+
 def unknown_name(what: str, name: str, known: Collection[str]) -> str:
     """Say that a name is unknown, with the nearest known name and all of them."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    nearest = nearest_name(name, known)
     return f"{name!r} is not {what}; the nearest name is {nearest!r}. Known: {', '.join(known)}"
