@@ -5,20 +5,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.ops  # noqa: F401 (registers torch.ops.torchvision)
 from torch import Tensor
-from torchvision.ops import roi_align
 
 # Mask pixels computed at once: limits the floating copies to 128 MB.
 _MAX_PIXELS_AT_ONCE = 1 << 25
 
 
+@torch.no_grad()
 def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tensor:
     """Crop each object's mask to a window and resize it (detectron2's `BitMasks.crop_and_resize`).
 
+    The host never waits for a GPU.
+
     Args:
-        masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in an image.
+        masks (Tensor[M, H, W]): bool or uint8, the masks of M objects in an image. Floating masks
+            of the dtype of ``boxes`` are not converted again: for several calls with the same
+            masks on a GPU.
         objects (Tensor[K]): int64, the object of each window. On the CPU, or on the device of
-            ``masks``; then the host waits for that device.
+            ``masks``; on a GPU, all M masks are converted to floating, not only those in use.
         boxes (Tensor[K, 4]): the windows ``(x0, y0, x1, y1)`` in pixels, floating, on the device
             of ``objects``. They may extend beyond the image.
         side: side of the cropped masks, in mask pixels.
@@ -33,18 +38,46 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tens
         >>> crop_masks(masks, torch.tensor([0]), torch.tensor([[0.0, 2.0, 4.0, 6.0]]), 2).tolist()
         [[[True, True], [False, False]]]
     """
+    # A limited number of pixels is converted to floating at a time.
+    num_masks = max(1, _MAX_PIXELS_AT_ONCE // max(1, masks[:1].numel()))
+    if objects.device.type != "cpu":
+        return _crop_from_all(masks, objects, boxes, side, num_masks)
     used, row = objects.unique(return_inverse=True)
     cropped = masks.new_empty(len(objects), side, side, dtype=torch.bool)
-    # Only the masks in use are converted to floating, a limited number of pixels at a time.
-    num_masks = max(1, _MAX_PIXELS_AT_ONCE // max(1, masks[:1].numel()))
-    for number, part in enumerate(used.split(num_masks)):
-        start = number * num_masks
+    for start in range(0, len(used), num_masks):
+        part = used[start : start + num_masks]
+        of_part = masks[start : start + num_masks]
+        if len(used) < len(masks):
+            of_part = masks[to_device(part, masks.device)]
+        if len(part) == len(used):
+            return _crop(of_part, row, boxes, side)
         at = torch.where((row >= start) & (row < start + num_masks))[0]
-        rois = torch.cat([(row[at] - start).to(boxes.dtype)[:, None], boxes[at]], dim=1)
-        part, at, rois = (to_device(t, masks.device) for t in (part, at, rois))
-        soft = roi_align(masks[part][:, None].to(boxes.dtype), rois, side, 1.0, 0, True)
-        cropped[at] = soft[:, 0] >= 0.5
+        crops = _crop(of_part, row[at] - start, boxes[at], side)
+        cropped[to_device(at, masks.device)] = crops
     return cropped
+
+
+def _crop_from_all(
+    masks: Tensor, objects: Tensor, boxes: Tensor, side: int, num_masks: int
+) -> Tensor:
+    """Crop as `crop_masks`, also from masks without a window: the host need not know which."""
+    cropped = masks.new_zeros(len(objects), side, side, dtype=torch.bool)
+    for number, part in enumerate(masks.split(num_masks)):
+        row = objects - number * num_masks
+        inside = (row >= 0) & (row < len(part))
+        of_part = _crop(part, torch.where(inside, row, 0), boxes, side)
+        cropped |= of_part & inside[:, None, None]
+    return cropped
+
+
+def _crop(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tensor:
+    rois = to_device(torch.cat([objects.to(boxes.dtype)[:, None], boxes], dim=1), masks.device)
+    # The operator itself: where algorithms must be deterministic, torchvision's function calls
+    # another one on a GPU, for the sake of the gradient, that takes H * W samples per mask pixel.
+    soft = torch.ops.torchvision.roi_align(
+        masks[:, None].to(boxes.dtype), rois, 1.0, side, side, 0, True
+    )
+    return soft[:, 0] >= 0.5
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

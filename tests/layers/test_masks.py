@@ -1,6 +1,9 @@
 """Cropping to windows and pasting back: by hand, and against torchvision and the formula."""
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
 from tensormask.layers import crop_masks, mask_boxes, paste_masks
@@ -32,10 +35,51 @@ def test_crop_equals_roi_align_at_once_and_in_parts(monkeypatch) -> None:
     boxes[:, 2:] += boxes[:, :2] + 20
     rois = torch.cat([torch.arange(7.0)[:, None], boxes], dim=1)
     expected = roi_align(masks[objects][:, None].float(), rois, 15, 1.0, 0, True)[:, 0] >= 0.5
-    assert torch.equal(crop_masks(masks, objects, boxes, 15), expected)
-    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 40 * 50)
-    assert torch.equal(crop_masks(masks, objects, boxes, 15), expected)
-    assert crop_masks(masks[:0], objects[:0], boxes[:0], 15).shape == (0, 15, 15)
+    for limit in (1 << 25, 2 * 40 * 50, 1):
+        monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", limit)
+        for given in (masks, masks.byte(), masks.float()):
+            assert torch.equal(crop_masks(given, objects, boxes, 15), expected)
+        for part in (1, 2, 7):  # on a GPU
+            crops = masks_module._crop_from_all(masks, objects, boxes, 15, part)
+            assert torch.equal(crops, expected)
+        assert torch.equal(crop_masks(masks[:3], objects[1:4], boxes[1:4], 15), expected[1:4])
+        assert crop_masks(masks[:0], objects[:0], boxes[:0], 15).shape == (0, 15, 15)
+
+
+class Calls(TorchDispatchMode):
+    """Names the operators that are called, and the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func._schema.name)
+        self.largest = max(self.largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("limit", [1 << 25, 480 * 480])
+def test_crop_on_a_gpu(monkeypatch, limit) -> None:
+    """No operator makes the host wait, and none is large where algorithms are deterministic.
+
+    torchvision's function `roi_align` would take 480 * 480 samples for each mask pixel.
+    """
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", limit)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with FakeTensorMode(), Calls() as calls:  # where a value is read, FakeTensor raises
+            masks = torch.zeros(3, 480, 480, dtype=torch.bool, device="cuda")
+            objects = torch.zeros(10, dtype=torch.int64, device="cuda")
+            cropped = crop_masks(masks, objects, torch.zeros(10, 4, device="cuda"), 15)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cropped.shape == (10, 15, 15)
+    assert "torchvision::roi_align" in calls.names
+    assert calls.largest <= masks.numel()
 
 
 def test_paste_by_hand() -> None:
