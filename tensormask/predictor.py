@@ -21,6 +21,7 @@ from tensormask.config import CfgNode
 from tensormask.data import get_dataset
 from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
+from tensormask.data.classes import present_classes
 from tensormask.data.images import ImageError, read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
@@ -283,5 +284,5 @@ def _find_classes(cfg: CfgNode, stored: dict[str, Any]) -> tuple[list[str], list
         except (OSError, ValueError):  # weights are often used without their data
             continue
         if len(dataset.class_names) == num_classes:
-            return list(dataset.class_names), list(dataset.category_ids)
+            return present_classes(dataset)
     return [class_name(label, None) for label in range(num_classes)], numbered

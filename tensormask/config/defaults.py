@@ -140,6 +140,9 @@ _DEFAULTS: dict[str, Any] = {
         # Make an issue of a data set (data/checks/issues.py) an error. If False, issues are counted
         # in the log and in metrics.json, and the entries are left out or corrected.
         "STRICT": False,
+        # How the classes of weights and data sets are matched: by their "name", or by their
+        # "position" in the order of category ids. Weights without names are matched by position.
+        "MATCH_CLASSES": "name",
     },
     "DATALOADER": {
         # Number of worker processes that read images; 0 reads them in the training process.

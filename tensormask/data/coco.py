@@ -7,9 +7,11 @@ in one packed buffer that worker processes share.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ class CocoDataset:
 
     Attributes:
         image_ids: ids of all images, ascending. The *index* of an image counts in this list.
-        category_ids: the COCO id of each label; labels count from 0 in the order of the ids.
+        category_ids: the COCO id of each label; labels count from 0 in the order of the ids, or in
+            that of `with_labels`, where None is a class that the file does not have.
         class_names: the name of each label.
         issues: the issues of the set that are known so far.
         sizes: int32 `(N, 2)`, (height, width) of each image in pixels as the annotations state it.
@@ -71,9 +74,8 @@ class CocoDataset:
                     f"{os.fspath(json_file)} has no valid {key}.\n{self.issues.table()}".strip()
                 )
         self.image_ids: list[Identity] = sorted(images, key=sort_key)
-        self.category_ids: list[Identity] = sorted(categories, key=sort_key)
-        self.class_names: list[str] = [categories[i] for i in self.category_ids]
-        self._label_of = {category: label for label, category in enumerate(self.category_ids)}
+        category_ids = sorted(categories, key=sort_key)
+        self._set_labels([categories[i] for i in category_ids], category_ids)
         self._index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
 
         self.has_annotations = bool(content["annotations"])
@@ -100,6 +102,26 @@ class CocoDataset:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def with_labels(
+        self, class_names: Sequence[str], category_ids: Sequence[Identity | None]
+    ) -> CocoDataset:
+        """Return this set with other labels: those of a model, say. All else is shared.
+
+        Args:
+            class_names, category_ids: by label; the ids are all of the set's, each once, and None
+                for classes that it does not have.
+        """
+        dataset = copy.copy(self)
+        dataset._set_labels(class_names, category_ids)
+        return dataset
+
+    def _set_labels(
+        self, class_names: Sequence[str], category_ids: Sequence[Identity | None]
+    ) -> None:
+        self.class_names: list[str] = list(class_names)
+        self.category_ids: list[Identity | None] = list(category_ids)
+        self._label_of = {category: label for label, category in enumerate(category_ids)}
 
     def record(self, index: int) -> tuple[ImageEntry, list[Annotation]]:
         """Return `image` and `annotations` of the image with this index in `image_ids`."""
@@ -173,6 +195,7 @@ class CocoDataset:
             "categories": [
                 {"id": category, "name": name}
                 for category, name in zip(self.category_ids, self.class_names, strict=True)
+                if category is not None
             ],
             "annotations": [a for _, annotations in records for a in annotations],
         }

@@ -15,6 +15,7 @@ from tensormask.config import CfgNode
 from tensormask.data.catalog import get_dataset
 from tensormask.data.checks.annotations import ImageEntry, is_trainable
 from tensormask.data.checks.issues import Identity
+from tensormask.data.classes import Classes, check_num_classes, log_match, match_dataset
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
 from tensormask.data.samplers import AUGMENTATION, MAPPER, REPLACEMENT, BatchSampler, random_stream
@@ -43,12 +44,16 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     mapper: Mapper | None = None,
+    classes: Classes | None = None,
 ) -> Iterator[list[Sample]]:
     """Yield training batches from `DATASETS.TRAIN` endlessly, starting at `start_iteration`.
 
     A batch is a list of `SOLVER.IMS_PER_BATCH` samples. It depends only on `SEED`, its iteration,
     the files and `mapper` (see `TrainingSet`). Process `rank` of `world_size` gets an equal share
     of each of the `SOLVER.ACCUMULATE_STEPS` parts, so all processes together have the batch of one.
+
+    `classes` are those of the model, which give the labels (`match_dataset`); None takes those of
+    the first set.
 
     Raises:
         ValueError: the batch does not divide into these shares, the seed is negative, no image can
@@ -73,14 +78,11 @@ def build_train_loader(
         raise UserError(
             "DATASETS.TRAIN is empty; name a set, as in DATASETS.TRAIN \"('shapes_train',)\"."
         )
-    for dataset in datasets:
-        check_dataset(cfg, dataset)
-        if dataset.class_names != datasets[0].class_names:
-            raise UserError(
-                f"{datasets[0].name} and {dataset.name} have different classes, "
-                f"{datasets[0].class_names} and {dataset.class_names}; "
-                "data sets that are trained on together need the same classes."
-            )
+    classes = classes or Classes(datasets[0].class_names, source=datasets[0].name)
+    for number, dataset in enumerate(datasets):
+        datasets[number] = match_dataset(cfg, dataset, classes, complete=True)
+        log_match(dataset, datasets[number], classes)
+        check_dataset(cfg, datasets[number])
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     augmentation = build_train_transform(cfg)
     training_set = TrainingSet(
@@ -148,12 +150,7 @@ def check_dataset(cfg: CfgNode, dataset: CocoDataset) -> None:
     That is: it has another number of classes, none of its annotations is valid, or it has issues
     (as far as they are known) and `DATASETS.STRICT` is on.
     """
-    expected, given = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
-    if expected != given:
-        raise UserError(
-            f"{dataset.name} has {expected} classes, but MODEL.TENSOR_MASK.NUM_CLASSES is {given}. "
-            f"Add the override: MODEL.TENSOR_MASK.NUM_CLASSES {expected}"
-        )
+    check_num_classes(cfg, dataset.class_names, dataset.name)
     if cfg.DATASETS.STRICT:
         dataset.issues.check_strict(dataset.name)
     if dataset.has_annotations and not dataset.num_annotations:

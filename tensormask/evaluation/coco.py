@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
+from tensormask.data.classes import present_classes
 from tensormask.evaluation.predictions import DRAWN_SCORE, evenly_spread, write_images
 from tensormask.evaluation.results import ResultsWriter, coco_results, merge_results, read_results
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
@@ -57,7 +58,9 @@ def evaluate(
             unless it has no mask head, bool `masks (K, height, width)`.
         loader: yields lists of samples with `image`, `image_id`, `height` and `width`. Samples
             whose `image` is None (unreadable files) are skipped: their objects count as missed.
-        dataset: a `CocoDataset`; all of its `image_ids` count, also those that the loader omits.
+        dataset: a `CocoDataset` with the model's labels (`data.classes.match_dataset`); all of its
+            `image_ids` count, also those that the loader omits. Detections of classes that it does
+            not have are left out.
         output_dir: the folder for `coco_instances_results.json`, `precision_recall.json` (see
             `precision_curves`), `images/` and `montage.png`, and the files for COCO's server
             (`write_submission`) if the data set has no annotations. None: only a temporary file is
@@ -78,7 +81,7 @@ def evaluate(
             finite; masks whose size is not their image's; an image that comes twice, or is not in
             the data set.
     """
-    image_ids, category_ids = dataset.image_ids, dataset.category_ids
+    image_ids = dataset.image_ids
     with contextlib.ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -104,7 +107,7 @@ def evaluate(
                 write_images(folder, dataset, drawn, path)
                 write_submission(path, dataset.name, submission_name)
             return {}
-        coco_gt, names = dataset.to_coco(), dataset.class_names
+        coco_gt, (names, category_ids) = dataset.to_coco(), present_classes(dataset)
         metrics, curves = {}, {}
         for iou_type in ("bbox", "segm") if all(s.has_masks for s in summaries) else ("bbox",):
             metrics[iou_type], curves[iou_type] = metrics_and_curves(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensormask.data import CocoDataset
+from tensormask.data.classes import present_classes
 from tensormask.data.transforms import Augmentation, transform_annotations
 from tensormask.evaluation.results import Detections, coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
@@ -61,11 +62,12 @@ def evaluate_oracle(
     if rank > 0:
         return {}
     in_order = chain.from_iterable(zip_longest(*by_rank, fillvalue=[]))
+    class_names, category_ids = present_classes(dataset)
     return evaluate_results(
         dataset.to_coco(),
         list(chain.from_iterable(in_order)),
-        dataset.class_names,
-        category_ids=dataset.category_ids,
+        class_names,
+        category_ids=category_ids,
         image_ids=dataset.image_ids,
         iou_types=("segm",),
         max_dets=max_dets,

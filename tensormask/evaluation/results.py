@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def coco_results(
     detections: Detections,
     image_id: Identity,
-    category_ids: Sequence[Identity],
+    category_ids: Sequence[Identity | None],
     size: tuple[int, int] | None = None,
 ) -> list[Result]:
     """Convert one image's detections to COCO's results format, as JSON values.
@@ -42,13 +42,14 @@ def coco_results(
         detections: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0,
             on any device; for masks `masks (K, H, W)` bool, or `windows (K, 4)` and `window_masks`,
             K tensors `(V, U)`, as of `TensorMask.detect`.
-        category_ids: the COCO category id of each label.
+        category_ids: the COCO category id of each label; None for a class that the data set does
+            not have, whose detections are left out.
         size: `(height, width)` of the image in pixels: required with `window_masks`, optional with
             `masks`, which must have this size.
 
     Returns:
-        K dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and, if the
-        detections have masks, `segmentation` as `{"size": [H, W], "counts": str}`.
+        A dict for each with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and,
+        if the detections have masks, `segmentation` as `{"size": [H, W], "counts": str}`.
 
     Raises:
         ValueError: a label outside `category_ids`; NaN or infinity in boxes or scores; masks of
@@ -82,10 +83,10 @@ def coco_results(
     if codes is not None:
         for result, code in zip(results, codes, strict=True):
             result["segmentation"] = code
-    return results
+    return [result for result in results if result["category_id"] is not None]
 
 
-def detections_of(results: Sequence[Result], category_ids: Sequence[Identity]) -> Detections:
+def detections_of(results: Sequence[Result], category_ids: Sequence[Identity | None]) -> Detections:
     """Convert one image's results of `coco_results` back to detections, as arrays.
 
     Returns:

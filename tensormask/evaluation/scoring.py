@@ -84,11 +84,13 @@ def metrics_and_curves(
 ) -> tuple[Metrics, Curves]:
     """Return the metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
 
-    The results must be valid (see `checked_results`).
+    The results must be valid (see `checked_results`). The order of the categories does not change
+    with their ids, so neither does the rounding of the means.
     """
     if max_dets < 1:
         raise UserError(f"max_dets must be 1 or more, got {max_dets}")
-    images, categories = contiguous_ids(image_ids), contiguous_ids(category_ids)
+    images = contiguous_ids(image_ids)
+    categories = {category: i for i, category in enumerate(dict.fromkeys(category_ids))}
     renumbered = [
         {
             "image_id": images[result["image_id"]],
