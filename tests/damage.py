@@ -44,6 +44,11 @@ ANNOTATION_DAMAGES = {
         *(_set(image_id=987654321), _set(image_id=None)),
         *(_set(category_id=987654), _set(category_id=[1])),
     ],
+    "annotation_ambiguous": [_set(category_id=4712), _set(image_id=990001)],
+    "annotation_id_type": [
+        lambda annotation, image: annotation.update(image_id=str(annotation["image_id"])),
+        lambda annotation, image: annotation.update(category_id=f"{annotation['category_id']}.0"),
+    ],
     "iscrowd_malformed": [_set(iscrowd="0"), _set(iscrowd=2)],
     "area_malformed": [_set(area="large"), _set(area=-4.0), _set(area=math.nan)],
     "box_malformed": [
@@ -83,7 +88,10 @@ ANNOTATION_DAMAGES = {
         *(_set(segmentation=[[*POLYGON, value, -value]]) for value in (math.nan, math.inf, 1e9)),
     ],
 }
-STILL_TRAINABLE = {"box_beyond", "box_mask_disagree", "iscrowd_malformed", "area_malformed"}
+STILL_TRAINABLE = {
+    *("box_beyond", "box_mask_disagree", "iscrowd_malformed", "area_malformed"),
+    "annotation_id_type",
+}
 
 
 def damage(json_file, image_root, out):
@@ -132,8 +140,10 @@ def _damage_annotations(content, done):
 
 def _damage_entries(content, done):
     images, categories = content["images"], content["categories"]
-    images.append(dict(images[0], file_name="another.jpg"))
+    images.append(dict(images[0]))
     done["image_duplicate_id"] = [images[0]["id"]]
+    images += [dict(images[0], id=990001, file_name=name) for name in ("a/1.png", "b/1.png")]
+    done["image_ambiguous_id"] = [990001]
     for fields in ({"id": None}, {"file_name": 7}, {"width": 0}, {"height": "12"}):
         images.append({**images[0], "id": 900000 + len(images), **fields})
         name = images[-1]["id"] or f"images[{len(images) - 1}]"
@@ -142,13 +152,19 @@ def _damage_entries(content, done):
     done["image_malformed"].append(f"images[{len(images) - 1}]")
     categories.append(copy.deepcopy(categories[0]))
     done["category_duplicate_id"] = [categories[0]["id"]]
+    categories += [{"id": 4712, "name": name} for name in ("one", "another")]
+    done["category_ambiguous_id"] = [4712]
     categories.append({"id": 4711})
     done["category_malformed"] = [4711]
 
 
 def _damage_images(content, out, done):
     """Damage the files of images whose annotations are undamaged."""
-    bad = {*done["image_duplicate_id"], *done["image_malformed"]}
+    bad = {
+        identity
+        for kind in ("image_duplicate_id", "image_ambiguous_id", "image_malformed")
+        for identity in done[kind]
+    }
     damaged = {i for ids in done.values() for i in ids}
     touched = {
         a["image_id"] for a in content["annotations"] if isinstance(a, dict) and a["id"] in damaged

@@ -32,6 +32,12 @@ from tensormask.data.images import ImageError, read_image
 from tensormask.data.packed import PackedList
 from tensormask.utils.errors import UserError
 
+_JOIN_HINT = (
+    "Were files joined without new ids? Before joining, add to `id` and `image_id` of each file a "
+    "number larger than all ids of the files before it, also to the `id` of its annotations, and "
+    "give categories of one name one id, and of different names different ids."
+)
+
 
 class CocoDataset:
     """The annotations of a COCO file and the folder of their images.
@@ -66,12 +72,18 @@ class CocoDataset:
         self.image_root = Path(image_root)
         self.issues = IssueLog()
         content = _read_json(json_file)
-        images = check_images(content["images"], self.issues)
-        categories = check_categories(content["categories"], self.issues)
-        for key, valid in (("images", images), ("categories", categories)):
+        known_images = check_images(content["images"], self.issues)
+        known_categories = check_categories(content["categories"], self.issues)
+        images = {i: image for i, image in known_images.items() if image is not None}
+        categories = {i: name for i, name in known_categories.items() if name is not None}
+        for key, known, valid in (
+            ("images", known_images, images),
+            ("categories", known_categories, categories),
+        ):
             if not valid:
+                hint = f"\n{_JOIN_HINT}" if known else ""
                 raise UserError(
-                    f"{os.fspath(json_file)} has no valid {key}.\n{self.issues.table()}".strip()
+                    f"{os.fspath(json_file)} has no valid {key}.\n{self.issues.table()}{hint}"
                 )
         self.image_ids: list[Identity] = sorted(images, key=sort_key)
         category_ids = sorted(categories, key=sort_key)
@@ -82,12 +94,21 @@ class CocoDataset:
         per_image: dict[Identity, list[Annotation]] = {image_id: [] for image_id in images}
         seen: set[Identity] = set()
         for number, entry in enumerate(content["annotations"]):
-            annotation = check_annotation(entry, number, images, categories, self.issues)
+            annotation = check_annotation(
+                entry, number, known_images, known_categories, self.issues
+            )
             if annotation is not None:
                 if annotation["id"] in seen:
                     self.issues.add("annotation_duplicate_id", annotation["id"])
                 seen.add(annotation["id"])
                 per_image[annotation["image_id"]].append(annotation)
+        num_ambiguous = self.issues.counts["annotation_ambiguous"]
+        if 2 * num_ambiguous > len(content["annotations"]):
+            raise UserError(
+                f"{os.fspath(json_file)}: {num_ambiguous} of {len(content['annotations'])} "
+                f"annotations name an id that several images or categories have.\n{_JOIN_HINT}\n"
+                f"{self.issues.table()}"
+            )
 
         records = [(images[image_id], per_image[image_id]) for image_id in self.image_ids]
         self.sizes = np.array([(i["height"], i["width"]) for i, _ in records], dtype=np.int32)

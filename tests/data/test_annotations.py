@@ -14,6 +14,7 @@ from tensormask.data.checks.annotations import (
     check_categories,
     check_images,
     check_segmentation,
+    find_id,
     is_trainable,
 )
 from tensormask.data.checks.issues import ISSUES, IssueLog
@@ -182,17 +183,43 @@ def test_images():
         *({"id": 14, "width": 2**17, "height": 2**12}, {"id": 15, "file_name": "\ud800.png"}),
     ]
     entries = [None, *(entry | change for change in changes)]
-    assert check_images(entries, issues) == {5: entry}
-    assert issues.counts == {"image_malformed": 12, "image_duplicate_id": 1}
+    assert check_images(entries, issues) == {5: None}  # a.png and b.png
+    assert issues.counts == {"image_malformed": 12, "image_ambiguous_id": 1}
     assert issues.first_ids["image_malformed"] == ["images[0]", "images[3]", 6, 7, 8]
 
 
 def test_categories():
     issues = IssueLog()
     entries = [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}, {"id": 4}, {"name": "c"}, 5]
-    entries.append({"id": 6, "name": "\ud800"})
-    assert check_categories(entries, issues) == {3: "a"}
-    assert issues.counts == {"category_malformed": 4, "category_duplicate_id": 1}
+    entries += [{"id": 6, "name": "\ud800"}, {"id": 7, "name": "d"}, {"id": 7.0, "name": "d"}]
+    assert check_categories(entries, issues) == {3: None, 7: "d"}
+    assert issues.counts == {
+        "category_malformed": 4,
+        "category_ambiguous_id": 1,
+        "category_duplicate_id": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "value, known, expected",
+    [
+        ("12", {12}, (12, True)),
+        (12, {"12"}, ("12", True)),
+        ("12.0", {12}, (12, True)),
+        ("0012", {12}, (12, True)),
+        (12.0, {12}, (12, False)),
+        ("12", {12, "12"}, ("12", False)),  # both types occur: they are different ids
+        (12, {12, "12"}, (12, False)),
+        ("-3", {-3}, (-3, True)),
+        ("12", {"012"}, (None, False)),
+        ("1e1", {10}, (None, False)),
+        ("\u0663", {3}, (None, False)),
+        (True, {1}, (None, False)),
+        (None, {0}, (None, False)),
+    ],
+)
+def test_references_are_found_by_value(value, known, expected):
+    assert find_id(value, known) == expected
 
 
 # ---- arbitrary content ----

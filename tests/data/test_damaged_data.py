@@ -156,7 +156,7 @@ def test_strict_makes_an_error_with_the_table_of_issues(damaged, tmp_path, capsy
 def training(folder, output):
     """Return the command line of a few iterations of a tiny model without workers."""
     content = json.loads((folder / "annotations.json").read_text())
-    num_classes = len([c for c in content["categories"] if "name" in c]) - 1  # one is a duplicate
+    num_classes = len([c for c in content["categories"] if c["id"] not in (4711, 4712)]) - 1
     small = (
         "DATALOADER.NUM_WORKERS 0 MODEL.TENSOR_MASK.NUM_CONVS 1 MODEL.FPN.OUT_CHANNELS 16 "
         "MODEL.TENSOR_MASK.CLS_CHANNELS 16 MODEL.TENSOR_MASK.BBOX_CHANNELS 16 "

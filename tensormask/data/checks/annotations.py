@@ -6,7 +6,9 @@ What is invalid is replaced by None or left out, and counted under a kind of `is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 from pycocotools import mask as mask_utils
@@ -27,6 +29,7 @@ _TOLERATED_BEYOND = 1.0  # pixels that a box may reach beyond the image by round
 _MAX_SIDE, _MAX_PIXELS = 2**17, 2**28
 _MAX_LENGTH = 2**40  # a larger number is not a length in pixels
 _MAX_AREA = 1e10  # COCO's evaluation ignores larger objects
+_INTEGER = re.compile(r"(-?[0-9]{1,18})(\.0+)?")  # an id as text; "12.0" is how tables write 12
 
 
 def as_id(value: Any) -> Identity | None:
@@ -58,12 +61,31 @@ def sort_key(identity: Identity) -> tuple[bool, Identity]:
     return isinstance(identity, str), identity
 
 
-def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEntry]:
-    """Return the valid entries of `images` by id.
+def find_id(value: Any, known: Container[Identity]) -> tuple[Identity | None, bool]:
+    """Return the id of `known` that a reference names, or None; and whether its type differs.
+
+    Text that is a number names the number and the other way round, unless `known` has both.
+
+    Example:
+        >>> find_id("12", {12, 13}), find_id(7, {"7"}), find_id("x", {12})
+        ((12, True), ('7', True), (None, False))
+    """
+    identity = as_id(value)
+    if identity is None or identity in known:
+        return identity, False
+    other: Identity = str(identity)
+    if isinstance(identity, str):
+        number = _INTEGER.fullmatch(identity.strip())
+        other = int(number[1]) if number else identity
+    return (other, True) if other in known else (None, False)
+
+
+def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEntry | None]:
+    """Return the valid entries of `images` by id, None where an id names several images.
 
     Only `id`, `file_name`, `height` and `width` are kept.
     """
-    images: dict[Identity, ImageEntry] = {}
+    images: dict[Identity, ImageEntry | None] = {}
     for number, entry in enumerate(entries):
         fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
         identity, file_name = as_id(fields.get("id")), fields.get("file_name", "")
@@ -72,33 +94,37 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
         valid = is_text(file_name) and file_name.strip("/.") and "\0" not in file_name
         if identity is None or not valid or not 0 < size["height"] * size["width"] <= _MAX_PIXELS:
             issues.add("image_malformed", _name(identity, f"images[{number}]"))
-        elif identity in images:
-            issues.add("image_duplicate_id", identity)
-        else:
+        elif identity not in images:
             images[identity] = {"id": identity, "file_name": file_name, **size}
+        elif (first := images[identity]) is not None:
+            same = os.path.normpath(first["file_name"]) == os.path.normpath(file_name)
+            issues.add("image_duplicate_id" if same else "image_ambiguous_id", identity)
+            images[identity] = first if same else None
     return images
 
 
-def check_categories(entries: list[Any], issues: IssueLog) -> dict[Identity, str]:
-    """Return the names of the valid entries of `categories` by id."""
-    categories: dict[Identity, str] = {}
+def check_categories(entries: list[Any], issues: IssueLog) -> dict[Identity, str | None]:
+    """Return the names of the valid entries of `categories` by id, None where an id has several."""
+    categories: dict[Identity, str | None] = {}
     for number, entry in enumerate(entries):
         fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
         identity, name = as_id(fields.get("id")), fields.get("name", "")
         if identity is None or not is_text(name):
             issues.add("category_malformed", _name(identity, f"categories[{number}]"))
-        elif identity in categories:
-            issues.add("category_duplicate_id", identity)
-        else:
+        elif identity not in categories:
             categories[identity] = name
+        elif (first := categories[identity]) is not None:
+            same = first == name
+            issues.add("category_duplicate_id" if same else "category_ambiguous_id", identity)
+            categories[identity] = first if same else None
     return categories
 
 
 def check_annotation(
     annotation: Any,
     number: int,
-    images: Mapping[Identity, ImageEntry],
-    categories: Mapping[Identity, str],
+    images: Mapping[Identity, ImageEntry | None],
+    categories: Mapping[Identity, str | None],
     issues: IssueLog,
 ) -> Annotation | None:
     """Return the valid part of an entry of `annotations`.
@@ -114,21 +140,29 @@ def check_annotation(
         A dict of `id`, `image_id`, `category_id`, `iscrowd` (0 or 1), `bbox` (four finite floats
         x, y, width, height in pixels, or None), `segmentation` (valid polygons, a valid compressed
         RLE, or None) and, if the file has a valid one, `area`. None if the image or the category
-        is unknown.
+        is unknown or ambiguous.
     """
     location = f"annotations[{number}]"
     if not isinstance(annotation, dict):
         issues.add("annotation_malformed", location, "not a JSON object")
         return None
     identity = _name(as_id(annotation.get("id")), location)
-    image_id, category_id = (as_id(annotation.get(key)) for key in ("image_id", "category_id"))
-    if image_id is None or image_id not in images:
-        issues.add("annotation_malformed", identity, f"unknown image_id {image_id!r}")
-        return None
-    if category_id not in categories:
-        issues.add("annotation_malformed", identity, f"unknown category_id {category_id!r}")
-        return None
-    size = images[image_id]["height"], images[image_id]["width"]
+    found: dict[str, Identity] = {}
+    for key, known in (("image_id", images), ("category_id", categories)):
+        named, is_other_type = find_id(annotation.get(key), known)
+        if named is None or named not in known:
+            unknown = f"unknown {key} {as_id(annotation.get(key))!r}"
+            issues.add("annotation_malformed", identity, unknown)
+            return None
+        if known[named] is None:
+            issues.add("annotation_ambiguous", identity, f"{key} {named!r}")
+            return None
+        if is_other_type:
+            issues.add("annotation_id_type", identity, f"{key} {annotation[key]!r}")
+        found[key] = named
+    image = images[found["image_id"]]
+    assert image is not None
+    size = image["height"], image["width"]
     box, box_findings = check_box(annotation.get("bbox"), size)
     segmentation, mask_findings = check_segmentation(annotation.get("segmentation"), size)
     findings = box_findings + mask_findings
@@ -144,7 +178,7 @@ def check_annotation(
         findings.append(("area_malformed", ""))
     for kind, reason in findings:
         issues.add(kind, identity, reason)
-    checked: Annotation = {"id": identity, "image_id": image_id, "category_id": category_id}
+    checked: Annotation = {"id": identity, **found}
     checked |= {"iscrowd": int(is_crowd), "bbox": box, "segmentation": segmentation}
     if valid_area:
         checked["area"] = area

@@ -34,14 +34,25 @@ ISSUES = {
         "image without a valid id, file_name, width or height, or of over 268 million pixels",
         _LEFT_OUT,
     ),
-    "image_duplicate_id": IssueKind("several images have this id", "the first is used"),
+    "image_duplicate_id": IssueKind("several entries of one image", "the first is used"),
+    "image_ambiguous_id": IssueKind("several images have this id", "all of them are left out"),
     "image_missing": IssueKind("no such file inside the image root", _MISSED),
     "image_broken": IssueKind("the file cannot be read as an image", _MISSED),
     "image_size": IssueKind("the file has another size than the annotations state", _MISSED),
     "category_malformed": IssueKind("category without a valid id or name", _LEFT_OUT),
-    "category_duplicate_id": IssueKind("several categories have this id", "the first is used"),
+    "category_duplicate_id": IssueKind("several entries of one category", "the first is used"),
+    "category_ambiguous_id": IssueKind(
+        "several categories have this id", "all of them are left out"
+    ),
     "annotation_malformed": IssueKind(
         "annotation that is not a JSON object, or of an unknown image or category", _LEFT_OUT
+    ),
+    "annotation_ambiguous": IssueKind(
+        "annotation whose image_id or category_id several images or categories have", _LEFT_OUT
+    ),
+    "annotation_id_type": IssueKind(
+        "image_id or category_id is text and the id a number, or the other way round",
+        "matched by value",
     ),
     "annotation_duplicate_id": IssueKind("several annotations have this id", "all are used"),
     "iscrowd_malformed": IssueKind("iscrowd is neither 0 nor 1", "0 is used"),
