@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers.plain import is_plain, is_plain_conv
 from tensormask.layers.winograd import conv2d
+from tensormask.modeling.folding import fold
 from tensormask.utils.errors import UserError, nearest_name
 
 PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
@@ -23,12 +24,10 @@ def conv_norm(conv: Any, norm: Any, x: Tensor) -> Tensor:
 
     The result can be changed in place: a module whose hooks may keep its output gets a copy.
     """
-    if not is_plain(norm, FrozenBatchNorm2d) or not is_plain_conv(conv):
+    if not (is_plain(norm, FrozenBatchNorm2d) and is_plain_conv(conv) and conv.bias is None):
         x = norm(conv(x))
         return x if is_plain(norm, *PLAIN_NORMS) else x.clone()
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
-    weight = conv.weight * scale[:, None, None, None]
+    weight, bias = fold(conv, norm)
     return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
