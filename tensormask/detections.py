@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 
+from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
 from tensormask.evaluation import coco_results
 from tensormask.utils.errors import UserError, unknown_name
@@ -169,21 +170,22 @@ class Detections(dict[str, Any]):
             labels[_to_numpy(masks[row])] = row + 1
         return labels
 
-    def draw(self, image: np.ndarray | None = None, **options: Any) -> np.ndarray:
+    def draw(self, image: Any = None, **options: Any) -> np.ndarray:
         """Draw the detections, and return uint8 RGB `(H, W, 3)`, enlarged for small images.
 
         Args:
-            image: uint8 RGB `(H, W, 3)`; None takes the image that was given to the predictor.
+            image: a PIL image, an array or a tensor, as of `data.arrays.image_to_rgb`; None takes
+                the image that was given to the predictor.
             options: of `visualization.instances.draw_instances`, such as ``magnify=1``.
 
         Raises:
             UserError: there is no image.
         """
-        image = self.image if image is None else image
-        if image is None:
+        rgb = self.image if image is None else image_to_rgb(image)
+        if rgb is None:
             raise UserError("these detections have no image: give it, as in draw(image)")
         return draw_instances(
-            image,
+            rgb,
             self["boxes"],
             self["labels"],
             self.get("masks"),
@@ -192,7 +194,7 @@ class Detections(dict[str, Any]):
             **options,
         )
 
-    def save(self, path: str | Path, image: np.ndarray | None = None, **options: Any) -> None:
+    def save(self, path: str | Path, image: Any = None, **options: Any) -> None:
         """Write the drawing (`draw`) to an image file, or `to_coco` with names to a .json file.
 
         Raises:

@@ -135,9 +135,9 @@ class Predictor:
         """Detect the objects in an image, in a list of images, or in those of an iterator.
 
         Args:
-            image: a path, whose EXIF orientation is applied, or an http(s) URL; a PIL image,
-                an array or a tensor in memory (`data.arrays.image_to_rgb`), which are not rotated;
-                a list or tuple of these; or an iterator over them.
+            image: a path, an http(s) URL or a PIL image, which are rotated by their EXIF
+                orientation; an array or a tensor (`data.arrays.image_to_rgb`); a list or tuple of
+                these; or an iterator over them.
             threshold: scores are above it; None takes the predictor's default, and without one
                 MODEL.TENSOR_MASK.SCORE_THRESH_TEST.
             classes: names or labels; None: all. Applied before non-maximum suppression (NMS).
@@ -150,7 +150,7 @@ class Predictor:
                 rounding.
 
         Returns:
-            `Detections`, in pixels of the image, on the model's device; for a list a list of them.
+            `Detections`, in pixels of the upright image, on the model's device; for a list a list.
             For an iterator a generator, which reads `batch_size` images when it needs them.
 
         Raises:

@@ -160,7 +160,9 @@ def test_draw():
     assert drawn.shape == (20, 30, 3)
     assert drawn[6, 6].any()
     assert not found.image.any()
-    assert found.draw(np.full((20, 30, 3), 255, np.uint8), magnify=1)[19, 29].tolist() == [255] * 3
+    white = np.full((20, 30, 3), 255, np.uint8)
+    for image in (white, Image.fromarray(white), white[..., 0], white / 255):
+        assert found.draw(image, magnify=1)[19, 29].tolist() == [255] * 3
     with pytest.raises(UserError, match=r"draw\(image\)"):
         detections(image=None).draw()
     assert detections(with_masks=False).draw().any()

@@ -1,4 +1,4 @@
-"""Converts images in memory (PIL, NumPy, tensors) to 8-bit RGB, as `images` does for files.
+"""Converts images in memory (PIL, NumPy, tensors) to 8-bit RGB, with the pixels of their files.
 
 What has a single meaning is converted. Everything else is refused, and the error gives the call
 that makes an image of it.
@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tensormask.data.images import stretch_to_8_bits, to_rgb
+from tensormask.data.images import to_rgb
+from tensormask.data.pixels import STRETCH, values_to_rgb
 from tensormask.utils.errors import UserError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
-_MAX_FLOAT = 1 + 1e-4  # of a floating image, with the error of a resize
 # What mends a tensor, by what mends the same array.
 _CALLS_OF_TORCH = {
     ".astype(np.uint8)": ".to(torch.uint8)",
-    "np.nan_to_num(image)": "image.nan_to_num()",
-    "tensormask.data.images.stretch_to_8_bits(image)": "image / image.max()",
+    ".view(np.uint8)": ".view(torch.uint8)",
+    "np.nan_to_num(image, ": "image.nan_to_num(",
+    STRETCH: "torch.from_numpy("
+    + STRETCH.replace("(image)", "(image.detach().cpu().float().numpy())")
+    + ")",
 }
 
 
@@ -30,12 +33,12 @@ def image_to_rgb(image: Any, channel_order: str = "RGB") -> np.ndarray:
     Args:
         image: one of
 
-            - a PIL image of any mode, converted as `read_image` does, but not rotated by EXIF: the
-              result has the image's size;
-            - an array `(H, W, 3)`, `(H, W, 4)`, whose alpha is dropped, or grey `(H, W)` or
-              `(H, W, 1)`: uint8, or floating in 0..1; grey can also be uint16, which is stretched
-              (`stretch_to_8_bits`) as in files;
-            - a tensor `(3, H, W)` on any device: uint8, or floating in 0..1.
+            - a PIL image of any mode, converted and rotated by its EXIF orientation as
+              `read_image` does;
+            - an array `(H, W, 3)` or grey `(H, W)` or `(H, W, 1)`, also with alpha, which is
+              dropped, `(H, W, 4)` and `(H, W, 2)`: uint8, bool, floating in 0..1, or integers of
+              more than 8 bits, which are stretched (`stretch_to_8_bits`) as in files;
+            - a tensor `(3, H, W)` on any device, with the same values.
         channel_order: "RGB" or "BGR", of arrays and tensors.
 
     Raises:
@@ -64,21 +67,19 @@ def image_to_rgb(image: Any, channel_order: str = "RGB") -> np.ndarray:
             raise UserError(message) from None
     if not isinstance(image, np.ndarray):
         raise UserError(_describe_other(image))
-    pixels = _to_8_bits(_with_channels_last(np.asarray(image)))  # a matrix stays 2-dimensional
-    if pixels.shape[2] == 1:
-        return np.repeat(pixels, 3, axis=2)
-    pixels = pixels[:, :, :3]
-    return np.ascontiguousarray(pixels[:, :, ::-1] if channel_order == "BGR" else pixels)
+    values = np.asarray(image)  # a matrix stays 2-dimensional
+    _check_shape(values.shape)
+    return values_to_rgb(values, channel_order)
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     if 0 in image.size:
         raise UserError(f"the image has no pixels: its size is {image.width} x {image.height}")
     try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # PIL reads files only now
-        raise UserError(f"the PIL image cannot be read: {error}") from error
-    return to_rgb(image)
+        return to_rgb(image)
+    except Exception as error:  # PIL reads files only now, and fails in many ways
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the PIL image cannot be read: {reason}") from error
 
 
 def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
@@ -94,47 +95,18 @@ def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
     return (image.float() if image.is_floating_point() else image).numpy()
 
 
-def _with_channels_last(image: np.ndarray) -> np.ndarray:
-    """Return `(H, W, C)` with C 1, 3 or 4, or refuse the shape."""
-    shape = image.shape
-    if not image.size:
+def _check_shape(shape: tuple[int, ...]) -> None:
+    """Refuse the shape of an array unless it is an image's."""
+    if 0 in shape:
         raise UserError(f"the image has no pixels: its shape is {shape}")
-    if len(shape) == 2:
-        return image[:, :, None]
-    if len(shape) == 3 and shape[2] in (1, 3, 4):
-        return image
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 2, 3, 4)):
+        return
     hint = None
-    if len(shape) == 3 and shape[0] in (1, 3, 4):
+    if len(shape) == 3 and shape[0] in (1, 2, 3, 4):
         hint = "image.transpose(1, 2, 0)"
     elif len(shape) == 4:
         hint = "list(images), for a list of results"
     raise UserError(_refusal(f"an array must be (H, W, 3) or grey (H, W), got {shape}", hint))
-
-
-def _to_8_bits(image: np.ndarray) -> np.ndarray:
-    """Convert the values of an image `(H, W, C)` to uint8, or refuse them."""
-    kind = image.dtype
-    if kind == np.uint8:
-        return image
-    if kind.kind == "b":
-        raise UserError(_refusal("the image is bool", "image.astype(np.uint8) * 255"))
-    if kind.kind not in "iuf":
-        raise UserError(f"the image has the dtype {kind}; an image is uint8, or floating in 0..1")
-    if kind == np.uint16 and image.shape[2] == 1:
-        return stretch_to_8_bits(image)
-    if kind.kind == "f" and not np.isfinite(image).all():
-        raise UserError(_refusal("the image has NaN or infinity", "np.nan_to_num(image)"))
-    low, high = image.min(), image.max()
-    if kind.kind == "f" and low >= 0 and high <= _MAX_FLOAT:
-        return np.round(image.clip(0, 1) * 255).astype(np.uint8)
-    given = f"the image is {kind} with values from {low:.4g} to {high:.4g}"
-    if low < 0 and kind.kind == "f" and image.shape[2] > 1:
-        raise UserError(f"{given}: give the image as it was before normalization")
-    if low >= 0 and high <= 255:
-        raise UserError(_refusal(given, "image.astype(np.uint8)"))
-    if kind == np.uint16:
-        raise UserError(_refusal(given, "(image // 256).astype(np.uint8)"))
-    raise UserError(_refusal(given, "tensormask.data.images.stretch_to_8_bits(image)"))
 
 
 def _refusal(reason: str, call: str | None) -> str:

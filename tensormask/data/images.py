@@ -1,9 +1,9 @@
 """Reads image files of any format as 8-bit RGB.
 
 Ordinary images get the same pixels as in detectron2: they are rotated by their EXIF orientation and
-converted by PIL's `convert("RGB")`, which drops transparency and looks up palettes. Grey images of
-more than 8 bits, which PIL would clip at 255, are stretched (`stretch_to_8_bits`). The first frame
-of a file with several frames is used.
+converted by PIL's `convert("RGB")`, which drops transparency and looks up palettes. Images of more
+than 8 bits, which PIL would clip or cut to 8, are converted as arrays of their values are
+(`pixels`). The first frame of a file with several frames is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tensormask.data.deep_colors import read_deep_colors
+from tensormask.data.pixels import stretch_to_8_bits, values_to_rgb
 from tensormask.utils.errors import UserError
+
+__all__ = ["ImageError", "image_suffixes", "read_image", "stretch_to_8_bits", "to_rgb"]
 
 # EXIF's orientation, and the transpose that turns such an image upright.
 _ORIENTATION_TAG = 0x0112
@@ -36,7 +40,7 @@ _FORMATS = (
     *("TGA", "ICO", "PCX", "SGI", "PSD", "DDS", "IM", "PFM"),
 )
 _DEEP_GREY_MODES = ("I", "F")  # and I;16, I;16B, ...: 16 or 32 bits, integers or floats
-_DARK_PERCENTILE, _BRIGHT_PERCENTILE = 0.1, 99.9
+_SAMPLE_FORMAT_TAG, _UNSIGNED = 0x0153, 1  # of TIFF; without the tag, integers are unsigned
 
 
 class ImageError(UserError):
@@ -70,14 +74,12 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         # A pipe or device could block the reader for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageError("image_broken", path, "is not a regular file")
-        # PIL warns of odd metadata and of large images, both of which can be read.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # PIL warns of large images
             Image.init()  # fills Image.OPEN with the formats that this PIL was built with
             formats = [name for name in _FORMATS if name in Image.OPEN]
             with Image.open(path, formats=formats) as image:
-                image.load()  # before the EXIF: PIL rotates a TIFF itself and resets the tag
-                return to_rgb(_upright(image))
+                return to_rgb(image)
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -89,35 +91,32 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise ImageError("image_broken", path, f"cannot be read: {reason}") from error
 
 
-def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scale grey values of any range to uint8, so that the image uses 0 to 255.
-
-    The scale is linear from the 0.1th to the 99.9th percentile of the finite values, and clips
-    there: a microscope often uses few of 16 bits, and single hot pixels must not set the scale. If
-    the two percentiles are equal, lowest and highest value are used; a constant image is black.
-    Infinities become 0 and 255, NaN becomes 0.
-
-    Example:
-        >>> stretch_to_8_bits(np.array([100, 150, 200])).tolist()
-        [0, 128, 255]
-    """
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low = high = 0.0
-    if len(finite):
-        low, high = np.percentile(finite, (_DARK_PERCENTILE, _BRIGHT_PERCENTILE))
-        if low == high:
-            low, high = finite.min(), finite.max()
-    # `or 1` avoids a division by zero in a constant image.
-    stretched = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low or 1)
-    return np.round(stretched.clip(0, 1) * 255).astype(np.uint8)
-
-
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert an image of PIL, of any mode, to uint8 RGB `(H, W, 3)`."""
+    """Convert an image of PIL, of any mode, to uint8 RGB `(H, W, 3)`, rotated by its EXIF.
+
+    Raises:
+        Exception: PIL has not read the file yet, and cannot.
+    """
+    # PIL warns of odd metadata and of transparency, which are no reasons to refuse an image.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if deep := read_deep_colors(image):
+            rgb, image = values_to_rgb(deep.values), deep.image
+        else:
+            image.load()  # before the EXIF: PIL rotates a TIFF itself and resets the tag
+            rgb = _loaded_to_rgb(image)
+        return _upright(rgb, image)
+
+
+def _loaded_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in _DEEP_GREY_MODES or image.mode.startswith("I;16"):
-        grey = stretch_to_8_bits(np.asarray(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        values = np.asarray(image)
+        tags = getattr(image, "tag_v2", None)  # of a TIFF
+        if image.mode == "I" and tags and tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == _UNSIGNED:
+            values = values.view(np.uint32)  # PIL has no such mode
+        return values_to_rgb(values, stretches_floats=True)
+    if image.mode == "La":  # PIL has no direct conversion
+        image = image.convert("LA")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -130,10 +129,10 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Rotate an image by its EXIF orientation."""
+def _upright(rgb: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Rotate the pixels `(H, W, 3)` of an image by its EXIF orientation."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # the metadata are broken, but not the image
-        return image
-    return image if turn is None else image.transpose(turn)
+        return rgb
+    return rgb if turn is None else np.asarray(Image.fromarray(rgb).transpose(turn))

@@ -29,11 +29,15 @@ CHW = torch.from_numpy(RGB).permute(2, 0, 1)
         (GREY[..., None], REPEATED),
         (GREY.view(np.matrix), REPEATED),
         (ALPHA, RGB),
+        (np.dstack([GREY, GREY]), REPEATED),
+        (GREY > 50, np.where(REPEATED > 50, 255, 0)),
         (RGB / 255, RGB),
         ((GREY / 255).astype(np.float16), REPEATED),
         (np.full((2, 5, 3), 1.00001), np.full((2, 5, 3), 255)),
+        (RGB / 255 - 0.00001, RGB),
         (DEEP, np.repeat(stretch_to_8_bits(DEEP)[..., None], 3, axis=2)),
         (CHW, RGB),
+        (CHW > 50, np.where(RGB > 50, 255, 0)),
         (CHW / 255, RGB),
         ((CHW / 255).double().requires_grad_(), RGB),
         (torch.ones(3, 2, 5, dtype=torch.bfloat16), np.full((2, 5, 3), 255)),
@@ -66,25 +70,37 @@ def test_deep_grey_of_pil_equals_that_of_its_file(tmp_path, dtype):
     np.testing.assert_array_equal(image_to_rgb(image), read_image(tmp_path / "a.tif"))
 
 
-def test_exif_of_pil_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image_to_rgb(image).shape == (2, 5, 3)
-    assert read_image(tmp_path / "a.png").shape == (5, 2, 3)
+@pytest.mark.parametrize("dtype", "u2 >u2 i2 i4 >i4 u4 i8 u8".split())
+@pytest.mark.parametrize("factor, offset", [(1, 0), (16, 0), (128, -5000)])
+def test_deep_colors_are_stretched_over_one_range(dtype, factor, offset):
+    """Also where they are in 0..255, and in every layout of memory."""
+    if offset < 0 and np.dtype(dtype).kind == "u":
+        offset = 0
+    values = (RGB.astype(np.int64) * factor + offset).astype(dtype)
+    assert values.dtype == dtype
+    expected = stretch_to_8_bits(values)
+    assert (expected.min(), expected.max()) == (0, 255)
+    values.flags.writeable = False
+    turned = np.ascontiguousarray(values[::-1, ::-1, ::-1])
+    alpha = np.concatenate([values, values[..., :1] * 0 + np.iinfo(dtype).max], axis=2)
+    for array in (values, np.asfortranarray(values), turned[::-1, ::-1, ::-1], alpha):
+        np.testing.assert_array_equal(image_to_rgb(array), expected)
+        np.testing.assert_array_equal(image_to_rgb(array[..., 2::-1], "BGR"), expected)
+    if values.dtype.isnative:
+        tensor = torch.from_numpy(values.copy()).permute(2, 0, 1)
+        np.testing.assert_array_equal(image_to_rgb(tensor), expected)
 
 
 NAN = np.full((2, 3, 3), np.nan)
 # Images, and the calls that their errors name, which must give an image.
 MENDED = {
-    "image.astype(np.uint8) * 255": GREY > 50,
-    "image.astype(np.uint8)": RGB.astype(np.int64),
-    " image.astype(np.uint8)": RGB.astype(np.float32),
-    "(image // 256).astype(np.uint8)": RGB.astype(np.uint16) * 257,
+    "image.view(np.uint8)": GREY.astype(np.int8),
+    "image.astype(np.uint8)": RGB.astype(np.float32),
     "tensormask.data.images.stretch_to_8_bits(image)": DEEP.astype(np.float32),
-    " tensormask.data.images.stretch_to_8_bits(image)": -DEEP.astype(np.int32),
-    "np.nan_to_num(image)": NAN,
+    " tensormask.data.images.stretch_to_8_bits(image)": RGB.astype(np.float16) * 7,
+    "  tensormask.data.images.stretch_to_8_bits(image)": np.array([[np.nan, -1], [3, np.inf]]),
+    "np.nan_to_num(image, nan=0, posinf=1, neginf=0)": NAN,
+    " np.nan_to_num(image, nan=0, posinf=1, neginf=0)": np.array([[0.5, 1], [-np.inf, np.inf]]),
     "image.transpose(1, 2, 0)": CHW.numpy(),
     "list(images), for a list of results": RGB[None],
     "image.permute(2, 0, 1)": torch.from_numpy(RGB),
@@ -93,8 +109,10 @@ MENDED = {
     "image[:3]": torch.cat([CHW, CHW[:1]]),
     " list(images), for a list of results": CHW[None],
     "image.to(torch.uint8)": CHW.float() + 1,
-    "image.nan_to_num()": torch.full((3, 2, 5), torch.nan),
-    "image / image.max()": CHW * 7.0,
+    "image.view(torch.uint8)": CHW.to(torch.int8),
+    "image.nan_to_num(nan=0, posinf=1, neginf=0)": torch.full((3, 2, 5), torch.nan),
+    "torch.from_numpy(tensormask.data.images.stretch_to_8_bits("
+    "image.detach().cpu().float().numpy()))": (CHW * 7.0).bfloat16().requires_grad_(),
     "iter(images), for a generator of results": range(3),
     "PIL.Image.open(io.BytesIO(data))": b"\x89PNG",
     "PIL.Image.open(file)": io.BytesIO(b""),
@@ -120,9 +138,10 @@ def test_the_call_that_mends_it(call):
         (RGB - 100.0, "before normalization"),
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
         (Image.new("RGB", (0, 4)), "no pixels"),
-        (np.zeros((2, 3, 2), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((2, 3, 5), np.uint8), r"\(H, W, 3\)"),
         (np.zeros(5, np.uint8), r"\(H, W, 3\)"),
         (np.zeros((2, 3, 3), complex), "complex128"),
+        (np.zeros((2, 3, 3), object), "object"),
         (np.array(None), "no pixels|dtype|H, W"),
         (torch.zeros(3, 0, 4), "no pixels"),
         (torch.full((3, 2, 2), 200.0), "values from 200 to 200"),

@@ -1,0 +1,98 @@
+"""Converts pixel values of any type to 8-bit RGB: the one conversion of files and of memory.
+
+bool is False 0 and True 255, uint8 is taken as it is, all other integers are stretched over one
+range for all channels of an image, and floating values are 0..1. Alpha is dropped.
+"""
+
+import numpy as np
+
+from tensormask.utils.errors import UserError
+
+STRETCH = "tensormask.data.images.stretch_to_8_bits(image)"
+_FINITE = "np.nan_to_num(image, nan=0, posinf=1, neginf=0)"
+_TOLERANCE = 1e-4  # of floating values beyond 0..1, the error of a resize
+_DARK_PERCENTILE, _BRIGHT_PERCENTILE = 0.1, 99.9
+
+
+def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale values of any range to uint8, so that the image uses 0 to 255.
+
+    The scale is linear from the 0.1th to the 99.9th percentile of the finite values, of all
+    channels together, and clips there: a microscope often uses few of 16 bits, and single hot
+    pixels must not set the scale. If the two percentiles are equal, lowest and highest value are
+    used; a constant image is black. Infinities become 0 and 255, NaN becomes 0.
+
+    Example:
+        >>> stretch_to_8_bits(np.array([100, 150, 200])).tolist()
+        [0, 128, 255]
+    """
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low = high = 0.0
+    if len(finite):
+        low, high = np.percentile(finite, (_DARK_PERCENTILE, _BRIGHT_PERCENTILE))
+        if low == high:
+            low, high = finite.min(), finite.max()
+    # `or 1` avoids a division by zero in a constant image.
+    stretched = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low or 1)
+    return np.round(stretched.clip(0, 1) * 255).astype(np.uint8)
+
+
+def values_to_rgb(
+    values: np.ndarray, channel_order: str = "RGB", *, stretches_floats: bool = False
+) -> np.ndarray:
+    """Convert pixel values to uint8 RGB `(H, W, 3)`, without a copy where none is needed.
+
+    Args:
+        values: `(H, W)` or `(H, W, 1)`, grey; `(H, W, 2)`, grey and alpha; `(H, W, 3)`; or
+            `(H, W, 4)`, with alpha.
+        channel_order: "RGB" or "BGR".
+        stretches_floats: stretch floating values outside of 0..1, and replace those that are not
+            finite, instead of refusing them: for files, in which nobody can change them.
+
+    Raises:
+        UserError: the values have no single meaning; the error gives the call that mends it.
+    """
+    if values.ndim == 2:
+        values = values[:, :, None]
+    num_colors = 1 if values.shape[2] < 3 else 3
+    pixels = _to_8_bits(values[:, :, :num_colors], stretches_floats)
+    if num_colors == 1:
+        return np.repeat(pixels, 3, axis=2)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if channel_order == "BGR" else pixels)
+
+
+def _to_8_bits(image: np.ndarray, stretches_floats: bool) -> np.ndarray:
+    """Convert the values of an image `(H, W, C)` to uint8, or refuse them."""
+    dtype = image.dtype
+    if dtype == np.uint8:
+        return image
+    if dtype.kind == "b":
+        return image.astype(np.uint8) * np.uint8(255)
+    if dtype.kind in "iu" and dtype.itemsize > 1:
+        return stretch_to_8_bits(image)
+    if dtype.kind == "i":
+        raise UserError("the image is int8: give image.view(np.uint8)")
+    if dtype.kind != "f":
+        raise UserError(f"the image has the dtype {dtype}; an image is uint8, or floating in 0..1")
+    finite = image[np.isfinite(image)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    is_unit = low >= -_TOLERANCE and high <= 1 + _TOLERANCE
+    if stretches_floats and not is_unit:
+        return stretch_to_8_bits(image)
+    if not stretches_floats and not (is_unit and finite.size == image.size):
+        raise UserError(_refusal(image, low, high, is_unit))
+    finite_image = np.nan_to_num(image, nan=0, posinf=1, neginf=0)
+    return np.round(finite_image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _refusal(image: np.ndarray, low: float, high: float, is_unit: bool) -> str:
+    """Say why a floating image is refused, and how to mend it."""
+    if is_unit:
+        return f"the image has NaN or infinity: give {_FINITE}"
+    given = f"the image is {image.dtype} with values from {low:.4g} to {high:.4g}"
+    if low < 0 and image.shape[2] > 1:
+        return f"{given}: give the image as it was before normalization"
+    if low >= 0 and high <= 255 and np.isfinite(image).all():
+        return f"{given}: give image.astype(np.uint8)"
+    return f"{given}: give {STRETCH}"
