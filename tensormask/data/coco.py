@@ -56,6 +56,7 @@ class CocoDataset:
         sizes: int32 `(N, 2)`, (height, width) of each image in pixels as the annotations state it.
         num_trainable: int32 `(N,)`, the number of objects of each image that can be trained on.
         has_file: bool `(N,)`, whether the image has a file to open.
+        image_folders: the folders of the images' files.
         has_annotations: whether the file has any, valid or not; COCO's test sets have none.
         num_annotations: number of valid annotations, crowds included.
         num_crowds: number of crowds among them.
@@ -240,6 +241,7 @@ class CocoDataset:
             has_file[index] = name in listings[folder] or os.path.exists(self.path(image))
             if not has_file[index]:
                 self.issues.add("image_missing", image["id"])
+        self.image_folders = list(listings)
         return has_file
 
 
