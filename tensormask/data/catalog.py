@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tensormask.data import shapes
 from tensormask.data.coco import CocoDataset
 from tensormask.utils.errors import UserError, nearest_name
+
+logger = logging.getLogger(__name__)
 
 # Annotations and images of each name, below `<data root>/coco`, as in detectron2.
 _COCO_FILES = {
@@ -32,6 +36,12 @@ _NUCLEI_FILES = {f"nuclei_{split}": (f"{split}.json", split) for split in ("trai
 _JSON_AT = re.compile(r"\.json@", re.IGNORECASE)  # of annotations.json@images
 _registered: dict[str, tuple[dict[str, Any], str, str]] = {}
 
+_Key = tuple[str, str, str]  # name, annotations, folder of images
+# The data sets in memory, the latest last, with the states of their file and folders.
+_loaded: dict[_Key, tuple[CocoDataset, list[Any]]] = {}
+_MAX_LOADED = 16
+_SMALL_FILE, _SMALL_FOLDER = 1 << 20, 1000  # bytes, entries
+
 
 def register_coco_instances(
     name: str,
@@ -42,26 +52,32 @@ def register_coco_instances(
     """Register a data set in COCO's format under a name; its files are read at first use.
 
     Args:
-        name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`; if it is registered already, this
+            set replaces the other one.
         metadata: may hold `thing_classes`, the class names that the file must have; other entries
             are not used.
         json_file: the annotations.
         image_root: the folder that the annotations' `file_name` is relative to.
 
     Raises:
-        ValueError: another data set has this name.
+        ValueError: the name is one of the library's own.
 
     Example:
         >>> register_coco_instances("cells_train", {}, "cells/train.json", "cells/images")
     """
     entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
-    if name in _built_in_names() or _registered.get(name, entry) != entry:
+    if name in _built_in_names():
         raise UserError(f"the data set name {name!r} is taken; register yours under another one.")
+    if _registered.get(name, entry) != entry:
+        logger.info("the data set %s is replaced: %s, images in %s", name, *entry[1:])
     _registered[name] = entry
 
 
 def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDataset:
-    """Return the data set of a name; the set is read once and cached.
+    """Return the data set of a name, which stays in memory.
+
+    It is read again if its file, or the list of files in a folder of its images, has changed. Data
+    sets that were returned before stay as they are.
 
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
@@ -137,6 +153,41 @@ def _data_root(root: str | os.PathLike[str] | None) -> Path:
     return Path(next(path for path in given if path)).expanduser()
 
 
-@lru_cache(maxsize=16)
 def _load(name: str, json_file: str, image_root: str) -> CocoDataset:
-    return CocoDataset(name, json_file, image_root)
+    key = name, json_file, image_root
+    if key in _loaded:
+        dataset, states = _loaded.pop(key)
+        if states == _states([json_file, *dataset.image_folders]):
+            _loaded[key] = dataset, states
+            return dataset
+        logger.info("%s or its images have changed: it is read again", json_file)
+    states = _states([json_file])  # before the file is read: a later change is noticed
+    dataset = CocoDataset(name, json_file, image_root)
+    _loaded[key] = dataset, states + _states(dataset.image_folders)
+    for oldest in [*_loaded][:-_MAX_LOADED]:
+        del _loaded[oldest]
+    return dataset
+
+
+def _states(paths: Iterable[str]) -> list[Any]:
+    return [_state(path) for path in paths]
+
+
+def _state(path: str) -> Any:
+    """Return a value that changes with the content of a file, or the names in a folder.
+
+    Time and size of a small file can stay the same when it is written again at once, and so can
+    the time of a folder: the clocks of file systems have steps of milliseconds.
+    """
+    try:
+        status = os.stat(path)
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                names = [entry.name for entry in islice(entries, _SMALL_FOLDER + 1)]
+            if len(names) <= _SMALL_FOLDER:
+                return sorted(names)
+        elif status.st_size <= _SMALL_FILE:
+            return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError:  # missing, or not readable
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -18,7 +18,7 @@ QUICKSTART = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
 
 @pytest.fixture(autouse=True)
 def _fresh_sets():
-    catalog._load.cache_clear()  # a check adds issues to the cached data set
+    catalog._loaded.clear()  # a check adds issues to the cached data set
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Names of data sets, the paths of their files, and errors."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -23,7 +24,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("TENSORMASK_DATASETS", raising=False)
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     monkeypatch.chdir(tmp_path)
-    catalog._load.cache_clear()
+    monkeypatch.setattr(catalog, "_loaded", {})
 
 
 def test_registered_names(tmp_path):
@@ -37,11 +38,102 @@ def test_registered_names(tmp_path):
     assert get_dataset("mine") is dataset
 
 
-@pytest.mark.parametrize("name", ["mine", "coco_2017_val", "shapes_train", "nuclei_val"])
-def test_a_name_cannot_be_registered_twice(name):
-    register_coco_instances("mine", {}, "a.json", "images")
+@pytest.mark.parametrize("name", ["coco_2017_val", "shapes_train", "nuclei_val"])
+def test_a_name_of_the_library_cannot_be_registered(name):
     with pytest.raises(ValueError, match="taken"):
         register_coco_instances(name, {}, "b.json", "images")
+
+
+def test_registering_again_replaces(tmp_path, caplog):
+    caplog.set_level("INFO", "tensormask")
+    write_set(tmp_path / "a.json", tmp_path / "images")
+    write_set(tmp_path / "b.json", tmp_path / "others", name="mug")
+    register_coco_instances("mine", {}, "a.json", "none")
+    with pytest.raises(FileNotFoundError):
+        get_dataset("mine")
+    register_coco_instances("mine", {"thing_classes": ["mug"]}, "a.json", "images")
+    with pytest.raises(ValueError, match="mug"):
+        get_dataset("mine")
+    for json_file, classes in (("a.json", ["cup"]), ("b.json", ["mug"]), ("a.json", ["cup"])):
+        register_coco_instances("mine", {}, json_file, "images")
+        assert get_dataset("mine").class_names == classes
+    assert "mine is replaced: b.json" in caplog.text
+
+
+def rename_class(tmp_path):
+    write_set(tmp_path / "a.json", tmp_path / "images", name="mug")  # of the same length
+
+
+def replace_file(tmp_path):
+    write_set(tmp_path / "b.json", tmp_path / "images", name="mug")
+    os.utime(tmp_path / "b.json", (1, 1))  # older
+    (tmp_path / "b.json").replace(tmp_path / "a.json")
+
+
+def restore_a_backup(tmp_path):
+    """With the time of the first file."""
+    status = os.stat(tmp_path / "a.json")
+    rename_class(tmp_path)
+    os.utime(tmp_path / "a.json", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [rename_class, replace_file, restore_a_backup])
+@pytest.mark.parametrize("how", ["by name", "by path"])
+def test_a_changed_file_is_read_again(tmp_path, change, how):
+    write_set(tmp_path / "a.json", tmp_path / "images")
+    register_coco_instances("mine", {}, "a.json", "images")
+    name = "mine" if how == "by name" else "a.json@images"
+    before = get_dataset(name)
+    assert get_dataset(name) is before
+    change(tmp_path)
+    after = get_dataset(name)
+    assert (before.class_names, after.class_names) == (["cup"], ["mug"])
+    assert get_dataset(name) is after
+
+
+def test_a_large_file_is_recognized_by_time_size_and_inode(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "_SMALL_FILE", 0)
+    monkeypatch.setattr(catalog, "_SMALL_FOLDER", 0)
+    write_set(tmp_path / "a.json", tmp_path / "images")
+    before = get_dataset("a.json@images")
+    assert get_dataset("a.json@images") is before
+    for change in (
+        lambda: os.utime(tmp_path / "a.json", (5, 5)),
+        lambda: os.utime(tmp_path / "images", (5, 5)),
+        lambda: replace_file(tmp_path),
+    ):
+        change()
+        assert get_dataset("a.json@images") is not before
+        before = get_dataset("a.json@images")
+
+
+@pytest.mark.parametrize("file_name", ["a.png", "sub/a.png"])
+def test_images_that_come_and_go(tmp_path, file_name):
+    write_set(tmp_path / "a.json", tmp_path / "images")
+    data = json.loads((tmp_path / "a.json").read_text())
+    data["images"][0]["file_name"] = file_name
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    image = (tmp_path / "images" / "a.png").rename(tmp_path / "a.png")
+    dataset = get_dataset("a.json@images")
+    assert (dataset.has_file.tolist(), dataset.issues.counts) == ([False], {"image_missing": 1})
+    target = tmp_path / "images" / file_name
+    target.parent.mkdir(exist_ok=True)
+    image.rename(target)
+    dataset = get_dataset("a.json@images")
+    assert (dataset.has_file.tolist(), dataset.issues.counts) == ([True], {})
+    target.unlink()
+    assert get_dataset("a.json@images").has_file.tolist() == [False]
+
+
+def test_not_too_many_sets_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "_MAX_LOADED", 2)
+    for name in "abc":
+        write_set(tmp_path / f"{name}.json", tmp_path)
+        get_dataset(f"{name}.json@.")
+    first = get_dataset("b.json@.")
+    get_dataset("a.json@.")
+    assert get_dataset("b.json@.") is first
+    assert [key[0] for key in catalog._loaded] == ["a.json@.", "b.json@."]
 
 
 def test_expected_classes_are_checked(tmp_path):

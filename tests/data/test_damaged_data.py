@@ -27,7 +27,7 @@ opened_files: list[str] = []
 
 @pytest.fixture(autouse=True)
 def _read_sets_again(nothing_left_behind):
-    catalog._load.cache_clear()  # checks add issues to the cached set
+    catalog._loaded.clear()  # checks add issues to the cached set
 
 
 @pytest.fixture(scope="module")

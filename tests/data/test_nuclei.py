@@ -50,7 +50,7 @@ def test_the_annotations_describe_their_masks(split):
 
 
 def test_the_check_finds_no_issues_and_windows_for_nearly_all(capsys):
-    catalog._load.cache_clear()  # a check adds issues to the cached data set
+    catalog._loaded.clear()  # a check adds issues to the cached data set
     config = ["--config-file", str(ROOT / "configs" / "nuclei.yaml"), "--fast"]
     assert check.main(["nuclei_train", "nuclei_val", *config]) == 0
     printed = capsys.readouterr().out
