@@ -138,26 +138,33 @@ Tensor backward_at(
   Tensor out = torch::stable::new_empty(grad, input_shape(g));
   if (out.numel() == 0) return out;
 
-  const int64_t count = rows.size(0);
-  Tensor head = torch::stable::new_empty(rows, Shape{num_images, g.out_height, g.out_width});
-  Tensor next = torch::stable::new_empty(rows, Shape{count});
-  int64_t* const heads = static_cast<int64_t*>(head.mutable_data_ptr());
-  int64_t* const nexts = static_cast<int64_t*>(next.mutable_data_ptr());
+  const int64_t count = rows.size(0), num_rows = num_images * g.out_height;
+  require(count + num_rows < std::numeric_limits<int32_t>::max(), "too many windows: ", count);
+  const Tensor sorted =
+      torch::stable::new_empty(rows, Shape{num_rows + 1 + 2 * count}, ScalarType::Int);
+  int* const starts = static_cast<int*>(sorted.mutable_data_ptr());
+  int* const order = starts + num_rows + 1;
+  int* const columns = order + count;
   const cudaStream_t stream = stream_of(grad);
-  STD_CUDA_CHECK(cudaMemsetAsync(heads, 0xff, head.numel() * sizeof(int64_t), stream));  // -1
-  if (count > 0) {
-    cuda::link_windows<<<grid((count + cuda::WINDOW_THREADS - 1) / cuda::WINDOW_THREADS),
-                         cuda::WINDOW_THREADS, 0, stream>>>(
-        g, rows.const_data_ptr<int64_t>(), count, heads, nexts);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  const int64_t num_threads = count > num_rows ? count : num_rows + 1;
+  cuda::sort_windows<<<grid((num_threads + cuda::WINDOW_THREADS - 1) / cuda::WINDOW_THREADS),
+                       cuda::WINDOW_THREADS, cuda::WINDOW_THREADS * sizeof(int), stream>>>(
+      g, rows.const_data_ptr<int64_t>(), static_cast<int>(count), starts, order, columns);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   dispatch<Half, BFloat16>(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    using A = typename cuda::Accumulate<T>::type;
     const View<const T> masks{static_cast<const T*>(grad.const_data_ptr()), grad.stride(0), 0,
                               grad.stride(1), grad.stride(2)};
-    cuda::windows_backward<T>
-        <<<grid(num_images * g.side * g.side * height), cuda::WINDOW_THREADS, 0, stream>>>(
-            g, masks, heads, nexts, static_cast<T*>(out.mutable_data_ptr()));
+    const int64_t block_columns = cuda::columns_of_block<A>(g);
+    const int64_t shared_bytes = g.side * block_columns * int64_t(sizeof(A));
+    require(shared_bytes <= cuda::MAX_SHARED_BYTES, "masks are too large: V = ", g.side);
+    const int64_t parts = (width + block_columns - 1) / block_columns;
+    const dim3 blocks(grid(height), grid(g.side * parts), grid(num_images));
+    require(blocks.y <= 65535 && blocks.z <= 65535, "the tensor is too large for one launch");
+    cuda::windows_backward<T><<<blocks, cuda::WINDOW_THREADS, shared_bytes, stream>>>(
+        g, masks, starts, order, columns, static_cast<T*>(out.mutable_data_ptr()),
+        static_cast<int>(block_columns));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

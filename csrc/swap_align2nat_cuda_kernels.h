@@ -16,3 +16,4 @@
 
 #include "swap_align2nat_cuda_dense.h"
 #include "swap_align2nat_cuda_windows.h"
+#include "swap_align2nat_cuda_windows_backward.h"

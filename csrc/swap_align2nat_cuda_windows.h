@@ -1,4 +1,5 @@
-// CUDA kernels at chosen windows; also at all windows where lambda exceeds shared memory.
+// The CUDA kernels at chosen windows, forward; and those at all windows where lambda exceeds shared
+// memory.
 
 #pragma once
 
@@ -6,8 +7,6 @@
 
 namespace tensormask {
 namespace cuda {
-
-// ---- at windows ----
 
 // Returns the output value at mask column `u` of a window in column `x`, from a mask row's `rows`.
 template <typename T, typename A>
@@ -79,24 +78,7 @@ TENSORMASK_KERNEL void dense_forward_directly(Geometry g, View<const T> in, T* o
   }
 }
 
-// ---- backward at windows ----
-
-// Links the windows at each location of the grid: `head` holds the index of the first window, and
-// `next` the index of the one after each window, in their order; -1 is the end.
-TENSORMASK_KERNEL void link_windows(
-    Geometry g, const int64_t* windows, int64_t count, int64_t* head, int64_t* next) {
-  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (k >= count) return;
-  const int64_t n = windows[k * 3], y = windows[k * 3 + 1], x = windows[k * 3 + 2];
-  int64_t before = 0, after = k + 1;
-  const auto same = [&](int64_t j) {
-    return windows[j * 3] == n && windows[j * 3 + 1] == y && windows[j * 3 + 2] == x;
-  };
-  while (before < k && !same(before)) ++before;
-  while (after < count && !same(after)) ++after;
-  next[k] = after < count ? after : -1;
-  if (before == k && on_grid(g, windows + k * 3)) head[(n * g.out_height + y) * g.out_width + x] = k;
-}
+// ---- dense, backward, if masks are too large for shared memory ----
 
 // Which outputs read the input value (channel, location) along one axis: four pairs of a window on
 // the grid and a mask row, with their weights; a pair of weight 0 is unused.
@@ -162,19 +144,6 @@ TENSORMASK_DEVICE void gather_row(const Geometry& g, T* out, const F& read) {
   }
 }
 
-template <typename T>
-TENSORMASK_KERNEL void windows_backward(
-    Geometry g, View<const T> grad, const int64_t* head, const int64_t* next, T* out) {
-  using A = typename Accumulate<T>::type;
-  gather_row(g, out, [&](int64_t n, int y, int x, int64_t v, int64_t u) {
-    A sum = A(0);
-    for (int64_t k = head[(n * g.out_height + y) * g.out_width + x]; k >= 0; k = next[k])
-      sum += static_cast<A>(grad.data[k * grad.n + v * grad.y + u * grad.x]);
-    return sum;
-  });
-}
-
-// The dense operation backward, if masks are too large for shared memory.
 template <typename T>
 TENSORMASK_KERNEL void dense_backward_directly(Geometry g, View<const T> grad, T* out) {
   using A = typename Accumulate<T>::type;

@@ -12,12 +12,12 @@
 #include <vector>
 
 struct Dimensions {
-  unsigned int x;
+  unsigned int x, y, z;
 };
 constexpr unsigned int NUM_THREADS = 64;
 constexpr size_t STACK_BYTES = 1 << 16;
 static Dimensions threadIdx, blockIdx;
-static const Dimensions blockDim{NUM_THREADS};
+static const Dimensions blockDim{NUM_THREADS, 1, 1};
 static std::vector<unsigned char> memory_of_block;
 static ucontext_t scheduler, threads[NUM_THREADS];
 static unsigned char stacks[NUM_THREADS][STACK_BYTES];
@@ -43,6 +43,23 @@ static void synchronize() { swapcontext(&threads[threadIdx.x], &scheduler); }
 
 using namespace tensormask;
 
+struct BFloat16 {
+  uint16_t bits;
+
+  BFloat16() = default;
+  explicit BFloat16(float value) {  // rounds to nearest, ties to even; no NaNs
+    uint32_t all;
+    std::memcpy(&all, &value, 4);
+    bits = static_cast<uint16_t>((all + 0x7fff + (all >> 16 & 1)) >> 16);
+  }
+  explicit operator float() const {
+    const uint32_t all = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &all, 4);
+    return value;
+  }
+};
+
 static void run_thread() {
   call_kernel(kernel_of_launch);
   --num_running;
@@ -62,18 +79,24 @@ static void start_block() {
 
 // Runs all blocks, one after the other. All threads of a block synchronize equally often.
 template <typename F>
-static void launch(int64_t blocks, int64_t shared_bytes, const F& kernel) {
+static void launch(const Dimensions& grid, int64_t shared_bytes, const F& kernel) {
   call_kernel = [](const void* f) { (*static_cast<const F*>(f))(); };
   kernel_of_launch = &kernel;
   memory_of_block.resize(shared_bytes);
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<unsigned int>(block);
-    start_block();
-    while (num_running > 0) {
-      for (threadIdx.x = 0; threadIdx.x < NUM_THREADS; ++threadIdx.x)
-        swapcontext(&scheduler, &threads[threadIdx.x]);
-    }
-  }
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        start_block();
+        while (num_running > 0) {
+          for (threadIdx.x = 0; threadIdx.x < NUM_THREADS; ++threadIdx.x)
+            swapcontext(&scheduler, &threads[threadIdx.x]);
+        }
+      }
+}
+
+template <typename F>
+static void launch(int64_t blocks, int64_t shared_bytes, const F& kernel) {
+  launch(Dimensions{static_cast<unsigned int>(blocks), 1, 1}, shared_bytes, kernel);
 }
 
 template <typename T>
@@ -119,13 +142,23 @@ static void forward_at(
 template <typename T>
 static void backward_at(
     const int64_t* sizes, const int64_t* strides, const T* grad, const int64_t* windows,
-    int64_t count, T* out) {
+    int64_t count, T* out, int64_t most) {
   const Geometry g = Geometry::of(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]);
-  std::vector<int64_t> head(g.num_images * g.out_height * g.out_width, -1), next(count);
-  launch((count + blockDim.x - 1) / blockDim.x, 0,
-         [&] { cuda::link_windows(g, windows, count, head.data(), next.data()); });
-  launch(g.num_images * g.side * g.side * g.height, 0, [&] {
-    cuda::windows_backward<T>(g, view(grad, strides), head.data(), next.data(), out);
+  const int64_t num_rows = g.num_images * g.out_height;
+  std::vector<int> starts(num_rows + 1, -1), order(count, -1), columns(count, -1);
+  launch((std::max(count, num_rows + 1) + blockDim.x - 1) / blockDim.x, blockDim.x * sizeof(int),
+         [&] {
+           cuda::sort_windows(g, windows, static_cast<int>(count), starts.data(), order.data(),
+                              columns.data());
+         });
+  using A = typename cuda::Accumulate<T>::type;
+  const int64_t block_columns = most > 0 ? most : cuda::columns_of_block<A>(g);
+  const int64_t parts = (g.width + block_columns - 1) / block_columns;
+  const Dimensions grid{static_cast<unsigned int>(g.height), static_cast<unsigned int>(g.side * parts),
+                        static_cast<unsigned int>(g.num_images)};
+  launch(grid, g.side * block_columns * sizeof(A), [&] {
+    cuda::windows_backward<T>(g, view(grad, strides), starts.data(), order.data(), columns.data(),
+                              out, static_cast<int>(block_columns));
   });
 }
 
@@ -138,3 +171,4 @@ static void backward_at(
 
 EXPORT(float32, float)
 EXPORT(float64, double)
+auto* backward_at_bfloat16 = backward_at<BFloat16>;

@@ -59,10 +59,10 @@ def output_shape(case):
 
 
 def some_windows(case):
-    """Return windows on the grid, some of them neighbors, some twice."""
+    """Return windows on the grid, more than a block has threads; some are neighbors, some equal."""
     n, _, height, width = output_shape(case)
     generator = torch.Generator().manual_seed(1)
-    columns = [torch.randint(0, end, (9,), generator=generator) for end in (n, height, width)]
+    columns = [torch.randint(0, end, (70,), generator=generator) for end in (n, height, width)]
     return torch.stack(columns, dim=1)
 
 
@@ -101,11 +101,27 @@ def test_at_windows(kernels, case):
     out = nans(*expected.shape)
     call(kernels, "forward_at", case, x.detach(), windows, len(windows), out, PAD)
     torch.testing.assert_close(out, expected)
-    grad = random(*expected.shape, seed=2)
+    grad = random(*expected.shape, seed=2).bfloat16().double()
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    out = nans(*x.shape)
-    call(kernels, "backward_at", case, grad, windows, len(windows), out)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for columns in (0, 5):  # of a block: as many as fit into shared memory, or few
+            out = nans(*x.shape, dtype=dtype)
+            call(kernels, "backward_at", case, grad.to(dtype), windows, len(windows), out, columns)
+            torch.testing.assert_close(out, expected_grad.to(dtype))
+
+
+def test_rows_without_windows_get_no_gradient(kernels):
+    """One window of two images, whose masks reach a part of the rows and of the columns."""
+    case = (2, 3, 20, 24, 2)
+    windows = torch.tensor([[1, 7, 9]])
+    x = random(2, 9, 20, 24, dtype=torch.float32).requires_grad_()
+    grad = random(1, 6, 6, dtype=torch.float32, seed=2)
+    expected = reference.swap_align2nat_at(x, windows, 2, PAD)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    out = nans(*x.shape, dtype=torch.float32)
+    call(kernels, "backward_at", case, grad, windows, 1, out, 0)
     torch.testing.assert_close(out, expected_grad)
+    assert (out != 0).float().mean() < 0.05
 
 
 def test_windows_outside_of_the_grid_read_padding_and_get_no_gradient(kernels):
@@ -115,5 +131,5 @@ def test_windows_outside_of_the_grid_read_padding_and_get_no_gradient(kernels):
     call(kernels, "forward_at", case, x, windows, 6, masks, PAD)
     assert (masks == PAD).all()
     out = nans(*x.shape)
-    call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out)
+    call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out, 0)
     assert (out == 0).all()
