@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -11,8 +11,14 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from tensormask.checkpoint.downloads import resolve
-from tensormask.checkpoint.files import check_all_arrays, read_checkpoint, split_weights
+from tensormask.checkpoint.files import (
+    check_all_arrays,
+    get_description,
+    read_checkpoint,
+    split_weights,
+)
 from tensormask.checkpoint.names import find_kind, to_our_names
+from tensormask.data.classes import list_names, shared_labels
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.utils.errors import UserError, shorten
@@ -54,6 +60,7 @@ def load_weights(
     path: str | PathLike[str] | Mapping[str, Any],
     *,
     content: dict[str, Any] | None = None,
+    class_names: Sequence[str] = (),
 ) -> LoadResult:
     """Load weights from a file or a dict into a model.
 
@@ -69,6 +76,10 @@ def load_weights(
         path: of the file, or a name or URL for `downloads.resolve`; or what a file contains, a
             dict of weights.
         content: of the file, if `read_checkpoint` has read it already.
+        class_names: of the model's labels, to match the classifier's rows with the file's
+            `class_names`: rows of classes that both have are loaded, in the order of the model,
+            and others keep their initial values. Without names here or in the file, rows are
+            matched by position.
 
     Returns:
         What is missing, unexpected or misshapen, which is also logged, as is the number of weights
@@ -93,6 +104,7 @@ def load_weights(
         content, path = _to_cpu(path), "the dict of weights"
     if content is None:
         content = read_checkpoint(resolve(path))
+    their_names = get_description(content).get("class_names", [])
     if isinstance(content.get("state_dict"), dict):
         content = {"model": content["state_dict"]}
     arrays, others = split_weights(content, path)
@@ -113,6 +125,8 @@ def load_weights(
     used = ours.keys() - left_out
     weights = {ours[name]: array for name, array in arrays.items() if name in used}
     weights |= _default_statistics(state, weights)
+    if class_names:
+        weights |= _match_classifier(state, weights, class_names, their_names, path)
     fitting, misshapen = {}, []
     for name, value in weights.items():
         if name in state and value.shape == state[name].shape:
@@ -134,6 +148,50 @@ def load_weights(
     logger.info("%s: loaded %d of the model's %d entries", path, len(fitting), len(state))
     _log_misfits(result, _changed_classes(model, state, weights), is_backbone, path)
     return result
+
+
+def _match_classifier(
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    names: Sequence[str],
+    their_names: Sequence[str],
+    path: str | PathLike[str],
+) -> dict[str, Tensor]:
+    """Return the model's classifier with the rows, of all window sizes, of the shared classes.
+
+    It is empty where the classifiers are matched by position, or differ in more than their classes.
+    """
+    if not all(name in state and name in weights for name in _CLASSIFIER):
+        return {}
+    num_sizes, rest = divmod(len(state[_CLASSIFIER[1]]), len(names))
+    for name in _CLASSIFIER:
+        (rows, *inner), (_, *our_inner) = weights[name].shape, state[name].shape
+        if rest or rows != num_sizes * len(their_names) or inner != our_inner:
+            if rows == len(state[name]):
+                logger.info("%s has no class names: they are matched by position", path)
+            return {}
+    if list(names) == list(their_names):
+        return {}
+    pairs = shared_labels(names, their_names)
+    ours, theirs = list(pairs), list(pairs.values())
+    matched = {}
+    for name in _CLASSIFIER:
+        value = state[name].detach().cpu().clone()
+        by_size = value.unflatten(0, (num_sizes, -1))  # (num_sizes, num_classes, ...), a view
+        by_size[:, ours] = weights[name].to(value.dtype).unflatten(0, (num_sizes, -1))[:, theirs]
+        matched[name] = value
+    new = [name for label, name in enumerate(names) if label not in pairs]
+    if pairs:
+        logger.info(
+            "%s: the classifier keeps %d of the %d classes of the file, by name: %s",
+            *(path, len(pairs), len(their_names), list_names([names[label] for label in ours])),
+        )
+    if new:
+        logger.warning(
+            "%s: %d of the model's %d classes keep the initial weights of their classifier: %s",
+            *(path, len(new), len(names), list_names(new)),
+        )
+    return matched
 
 
 def _to_cpu(value: Any) -> Any:

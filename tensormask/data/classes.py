@@ -36,6 +36,9 @@ class Classes(NamedTuple):
     source: str = "the model"
 
 
+UNKNOWN = Classes()
+
+
 def matches_by_name(cfg: CfgNode) -> bool:
     """Return whether `DATASETS.MATCH_CLASSES` is "name" and not "position".
 
@@ -174,7 +177,7 @@ def _differences(classes: Classes, dataset: CocoDataset) -> str:
     unmatched = [[n for n in ours if n not in theirs], [n for n in theirs if n not in ours]]
     lines = [f"{dataset.name} and {classes.source} have different classes."]
     for (source, names), own in zip(sides, unmatched, strict=True):
-        only = f"; only there: {list_names(own)}" if own else ""
+        only = f"; only there: {list_names(own)}" if 0 < len(own) < len(names) else ""
         lines.append(f"{source} has {len(names)}: {list_names(names)}{only}.")
     for source, names in sides:
         if repeated := [name for name, count in Counter(names).items() if count > 1]:

@@ -12,6 +12,7 @@ import torch
 
 from tensormask.config import CfgNode
 from tensormask.data import IssueReporter
+from tensormask.data.classes import UNKNOWN, Classes
 from tensormask.engine import distributed
 from tensormask.engine.evaluator import Evaluator
 from tensormask.engine.events import MetricsWriter
@@ -105,6 +106,7 @@ class Run:
         done: the number of iterations so far, with those before a resume.
         saved: that of the last checkpoint.
         issues: of training samples, in order of their detection.
+        classes: of the model, and the category ids that its checkpoints name.
         stopped: the reason of a callback that has stopped the run.
         evaluated: the iterations of the weights that were evaluated last; -1 for none.
         results: of this evaluation, in this process (see `evaluate_all`).
@@ -116,6 +118,7 @@ class Run:
     signals: StopSignals
     callbacks: Sequence[Callback] = ()
     evaluators: Sequence[Evaluator] = ()
+    classes: Classes = UNKNOWN
     writer: MetricsWriter = field(init=False)
     issues: dict[SampleIssue, None] = field(default_factory=dict)
     done: int = 0

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensormask.checkpoint.downloads import resolve
+from tensormask.checkpoint.files import read_checkpoint
 from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode
 from tensormask.data import (
@@ -18,10 +20,12 @@ from tensormask.data import (
     check_dataset,
     get_dataset,
 )
+from tensormask.data.classes import UNKNOWN, Classes, log_match, match_dataset
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import check_weights
+from tensormask.engine.classes import stored_classes
 from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import (
@@ -50,6 +54,8 @@ def evaluate_only(
 ) -> dict[str, Any]:
     """Evaluate `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`.
 
+    The classes of each data set are matched with those of the weights (`match_dataset`).
+
     Files go to `OUTPUT_DIR/inference`, and replace those there. A file in `MODEL.WEIGHTS` is not
     changed; with `resume`, the final checkpoint gets the `score_threshold`, as from `train`.
 
@@ -67,15 +73,20 @@ def evaluate_only(
     output_dir = Path(cfg.OUTPUT_DIR)
     with open_output_dir(output_dir):
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
-        with distributed.first_on_machine():  # this can draw a data set
-            check_evaluation(cfg)
+        content, classes = checkpoint, UNKNOWN
+        with distributed.first_on_machine():  # this can download a file and draw a data set
+            if content is None and cfg.MODEL.WEIGHTS:
+                content = read_checkpoint(resolve(cfg.MODEL.WEIGHTS))
+            if content is not None:
+                source = "the checkpoint" if checkpoint else cfg.MODEL.WEIGHTS
+                classes = stored_classes(cfg, content, source)
+            check_evaluation(cfg, classes)
         reporter = build_issue_reporter(cfg, cfg.DATASETS.TEST)
         model = build_model(cfg)
         if checkpoint is not None:
             restore_model(checkpoint, model)
-        elif cfg.MODEL.WEIGHTS:
-            with distributed.first_on_machine():  # this can download a file
-                loaded = load_weights(model, cfg.MODEL.WEIGHTS)
+        elif content is not None:
+            loaded = load_weights(model, cfg.MODEL.WEIGHTS, content=content)
             check_complete(loaded, cfg.MODEL.WEIGHTS)
             check_weights(model, cfg.MODEL.WEIGHTS)
         else:
@@ -83,11 +94,12 @@ def evaluate_only(
                 "No weights to evaluate: give MODEL.WEIGHTS path/to/model_final.pth, "
                 "or --resume to use the last checkpoint in OUTPUT_DIR"
             )
-        results = evaluate_all(cfg, model, output_dir, reporter, evaluators)
+        del content  # its memory
+        results = evaluate_all(cfg, model, output_dir, reporter, evaluators, classes)
         if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
             logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
             restore_model(checkpoint["ema"], model)
-            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter, evaluators)
+            averaged = evaluate_all(cfg, model, output_dir / "ema", reporter, evaluators, classes)
             results = {**results, "ema": averaged}
         if checkpoint is not None:
             store_score_thresholds(output_dir, results)
@@ -98,33 +110,22 @@ def evaluate_only(
         return results
 
 
-def check_evaluation(cfg: CfgNode, trained_on: CocoDataset | None = None) -> None:
+def check_evaluation(cfg: CfgNode, classes: Classes) -> None:
     """Check the evaluation's options and data sets, before hours of training.
 
-    Args:
-        trained_on: the training set, whose classes the test sets must have; None to evaluate
-            without training.
+    The log has how the classes of each set are matched with those of the model.
 
     Raises:
-        UserError: an invalid test set or option.
+        UserError: an invalid test set or option, or a test set with other classes.
     """
     build_test_transform(cfg)
     if cfg.TEST.MAX_DETS < 1:
         raise UserError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
     for name in cfg.DATASETS.TEST:
         dataset = get_dataset(name)
-        check_dataset(cfg, dataset)
-        if trained_on is None or dataset.class_names == trained_on.class_names:
-            continue
-        if sorted(dataset.class_names) == sorted(trained_on.class_names):
-            raise UserError(
-                f"{name} and {trained_on.name} have the same classes in different orders, "
-                f"{dataset.class_names} and {trained_on.class_names}: give them equal category ids"
-            )
-        logger.warning(
-            "%s and %s have different class names, %s and %s; they are matched by their order",
-            *(name, trained_on.name, dataset.class_names, trained_on.class_names),
-        )
+        matched = match_dataset(cfg, dataset, classes)
+        check_dataset(cfg, matched)
+        log_match(dataset, matched, classes)
 
 
 def evaluate_all(
@@ -133,12 +134,14 @@ def evaluate_all(
     output_dir: str | Path,
     reporter: IssueReporter,
     evaluators: Sequence[Evaluator] = (),
+    classes: Classes = UNKNOWN,
 ) -> dict[str, Any]:
     """Evaluate a model on every set in `DATASETS.TEST`, and log the results.
 
     Each rank runs the model on its share of the images; `output_dir` must be the same folder for
     all. Every rank returns the same results. The model's mode and the random generators are
     restored. Files are written to `output_dir/inference`, for several sets to one subfolder each.
+    `classes` are those of the model; the sets get its labels.
 
     Returns:
         `{"bbox": {"AP", ...}, "segm": {...}}` in percent, with `TEST.ORACLE_ON` also `"oracle"`:
@@ -155,20 +158,20 @@ def evaluate_all(
             folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
         # Training must not depend on whether and when a run is evaluated.
         with preserved_random_states():
-            results[name] = _evaluate_one(cfg, model, name, folder, reporter, evaluators)
+            dataset = match_dataset(cfg, get_dataset(name), classes)
+            results[name] = _evaluate_one(cfg, model, dataset, folder, reporter, evaluators)
     return results[names[0]] if len(names) == 1 else results
 
 
 def _evaluate_one(
     cfg: CfgNode,
     model: TensorMask,
-    name: str,
+    dataset: CocoDataset,
     folder: Path,
     reporter: IssueReporter,
     evaluators: Sequence[Evaluator],
 ) -> dict[str, Any]:
-    dataset = get_dataset(name)
-    logger.info("Evaluating on %s: %d images", name, len(dataset))
+    logger.info("Evaluating on %s: %d images", dataset.name, len(dataset))
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     results = evaluate(
         model,
@@ -196,7 +199,7 @@ def _evaluate_one(
             gather=distributed.gather_objects,
         ).get("segm")
     if results:  # empty for test-dev, which has no annotations, and above rank 0
-        logger.info("Results on %s\n%s", name, results_table(results, oracle))
+        logger.info("Results on %s\n%s", dataset.name, results_table(results, oracle))
         if oracle is not None:
             logger.info("oracle: ground-truth masks at the windows' resolution, a limit of AP")
         for task, metrics in results.items():

@@ -46,7 +46,7 @@ def pack_checkpoint(
     *,
     iteration: int,
     config: str,
-    class_names: list[str],
+    class_names: Sequence[str],
     category_ids: Sequence[Identity],
     issues: Iterable[SampleIssue] = (),
     run: dict[str, Any] | None = None,

@@ -35,14 +35,12 @@ def save(run: Run) -> None:
 
 
 def _pack(run: Run) -> dict:
-    names = [*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST]
-    dataset = get_dataset(names[0]) if names else None  # a loader can be given instead
     return resume.pack_checkpoint(
         run.state,
         iteration=run.done - 1,
         config=run.cfg.dump(),
-        class_names=dataset.class_names if dataset else [],
-        category_ids=dataset.category_ids if dataset else [],
+        class_names=run.classes.names,
+        category_ids=run.classes.category_ids,
         issues=run.issues,
         run=run.state_dict(),
     )
@@ -68,11 +66,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     for callback in run.callbacks:
         callback.before_evaluation(run)
     with run.signals.interruptible():
-        results = evaluate_all(cfg, run.model, output_dir, run.reporter, run.evaluators)
+        options = (run.reporter, run.evaluators, run.classes)
+        results = evaluate_all(cfg, run.model, output_dir, *options)
         if ema is not None:
             logger.info("Evaluation of the averaged weights (SOLVER.EMA):")
             model = cast(TensorMask, ema.module)
-            averaged = evaluate_all(cfg, model, output_dir / "ema", run.reporter, run.evaluators)
+            averaged = evaluate_all(cfg, model, output_dir / "ema", *options)
             results = {**results, "ema": averaged}
         for prefix in ("", "ema/") if ema is not None else ("",):
             folder = output_dir / prefix / "inference"

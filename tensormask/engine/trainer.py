@@ -14,10 +14,12 @@ from torch import nn
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
+from tensormask.data.classes import matches_by_name
 from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
 from tensormask.engine.callbacks import Callback, Run
+from tensormask.engine.classes import training_classes
 from tensormask.engine.evaluator import (
     Evaluator,
     build_issue_reporter,
@@ -107,14 +109,18 @@ def train(
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
         cfg = _complete(distributed.scale_to_world_size(cfg), output_dir, checkpoint)
         with distributed.first_on_machine():  # this can draw a data set
-            trained_on = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
-            check_evaluation(cfg, trained_on[0] if trained_on else None)
+            train_sets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
+            test_sets = [get_dataset(name) for name in cfg.DATASETS.TEST]
+            classes = training_classes(
+                cfg, train_sets, test_sets, checkpoint, maps_labels=train_loader is None
+            )
+            check_evaluation(cfg, classes)
         reporter = build_issue_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         seed_everything(cfg.SEED)
         set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
         set_float32_precision(cfg.FLOAT32_PRECISION)
 
-        run = Run(cfg, build_state(cfg, model), reporter, stop, callbacks, evaluators)
+        run = Run(cfg, build_state(cfg, model), reporter, stop, callbacks, evaluators, classes)
         if checkpoint is not None:
             restore(run, checkpoint)
             del checkpoint  # its memory
@@ -122,7 +128,8 @@ def train(
             logger.info("MODEL.WEIGHTS is not loaded: the given model keeps its weights")
         elif cfg.MODEL.WEIGHTS:
             with distributed.first_on_machine():  # this can download a file
-                load_weights(run.model, cfg.MODEL.WEIGHTS)
+                names = classes.names if matches_by_name(cfg) else ()
+                load_weights(run.model, cfg.MODEL.WEIGHTS, class_names=names)
             check_weights(run.model, cfg.MODEL.WEIGHTS)
         distributed.check_same("config or checkpoint", (cfg.dump(), run.done))
         start = run.done
@@ -132,7 +139,7 @@ def train(
         elif not run.finished:
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
             batches = build_train_loader(
-                cfg, start, rank=rank, world_size=world_size, mapper=mapper
+                cfg, start, rank=rank, world_size=world_size, mapper=mapper, classes=classes
             )
 
         # All checks of the config are done: an invalid one does not change an earlier run's files.

@@ -8,7 +8,7 @@ import torch
 import yaml
 from fakes import FakeModel, assert_same_bits, interrupted_run, lines, make_cfg, weights
 
-from tensormask.engine import evaluator, run, trainer
+from tensormask.engine import evaluator, trainer
 from tensormask.engine.anomaly import NonFiniteError
 from tensormask.engine.resume import load_checkpoint
 from tensormask.evaluation import UnexpectedResultsError
@@ -196,21 +196,6 @@ def test_the_evaluation_is_checked_before_training(fakes, tmp_path):
             trainer.train(make_cfg(tmp_path, *opts))
     assert (tmp_path / "last_checkpoint").is_file()
     assert len(lines(tmp_path)) == 3
-
-
-@pytest.mark.parametrize("names, refused", [(["ring", "star"], True), (["Star", "Ring"], False)])
-def test_classes_of_training_and_test_sets(fakes, tmp_path, monkeypatch, caplog, names, refused):
-    trained_on = trainer.get_dataset("a")
-    other = type("Other", (list,), {**vars(type(trained_on)), "class_names": names})(range(7))
-    sets = {"a": trained_on, "b": other}
-    for module in (trainer, evaluator, run):
-        monkeypatch.setattr(module, "get_dataset", sets.__getitem__)
-    if refused:
-        with pytest.raises(ValueError, match="different orders"):
-            trainer.train(make_cfg(tmp_path))
-    else:
-        trainer.train(make_cfg(tmp_path))
-        assert "have different class names" in (tmp_path / "log.txt").read_text()
 
 
 def test_an_evaluation_needs_no_training_data(fakes, tmp_path, monkeypatch):
