@@ -145,3 +145,10 @@ def test_windows_that_occur_twice_or_are_outside(y) -> None:
         Assignment.make(
             WINDOWS, 1, zeros, torch.tensor([0, 1]), zeros, zeros, torch.tensor(y), zeros
         )
+
+
+def test_boxes_that_are_not_finite_match_nothing(recwarn) -> None:
+    inf, nan = float("inf"), float("nan")
+    rows = [[0, 0, inf, 8], [-inf, 0, inf, 8], [nan, 0, 8, 8], [-3e38, -3e38, 3e38, 3e38]]
+    assert not matches(torch.tensor(rows), WINDOWS, GRIDS)
+    assert not recwarn.list
