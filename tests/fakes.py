@@ -51,7 +51,7 @@ def make_cfg(folder, *overrides):
         *("OUTPUT_DIR", str(folder), "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"),
         *("SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 5),
         *("SOLVER.STEPS", "(20,)", "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 10),
-        *("MODEL.TENSOR_MASK.NUM_CLASSES", 2, "SEED", 5, *overrides),
+        *("MODEL.TENSOR_MASK.NUM_CLASSES", 2, "MODEL.MASK_ON", True, "SEED", 5, *overrides),
     ])  # fmt: skip
     return cfg
 

@@ -14,6 +14,7 @@ from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
 from tensormask.engine.evaluator import evaluate_only
 from tensormask.engine.launch import AUTO, check_launch, launch
+from tensormask.engine.memory import OutOfMemory
 from tensormask.engine.signals import TrainingStopped
 from tensormask.engine.trainer import train
 from tensormask.evaluation import UnexpectedResultsError
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None, command: str = "train") -> int:
         else:
             train(cfg, resume=args.resume, overwrite=args.overwrite)
         distributed.stop()
-    except (NonFiniteError, UnexpectedResultsError, DiskFullError) as error:
+    except (NonFiniteError, OutOfMemory, UnexpectedResultsError, DiskFullError) as error:
         return _fail(error, EXIT_FAILED)
     except (UserError, OSError) as error:
         return _fail(error, EXIT_MISTAKE)

@@ -109,6 +109,7 @@ class Run:
         classes: of the model, and the category ids that its checkpoints name.
         stopped: the reason of a callback that has stopped the run.
         evaluated: the iterations of the weights that were evaluated last; -1 for none.
+        updating: the index of the iteration that has last begun to change the weights.
         results: of this evaluation, in this process (see `evaluate_all`).
     """
 
@@ -125,6 +126,7 @@ class Run:
     saved: int = 0
     stopped: str | None = None
     evaluated: int = -1
+    updating: int = -1
     results: dict[str, Any] | None = None
     _request: str | None = None  # of this rank, to stop
     _logged: dict[str, float] = field(default_factory=dict)

@@ -28,6 +28,8 @@ from tensormask.engine.anomaly import check_weights
 from tensormask.engine.classes import stored_classes
 from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.output_dir import open_output_dir
+from tensormask.engine.memory import evaluation_advice, explain_out_of_memory
+from tensormask.engine.metrics import evaluator_name, explain_zero
 from tensormask.engine.resume import (
     FINAL_CHECKPOINT,
     FINAL_EMA,
@@ -157,7 +159,8 @@ def evaluate_all(
         if len(names) > 1:
             folder /= unique_stem(re.sub(r"[^\w.-]+", "_", name), taken)
         # Training must not depend on whether and when a run is evaluated.
-        with preserved_random_states():
+        what, advice = f"the evaluation on {name}", evaluation_advice(cfg)
+        with preserved_random_states(), explain_out_of_memory(what, advice):
             dataset = match_dataset(cfg, get_dataset(name), classes)
             results[name] = _evaluate_one(cfg, model, dataset, folder, reporter, evaluators)
     return results[names[0]] if len(names) == 1 else results
@@ -204,6 +207,7 @@ def _evaluate_one(
             logger.info("oracle: ground-truth masks at the windows' resolution, a limit of AP")
         for task, metrics in results.items():
             if "best_f1" in metrics:
+        explain_zero(dataset.name, results)
                 f1, threshold = metrics["best_f1"], metrics["best_f1_threshold"]
                 logger.info("%s: best F1 at IoU 0.5 is %.2f, at score %.2f", task, f1, threshold)
         results = results if oracle is None else {**results, "oracle": oracle}
@@ -222,7 +226,7 @@ def _run_evaluators(
     """Return the metrics of evaluators by their names; `taken` are names that they cannot have."""
     results: dict[str, dict[str, float]] = {}
     for evaluator in evaluators:
-        name = getattr(evaluator, "__name__", type(evaluator).__name__)
+        name = evaluator_name(evaluator)
         if name in {*taken, *results, "ema"}:
             raise UserError(f"two evaluators are named {name}: rename the function or class")
         with evaluation_mode(model), torch.no_grad():

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 import torchvision
-import yaml
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import tensormask
 from tensormask.checkpoint.files import read_checkpoint
-from tensormask.config import CfgNode
-from tensormask.config.node import leaves
 from tensormask.data.checks.issues import Identity, current_kind
 from tensormask.engine.distributed import unwrap
 from tensormask.engine.step import TrainState
@@ -68,6 +65,7 @@ def pack_checkpoint(
     return {
         "model": unwrap(state.model).state_dict(),
         "optimizer": state.optimizer.state_dict(),
+        "parameter_names": parameter_names(state),
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
         "ema": ema and {"model": ema.module.state_dict(), "n_averaged": int(ema.n_averaged)},
@@ -211,8 +209,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
+def restore_checkpoint(
+    checkpoint: dict[str, Any], state: TrainState, *, new_seed: bool = False
+) -> int:
     """Restore weights, optimizer, schedule, loss scale, averages and random states.
+
+    The optimizer keeps its hyperparameters, and the schedule its form: those of the config, which
+    can be another one than that of the checkpoint.
+
+    Args:
+        new_seed: keep the random states instead of the checkpoint's.
 
     Returns:
         The index of the iteration to continue with.
@@ -221,24 +227,68 @@ def restore_checkpoint(checkpoint: dict[str, Any], state: TrainState) -> int:
         UserError: the checkpoint has another model or another optimizer.
     """
     restore_model(checkpoint, unwrap(state.model))
-    # PyTorch accepts the state of another kind of optimizer, and then fails in its first step.
-    saved, current = (
-        optimizer["param_groups"]
-        for optimizer in (checkpoint["optimizer"], state.optimizer.state_dict())
-    )
-    if [_layout(group) for group in saved] != [_layout(group) for group in current]:
-        raise UserError(
-            "The checkpoint's optimizer does not match this config: its type, its groups or the "
-            "frozen stages differ. Resume with the config.yaml beside the checkpoint"
-        )
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.scheduler.load_state_dict(checkpoint["scheduler"])
+    restore_optimizer(checkpoint, state)
+    restore_schedule(checkpoint["scheduler"], state)
     if state.scaler.is_enabled() and checkpoint.get("scaler"):
         state.scaler.load_state_dict(checkpoint["scaler"])
     if state.ema is not None:
         restore_ema(checkpoint, state.ema)
-    set_random_states(checkpoint["random_states"])
+    if not new_seed:
+        set_random_states(checkpoint["random_states"])
     return checkpoint["iteration"] + 1
+
+
+def parameter_names(state: TrainState) -> list[str]:
+    """Return the model's names of the optimizer's parameters, in the order of its `state_dict`."""
+    names = {parameter: name for name, parameter in unwrap(state.model).named_parameters()}
+    return [names[p] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def restore_optimizer(checkpoint: dict[str, Any], state: TrainState) -> None:
+    """Restore the optimizer's state of each parameter, such as its momentum, by the names.
+
+    Groups of parameters can differ, since they follow from learning rates and weight decays. Where
+    a checkpoint of an earlier version has no names, they must be of the same sizes.
+
+    Raises:
+        UserError: the checkpoint has another optimizer, or other parameters are frozen.
+    """
+    saved, current = checkpoint["optimizer"], state.optimizer.state_dict()
+    saved_groups, groups = saved["param_groups"], current["param_groups"]
+    names = parameter_names(state)
+    by_position = names if [*map(_size, saved_groups)] == [*map(_size, groups)] else []
+    saved_names: list[str] = checkpoint.get("parameter_names", by_position)
+    # PyTorch accepts the state of another kind of optimizer, and then fails in its first step.
+    if set(saved_groups[0]) != set(groups[0]) or sorted(saved_names) != sorted(names):
+        raise UserError(
+            "The checkpoint's optimizer does not match this config: its type, its groups or the "
+            "frozen stages differ. Resume with the config.yaml beside the checkpoint"
+        )
+    indices = [index for group in saved_groups for index in group["params"]]
+    by_name = {
+        name: saved["state"][index]
+        for name, index in zip(saved_names, indices, strict=True)
+        if index in saved["state"]  # SGD without momentum has no state
+    }
+    by_index = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
+    state.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+
+def _size(group: dict[str, Any]) -> int:
+    return len(group["params"])
+
+
+def restore_schedule(saved: dict[str, Any], state: TrainState) -> None:
+    """Continue the schedule, as the config describes it, at the iteration of a checkpoint."""
+    scheduler, iteration = state.scheduler, saved["last_epoch"]
+    rates = [
+        base_lr * factor(iteration)
+        for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    position = {key: saved[key] for key in ("last_epoch", "_step_count")}
+    scheduler.load_state_dict({**scheduler.state_dict(), **position, "_last_lr": rates})
 
 
 def restore_ema(checkpoint: dict[str, Any], ema: AveragedModel) -> None:
@@ -249,25 +299,6 @@ def restore_ema(checkpoint: dict[str, Any], ema: AveragedModel) -> None:
         saved = {"model": checkpoint["model"], "n_averaged": 1}
     restore_model(saved, ema.module)
     ema.n_averaged.fill_(saved["n_averaged"])
-
-
-def warn_of_changes(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
-    """Log which keys of the config differ from the checkpoint's.
-
-    With any of them, the run is not bit-identical to an uninterrupted one.
-    """
-    saved, current = (dict(leaves(yaml.safe_load(t))) for t in (checkpoint["config"], cfg.dump()))
-    changes = [
-        f"{key} {saved.get(key)} -> {value}"
-        for key, value in current.items()
-        if saved.get(key) != value and key != "OUTPUT_DIR"
-    ]
-    if changes:
-        logger.warning("Resuming with another config than before: %s", "; ".join(changes))
-
-
-def _layout(group: dict[str, Any]) -> tuple[set[str], int]:
-    return set(group) - {"params"}, len(group["params"])
 
 
 def restore_model(checkpoint: dict[str, Any], model: nn.Module) -> None:

@@ -2,13 +2,17 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 from tensormask.data import get_dataset
-from tensormask.engine import distributed, events, resume
+from tensormask.engine import changes, distributed, events, resume
 from tensormask.engine.callbacks import Run
 from tensormask.engine.evaluator import evaluate_all, score_threshold
+from tensormask.engine.memory import OutOfMemory, explain_out_of_memory, training_advice
 from tensormask.layers import _native
 from tensormask.modeling import TensorMask
 
@@ -17,10 +21,17 @@ logger = logging.getLogger(__name__)
 
 def save(run: Run) -> None:
     """Write the checkpoint after `run.done` iterations, and remove the oldest ones."""
-    iteration = run.done - 1
-    name = resume.FINAL_CHECKPOINT if run.finished else f"model_{iteration:07d}.pth"
     for callback in run.callbacks:
         callback.before_checkpoint(run)
+    path = _write(run)
+    for callback in run.callbacks:
+        callback.after_checkpoint(run, path)
+
+
+def _write(run: Run) -> Path:
+    """Write a checkpoint if this is rank 0, and return its path."""
+    iteration = run.done - 1
+    name = resume.FINAL_CHECKPOINT if run.finished else f"model_{iteration:07d}.pth"
     if distributed.is_main_process():
         checkpoint = _pack(run)
         if run.finished and run.state.ema is not None:
@@ -30,8 +41,48 @@ def save(run: Run) -> None:
         num_kept = run.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
         resume.remove_old_checkpoints(run.output_dir, num_kept, iteration)
     run.saved = run.done
-    for callback in run.callbacks:
-        callback.after_checkpoint(run, run.output_dir / name)
+    return run.output_dir / name
+
+
+@contextmanager
+def saved_if_out_of_memory(run: Run) -> Iterator[None]:
+    """Save the last complete iteration if the block needs too much memory.
+
+    With several ranks, only rank 0 can save, and without its callbacks: the other ranks do not
+    take part any more.
+
+    Raises:
+        OutOfMemory: instead of the error of the block; names what to lower and the checkpoint.
+    """
+
+    def note_update(*args: object) -> None:
+        run.updating = run.done
+
+    hook = run.state.optimizer.register_step_pre_hook(note_update)
+    try:
+        with explain_out_of_memory("training", training_advice(run.cfg)):
+            yield
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error} {_save_last_iteration(run)}") from error
+    finally:
+        hook.remove()
+
+
+def _save_last_iteration(run: Run) -> str:
+    """Save a run whose last iteration has failed, and return where it is, as a sentence."""
+    run.state.optimizer.zero_grad()
+    problem = ""
+    if run.saved < run.done and run.updating == run.done:
+        problem = f" (iteration {run.done} has failed while it changed the weights)"
+    elif run.saved < run.done:
+        try:
+            save(run) if distributed.get_world_size() == 1 else _write(run)
+        except Exception as error:  # there can be too little memory, or disk, for this as well
+            problem = f" (the {run.done} iterations so far cannot be saved: {error})"
+    last = resume.find_last_checkpoint(run.output_dir)
+    if last is None:
+        return f"There is no checkpoint yet{problem}."
+    return f"{last} has the run so far{problem}: continue with --resume."
 
 
 def _pack(run: Run) -> dict:
@@ -47,13 +98,40 @@ def _pack(run: Run) -> dict:
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Restore all that a checkpoint has of a run; the log has the changes of the config."""
-    resume.warn_of_changes(checkpoint, run.cfg)
-    run.done = run.saved = resume.restore_checkpoint(checkpoint, run.state)
+    """Restore all that a checkpoint has of a run; the log has the changes of the config.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or optimizer.
+    """
+    changed = changes.find_changes(checkpoint["config"], run.cfg)
+    path = resume.find_last_checkpoint(run.output_dir)
+    changes.check_changes(changed, path)
+    new_seed = "SEED" in changed[changes.Effect.TRAINED]
+    run.done = run.saved = resume.restore_checkpoint(checkpoint, run.state, new_seed=new_seed)
     run.issues = dict.fromkeys(resume.unpack_issues(checkpoint))
     issues = [issue for issue in run.issues if issue[0] in run.reporter.logs]
     run.reporter.add([{"issues": issues}])
     run.load_state_dict(checkpoint.get("run", {}))
+    changes.log_changes(changed, done=run.done, finished=run.finished)
+    if run.finished:
+        _log_finished(run)
+        if path is not None and path.name != resume.FINAL_CHECKPOINT:
+            run.saved = 0  # not as the final one
+
+
+def _log_finished(run: Run) -> None:
+    if run.stopped is not None:
+        logger.warning(
+            "The run was stopped after %d iterations (%s), so it is only evaluated: to train "
+            "further, start a new run from its weights (MODEL.WEIGHTS)",
+            *(run.done, run.stopped),
+        )
+        return
+    logger.warning(
+        "%d iterations are done and SOLVER.MAX_ITER is %d, so the run is only evaluated: increase "
+        "SOLVER.MAX_ITER to train further",
+        *(run.done, run.cfg.SOLVER.MAX_ITER),
+    )
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -121,6 +199,12 @@ def _keep_best(run: Run, metrics: dict[str, float]) -> None:
     """Write `model_best.pth` if the metric is better than all earlier ones in metrics.json."""
     metric = run.cfg.SOLVER.CHECKPOINT_BEST
     if not metric or not distributed.is_main_process():
+        return
+    if metric in metrics and math.isnan(metrics[metric]):
+        logger.warning(
+            "SOLVER.CHECKPOINT_BEST: %s is NaN, as AP is without such objects; %s does not change",
+            *(metric, resume.BEST_CHECKPOINT),
+        )
         return
     if metric not in metrics:
         logger.warning(

@@ -141,7 +141,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
     """Build the schedule `SOLVER.LR_SCHEDULER_NAME`, which is stepped every iteration.
 
     The learning rate of each group is multiplied by the same factor. Steps at or after `MAX_ITER`
-    are ignored with a warning.
+    are ignored with a warning. A warm-up that does not end before `MAX_ITER` gets a warning, too.
 
     Raises:
         UserError: an unknown name or warm-up method, steps that are not positive and ascending, a
@@ -172,6 +172,13 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
         start_factor=solver.WARMUP_FACTOR,
         method=solver.WARMUP_METHOD,
     )
+    highest = max(warmed(0), warmed(max_iter - 1))  # of a warm-up without end
+    if solver.WARMUP_ITERS >= max_iter and highest < factor(0):
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate is at most "
+            "%.3g, and never BASE_LR, %.3g. Decrease WARMUP_ITERS; 0 switches the warm-up off",
+            *(solver.WARMUP_ITERS, max_iter, solver.BASE_LR * highest, solver.BASE_LR),
+        )
     return LambdaLR(optimizer, warmed)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from tensormask.engine.anomaly import gradients_error, read_losses
@@ -23,7 +23,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     scaler: torch.amp.GradScaler  # disabled: changes nothing
     ema: AveragedModel | None = None  # moving averages of the model's weights
 

@@ -18,7 +18,7 @@ from tensormask.data.classes import matches_by_name
 from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
-from tensormask.engine.callbacks import Callback, Run
+from tensormask.engine.callbacks import Callback, EarlyStopping, Run
 from tensormask.engine.classes import training_classes
 from tensormask.engine.evaluator import (
     Evaluator,
@@ -26,6 +26,7 @@ from tensormask.engine.evaluator import (
     check_evaluation,
     store_score_thresholds,
 )
+from tensormask.engine.metrics import check_metrics
 from tensormask.engine.output_dir import (
     CONFIG,
     holds_run,
@@ -42,6 +43,7 @@ from tensormask.engine.run import (
     log_summary,
     restore,
     save,
+    saved_if_out_of_memory,
 )
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.step import TrainState, train_step
@@ -99,6 +101,7 @@ def train(
         NonFiniteError: a loss or a gradient is NaN or infinite.
         TrainingStopped: SIGTERM or SIGINT was received, and the state is saved.
         DiskFullError: the disk is full; existing checkpoints are intact.
+        OutOfMemory: the memory is full; the state is saved.
         UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
     if train_loader is not None and mapper is not None:
@@ -115,6 +118,14 @@ def train(
                 cfg, train_sets, test_sets, checkpoint, maps_labels=train_loader is None
             )
             check_evaluation(cfg, classes)
+            check_metrics(
+                cfg,
+                [get_dataset(name) for name in cfg.DATASETS.TEST],
+                _wanted_metrics(cfg, callbacks),
+                evaluators=evaluators,
+                own_model=model is not None,
+                can_log=any(type(callback) is not EarlyStopping for callback in callbacks),
+            )
         reporter = build_issue_reporter(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         seed_everything(cfg.SEED)
         set_determinism(deterministic=cfg.DETERMINISTIC, benchmark=cfg.CUDNN_BENCHMARK)
@@ -150,9 +161,11 @@ def train(
                 link_latest(given_dir, output_dir)
             write_atomically(output_dir / CONFIG, lambda f: f.write(cfg.dump().encode()))
             record_environment(output_dir)
-        with events.MetricsWriter(output_dir, start) as run.writer:
+        with events.MetricsWriter(output_dir, start) as run.writer, saved_if_out_of_memory(run):
             if not run.finished:
                 _run_iterations(run, batches)
+            elif run.saved < run.done:  # SOLVER.MAX_ITER was decreased
+                save(run)
             results = run.results
             if results is None or run.evaluated != run.done:
                 results = evaluate(run)
@@ -161,6 +174,17 @@ def train(
             log_summary(run, results, start, time.perf_counter() - started)
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
     return results
+
+
+def _wanted_metrics(cfg: CfgNode, callbacks: Sequence[Callback]) -> Iterator[tuple[str, str]]:
+    """Yield the metrics that a run reads from its evaluations, each after what needs it."""
+    if cfg.SOLVER.CHECKPOINT_BEST:
+        yield "SOLVER.CHECKPOINT_BEST", cfg.SOLVER.CHECKPOINT_BEST
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping):
+            yield "the metric of EarlyStopping", callback.metric
+    for row in cfg.TEST.EXPECTED_RESULTS:
+        yield "a row of TEST.EXPECTED_RESULTS", "/".join(map(str, row[:2]))
 
 
 def build_state(cfg: CfgNode, model: nn.Module | None = None) -> TrainState:

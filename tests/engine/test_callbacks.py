@@ -139,8 +139,8 @@ def test_early_stopping(tmp_path, fakes, monkeypatch):
     assert load_checkpoint(tmp_path / "model_final.pth")["iteration"] == 9
     assert next(scores) == 40.0
     scores = iter([50.0])
-    with pytest.raises(ValueError, match="no metric is 'segm/APP'; available: segm/AP"):
-        trainer.train(cfg, overwrite=True, callbacks=[EarlyStopping("segm/APP")])
+    with pytest.raises(ValueError, match="no metric is 'segm/best_f1'; available: segm/AP"):
+        trainer.train(cfg, overwrite=True, callbacks=[EarlyStopping("segm/best_f1")])
 
 
 @pytest.mark.parametrize("where", ["step", "evaluation", "after evaluation", "before a save"])

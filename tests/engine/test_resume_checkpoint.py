@@ -64,6 +64,7 @@ def test_the_state_is_restored(tmp_path):
     assert set(loaded) == {
         *("model", "optimizer", "scheduler", "scaler", "ema", "iteration", "random_states"),
         *("issues", "config", "class_names", "category_ids", "versions", "run"),
+        "parameter_names",
     }
 
 

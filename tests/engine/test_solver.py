@@ -185,6 +185,28 @@ def test_schedule_equals_fvcore(name, method, max_iter, warmup_iters, steps):
         assert scheduler.lr_lambdas[0](iteration) == pytest.approx(expected, rel=1e-9), iteration
 
 
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+@pytest.mark.parametrize(
+    "method, factor, warmup_iters, highest",
+    [
+        ("linear", 0.001, 19, None),
+        ("constant", 0.001, 19, None),
+        ("constant", 1.0, 50, None),
+        ("constant", 0.001, 20, "2e-05"),
+        ("linear", 0.5, 0, None),
+        ("linear", 0.001, 20, "0.019"),
+        ("linear", 0.001, 1000, "0.019"),
+    ],
+)
+def test_a_warm_up_without_end_is_a_warning(caplog, name, method, factor, warmup_iters, highest):
+    solver = {"WARMUP_METHOD": method, "WARMUP_FACTOR": factor, "WARMUP_ITERS": warmup_iters}
+    make_scheduler(make_cfg(**solver, MAX_ITER=20, STEPS=(), BASE_LR=0.02, LR_SCHEDULER_NAME=name))
+    messages = [m for m in caplog.messages if "WARMUP_ITERS" in m]
+    assert len(messages) == (highest is not None)
+    if messages and name == "WarmupMultiStepLR":
+        assert f"at most {highest}, and never BASE_LR, 0.02." in messages[0]
+
+
 def test_cosine_by_hand():
     cfg = make_cfg(
         LR_SCHEDULER_NAME="WarmupCosineLR", MAX_ITER=4, WARMUP_ITERS=0, BASE_LR=1.0, BASE_LR_END=0.2

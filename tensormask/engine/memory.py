@@ -1,0 +1,97 @@
+"""Out of memory: what to lower, and where the run so far is."""
+
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cv2
+import torch
+
+from tensormask.config import CfgNode
+from tensormask.engine import distributed
+from tensormask.utils.errors import shorten
+
+# In the messages of PyTorch's CPU, CUDA and MPS allocators, its libraries, OpenCV and the system.
+_PHRASES = (
+    *("out of memory", "allocate memory", "not enough memory", "insufficient memory"),
+    *("failed to allocate", "alloc_failed"),
+)
+
+
+class OutOfMemory(RuntimeError):
+    """The memory is not enough; the message names the options that need less."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, means that memory cannot be allocated."""
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError, OutOfMemory)):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if isinstance(error, (RuntimeError, OSError, cv2.error)):
+            if any(phrase in str(error).lower() for phrase in _PHRASES):
+                return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """Re-raise any error of the block that means too little memory as `OutOfMemory`.
+
+    The variables of the failed functions are deleted, so that the memory is free again.
+
+    Args:
+        what: the work of the block, for the message.
+        advice: the options that need less memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
+        traceback.clear_frames(error.__traceback__)
+        raise OutOfMemory(f"Out of memory in {what} ({reason}). {advice}") from error
+
+
+def training_advice(cfg: CfgNode) -> str:
+    """Return the options that make training need less memory, without those that are used."""
+    solver, head = cfg.SOLVER, cfg.MODEL.TENSOR_MASK
+    images = solver.IMS_PER_BATCH // distributed.get_world_size()  # of one process
+    parts = solver.ACCUMULATE_STEPS
+    options = []
+    if images > parts:
+        more = next(n for n in range(parts + 1, images + 1) if images % n == 0)
+        options.append(
+            f"SOLVER.ACCUMULATE_STEPS {more} (the same {solver.IMS_PER_BATCH} images of "
+            "SOLVER.IMS_PER_BATCH in more parts)"
+        )
+    if not head.CHECKPOINT_ACTIVATIONS:
+        options.append("MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS True")
+    if not solver.AMP.ENABLED:
+        options.append("SOLVER.AMP.ENABLED True")
+    if images > 1:
+        options.append(f"SOLVER.IMS_PER_BATCH below {solver.IMS_PER_BATCH} (with BASE_LR)")
+    sizes = ", ".join(map(str, cfg.INPUT.MIN_SIZE_TRAIN))
+    options.append(
+        f"smaller images (INPUT.MIN_SIZE_TRAIN {sizes}, MAX_SIZE_TRAIN {cfg.INPUT.MAX_SIZE_TRAIN})"
+    )
+    return f"These need less: {'; '.join(options)}."
+
+
+def evaluation_advice(cfg: CfgNode) -> str:
+    """Return the options that make an evaluation need less memory, without those that are used."""
+    test, head = cfg.TEST, cfg.MODEL.TENSOR_MASK
+    options = [
+        f"smaller images (INPUT.MIN_SIZE_TEST {cfg.INPUT.MIN_SIZE_TEST}, "
+        f"MAX_SIZE_TEST {cfg.INPUT.MAX_SIZE_TEST})",
+        f"TEST.DETECTIONS_PER_IMAGE below {test.DETECTIONS_PER_IMAGE}",
+    ]
+    if head.NMS_ON == "masks":
+        options.append(f"MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST below {head.TOPK_CANDIDATES_TEST}")
+    if not test.AMP.ENABLED:
+        options.append("TEST.AMP.ENABLED True")
+    return f"These need less: {'; '.join(options)}."
