@@ -10,11 +10,10 @@ import os
 import sys
 
 from tensormask import __version__
-from tensormask.commands import EXIT_CLOSED, EXIT_INTERRUPTED, EXIT_MISTAKE
+from tensormask.commands import EXIT_CLOSED, EXIT_INTERRUPTED, EXIT_MISTAKE, FILES
 from tensormask.utils.errors import nearest_name
 
 SHELLS = ("bash", "zsh")
-FILES = ("DIR", "FILE", "INPUT", "OUTPUT", "RUN")  # in the help of arguments that are paths
 
 # Command: (module of tensormask.commands, summary).
 COMMANDS = {

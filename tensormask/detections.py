@@ -17,7 +17,7 @@ from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
 from tensormask.evaluation import coco_results
 from tensormask.utils.errors import UserError, unknown_name
-from tensormask.utils.files import write_atomically
+from tensormask.utils.files import expand_home, write_atomically
 from tensormask.visualization.instances import class_name, draw_instances, save_image
 
 ClassChoice = str | int | Iterable[str | int]
@@ -200,7 +200,7 @@ class Detections(dict[str, Any]):
         Raises:
             UserError: another suffix, or there is no image.
         """
-        path = Path(path)
+        path = Path(expand_home(path))
         if path.suffix.lower() != ".json":
             save_image(path, self.draw(image, **options))
             return

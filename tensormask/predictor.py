@@ -30,6 +30,7 @@ from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
 from tensormask.modeling.inputs import padded_size, size_of
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 from tensormask.visualization.instances import class_name
 
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -254,10 +255,9 @@ def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
         if scheme.lower() != "file":
             raise UserError(f"{image!r} is not the URL of an image: http, https or file")
         image = resolve(image)
+    image = expand_home(image)
     if os.path.isdir(image):
-        raise UserError(
-            f"{image} is a folder: give its files, as in Path({os.fspath(image)!r}).glob('*.jpg')"
-        )
+        raise UserError(f"{image} is a folder: give its files, as in Path({image!r}).glob('*.jpg')")
     return read_image(image)
 
 

@@ -19,6 +19,7 @@ import pooch
 
 from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, TORCHVISION_URL, ZooModel
 from tensormask.utils.errors import UserError, unknown_name
+from tensormask.utils.files import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     Args:
         name: one of
 
-            - the path of a file, which is returned unchanged, even if no such file exists;
+            - the path of a file, which is returned even if no such file exists;
             - a name in `model_zoo.MODELS`;
             - a URL: ``https://...``, ``http://...`` or ``file:///...``;
             - ``detectron2://...``, a file of detectron2's server;
@@ -52,7 +53,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         >>> resolve("file:///data/model_final.pth").as_posix()
         '/data/model_final.pth'
     """
-    if isinstance(name, os.PathLike) or os.path.isfile(name):
+    is_path = isinstance(name, os.PathLike)
+    name = expand_home(name)
+    if is_path or os.path.isfile(name):
         return Path(name)
     scheme, separator, rest = name.partition("://")
     scheme = scheme.lower()
@@ -125,7 +128,7 @@ def cache_folder() -> Path:
     On Linux the latter is ``$XDG_CACHE_HOME/tensormask`` or ``~/.cache/tensormask``.
     """
     given = os.environ.get("TENSORMASK_CACHE")
-    return Path(given).expanduser() if given else pooch.os_cache("tensormask")
+    return Path(expand_home(given)) if given else pooch.os_cache("tensormask")
 
 
 def cache_path(url: str) -> Path:

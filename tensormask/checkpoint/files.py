@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tensormask.utils.errors import UserError, shorten
+from tensormask.utils.files import expand_home
 
 # Entries of this library's checkpoints that describe the weights, in every format.
 DESCRIPTION = ("class_names", "category_ids", "config", "score_threshold")
@@ -43,7 +44,7 @@ def read_checkpoint(path: str | PathLike[str], *, mmap: bool = True) -> dict[str
         OSError: it cannot be opened.
         ValueError: the file is damaged, or contains more than tensors and plain containers.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     with open(path, "rb") as file:

@@ -12,6 +12,7 @@ from tensormask.checkpoint.zoo import MODELS
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.files import config_names
 from tensormask.utils.errors import UserError, unknown_name
+from tensormask.utils.files import expand_home
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
@@ -72,7 +73,7 @@ def _read_config(source: CfgNode | str | PathLike[str]) -> CfgNode | None:
         cfg = source.clone()
         cfg.defrost()
         return cfg
-    text, names = os.fspath(source), config_names()
+    text, names = expand_home(source), config_names()
     suffix = Path(text).suffix.lower()
     if text in MODELS and text not in names:
         raise UserError(f"{text} is a backbone, to train from; expected a trained model")

@@ -205,7 +205,7 @@ def build_parser() -> CommandParser:
     )
     add_config_file(parser)
     parser.add_argument(
-        "--weights", default="", metavar="W", help="checkpoint (default: random weights)"
+        "--weights", default="", metavar="FILE", help="checkpoint (default: random weights)"
     )
     parser.add_argument(
         "--mode", default="inference", choices=("inference", "train"), help="default: inference"

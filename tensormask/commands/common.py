@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tensormask.commands import EXIT_MISTAKE
+from tensormask.commands import EXIT_MISTAKE, FILES
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.node import leaves
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 
 Main = Callable[[list[str] | None], int]
 
@@ -52,11 +53,14 @@ class CommandParser(argparse.ArgumentParser):
             UserError: a key without a value, or KEY=VALUE.
         """
         words = sys.argv[1:] if args is None else list(args)
-        if not any(action.dest == "opts" for action in self._actions):
-            return self.parse_intermixed_args(words, namespace)
-        words, overrides = self._split(words)
+        has_overrides = any(action.dest == "opts" for action in self._actions)
+        words, overrides = self._split(words) if has_overrides else (words, [])
         parsed = self.parse_intermixed_args(words, namespace)
-        parsed.opts = [*overrides, *parsed.opts]
+        if has_overrides:
+            parsed.opts = [*overrides, *parsed.opts]
+        for action in self._actions:
+            if action.metavar in FILES:
+                setattr(parsed, action.dest, _expanded(getattr(parsed, action.dest)))
         return parsed
 
     def _split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -91,6 +95,13 @@ class CommandParser(argparse.ArgumentParser):
             return 0
         nargs = names[matches[0]].nargs
         return nargs if isinstance(nargs, int) else int(nargs in (None, "+"))
+
+
+def _expanded(value: Any) -> Any:
+    """Apply `expand_home` to a path, or to those in a list."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return type(value)(expand_home(value)) if value else value
 
 
 def is_key(word: str, cfg: CfgNode) -> bool:
@@ -160,7 +171,7 @@ def read_config(config_file: str | Path, overrides: list) -> CfgNode:
 def write_json(path: str, content: object) -> None:
     """Write to the file of an option `--json`; "" or None writes nothing."""
     if path:
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        Path(expand_home(path)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def exits_on_user_error(main: Main) -> Main:

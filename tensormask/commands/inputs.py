@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from tensormask.data.catalog import get_dataset, is_dataset_name
 from tensormask.data.images import image_suffixes
+from tensormask.utils.files import expand_home
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -55,7 +56,7 @@ def find_inputs(words: Iterable[str]) -> FoundInputs:
     inputs: dict[Input, None] = {}  # a set that keeps the order
     others: Counter[str] = Counter()
     without = []
-    for word in words:
+    for word in map(expand_home, words):
         path = Path(word)
         scheme = word.partition("://")[0].lower() if "://" in word else ""
         if word.isdecimal() and not path.exists():

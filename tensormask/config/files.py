@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 
 from tensormask.utils.errors import UserError, shorten, unknown_name
+from tensormask.utils.files import expand_home
 
 _PACKAGE = Path(__file__).parents[1]
 # In an installed package, or in the repository.
@@ -39,7 +40,7 @@ def find_config(name: str | PathLike[str]) -> Path:
         >>> find_config("quickstart").name
         'quickstart.yaml'
     """
-    text, names = os.fspath(name), config_names()
+    text, names = expand_home(name), config_names()
     plain = text.replace("\\", "/").removeprefix("./").removeprefix("configs/")
     plain = plain.removesuffix(".yaml")
     if plain in names and not os.path.isfile(text):

@@ -14,6 +14,7 @@ from typing import Any
 from tensormask.data import shapes
 from tensormask.data.coco import CocoDataset
 from tensormask.utils.errors import UserError, nearest_name
+from tensormask.utils.files import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def register_coco_instances(
     Example:
         >>> register_coco_instances("cells_train", {}, "cells/train.json", "cells/images")
     """
-    entry = (dict(metadata), os.fspath(json_file), os.fspath(image_root))
+    entry = (dict(metadata), expand_home(json_file), expand_home(image_root))
     if name in _built_in_names():
         raise UserError(f"the data set name {name!r} is taken; register yours under another one.")
     if _registered.get(name, entry) != entry:
@@ -127,7 +128,8 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
             "TENSORMASK_DATASETS (or DETECTRON2_DATASETS) to the folder that holds coco/."
         )
     elif separator := _JSON_AT.search(name):
-        json_file, image_root = name[: separator.end() - 1], name[separator.end() :]
+        json_file = expand_home(name[: separator.end() - 1])
+        image_root = expand_home(name[separator.end() :])
     else:
         known = [*_registered, *_built_in_names()]
         raise UserError(
@@ -150,7 +152,7 @@ def _built_in_names() -> list[str]:
 def _data_root(root: str | os.PathLike[str] | None) -> Path:
     variables = ("TENSORMASK_DATASETS", "DETECTRON2_DATASETS")
     given = [root, *(os.environ.get(variable) for variable in variables), "datasets"]
-    return Path(next(path for path in given if path)).expanduser()
+    return Path(expand_home(next(path for path in given if path)))
 
 
 def _load(name: str, json_file: str, image_root: str) -> CocoDataset:

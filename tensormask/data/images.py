@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from tensormask.data.deep_colors import read_deep_colors
 from tensormask.data.pixels import stretch_to_8_bits, values_to_rgb
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 
 __all__ = ["ImageError", "image_suffixes", "read_image", "stretch_to_8_bits", "to_rgb"]
 
@@ -70,6 +71,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             not a complete image, or states more pixels than PIL accepts, 179 million
             ("image_broken").
     """
+    path = expand_home(path)
     try:
         # A pipe or device could block the reader for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):

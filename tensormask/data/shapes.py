@@ -31,6 +31,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from tensormask.utils.files import expand_home
+
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "star", "ring", "crescent")
@@ -62,7 +64,7 @@ def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]
     """
     if split not in NUM_IMAGES:
         raise ValueError(f"shapes has the splits {sorted(NUM_IMAGES)}, not {split!r}.")
-    folder = Path(root) / "shapes" / split
+    folder = Path(expand_home(root)) / "shapes" / split
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tensormask.engine.distributed import is_main_process
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import reraise_disk_full, write_atomically
+from tensormask.utils.files import expand_home, reraise_disk_full, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +45,9 @@ def setup_logging(output_dir: str | Path) -> None:
     console = logging.StreamHandler(sys.stdout)
     console.addFilter(lambda record: getattr(record, "on_console", True))
     form = logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%m/%d %H:%M:%S")
-    for handler in (console, _LogFile(Path(output_dir) / LOG, encoding="utf-8")):
+    # File names that are not valid in the file system's encoding cannot be written in any other.
+    log_file = _LogFile(Path(output_dir) / LOG, encoding="utf-8", errors="backslashreplace")
+    for handler in (console, log_file):
         handler.setFormatter(form)
         package.addHandler(handler)
 
@@ -232,7 +234,7 @@ class MetricsWriter(AbstractContextManager):
             if (image := cv2.imread(str(path))) is not None:
                 self._board.add_image(tag, image[..., ::-1], iteration, dataformats="HWC")
         for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
-            for task, curves in json.loads(path.read_text()).items():
+            for task, curves in json.loads(path.read_bytes()).items():
                 for name, precision in curves.items():
                     tag = prefix + str(path.parent.relative_to(inference_dir) / task / name)
                     if precision:
@@ -267,7 +269,7 @@ def _write_curve(board: "SummaryWriter", tag: str, precision: list[float], itera
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a `metrics.json`, without an incomplete line of a killed run."""
-    path = Path(path)
+    path = Path(expand_home(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
 

@@ -16,7 +16,7 @@ from tensormask.engine.events import LOG, METRICS, log_error, setup_logging
 from tensormask.engine.resume import LAST_CHECKPOINT
 from tensormask.utils import env
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import remove_leftovers
+from tensormask.utils.files import expand_home, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def open_output_dir(output_dir: str | Path, *, new_run: bool = False) -> Iterato
     Raises:
         FolderInUseError: another process uses `output_dir`, and it is not a new run.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(expand_home(output_dir))
     if output_dir.name in ("", ".."):
         output_dir = output_dir.resolve()
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def link_latest(output_dir: str | Path, folder: Path) -> None:
 
     Where this is not possible, or a file or folder has this name, nothing changes.
     """
-    given = Path(os.path.abspath(output_dir))  # a link itself, not where it points to
+    given = Path(os.path.abspath(expand_home(output_dir)))  # a link itself, not where it points to
     link = given.with_name(f"{given.name}_latest")
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     try:
@@ -130,7 +130,7 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
     Raises:
         FolderInUseError: another process uses the folder.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(expand_home(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl

@@ -23,6 +23,7 @@ from tensormask.evaluation.results import ResultsWriter, coco_results, merge_res
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
+from tensormask.utils.files import expand_home
 
 RESULTS_FILE = "coco_instances_results.json"
 CURVES_FILE = "precision_recall.json"
@@ -86,7 +87,7 @@ def evaluate(
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            folder = Path(output_dir)
+            folder = Path(expand_home(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
 
         part = _part_path(folder, rank)
@@ -114,7 +115,7 @@ def evaluate(
                 coco_gt, read_results(path), iou_type, names, category_ids, image_ids, max_dets
             )
         if output_dir is not None:
-            (folder / CURVES_FILE).write_text(json.dumps(curves))
+            (folder / CURVES_FILE).write_text(json.dumps(curves), encoding="utf-8")
             best = metrics.get("segm", metrics["bbox"])
             threshold = best.get("best_f1_threshold", DRAWN_SCORE)
             write_images(folder, dataset, drawn, path, threshold)

@@ -1,15 +1,42 @@
-"""Atomic writes of files, and one error for a full disk."""
+"""Paths with `~`, atomic writes of files, and one error for a full disk."""
 
 import errno
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
+from tensormask.utils.errors import UserError
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def expand_home(path: str | PathLike[str]) -> str:
+    """Return a path with `~` or `~user` at its start replaced by the home folder.
+
+    Shells do this too, but not inside of quotes, of YAML files and of `json@folder`. Every path of
+    a user comes through here. A file that exists under a name with `~` keeps it.
+
+    Raises:
+        UserError: the home folder is unknown. Without this error, a folder named ~ would be made.
+
+    Example:
+        >>> expand_home("data/~/a.json")
+        'data/~/a.json'
+    """
+    text = os.fspath(path)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        first, *others = Path(expanded).parts
+        if first == "~":
+            raise UserError(f"{text}: the home folder is unknown: set HOME, or write the full path")
+        if others and not os.path.lexists(first):
+            raise UserError(f"{text}: there is no user {first[1:]!r}")
+    return expanded
 
 
 class DiskFullError(OSError):
@@ -29,7 +56,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     Raises:
         DiskFullError: the disk is full.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with reraise_disk_full(path), open(temporary, "wb") as file:

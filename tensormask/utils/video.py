@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 
 DEFAULT_FPS = 25.0  # of files and cameras that state none
 _CODEC = "mp4v"  # MPEG-4 part 2, which every build of OpenCV with FFmpeg writes
@@ -34,6 +35,8 @@ class VideoReader:
     """
 
     def __init__(self, source: str | Path | int) -> None:
+        if not isinstance(source, int):
+            source = type(source)(expand_home(source))
         self.name = f"camera {source}" if isinstance(source, int) else str(source)
         if isinstance(source, Path) and not source.exists():
             raise VideoError(f"{source} does not exist")
@@ -77,8 +80,8 @@ class VideoWriter:
     which drops the last row or column of an odd size.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
+    def __init__(self, path: str | Path, fps: float) -> None:
+        self.path, self.fps = path, fps = Path(expand_home(path)), fps
         self._temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 from tensormask.visualization.colors import Color, instance_color
 from tensormask.visualization.grid import WHITE, check_image, enlarge
 from tensormask.visualization.labels import draw_labels
@@ -198,7 +199,7 @@ def save_image(path: str | Path, rgb: np.ndarray) -> None:
         ValueError: an image that is not uint8 `(H, W, 3)`, or a suffix that OpenCV cannot write.
     """
     check_image(rgb)
-    path = Path(path)
+    path = Path(expand_home(path))
     try:
         encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
     except cv2.error:
