@@ -61,4 +61,5 @@ def fakes(monkeypatch):
     monkeypatch.setattr(evaluator, "build_test_loader", lambda cfg, dataset, **processes: [])
     monkeypatch.setattr(evaluator, "evaluate", fake_evaluate)
     monkeypatch.setattr(evaluator, "check_files", lambda dataset, num_workers: [])
+    monkeypatch.setattr(evaluator, "check_sets", lambda datasets, strict: None)
     return state

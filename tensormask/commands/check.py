@@ -19,8 +19,10 @@ from tensormask.commands.common import (
 )
 from tensormask.config import CfgNode
 from tensormask.data import CocoDataset, get_dataset
+from tensormask.data.checks.diagnosis import Diagnosis
 from tensormask.data.statistics import AREA_LIMITS, Statistics, check_files, count_contents
 from tensormask.data.transforms import build_test_transform
+from tensormask.data.whole_set import diagnose_set, unusable_reason
 from tensormask.evaluation.coverage import (
     Coverage,
     input_objects,
@@ -29,6 +31,7 @@ from tensormask.evaluation.coverage import (
 )
 from tensormask.modeling.build import build_windows
 from tensormask.modeling.windows import Windows
+from tensormask.utils.errors import UserError
 
 NUM_NAMES = 10  # in one line
 EXIT_ISSUES = 1
@@ -40,7 +43,8 @@ def build_parser() -> CommandParser:
         "check",
         description="Check data sets in COCO's format: their issues, their contents, and which "
         "objects match a window.",
-        epilog="The exit code is 0 without issues, 1 with issues, and 2 if the command is wrong. "
+        epilog="The exit code is 0 without issues, 1 with issues, and 2 if nothing of a set can be "
+        "used or the command is wrong. "
         "Objects are measured at the size of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.",
         example="annotations.json@images/ --config-file quickstart INPUT.MIN_SIZE_TEST 384",
     )
@@ -75,13 +79,15 @@ def check(
     """Check one data set.
 
     Returns:
-        The findings as a dict for JSON, and as lines to print.
+        The findings as a dict for JSON, and as lines to print; "unusable" is the reason why nothing
+        of the set can be used, or "".
     """
     dataset = get_dataset(name)
     if not fast:
         with tqdm(total=len(dataset), desc="images", disable=None, leave=False) as progress:
             for num_done in check_files(dataset, num_workers):
                 progress.update(num_done)
+    diagnoses = diagnose_set(dataset, open_images=not fast)
     statistics = count_contents(dataset)
     windows = build_windows(cfg)
     objects = input_objects(dataset, build_test_transform(cfg))
@@ -89,12 +95,15 @@ def check(
     proposed, proposed_coverage = propose_sizes(objects, windows)
     overrides = proposed_overrides(dataset, windows, proposed)
     lines = [
+        *describe_diagnoses(diagnoses),
         *describe_contents(statistics),
         *describe_issues(dataset, fast=fast),
         *describe_coverage(cfg, windows, coverage),
         *describe_proposal(cfg, dataset, windows, coverage, proposed, proposed_coverage),
     ]
     record = {
+        "unusable": unusable_reason(dataset, diagnoses),
+        "diagnoses": [diagnosis.as_record() for diagnosis in diagnoses],
         "contents": statistics.as_record(),
         "issues": dataset.issues.as_record(),
         "images_opened": not fast,
@@ -135,6 +144,13 @@ def describe_contents(found: Statistics) -> list[str]:
         numbers = [*counts.values(), sum(counts.values())]
         lines.append(f"  {name:28}" + "".join(f"{number:9d}" for number in numbers))
     return lines
+
+
+def describe_diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
+    """Format what is wrong with the set as a whole."""
+    return ["The set as a whole:", *(f"  {diagnosis}" for diagnosis in diagnoses), ""] * bool(
+        diagnoses
+    )
 
 
 def describe_issues(dataset: CocoDataset, *, fast: bool) -> list[str]:
@@ -218,7 +234,10 @@ def _some(names: Sequence[str]) -> str:
 
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 1 if a data set has issues, 2 for a user error."""
+    """Run the command and return its exit code: 1 if a data set has issues, 2 for a user error.
+
+    A set of which nothing can be used is such an error, too.
+    """
     args = build_parser().parse_args(arguments)
     cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     records = {}
@@ -227,4 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
         records[name], lines = check(cfg, name, fast=args.fast, num_workers=args.num_workers)
         print("\n".join(lines) + "\n")
     write_json(args.json, records)
-    return EXIT_ISSUES if any(record["issues"] for record in records.values()) else 0
+    if unusable := [record["unusable"] for record in records.values() if record["unusable"]]:
+        raise UserError("\n".join(unusable))
+    found = any(record["issues"] or record["diagnoses"] for record in records.values())
+    return EXIT_ISSUES if found else 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from tensormask.data.checks.annotations import (
@@ -27,10 +28,14 @@ from tensormask.data.checks.annotations import (
     is_trainable,
     sort_key,
 )
+from tensormask.data.checks.diagnosis import diagnose
 from tensormask.data.checks.issues import Identity, IssueLog
+from tensormask.data.checks.measurements import measure
+from tensormask.data.checks.segmentation import segmentation_to_rle
 from tensormask.data.images import ImageError, read_image
 from tensormask.data.packed import PackedList
 from tensormask.utils.errors import UserError
+from tensormask.utils.files import expand_home
 
 _JOIN_HINT = (
     "Were files joined without new ids? Before joining, add to `id` and `image_id` of each file a "
@@ -48,11 +53,13 @@ class CocoDataset:
         image_root: the folder that `file_name` is relative to.
 
     Attributes:
+        name, json_file, image_root: as given.
         image_ids: ids of all images, ascending. The *index* of an image counts in this list.
         category_ids: the COCO id of each label; labels count from 0 in the order of the ids, or in
             that of `with_labels`, where None is a class that the file does not have.
         class_names: the name of each label.
         issues: the issues of the set that are known so far.
+        diagnoses: what is wrong with the annotations as a whole; `whole_set` adds that of files.
         sizes: int32 `(N, 2)`, (height, width) of each image in pixels as the annotations state it.
         num_trainable: int32 `(N,)`, the number of objects of each image that can be trained on.
         has_file: bool `(N,)`, whether the image has a file to open.
@@ -69,8 +76,10 @@ class CocoDataset:
     def __init__(
         self, name: str, json_file: str | os.PathLike[str], image_root: str | os.PathLike[str]
     ) -> None:
+        json_file = expand_home(json_file)
         self.name = name
-        self.image_root = Path(image_root)
+        self.json_file = Path(json_file)
+        self.image_root = Path(expand_home(image_root))
         self.issues = IssueLog()
         content = _read_json(json_file)
         known_images = check_images(content["images"], self.issues)
@@ -82,9 +91,10 @@ class CocoDataset:
             ("categories", known_categories, categories),
         ):
             if not valid:
-                hint = f"\n{_JOIN_HINT}" if known else ""
+                reason = f"no {key} with an id of their own.\n{_JOIN_HINT}"
+                reason = reason if known else f"no valid {key}."
                 raise UserError(
-                    f"{os.fspath(json_file)} has no valid {key}.\n{self.issues.table()}{hint}"
+                    f"{os.fspath(json_file)} has {reason}\n{self.issues.table()}".strip()
                 )
         self.image_ids: list[Identity] = sorted(images, key=sort_key)
         category_ids = sorted(categories, key=sort_key)
@@ -111,7 +121,11 @@ class CocoDataset:
                 f"{self.issues.table()}"
             )
 
+        self.diagnoses = diagnose(measure(content["annotations"], known_images, known_categories))
         records = [(images[image_id], per_image[image_id]) for image_id in self.image_ids]
+        if any(diagnosis.name == "areas_wrong" for diagnosis in self.diagnoses):
+            for image, annotations in records:
+                _set_areas_of_masks(annotations, (image["height"], image["width"]))
         self.sizes = np.array([(i["height"], i["width"]) for i, _ in records], dtype=np.int32)
         self.num_trainable = np.array(
             [sum(is_trainable(a, image) for a in annotations) for image, annotations in records],
@@ -266,6 +280,15 @@ def _read_json(json_file: str | os.PathLike[str]) -> dict[str, list[Any]]:
                 f"its keys are {', '.join(sorted(map(repr, content)))[:200]}."
             )
     return content
+
+
+def _set_areas_of_masks(annotations: list[Annotation], size: tuple[int, int]) -> None:
+    """Replace `area`, which decides the COCO size of objects, by the number of mask pixels."""
+    for annotation in annotations:
+        annotation.pop("area", None)
+        if annotation["segmentation"]:
+            code = segmentation_to_rle(annotation["segmentation"], size)
+            annotation["area"] = float(mask_utils.area(code))
 
 
 def _is_inside(root: Path, folder: str) -> bool:

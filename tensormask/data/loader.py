@@ -155,7 +155,8 @@ def check_dataset(cfg: CfgNode, dataset: CocoDataset) -> None:
         dataset.issues.check_strict(dataset.name)
     if dataset.has_annotations and not dataset.num_annotations:
         raise UserError(
-            f"{dataset.name}: no annotation is valid.\n{dataset.issues.table()}\n"
+            "\n".join([f"{dataset.name}: no annotation is valid.", *map(str, dataset.diagnoses)])
+            + f"\n{dataset.issues.table()}\n"
             "Correct them, or remove all annotations from a set for testing, such as test-dev."
         )
 

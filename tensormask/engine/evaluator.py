@@ -23,13 +23,14 @@ from tensormask.data import (
 from tensormask.data.classes import UNKNOWN, Classes, log_match, match_dataset
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
+from tensormask.data.whole_set import check_sets
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import check_weights
 from tensormask.engine.classes import stored_classes
 from tensormask.engine.events import append_issues, flatten_results
-from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.memory import evaluation_advice, explain_out_of_memory
 from tensormask.engine.metrics import evaluator_name, explain_zero
+from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import (
     FINAL_CHECKPOINT,
     FINAL_EMA,
@@ -42,6 +43,7 @@ from tensormask.evaluation import evaluate, evaluate_oracle, results_table, veri
 from tensormask.evaluation.coco import evaluation_mode
 from tensormask.modeling import TensorMask, build_model
 from tensormask.utils.errors import UserError, shorten
+from tensormask.utils.files import expand_home
 from tensormask.utils.random import preserved_random_states
 from tensormask.visualization.instances import unique_stem
 
@@ -72,7 +74,7 @@ def evaluate_only(
         UserError: an invalid config, data set or weights file, or another run uses `OUTPUT_DIR`.
         UnexpectedResultsError: the results differ from `TEST.EXPECTED_RESULTS`.
     """
-    output_dir = Path(cfg.OUTPUT_DIR)
+    output_dir = Path(expand_home(cfg.OUTPUT_DIR))
     with open_output_dir(output_dir):
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
         content, classes = checkpoint, UNKNOWN
@@ -205,9 +207,9 @@ def _evaluate_one(
         logger.info("Results on %s\n%s", dataset.name, results_table(results, oracle))
         if oracle is not None:
             logger.info("oracle: ground-truth masks at the windows' resolution, a limit of AP")
+        explain_zero(dataset.name, results)
         for task, metrics in results.items():
             if "best_f1" in metrics:
-        explain_zero(dataset.name, results)
                 f1, threshold = metrics["best_f1"], metrics["best_f1_threshold"]
                 logger.info("%s: best F1 at IoU 0.5 is %.2f, at score %.2f", task, f1, threshold)
         results = results if oracle is None else {**results, "oracle": oracle}
@@ -269,12 +271,12 @@ def store_score_thresholds(output_dir: Path, results: dict[str, Any]) -> None:
 
 
 def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:
-    """Build the reporter of the data sets' issues, and log the known ones.
+    """Build the reporter of the data sets' issues; log the known ones, and those of whole sets.
 
     With `DATASETS.STRICT`, all images are opened first.
 
     Raises:
-        UserError: a set has issues and `DATASETS.STRICT` is on.
+        UserError: nothing of a set can be used, or a set has issues and `DATASETS.STRICT` is on.
     """
     datasets = {name: get_dataset(name) for name in names}
     if cfg.DATASETS.STRICT:
@@ -283,4 +285,6 @@ def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:
             for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
                 pass
     logs = {name: dataset.issues for name, dataset in datasets.items()}
-    return IssueReporter(logs, strict=cfg.DATASETS.STRICT)
+    reporter = IssueReporter(logs, strict=cfg.DATASETS.STRICT)
+    check_sets(datasets.values(), strict=cfg.DATASETS.STRICT)
+    return reporter

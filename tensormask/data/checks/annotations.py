@@ -249,6 +249,11 @@ def is_trainable(annotation: Annotation, image: ImageEntry) -> bool:
     return min(box[2:]) > 0 and _has_area_inside(box, (image["height"], image["width"]))
 
 
+def is_usable(annotation: Annotation) -> bool:
+    """Return whether a checked annotation can be evaluated: no crowd, with a box or a mask."""
+    return bool(not annotation["iscrowd"] and (annotation["bbox"] or annotation["segmentation"]))
+
+
 def _agree(box: list[float], segmentation: Any, size: tuple[int, int]) -> bool:
     """Return whether the box is the extent of the mask in the image, within the tolerance."""
     if isinstance(segmentation, list):

@@ -1,0 +1,181 @@
+"""In which form the boxes and masks of a set are written: what most of them have in common."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from tensormask.data.checks.measurements import Measurements
+
+Cause = tuple[str, str]  # the name of a diagnosis, and its detail
+
+_FEW = 2  # a cause shows in this many annotations at least
+_TOLERATED_PIXELS, _TOLERATED_SHARE = 2.0, 0.05  # between box and mask, as for single annotations
+_ROUNDING = 0.01  # beyond 0..1
+# Boxes without masks are judged by what reaches beyond the image: of corners, most with a center
+# in the right or lower half.
+_MANY_BEYOND, _FEW_BEYOND, _SWAPPED_BEYOND = 0.25, 0.01, 0.1
+_PERCENT_ENOUGH, _PERCENT_SIDE, _PERCENT_FAR = 10, 200, 60.0
+
+
+def geometry_cause(measured: Measurements) -> Cause | None:
+    """Return the first cause that most boxes and masks have in common, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # comparisons with NaN
+        for test in (_normalized, _percent, _box_form, _axes, _box_corners, _beyond):
+            if (cause := test(measured)) is not None:
+                return cause
+    return None
+
+
+def ends_inside(measured: Measurements) -> np.ndarray:
+    """Return which masks end inside of their image, and beyond its first pixel, bool `(K,)`."""
+    ends = measured.extents[:, 2:]
+    return ~_is_beyond(measured.extents, measured.sizes) & np.any(ends > 1 + _ROUNDING, axis=1)
+
+
+def _normalized(measured: Measurements) -> Cause | None:
+    """Boxes or masks in 0..1: a pixel at the corner of the image is not one, nor are integers."""
+    large = (measured.sizes > 4).all(axis=1)
+    found = []
+    for name, values in (("bbox", measured.boxes), ("segmentation", measured.extents)):
+        valid = np.isfinite(values).all(axis=1) & large
+        unit = valid & (values >= -_ROUNDING).all(axis=1) & (values <= 1 + _ROUNDING).all(axis=1)
+        fractions = unit & (values != np.round(values)).any(axis=1)
+        if _most(unit, valid) and np.count_nonzero(fractions) >= _FEW:
+            count = f"{np.count_nonzero(unit)} of {np.count_nonzero(valid)}"
+            found.append(f"{name} of {count} annotations is in 0..1")
+    return ("coordinates_normalized", ", ".join(found)) if found else None
+
+
+def _percent(measured: Measurements) -> Cause | None:
+    """All of the set in 0..100, up to near 100 in both directions, in images that are larger."""
+    sizes = measured.sizes
+    for name, values in (("segmentation", measured.extents), ("bbox", _corners(measured.boxes))):
+        valid = np.isfinite(values).all(axis=1) & (sizes >= _PERCENT_SIDE).all(axis=1)
+        ends = values[valid][:, 2:]
+        if len(ends) < _PERCENT_ENOUGH or np.count_nonzero(valid) < len(measured) / 2:
+            continue
+        # Some large objects at the top left of an image are no reason: nothing is elsewhere.
+        far = min(2 * np.median(ends, axis=0).min(), ends.max(axis=0).min()) > _PERCENT_FAR
+        if ends.max() <= 100 + _ROUNDING and far and (ends != np.round(ends)).any():
+            return "coordinates_normalized", f"{name} of all annotations ends at 100: percent"
+    return None
+
+
+def _box_form(measured: Measurements) -> Cause | None:
+    """Boxes that fit their masks only if they are read in another way."""
+    boxes, extents, sizes = measured.boxes, measured.extents, measured.sizes
+    valid = np.isfinite(np.concatenate([boxes, extents, sizes], axis=1)).all(axis=1)
+    boxes, extents, sizes = boxes[valid], extents[valid], sizes[valid]
+    differs = ~_near(_corners(boxes), extents, sizes)
+    if not _most(differs):
+        return None
+    scale = np.tile(sizes[:, ::-1], 2)
+    for form, read in _FORMS.items():
+        fits = differs & _near(read(boxes, scale), extents, sizes)
+        if _most(fits):
+            name, text = _FORM_TEXTS[form]
+            return name, f"{text} fits the masks of {_count(fits)}"
+    if _most(differs & _near(_corners(boxes), extents[:, [1, 0, 3, 2]], sizes)):
+        return "axes_swapped", f"the masks of {_count(differs)} have y before x, their boxes not"
+    return "boxes_disagree", f"{_count(differs)}"
+
+
+def _axes(measured: Measurements) -> Cause | None:
+    """Objects that reach beyond their image, and do not if height and width are exchanged."""
+    corners, sizes = _regions(measured)
+    beyond = _is_beyond(corners, sizes)
+    swapped = _is_beyond(corners, sizes[:, ::-1])
+    count = np.count_nonzero(beyond)
+    # Corners that are taken for sizes reach beyond in any orientation.
+    if count < 2 * _FEW or count < _SWAPPED_BEYOND * len(beyond):
+        return None
+    if np.count_nonzero(swapped) > _FEW_BEYOND * len(beyond):
+        return None
+    return "axes_swapped", f"{_count(beyond)} reach beyond the image, and none if it is turned"
+
+
+def _box_corners(measured: Measurements) -> Cause | None:
+    """Boxes without masks: x + width is beyond the image, but width is not, and it is above x."""
+    boxes, sizes = measured.boxes, measured.sizes
+    valid = np.isfinite(np.concatenate([boxes, sizes], axis=1)).all(axis=1)
+    valid &= ~np.isfinite(measured.extents).all(axis=1)
+    boxes, sizes = boxes[valid], sizes[valid]
+    beyond = _is_beyond(_corners(boxes), sizes)
+    ordered = (boxes[:, 2:] >= boxes[:, :2]).all(axis=1) & ~_is_beyond(boxes, sizes)
+    count = np.count_nonzero(beyond)
+    if count < 2 * _FEW or count < _MANY_BEYOND * len(beyond) or not len(ordered):
+        return None
+    if np.count_nonzero(~ordered) > _FEW_BEYOND * len(ordered):
+        return None
+    return "boxes_as_corners", f"x + width or y + height of {_count(beyond)} is beyond the image"
+
+
+def _beyond(measured: Measurements) -> Cause | None:
+    corners, sizes = _regions(measured)
+    beyond = _is_beyond(corners, sizes)
+    return ("coordinates_beyond", _count(beyond)) if _most(beyond) else None
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _centered(boxes: np.ndarray) -> np.ndarray:
+    half = boxes[:, 2:] / 2
+    return np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], axis=1)
+
+
+# How else a `bbox` may be read, as (x0, y0, x1, y1), with the image's (width, height) twice.
+_FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "corners": lambda boxes, scale: boxes,
+    "center": lambda boxes, scale: _centered(boxes),
+    "swapped": lambda boxes, scale: _corners(boxes[:, [1, 0, 3, 2]]),
+    "swapped corners": lambda boxes, scale: boxes[:, [1, 0, 3, 2]],
+    "percent": lambda boxes, scale: _corners(boxes * scale / 100),
+    "percent of masks": lambda boxes, scale: _corners(boxes / scale * 100),
+}
+_FORM_TEXTS = {
+    "corners": ("boxes_as_corners", "[x0, y0, x1, y1]"),
+    "center": ("boxes_as_centers", "[center x, center y, width, height]"),
+    "swapped": ("axes_swapped", "[y, x, height, width]"),
+    "swapped corners": ("axes_swapped", "[y0, x0, y1, x1]"),
+    "percent": ("coordinates_normalized", "bbox as percent of the image"),
+    "percent of masks": ("coordinates_normalized", "bbox in pixels, and segmentation in percent,"),
+}
+
+
+def _near(corners: np.ndarray, extents: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return where boxes and masks' extents agree inside of the image, bool `(K,)`."""
+    limits = np.tile(sizes[:, ::-1], 2)
+    longer = (extents[:, 2:] - extents[:, :2]).max(axis=1)
+    tolerance = np.minimum(longer / 2, np.maximum(_TOLERATED_PIXELS, _TOLERATED_SHARE * longer))
+    distance = np.abs(np.clip(corners, 0, limits) - np.clip(extents, 0, limits)).max(axis=1)
+    return np.asarray(distance <= tolerance)
+
+
+def _regions(measured: Measurements) -> tuple[np.ndarray, np.ndarray]:
+    """Return extents of the masks, of boxes where there is none, `(R, 4)`; and images' sizes."""
+    has_mask = np.isfinite(measured.extents).all(axis=1)
+    regions = np.where(has_mask[:, None], measured.extents, _corners(measured.boxes))
+    valid = np.isfinite(np.concatenate([regions, measured.sizes], axis=1)).all(axis=1)
+    return regions[valid], measured.sizes[valid]
+
+
+def _is_beyond(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return which boxes end more than 2 % of the image, and a pixel, beyond it."""
+    margin = np.maximum(1.0, 0.02 * sizes[:, ::-1])
+    return np.any(corners[:, 2:] > sizes[:, ::-1] + margin, axis=1)
+
+
+def _most(condition: np.ndarray, among: np.ndarray | None = None) -> bool:
+    count = np.count_nonzero(condition)
+    total = len(condition) if among is None else np.count_nonzero(among)
+    return bool(count >= _FEW and count > total / 2)
+
+
+def _count(condition: np.ndarray) -> str:
+    return f"{np.count_nonzero(condition)} of {len(condition)} annotations"

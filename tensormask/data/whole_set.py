@@ -1,0 +1,126 @@
+"""Checks of a data set as a whole: what its files have in common, and whether it can be used."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from tensormask.data.checks.annotations import is_usable
+from tensormask.data.checks.diagnosis import DIAGNOSES, Diagnosis
+from tensormask.data.checks.orientation import Orientations, file_size_cause
+from tensormask.data.coco import CocoDataset
+from tensormask.data.images import ImageError
+from tensormask.data.missing_files import explain_missing
+from tensormask.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Many missing files have one cause, also where others are found.
+_MISSING_SHARE, _FEW_MISSING = 0.25, 4
+_NUM_HEADERS = 64  # images whose size and EXIF tag are read
+_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF")
+_ORIENTATION_TAG = 0x0112
+
+
+def diagnose_set(dataset: CocoDataset, *, open_images: bool = True) -> list[Diagnosis]:
+    """Return what is wrong with a set as a whole.
+
+    Args:
+        open_images: also read the sizes of some images, and images until one can be read.
+    """
+    found = list(dataset.diagnoses)
+    missing = np.flatnonzero(~dataset.has_file).tolist()
+    if len(missing) == len(dataset) or len(missing) >= max(
+        _FEW_MISSING, _MISSING_SHARE * len(dataset)
+    ):
+        names = [dataset.record(i)[0]["file_name"] for i in missing]
+        root, json_file = dataset.image_root, dataset.json_file
+        detail = explain_missing(root, json_file, names, len(dataset))
+        found.append(Diagnosis("images_missing", detail))
+    if open_images and dataset.has_file.any():
+        cause = file_size_cause(_read_headers(dataset))
+        found += [] if cause is None else [Diagnosis(*cause)]
+        if (error := _first_error(dataset)) is not None:
+            found.append(Diagnosis("images_unreadable", str(error).rstrip(".")))
+    return sorted(found, key=lambda diagnosis: list(DIAGNOSES).index(diagnosis.name))
+
+
+def unusable_reason(dataset: CocoDataset, diagnoses: Sequence[Diagnosis]) -> str:
+    """Return why nothing of a set can be used, with its diagnoses, or "" if something can."""
+    if not dataset.has_file.any():
+        reason = "no image has a file"
+    elif any(diagnosis.name == "images_unreadable" for diagnosis in diagnoses):
+        reason = "no image can be read with the size that the annotations state"
+    elif dataset.has_annotations and not _has_usable_object(dataset):
+        reason = "no annotation can be trained on or evaluated, at an image that has a file"
+    else:
+        return ""
+    lines = [f"{dataset.name}: {reason}", *map(str, diagnoses), dataset.issues.table()]
+    return "\n".join(line for line in lines if line)
+
+
+def check_sets(datasets: Iterable[CocoDataset], *, strict: bool = False) -> None:
+    """Log what is wrong with each set as a whole.
+
+    Raises:
+        UserError: nothing of a set can be used, or `strict` is on and something is wrong.
+    """
+    for dataset in datasets:
+        diagnoses = diagnose_set(dataset)
+        if reason := unusable_reason(dataset, diagnoses):
+            raise UserError(reason)
+        lines = "\n".join(map(str, diagnoses))
+        if diagnoses and strict:
+            raise UserError(f"{dataset.name}, with DATASETS.STRICT:\n{lines}")
+        if diagnoses:
+            logger.warning("%s as a whole:\n%s", dataset.name, lines)
+
+
+def _has_usable_object(dataset: CocoDataset) -> bool:
+    if dataset.num_trainable[dataset.has_file].any():
+        return True
+    records = map(dataset.record, np.flatnonzero(dataset.has_file).tolist())
+    return any(is_usable(annotation) for _, annotations in records for annotation in annotations)
+
+
+def _first_error(dataset: CocoDataset) -> ImageError | None:
+    """Return an error of a set of which no image can be read; images are read until one can."""
+    error = None
+    for index in np.random.default_rng(0).permutation(np.flatnonzero(dataset.has_file)).tolist():
+        try:
+            dataset.load_image(dataset.record(index)[0])
+            return None
+        except ImageError as failed:
+            error = error or failed
+    return error
+
+
+def _read_headers(dataset: CocoDataset) -> Orientations:
+    """Return the sizes of some images, stated and in the file, and their EXIF orientation."""
+    indices = np.flatnonzero(dataset.has_file)
+    if len(indices) > _NUM_HEADERS:
+        indices = np.random.default_rng(0).choice(indices, _NUM_HEADERS, replace=False)
+    stated, stored, tags = [], [], []
+    Image.init()  # fills Image.OPEN with the formats that this PIL was built with
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    for index in indices.tolist():
+        image, _ = dataset.record(index)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(dataset.path(image), formats=formats) as file:
+                    size, tag = file.size, file.getexif().get(_ORIENTATION_TAG, 1)
+        except Exception:  # PIL fails in many ways on broken files, which are issues elsewhere
+            continue
+        stated.append((image["height"], image["width"]))
+        stored.append(size[::-1])
+        tags.append(tag if tag in range(1, 9) else 1)
+    return Orientations(
+        stated=np.array(stated, dtype=np.float64).reshape(-1, 2),
+        stored=np.array(stored, dtype=np.float64).reshape(-1, 2),
+        tags=np.array(tags, dtype=np.int64),
+    )

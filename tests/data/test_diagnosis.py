@@ -1,0 +1,411 @@
+"""What is wrong with a whole set: causes in random sets of random sizes, and in few entries."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+
+from tensormask.data import CocoDataset
+from tensormask.data.checks.diagnosis import DIAGNOSES
+from tensormask.data.checks.measurements import SAMPLE_SIZE, segmentation_form
+
+NUM_SETS = 6  # random sets for each cause
+
+
+def random_set(rng, num_annotations, with_rle=True):
+    """Ellipses in images of several sizes, as polygons and run-length codes, a few crowds."""
+    images = []
+    for identity in range(1, max(2, num_annotations // 4) + 1):
+        height, width = rng.integers(60, 700, 2).tolist()
+        width += (width == height) * 7
+        images.append({"id": identity, "file_name": f"{identity}.png"})
+        images[-1] |= {"height": height, "width": width}
+    annotations = []
+    for identity in range(1, num_annotations + 1):
+        image = images[identity % len(images)]
+        size = np.array([image["width"], image["height"]])
+        radius = rng.uniform(0.02, 0.3, 2) * size.min()
+        center = radius + rng.uniform(0, 1, 2) * (size - 2 * radius)
+        angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+        points = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        polygon = points.round(2).ravel().tolist()
+        segmentation = [polygon]
+        if with_rle and identity % 3 == 0:
+            code = mask_utils.frPyObjects([polygon], *size[::-1].tolist())[0]
+            segmentation = {"size": code["size"], "counts": code["counts"].decode()}
+        low, high = points.min(axis=0), points.max(axis=0)
+        area = 6 * np.sin(np.pi / 6) * radius.prod()
+        annotations.append(
+            {
+                **{"id": identity, "image_id": image["id"]},
+                "category_id": 1 + (identity % 3 if num_annotations > 3 else 0),
+                "bbox": [*low.round(2).tolist(), *(high - low).round(2).tolist()],
+                **{"segmentation": segmentation, "area": float(area), "iscrowd": 0},
+            }
+        )
+    categories = [{"id": i, "name": name} for i, name in enumerate("abc", start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def diagnosed(content, folder):
+    path = folder / "set.json"
+    path.write_text(json.dumps(content))
+    return CocoDataset("set", path, folder)
+
+
+def names_of(dataset):
+    return [diagnosis.name for diagnosis in dataset.diagnoses]
+
+
+def polygon_of(annotation):
+    segmentation = annotation["segmentation"]
+    if isinstance(segmentation, list):
+        return segmentation[0]
+    x, y, width, height = annotation["bbox"]
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+# Each of these changes one annotation of an image.
+
+
+def scaled(factor):
+    def change(annotation, image):
+        size = image["width"], image["height"]
+        polygon = np.array(polygon_of(annotation)).reshape(-1, 2) / size * factor
+        annotation["segmentation"] = [polygon.ravel().tolist()]
+        annotation["bbox"] = (np.array(annotation["bbox"]) / (size * 2) * factor).tolist()
+        annotation["area"] *= (factor / image["width"]) * (factor / image["height"])
+
+    return change
+
+
+def boxes(change):
+    def apply(annotation, image):
+        x, y, width, height = annotation["bbox"]
+        size = (image["width"], image["height"])
+        annotation["bbox"] = [float(value) for value in change(x, y, width, height, *size)]
+
+    return apply
+
+
+def without_mask(change):
+    def apply(annotation, image):
+        boxes(change)(annotation, image)
+        del annotation["segmentation"]
+
+    return apply
+
+
+def polygons(change):
+    def apply(annotation, image):
+        annotation["segmentation"] = change(polygon_of(annotation))
+
+    return apply
+
+
+def fields(**changes):
+    def apply(annotation, image):
+        for key, value in changes.items():
+            annotation[key] = value(annotation[key]) if callable(value) else value
+
+    return apply
+
+
+def swapped_axes(annotation, image):
+    x, y, width, height = annotation["bbox"]
+    points = np.array(polygon_of(annotation)).reshape(-1, 2)
+    annotation["segmentation"] = [points[:, ::-1].ravel().tolist()]
+    annotation["bbox"] = [y, x, height, width]
+
+
+def rle_of(transposed):
+    def apply(annotation, image):
+        size = [image["width"], image["height"]]
+        size = size if transposed else [2 * side for side in size[::-1]]
+        mask = np.zeros(size, np.uint8, order="F")
+        mask[: size[0] // 2] = 1
+        code = mask_utils.encode(mask)
+        annotation["segmentation"] = {"size": size, "counts": code["counts"].decode()}
+
+    return apply
+
+
+def points_of(polygon):
+    return np.reshape(polygon, (-1, 2)).tolist()
+
+
+CAUSES = {
+    "shares": (scaled(1), "coordinates_normalized"),
+    "shares, boxes only": (
+        boxes(lambda x, y, w, h, width, height: (x / width, y / height, w / width, h / height)),
+        "coordinates_normalized",
+    ),
+    "shares, YOLO": (
+        boxes(
+            lambda x, y, w, h, width, height: (
+                *((x + w / 2) / width, (y + h / 2) / height),
+                *(w / width, h / height),
+            )
+        ),
+        "coordinates_normalized",
+    ),
+    "shares, masks only": (
+        polygons(lambda polygon: [(np.array(polygon) / 700).tolist()]),
+        "coordinates_normalized",
+    ),
+    "percent, boxes only": (
+        boxes(lambda x, y, w, h, *size: np.array([x, y, w, h]) / (size * 2) * 100),
+        "coordinates_normalized",
+    ),
+    "corners": (boxes(lambda x, y, w, h, *_: (x, y, x + w, y + h)), "boxes_as_corners"),
+    "centers": (boxes(lambda x, y, w, h, *_: (x + w / 2, y + h / 2, w, h)), "boxes_as_centers"),
+    "boxes y, x": (boxes(lambda x, y, w, h, *_: (y, x, h, w)), "axes_swapped"),
+    "corners y, x": (boxes(lambda x, y, w, h, *_: (y, x, y + h, x + w)), "axes_swapped"),
+    "masks y, x": (
+        polygons(lambda polygon: [np.reshape(polygon, (-1, 2))[:, ::-1].ravel().tolist()]),
+        "axes_swapped",
+    ),
+    "boxes doubled": (
+        boxes(lambda x, y, w, h, *_: (2 * x, 2 * y, 2 * w, 2 * h)),
+        "boxes_disagree",
+    ),
+    "three times the size": (
+        lambda annotation, image: (
+            boxes(lambda *box: np.array(box[:4]) * 3 + 40)(annotation, image),
+            polygons(lambda p: [(np.array(p) * 3 + 40).tolist()])(annotation, image),
+        ),
+        "coordinates_beyond",
+    ),
+    "crowds": (fields(iscrowd=1), "crowds"),
+    "area 1": (fields(area=1.0), "areas_wrong"),
+    "area 0": (fields(area=0), "areas_wrong"),
+    "area in per cent": (fields(area=lambda area: area * 100), "areas_wrong"),
+    "area of a third": (fields(area=lambda area: area / 3), "areas_wrong"),
+    "image ids as text": (fields(image_id=str), "ids_of_another_type"),
+    "category ids as text": (fields(category_id=str), "ids_of_another_type"),
+    "image ids unknown": (fields(image_id=lambda i: i + 10_000), "ids_unknown"),
+    "image ids are files": (fields(image_id=lambda i: f"{i}.png"), "ids_unknown"),
+    "image ids are names": (fields(image_id=lambda i: f"img{i}"), "ids_unknown"),
+    "category ids are names": (fields(category_id=lambda i: "_abc"[i]), "ids_unknown"),
+    "category ids unknown": (fields(category_id=lambda i: i + 90), "ids_unknown"),
+    "no masks": (fields(segmentation=None), "masks_missing"),
+    "empty masks": (fields(segmentation=[]), "masks_missing"),
+    "flat": (polygons(lambda polygon: polygon), "masks_malformed"),
+    "points": (polygons(points_of), "masks_malformed"),
+    "nested points": (polygons(lambda polygon: [points_of(polygon)]), "masks_malformed"),
+    "objects": (polygons(lambda p: [{"x": p[::2], "y": p[1::2]}]), "masks_malformed"),
+    "text": (polygons(lambda polygon: json.dumps([polygon])), "masks_malformed"),
+    "transposed RLE": (rle_of(transposed=True), "masks_malformed"),
+    "RLE of another size": (rle_of(transposed=False), "masks_malformed"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_cause_in_the_whole_set_is_named_and_one_in_few_entries_is_not(tmp_path, cause):
+    change, name = CAUSES[cause]
+    rng = np.random.default_rng(list(CAUSES).index(cause))
+    for num_annotations in rng.integers(10, 120, NUM_SETS).tolist():
+        content = random_set(rng, num_annotations)
+        images = {image["id"]: image for image in content["images"]}
+        # In most of the annotations, and in few of them.
+        for share, expected in ((1.0, [name]), (0.8, [name]), (0.08, [])):
+            changed = copy.deepcopy(content)
+            for annotation in changed["annotations"]:
+                if rng.random() < share:
+                    change(annotation, images[annotation["image_id"]])
+            dataset = diagnosed(changed, tmp_path)
+            assert names_of(dataset) == expected, (num_annotations, share)
+            for diagnosis in dataset.diagnoses:
+                assert diagnosis.name in str(diagnosis)
+                assert set(diagnosis.as_record()) == {"name", "meaning", "detail", "mend"}
+                assert len(str(diagnosis)) < 600
+
+
+@pytest.mark.parametrize("num_annotations", [1, 2, 3, 4, 7, 15, 40, 150])
+def test_sets_without_a_cause(tmp_path, num_annotations):
+    rng = np.random.default_rng(num_annotations)
+    for _ in range(12):
+        assert names_of(diagnosed(random_set(rng, num_annotations), tmp_path)) == []
+
+
+@pytest.mark.parametrize("num_annotations", [1, 2, 3])
+def test_small_sets_of_tiny_and_crowded_objects(tmp_path, num_annotations):
+    """One pixel at a corner, integers in 0..1, and a crowd beside an object are no causes."""
+    image = {"id": 1, "file_name": "a.png", "height": 8, "width": 12}
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1}
+    annotation["segmentation"] = [[0, 0, 1, 0, 1, 1, 0, 1]]
+    for crowds in range(num_annotations):
+        annotations = [
+            {**annotation, "id": i, "iscrowd": int(i < crowds)} for i in range(num_annotations)
+        ]
+        content = {"images": [image], "categories": [{"id": 1, "name": "a"}]}
+        assert names_of(diagnosed(content | {"annotations": annotations}, tmp_path)) == []
+
+
+def test_percent_of_large_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for num_annotations in (20, 60, 200):
+        content = random_set(rng, num_annotations, with_rle=False)
+        for image in content["images"]:
+            image["height"] += 300
+            image["width"] += 300
+        images = {image["id"]: image for image in content["images"]}
+        for annotation in content["annotations"]:
+            image = images[annotation["image_id"]]
+            size = image["width"] - 300, image["height"] - 300  # they reach near the border
+            scaled(100)(annotation, {"width": size[0], "height": size[1]})
+        assert names_of(diagnosed(content, tmp_path)) == ["coordinates_normalized"]
+
+
+def test_axes_of_boxes_and_masks_are_swapped(tmp_path):
+    rng = np.random.default_rng(0)
+    for num_annotations in (30, 100):
+        content = random_set(rng, num_annotations)
+        for image in content["images"]:
+            image["width"] = 2 * image["height"]
+        content["annotations"] = random_in(content["images"], rng, num_annotations)
+        for annotation in content["annotations"]:
+            swapped_axes(annotation, None)
+        assert names_of(diagnosed(content, tmp_path)) == ["axes_swapped"]
+
+
+def random_in(images, rng, num_annotations):
+    """Boxes with a rectangular mask, anywhere in the images."""
+    annotations = []
+    for identity in range(num_annotations):
+        image = images[identity % len(images)]
+        size = np.array([image["width"], image["height"]])
+        low, high = np.sort(rng.uniform(0, 1, (2, 2)) * size, axis=0)
+        box = [*low.tolist(), *(high - low).tolist()]
+        annotation = {"id": identity, "image_id": image["id"], "category_id": 1, "bbox": box}
+        polygon = polygon_of(annotation | {"segmentation": None})
+        annotations.append(annotation | {"segmentation": [polygon]})
+    return annotations
+
+
+def test_corners_without_masks_are_known_by_what_reaches_beyond(tmp_path):
+    rng = np.random.default_rng(0)
+    for num_annotations in (12, 40, 100):
+        content = random_set(rng, num_annotations)
+        content["annotations"] = random_in(content["images"], rng, num_annotations)
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        assert names_of(diagnosed(content, tmp_path)) == ["masks_missing"]
+        for annotation in content["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x, y, x + width, y + height]
+        assert names_of(diagnosed(content, tmp_path)) == ["boxes_as_corners", "masks_missing"]
+
+
+@pytest.mark.parametrize("shift, first", [(-1, 1), (1, 0), (-1, 40)])
+def test_category_ids_that_count_from_another_number(tmp_path, shift, first):
+    rng = np.random.default_rng(0)
+    for num_classes in (2, 3, 10):
+        content = random_set(rng, 60)
+        content["categories"] = [{"id": first + i, "name": str(i)} for i in range(num_classes)]
+        for i, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = first + i % num_classes
+        assert names_of(diagnosed(content, tmp_path)) == []
+        changed = copy.deepcopy(content)
+        changed["annotations"][0]["category_id"] = first - 1
+        assert names_of(diagnosed(changed, tmp_path)) == []
+        for annotation in content["annotations"]:
+            annotation["category_id"] += shift
+        assert "categories_shifted" in names_of(diagnosed(content, tmp_path))
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_brush_masks_that_are_crowds_beside_polygons(tmp_path, every):
+    """CVAT writes the masks of one tool as crowds, and the others not."""
+    content = random_set(np.random.default_rng(0), 40)
+    for annotation in content["annotations"][::every]:
+        annotation["iscrowd"] = 1
+    assert names_of(diagnosed(content, tmp_path)) == ["crowds"]
+
+
+def test_large_crowds_are_crowds(tmp_path):
+    """A third of the annotations are regions of many objects: larger than the others."""
+    content = random_set(np.random.default_rng(0), 45)
+    for annotation in content["annotations"][::3]:
+        image = content["images"][annotation["image_id"] - 1]
+        width, height = image["width"] - 2, image["height"] - 2
+        annotation |= {"iscrowd": 1, "bbox": [1, 1, width, height], "area": width * height}
+        annotation["segmentation"] = None
+        annotation["segmentation"] = [polygon_of(annotation)]
+    assert names_of(diagnosed(content, tmp_path)) == []
+
+
+def test_wrong_areas_are_replaced_by_those_of_the_masks(tmp_path):
+    rng = np.random.default_rng(0)
+    content = random_set(rng, 30)
+    for annotation in content["annotations"][:20]:
+        annotation["area"] *= 100
+    del content["annotations"][25]["segmentation"]
+    dataset = diagnosed(content, tmp_path)
+    assert names_of(dataset) == ["areas_wrong"]
+    for image_id in dataset.image_ids:
+        size = dataset.image_size(image_id)
+        for annotation in dataset.annotations(image_id):
+            if annotation["segmentation"] is None:
+                assert "area" not in annotation  # evaluation takes that of the box
+                continue
+            segmentation = annotation["segmentation"]
+            if isinstance(segmentation, list):
+                segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
+            assert annotation["area"] == mask_utils.area(segmentation)
+
+
+def test_areas_within_a_factor_of_two_and_few_wrong_ones_are_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    content = random_set(rng, 30)
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["area"] *= 50 if i < 14 else rng.uniform(0.6, 1.8)
+    dataset = diagnosed(content, tmp_path)
+    assert names_of(dataset) == []
+    stated = {annotation["id"]: annotation["area"] for annotation in content["annotations"]}
+    assert {a["id"]: a["area"] for a in dataset.to_coco().anns.values()} == stated
+
+
+def test_alternating_entries_of_a_large_set_are_sampled(tmp_path):
+    """A sample of every n-th annotation would see one of two alternating kinds only."""
+    content = random_set(np.random.default_rng(0), 12, with_rle=False)
+    entries = content["annotations"]
+    content["annotations"] = [
+        {**entries[i % 12], "id": i, "iscrowd": i % 2} for i in range(2 * SAMPLE_SIZE)
+    ]
+    (crowds,) = diagnosed(content, tmp_path).diagnoses
+    assert 0.45 < int(crowds.detail.split()[0]) / SAMPLE_SIZE < 0.55
+
+
+@pytest.mark.parametrize(
+    "segmentation, form",
+    [
+        (None, "missing"),
+        ([], "missing"),
+        ({}, "missing"),
+        ([[]], "other"),
+        ([None], "other"),
+        (7, "other"),
+        ([[1, 2, 3, 4]], "polygons"),
+        ([[1, 2], [3, 4]], "polygons"),  # too short for points, too
+        ([[1, 2], [3, 4], [5, 6]], "points"),
+        ([[[1, 2], [3, 4], [5, 6]]], "nested"),
+        ([{"x": 1}], "objects"),
+        ({"size": [1, 1]}, "objects"),
+        ({"size": [1, 1], "counts": []}, "rle"),
+        ("[[1, 2]]", "text"),
+        (["1"], "text"),
+        ([True], "other"),
+    ],
+)
+def test_forms(segmentation, form):
+    assert segmentation_form(segmentation) == form
+
+
+def test_every_diagnosis_has_a_meaning_and_a_mend():
+    for name, (meaning, mend) in DIAGNOSES.items():
+        assert meaning[0].islower(), name
+        assert mend[0].isupper(), name
+        assert not mend.endswith(".")
