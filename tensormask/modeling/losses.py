@@ -6,7 +6,7 @@ batch, with detectron2's constants. `Criterion` applies them, or others.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskLoss = Callable[[Tensor, Tensor], Tensor]
 # Values that a CPU processes at a time: 1 MB of float32, which fits its caches.
 _CHUNK = 1 << 18
+# Mask pixels of an image that are floating on a GPU at once: 512 MB.
+_MAX_FLOATING = 1 << 27
 
 
 def focal_loss_star(
@@ -149,7 +151,7 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
         tensor(1.3863)
     """
     logits = _at_least_float32(logits)
-    weight = torch.tensor(positive_weight, device=logits.device)
+    weight = torch.tensor(positive_weight)  # on the CPU also for a GPU, which gets it as a number
     loss = F.binary_cross_entropy_with_logits(
         logits, target_masks.to(logits.dtype), reduction="sum", pos_weight=weight
     )
@@ -175,6 +177,14 @@ def foreground_normalizer(
     counts = to_device(torch.tensor([num_foreground, 1.0]), device)
     total, num_ranks = sum_over_ranks(counts)
     return total.clamp(min=1) / num_ranks
+
+
+class PreparedTargets(NamedTuple):
+    """What `Criterion` needs of the targets of a batch, for F positive windows; on the CPU."""
+
+    assignment: Assignment
+    indices: Tensor  # (5, F) int64: image, channel, row and column of a logit; object of the image
+    boxes: Tensor  # (2, F, 4) float32: offsets of the objects; windows
 
 
 class CriterionOptions(TypedDict, total=False):
@@ -250,41 +260,61 @@ class Criterion(nn.Module):
                 positive windows.
         """
         device = dense.logits[0].device
-        assignment = self.assign([t["boxes"] for t in targets], dense)
-        image, y, x = assignment.image, assignment.y, assignment.x
-        divisor = normalizer(len(assignment.object)) if callable(normalizer) else normalizer
-        # Rows in the objects of the whole batch.
-        first = image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
-        objects = first[image] + assignment.object
-        labels = torch.cat([t["labels"] for t in targets])[objects]
+        prepared = self.prepare(targets, list(map(size_of, dense.logits)), head.num_classes)
+        assignment = prepared.assignment
+        num_positives = len(assignment.object)
+        divisor = normalizer(num_positives) if callable(normalizer) else normalizer
+        *index, objects = to_device(prepared.indices, device)
+        target_deltas, boxes = to_device(prepared.boxes, device)
 
-        channel = assignment.size * head.num_classes + labels
-        index = to_device(torch.stack([image, channel, y, x]), device)
-        positives = [tuple(index[:, rows]) for rows in assignment.levels()]
+        positives = [tuple(column[rows] for column in index) for rows in assignment.levels()]
         result = {"loss_cls": self.cls_loss(dense.logits, positives) / divisor}
         if head.with_boxes:
-            columns = (image, assignment.size, y, x)
+            columns = assignment.image, assignment.size, assignment.y, assignment.x
             deltas_per_level = [
                 head.deltas_at(dense, level, *(column[rows] for column in columns))
                 for level, rows in enumerate(assignment.levels())
             ]
-            boxes = torch.cat([t["boxes"] for t in targets])[objects]
-            target_deltas = encode_boxes(boxes, assignment.boxes, self.box_weights)
-            pair = to_device(torch.stack([target_deltas, assignment.boxes]), device)
-            result["loss_box_reg"] = self.box_loss(torch.cat(deltas_per_level), *pair) / divisor
+            loss_box = self.box_loss(torch.cat(deltas_per_level), target_deltas, boxes)
+            result["loss_box_reg"] = loss_box / divisor
         if mask_head is not None:
             masks = [t["masks"] for t in targets]
-            loss_mask = self._mask_loss(mask_head, dense.features, assignment, masks)
+            loss_mask = self._mask_loss(
+                mask_head, dense.features, assignment, masks, objects, boxes
+            )
             result["loss_mask"] = loss_mask / divisor
         return result
 
-    def assign(self, boxes_per_image: list[Tensor], dense: DenseOutputs) -> Assignment:
-        """Assign objects to the windows of a batch.
+    def prepare(
+        self, targets: list[dict[str, Tensor]], grids: list[tuple[int, int]], num_classes: int
+    ) -> "PreparedTargets":
+        """Return the part of the losses that needs no outputs, computed on the CPU.
+
+        Args:
+            targets: of `inputs.checked_target`.
+            grids: per level ``(H, W)``, rows and columns of windows.
+            num_classes: of the model.
+        """
+        assignment = self.assign([t["boxes"] for t in targets], grids)
+        image, y, x = assignment.image, assignment.y, assignment.x
+        # Rows in the objects of the whole batch.
+        first = image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
+        objects = first[image] + assignment.object
+        channel = assignment.size * num_classes + torch.cat([t["labels"] for t in targets])[objects]
+        boxes = torch.cat([t["boxes"] for t in targets])[objects]
+        target_deltas = encode_boxes(boxes, assignment.boxes, self.box_weights)
+        return PreparedTargets(
+            assignment,
+            torch.stack([image, channel, y, x, assignment.object]),
+            torch.stack([target_deltas, assignment.boxes]),
+        )
+
+    def assign(self, boxes_per_image: list[Tensor], grids: list[tuple[int, int]]) -> Assignment:
+        """Assign objects to the windows of a batch, on grids ``(H, W)`` per level.
 
         Raises:
             UserError: an own assigner returned a window outside of the grid.
         """
-        grids = list(map(size_of, dense.logits))
         assignment = self.assigner(boxes_per_image, self.windows, grids)
         height, width = torch.tensor(grids)[assignment.level].unbind(1)
         if ((assignment.y >= height) | (assignment.x >= width)).any():
@@ -297,10 +327,15 @@ class Criterion(nn.Module):
         features: list[Tensor],
         assignment: Assignment,
         masks: list[Tensor],
+        objects: Tensor,
+        boxes: Tensor,
     ) -> Tensor:
-        """Return the mask loss of the positive windows, summed and weighted."""
+        """Return the mask loss of the positive windows, summed and weighted.
+
+        ``objects`` and ``boxes`` are those of the assignment, on the device of the model.
+        """
+        # On the CPU, where the mask head chooses the tiles to compute.
         windows = torch.stack([assignment.image, assignment.y, assignment.x], dim=1)
-        windows = to_device(windows, features[0].device)
         groups = assignment.groups()
         # A size without positive windows gets an empty group on the coarsest level in use. Its loss
         # is 0 and gives its parameters gradients, so that momentum and weight decay still apply.
@@ -308,11 +343,20 @@ class Criterion(nn.Module):
         absent = set(range(self.windows.num_sizes)) - {size for _, size, _ in groups}
         groups += [(level, size, slice(0, 0)) for size in sorted(absent)]
         logits_per_group = mask_head(features, [(k, s, windows[at]) for k, s, at in groups])
+        masks = [_to_crop(of_image, boxes.dtype) for of_image in masks]
         per_group = []
         for (level, size, at), logits in zip(groups, logits_per_group, strict=True):
             split = assignment.counts[level][size]  # by image
-            objects, boxes = assignment.object[at].split(split), assignment.boxes[at].split(split)
-            per_image = zip(masks, objects, boxes, strict=True)
+            per_image = zip(masks, objects[at].split(split), boxes[at].split(split), strict=True)
             target = torch.cat([crop_masks(*of_image, logits.shape[-1]) for of_image in per_image])
             per_group.append(self.mask_loss(logits, target))
         return self.mask_loss_weight * functools.reduce(torch.add, per_group)
+
+
+def _to_crop(masks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert masks on a GPU once for all groups, unless they take too much memory.
+
+    On a CPU, those that a group uses are converted for it.
+    """
+    on_gpu = masks.device.type != "cpu"
+    return masks.to(dtype) if on_gpu and masks.numel() <= _MAX_FLOATING else masks
