@@ -16,6 +16,7 @@ times, and memory. Autocast is that of the CPU; see `fake_cuda.py` for that of C
 """
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tensormask.layers import _native
+from tensormask.layers import _constants, _native
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _ROOT = Path(__file__).parents[1]
@@ -377,6 +378,8 @@ def _patches(storages: _Storages) -> Iterator[tuple[Any, str, Any]]:
                 yield module, name, lambda *args: False
     if _native.LIBRARY:
         yield _native, "DEVICES", _native.DEVICES | {"cuda"}
+    # Constants of an earlier block are not on this block's GPU.
+    yield _constants, "_on_gpu", functools.lru_cache(maxsize=64)(_constants._on_gpu.__wrapped__)
     # The modes here are no reason for slower paths, see `layers._transforms.is_eager`.
     yield torch._C, "_len_torch_dispatch_stack", lambda: 0
     deepcopy = Tensor.__deepcopy__  # of a storage, which is no operation

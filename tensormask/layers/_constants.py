@@ -1,13 +1,15 @@
 """Small constant tensors, copied to a GPU once: the host waits for every such copy."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensormask.layers._transforms import is_traced
 
-Numbers = tuple["float | Numbers", ...]
+Numbers = Sequence["float | Numbers"]
 
 
 def constant(values: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -20,7 +22,11 @@ def constant(values: Numbers, dtype: torch.dtype, device: torch.device) -> Tenso
     transformed = torch._C._are_functorch_transforms_active()
     if device.type == "cpu" or transformed or is_traced() or torch.jit.is_tracing():
         return torch.tensor(values, dtype=dtype, device=device)
-    return _on_gpu(values, dtype, device)
+    return _on_gpu(_hashable(values), dtype, device)
+
+
+def _hashable(values: Any) -> Any:
+    return values if isinstance(values, int | float) else tuple(map(_hashable, values))
 
 
 @functools.lru_cache(maxsize=64)

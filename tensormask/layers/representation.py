@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensormask.layers._checks import check_input, check_inside, check_windows
+from tensormask.layers._constants import constant
 
 UPSCALE_MODES = ("bilinear", "nearest")
 
@@ -245,4 +246,4 @@ def _upscale_matrix(x: Tensor, side: int, lambda_val: float, mode: str) -> Tenso
             low, above = divmod(max(0, center - out_side), unit)  # outside, border values repeat
             weights[low] += (unit - above) / unit
             weights[min(low + 1, side - 1)] += above / unit
-    return torch.tensor(matrix, dtype=x.dtype, device=x.device)
+    return constant(matrix, x.dtype, x.device)

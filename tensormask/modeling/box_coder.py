@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from tensormask.layers._constants import constant
+
 # Factors of the offsets (dx, dy, dw, dh): the paper's.
 BOX_WEIGHTS = (1.5, 1.5, 0.75, 0.75)
 # Limits a predicted box to 62.5 times the size of its window, so that exp() stays finite.
@@ -25,7 +27,7 @@ def encode_boxes(
     window_size, window_center = _size_and_center(windows)
     offset = (center - window_center) / window_size
     log_scale = torch.log(size / window_size)
-    return torch.cat([offset, log_scale], dim=1) * boxes.new_tensor(weights)
+    return torch.cat([offset, log_scale], dim=1) * constant(weights, boxes.dtype, boxes.device)
 
 
 def decode_boxes(
@@ -38,7 +40,7 @@ def decode_boxes(
         tensor([[ 0.,  0., 40., 40.]])
     """
     window_size, window_center = _size_and_center(windows)
-    deltas = deltas.to(windows.dtype) / windows.new_tensor(weights)
+    deltas = deltas.to(windows.dtype) / constant(weights, windows.dtype, windows.device)
     center = deltas[:, :2] * window_size + window_center
     half = deltas[:, 2:].clamp(max=_MAX_LOG_SCALE).exp() * window_size / 2
     return torch.cat([center - half, center + half], dim=1)

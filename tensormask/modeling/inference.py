@@ -1,102 +1,32 @@
-"""Inference after the dense heads: candidates, NMS, and the masks of the detections."""
+"""Inference after the dense heads: NMS of candidates, and the masks of the detections."""
 
+import functools
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from tensormask.layers import mask_boxes, paste_masks
 from tensormask.layers.masks import to_device
 from tensormask.layers.plain import is_plain
-from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.candidates import Candidates, cat, deltas_of_candidates, find_candidates
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.tiles import to_device_at_once
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
-
-class Candidates(NamedTuple):
-    """K (window, class) pairs of an image, best first; int64 (K,) unless stated."""
-
-    boxes: Tensor  # (K, 4) float, pixels of the network's input
-    scores: Tensor  # (K,) float
-    labels: Tensor
-    level: Tensor
-    size: Tensor
-    y: Tensor
-    x: Tensor
-    windows: Tensor  # (K, 4) float, the boxes of the windows
-
-    def select(self, rows: Tensor) -> "Candidates":
-        """Return the candidates at an index or a bool mask."""
-        return Candidates(*(column[rows] for column in self))
+# Beyond it, torchvision compares the boxes of each class apart, which takes less memory.
+_MAX_BOXES_MOVED_APART = 25_000
 
 
 def check_score_threshold(score_threshold: float) -> None:
     """Raise UserError unless it is a score: logits are compared with its inverse sigmoid."""
     if not 0 <= score_threshold < 1:
         raise UserError(f"score_threshold must be in 0..1, below 1, got {score_threshold}")
-
-
-def find_candidates(
-    logits_per_level: list[Tensor],
-    deltas_at: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None,
-    windows: Windows,
-    *,
-    box_weights: tuple[float, ...],
-    score_threshold: float,
-    num_candidates: int,
-    classes: Sequence[int] | None = None,
-) -> Candidates:
-    """Return the best (window, class) pairs of one image, before NMS.
-
-    Args:
-        logits_per_level: per level (num_sizes * num_classes, H, W).
-        deltas_at: from ``(level, size, y, x)`` of K windows of a level, int64 (K,), to the deltas
-            (K, 4) of their boxes. None without a box head: the boxes are then the windows.
-        windows: their geometry.
-        box_weights: of `box_coder`.
-        score_threshold: scores must be above it.
-        num_candidates: the maximum over all levels.
-        classes: labels of the candidates; None for all.
-    """
-    columns_per_level = []
-    odds = score_threshold / (1 - score_threshold)
-    threshold = math.log(odds) if odds > 0 else -math.inf
-    for level, logits in enumerate(logits_per_level):
-        logits = logits.unflatten(0, (windows.num_sizes, -1))  # (num_sizes, num_classes, H, W)
-        if classes is not None:
-            labels_of = torch.tensor(classes, dtype=torch.int64, device=logits.device)
-            logits = logits[:, labels_of]
-        flat = logits.flatten()
-        index = torch.nonzero(flat > threshold)[:, 0]
-        score = flat[index]
-        if len(index) > num_candidates:
-            score, best = score.topk(num_candidates, sorted=False)
-            index, order = index[best].sort()  # equal scores keep the order of their windows
-            score = score[order]
-        size, label, y, x = torch.unravel_index(index, logits.shape)
-        if classes is not None:
-            label = labels_of[label]
-        columns = [score.float().sigmoid(), label, torch.full_like(size, level), size, y, x]
-        if deltas_at is not None:
-            columns.append(deltas_at(level, size, y, x).float())
-        columns_per_level.append(columns)
-    scores, labels, levels, size, y, x, *deltas = map(
-        torch.cat, zip(*columns_per_level, strict=True)
-    )
-
-    scores, best = scores.sort(descending=True, stable=True)
-    scores, best = scores[:num_candidates], best[:num_candidates]
-    labels, levels, size, y, x = (column[best] for column in (labels, levels, size, y, x))
-    window_boxes = boxes = windows.boxes(levels, size, y, x)
-    if deltas:
-        boxes = decode_boxes(deltas[0][best], window_boxes, box_weights)
-    return Candidates(boxes, scores, labels, levels, size, y, x, window_boxes)
 
 
 def find_detections(
@@ -115,7 +45,8 @@ def find_detections(
 ) -> list[Candidates]:
     """Return per image the candidates after NMS, in pixels of the network's input.
 
-    The arguments are those of `TensorMask`; ``options`` are those of `find_candidates`.
+    Those with score -1 are no detections; `rescale_and_clip` drops them. The arguments are those of
+    `TensorMask`; ``options`` are those of `find_candidates`.
 
     Raises:
         UserError: one is out of range.
@@ -127,52 +58,103 @@ def find_detections(
         raise UserError(f"classes must be labels in 0..{head.num_classes - 1}, got {list(classes)}")
     candidates_per_image = []
     for image in map(dense.image, range(len(dense.logits[0]))):
-
-        def deltas_at(
-            level: int, size: Tensor, y: Tensor, x: Tensor, image: DenseOutputs = image
-        ) -> Tensor:
-            return head.deltas_at(image, level, torch.zeros_like(y), size, y, x)
-
         candidates = find_candidates(
             [x[0] for x in image.logits],
-            deltas_at if head.with_boxes else None,
+            functools.partial(deltas_of_candidates, head, image) if head.with_boxes else None,
             windows,
             score_threshold=score_threshold,
             classes=classes,
             **options,
         )
         candidates_per_image.append(candidates)
-    boxes_per_image: Sequence[Tensor] = [c.boxes for c in candidates_per_image]
     if nms_on == "masks":
         assert mask_head is not None
-        boxes_per_image = boxes_from_masks(mask_head, dense.features, candidates_per_image)
+        candidates_per_image, rows = _drop(candidates_per_image)
+        boxes_per_image = boxes_from_masks(mask_head, dense.features, candidates_per_image, rows)
+    else:
+        boxes_per_image = [candidates.boxes for candidates in candidates_per_image]
     detections = []
     for candidates, boxes in zip(candidates_per_image, boxes_per_image, strict=True):
+        scores = candidates.scores
+        if nms_on == "masks":  # empty masks have boxes without area, and are no detections
+            scores = torch.where(boxes[:, 2] > boxes[:, 0], scores, -1.0)
         if not head.with_boxes:
             candidates = candidates._replace(boxes=boxes)
-        if nms_on == "masks":  # drop empty masks
-            rows = boxes[:, 2] > boxes[:, 0]
-            candidates, boxes = candidates.select(rows), boxes[rows]
         labels = candidates.labels
         groups = torch.zeros_like(labels) if class_agnostic_nms else labels
-        rows = batched_nms(boxes, candidates.scores, groups, nms_threshold)
-        detections.append(candidates.select(rows[:num_detections]))
+        kept = _nms(boxes, scores, groups, nms_threshold)[:num_detections]
+        detections.append(candidates._replace(scores=scores).select(kept))
     return detections
 
 
-def rescale_and_clip(
-    detections: Candidates, input_size: tuple[int, int], output_size: tuple[int, int]
-) -> Candidates:
-    """Scale boxes and windows to the output size, clip the boxes, and drop those outside.
+def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Return the rows that `torchvision.ops.batched_nms` keeps; the host waits for a GPU once.
 
-    Both sizes are ``(height, width)`` in pixels, the input's without padding.
+    Rows with score -1 suppress no others, and are last.
     """
-    (height, width), (out_height, out_width) = input_size, output_size
-    scale = detections.boxes.new_tensor([out_width / width, out_height / height] * 2)
-    limit = detections.boxes.new_tensor([out_width, out_height] * 2)
-    boxes = torch.minimum((detections.boxes * scale).clamp(min=0), limit)
-    detections = detections._replace(boxes=boxes, windows=detections.windows * scale)
-    return detections.select((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+    if boxes.device.type == "cpu" or len(boxes) > _MAX_BOXES_MOVED_APART:
+        return batched_nms(boxes, scores, groups, threshold)
+    boxes = torch.where(scores[:, None] >= 0, boxes, 0.0)
+    # As in torchvision, which copies a number to the GPU: each group is moved to its own area.
+    offsets = groups.to(boxes.dtype) * (boxes.amax() + 1) if len(boxes) else scores
+    return nms(boxes + offsets[:, None], scores, threshold)
+
+
+def rescale_and_clip(
+    detections_per_image: list[Candidates],
+    input_sizes: Sequence[tuple[int, int]],
+    output_sizes: Sequence[tuple[int, int]],
+) -> list[Candidates]:
+    """Scale boxes and windows to the output sizes, clip the boxes, and drop those outside.
+
+    Sizes are ``(height, width)`` in pixels, those of the input without padding. The levels, sizes
+    and locations of the windows that remain are on the CPU: the host waits for a GPU once.
+    """
+    factors = [
+        [(out_width / width, out_height / height) * 2, (out_width, out_height) * 2]
+        for (height, width), (out_height, out_width) in zip(input_sizes, output_sizes, strict=True)
+    ]
+    boxes = detections_per_image[0].boxes
+    scaled = []
+    for d, (scale, limit) in zip(
+        detections_per_image,
+        to_device(torch.tensor(factors, dtype=boxes.dtype), boxes.device),
+        strict=True,
+    ):
+        boxes = torch.minimum((d.boxes * scale).clamp(min=0), limit)
+        scaled.append(d._replace(boxes=boxes, windows=d.windows * scale))
+    remaining, rows_per_image = _drop(scaled, without_area=True)
+    return [
+        d._replace(level=rows[:, 0], size=rows[:, 1], y=rows[:, 3], x=rows[:, 4])
+        for d, rows in zip(remaining, rows_per_image, strict=True)
+    ]
+
+
+def _drop(
+    candidates_per_image: list[Candidates], *, without_area: bool = False
+) -> tuple[list[Candidates], list[Tensor]]:
+    """Drop those with score -1, and with ``without_area`` also those with boxes without area.
+
+    Returns:
+        - the candidates that remain, per image;
+        - their windows, per image: int64 (K, 5) ``(level, size, n, y, x)`` on the CPU.
+    """
+    columns = []
+    for n, c in enumerate(candidates_per_image):
+        remains = c.scores >= 0
+        if without_area:
+            remains &= (c.boxes[:, 2:] > c.boxes[:, :2]).all(1)
+        image = torch.full_like(c.level, n)
+        columns.append(torch.stack([c.level, c.size, image, c.y, c.x, remains.long()], dim=1))
+    counts = [len(c.scores) for c in candidates_per_image]
+    remaining, rows_per_image = [], []
+    # One copy for all images: the only time that the host waits.
+    for c, rows in zip(candidates_per_image, cat(columns).cpu().split(counts), strict=True):
+        kept = torch.where(rows[:, 5] > 0)[0]
+        rows_per_image.append(rows[kept, :5])
+        all_remain = len(kept) == len(rows)
+        remaining.append(c if all_remain else c.select(to_device(kept, c.scores.device)))
+    return remaining, rows_per_image
 
 
 def masks_at_windows(
@@ -180,9 +162,14 @@ def masks_at_windows(
 ) -> list[list[Tensor]]:
     """Return the mask probabilities of the detections of a batch: per image K Tensor[V, U].
 
-    ``features`` are those of the pyramid, per level (N, C, H, W).
+    ``features`` are those of the pyramid, per level (N, C, H, W). The host waits for a GPU unless
+    the detections are from `rescale_and_clip`.
     """
-    groups, positions = _group_windows(_window_rows(detections_per_image))
+    columns = [
+        torch.stack([d.level, d.size, torch.full_like(d.level, n), d.y, d.x], dim=1)
+        for n, d in enumerate(detections_per_image)
+    ]
+    groups, positions = _group_windows(cat(columns).cpu())
     masks: dict[int, Tensor] = {}
     for logits, position in zip(_iter_masks(mask_head, features, groups), positions, strict=True):
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
@@ -191,22 +178,26 @@ def masks_at_windows(
 
 
 def boxes_from_masks(
-    mask_head: MaskHead, features: list[Tensor], candidates_per_image: list[Candidates]
+    mask_head: MaskHead,
+    features: list[Tensor],
+    candidates_per_image: list[Candidates],
+    rows_per_image: list[Tensor],
 ) -> Sequence[Tensor]:
     """Return per image the boxes (K, 4) of the masks of its candidates, without area if empty.
 
-    ``features`` are those of the pyramid, per level (N, C, H, W).
+    ``features`` are those of the pyramid, per level (N, C, H, W); ``rows_per_image`` the windows of
+    the candidates, int64 (K, 5) ``(level, size, n, y, x)`` on the CPU.
     """
-    windows = torch.cat([candidates.windows for candidates in candidates_per_image])
+    windows = cat([candidates.windows for candidates in candidates_per_image])
     # Masks are class-agnostic: a window that is a candidate for several classes needs one mask.
-    rows, inverse = _window_rows(candidates_per_image).unique(dim=0, return_inverse=True)
+    rows, inverse = cat(rows_per_image).unique(dim=0, return_inverse=True)
+    groups, positions = _group_windows(rows)
+    *positions, inverse = to_device_at_once([*positions, inverse], windows.device)
     window_boxes = windows.new_empty(len(rows), 4)
     window_boxes[inverse] = windows
-    groups, positions = _group_windows(rows)
     boxes = torch.empty_like(window_boxes)
     # All masks of a level can be as large as its dense tensor: only one group is in memory.
     for logits, position in zip(_iter_masks(mask_head, features, groups), positions, strict=True):
-        position = to_device(position, boxes.device)
         boxes[position] = mask_boxes(logits, window_boxes[position])
     return boxes[inverse].split([len(candidates.scores) for candidates in candidates_per_image])
 
@@ -217,7 +208,36 @@ def _iter_masks(
     """Return the masks of `MaskHead.forward`, group by group unless it has to be called."""
     if is_plain(mask_head, MaskHead):
         return cast(MaskHead, mask_head).iter_masks(features, groups)
-    return mask_head(features, groups)
+    windows = to_device_at_once([group[2] for group in groups], features[0].device)
+    return mask_head(features, [(*group[:2], w) for group, w in zip(groups, windows, strict=True)])
+
+
+def read_detection(detection: dict[str, Any]) -> dict[str, Any]:
+    """Return an image's result of `TensorMask.detect` or `TensorMask.forward` on the CPU.
+
+    The host waits for a GPU twice, for numbers and for masks, and not for each tensor.
+    """
+    if detection["boxes"].device.type == "cpu":
+        return detection
+    names = [name for name in ("boxes", "scores", "labels", "windows") if name in detection]
+    columns = [detection[name].double() for name in names]
+    columns = [x if x.dim() == 2 else x[:, None] for x in columns]
+    numbers = torch.cat(columns, dim=1).cpu().split([x.shape[1] for x in columns], dim=1)
+    read: dict[str, Any] = {
+        name: part.to(detection[name].dtype).view(detection[name].shape)
+        for name, part in zip(names, numbers, strict=True)
+    }
+    if "masks" in detection:
+        read["masks"] = detection["masks"].cpu()
+    if "window_masks" in detection:
+        masks = detection["window_masks"]
+        parts = (
+            cat([mask.flatten() for mask in masks]).cpu().split([x.numel() for x in masks])
+            if masks
+            else []
+        )
+        read["window_masks"] = [x.view(mask.shape) for x, mask in zip(parts, masks, strict=True)]
+    return read
 
 
 def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -228,26 +248,19 @@ def paste_detection(detection: dict[str, Any], size: tuple[int, int]) -> dict[st
     return pasted
 
 
-def _window_rows(candidates_per_image: list[Candidates]) -> Tensor:
-    """Return the windows of a batch, image after image: int64 (K, 5) ``(level, size, n, y, x)``."""
-    columns = [
-        (c.level, c.size, torch.full_like(c.level, n), c.y, c.x)
-        for n, c in enumerate(candidates_per_image)
-    ]
-    return torch.cat([torch.stack(of_image, dim=1) for of_image in columns])
-
-
 def _group_windows(rows: Tensor) -> tuple[list[tuple[int, int, Tensor]], list[Tensor]]:
-    """Group the ``rows`` of `_window_rows` by level and size, that is by the size of their masks.
+    """Group windows by level and size, that is by the size of their masks.
+
+    Args:
+        rows: int64 (K, 5) ``(level, size, n, y, x)`` on the CPU.
 
     Returns the groups that `MaskHead.forward` takes, and per group the positions of its windows in
-    ``rows``, int64 (K,) on the CPU.
+    ``rows``, int64 (K,); all on the CPU.
     """
-    # Sorted on the CPU: otherwise the host would wait for a GPU at every group.
-    kinds, kind = rows[:, :2].cpu().unique(dim=0, return_inverse=True)
+    kinds, kind = rows[:, :2].unique(dim=0, return_inverse=True)
     positions = [torch.where(kind == i)[0] for i in range(len(kinds))]
     groups = [
-        (level, size, rows[position.to(rows.device), 2:])
+        (level, size, rows[position, 2:])
         for (level, size), position in zip(kinds.tolist(), positions, strict=True)
     ]
     return groups, positions

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormask.layers.masks import to_device
 from tensormask.utils.errors import UserError
 
 # The stride of res5. Inputs are padded to a multiple of it, so that each level of the pyramid is
@@ -53,7 +54,9 @@ def batch_images(
         batch = batch.contiguous(memory_format=torch.channels_last)
     for n, image in enumerate(images):
         is_uint8 = image.dtype == torch.uint8
-        image = image.to(mean.device, non_blocking=True).to(dtype)
+        if not image.requires_grad:
+            image = to_device(image, mean.device)
+        image = image.to(mean.device, dtype)
         image = image if is_uint8 else image * 255
         image = image.flip(0) if bgr else image
         batch[n, :, : image.shape[1], : image.shape[2]] = (image - mean) / std
@@ -127,6 +130,6 @@ def checked_target(
                 f"masks must be (K, H, W) = {(num_objects, *size_of(image))} like the boxes and "
                 f"the image, got {tuple(masks.shape)}"
             )
-        masks = masks.to(device, non_blocking=True)
+        masks = to_device(masks, device)
         checked["masks"] = masks > 0.5 if masks.is_floating_point() else masks.bool()
     return checked

@@ -14,8 +14,8 @@ from torch import Tensor
 from tensormask.layers import nat2align
 from tensormask.modeling.assignment import Assignment
 from tensormask.modeling.box_coder import decode_boxes
+from tensormask.modeling.candidates import Candidates
 from tensormask.modeling.head import DenseOutputs
-from tensormask.modeling.inference import Candidates
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.utils.errors import UserError
 

@@ -27,7 +27,7 @@ from tensormask.layers import (
 )
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.modeling.head import conv_tower, init_convs, maybe_checkpoint
-from tensormask.modeling.tiles import Tiles
+from tensormask.modeling.tiles import Tiles, to_device_at_once
 from tensormask.utils.errors import UserError
 
 
@@ -115,7 +115,8 @@ class MaskHead(nn.Module):
         Args:
             features: of the pyramid, per level (N, C, H, W).
             windows_per_group: ``(level, size, windows)`` in order of level, with ``windows``
-                Tensor[K, 3] of int64 rows ``(n, y, x)``.
+                Tensor[K, 3] of int64 rows ``(n, y, x)``; best on the CPU, where tiles are planned
+                without waiting for a GPU.
 
         Returns:
             per group Tensor[K, side, side], ``side = mask_sizes[size] * lambda`` of the level.
@@ -127,6 +128,8 @@ class MaskHead(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the mask logits of `forward` group by group: only one group is in memory."""
         finest: Tensor | None = None
+        given = [windows for *_, windows in windows_per_group]
+        windows_of_group = iter(to_device_at_once(given, features[0].device))
         for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
             groups = list(of_level)
             tiles, untile = None, None
@@ -137,7 +140,7 @@ class MaskHead(nn.Module):
                 if tiles is not None:
                     untile = functools.partial(tiles.scatter, x=finest)
             x = self._call(self.level_features, features, level, finest, tiles)
-            for _, size, windows in groups:
+            for (_, size, _), windows in zip(groups, windows_of_group, strict=False):
                 yield self._masks_at(x, level, size, windows, untile)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
@@ -185,10 +188,11 @@ class MaskHead(nn.Module):
     def _tiles(self, finest: Tensor, groups: list[tuple[int, int, Tensor]]) -> Tiles | None:
         """Return the tiles of the finest level that a level's windows read.
 
-        None if convolving the whole feature map is faster, or the layer is not plain. On a GPU it
-        is: the host would have to wait for the tiles.
+        None if convolving the whole feature map is faster, or the layer is not plain, or the
+        windows are on a GPU: the host would have to wait for the tiles.
         """
-        plain = finest.device.type == "cpu" and is_plain(self.mask_fuse, nn.Sequential)
+        on_cpu = all(windows.device.type == "cpu" for *_, windows in groups)
+        plain = on_cpu and is_plain(self.mask_fuse, nn.Sequential)
         convs = plain_tower(list(self.mask_fuse)) if plain else None
         if convs is None or len(convs) != 1 or len(self.mask_fuse) != 2:
             return None
@@ -200,7 +204,7 @@ class MaskHead(nn.Module):
             boxes.append(torch.cat([center - reach, center + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        return tiles if tiles.are_faster(convs, finest) else None
+        return tiles.to(finest.device) if tiles.are_faster(convs, finest) else None
 
     def _masks_at(
         self,

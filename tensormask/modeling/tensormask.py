@@ -23,9 +23,9 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from tensormask.modeling.candidates import Candidates
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
-    Candidates,
     find_detections,
     masks_at_windows,
     paste_detection,
@@ -224,9 +224,11 @@ class TensorMask(nn.Module):
         batch = self.preprocess(images)
         features = as_levels(self, "backbone", self.backbone(batch), batch)
         features = as_levels(self, "fpn", self.fpn(features), batch)
-        # A compiled head does the same work for every image: best the deltas of all windows.
-        compiled = self.head._compiled_call_impl is not None
-        return DenseOutputs(features, *self.head(features, dense_boxes=compiled))
+        # A compiled head does the same work for every image: best the deltas of all windows. So
+        # does a GPU in inference: the host would wait for the windows of the candidates.
+        dense_boxes = self.head._compiled_call_impl is not None
+        dense_boxes |= not self.training and batch.device.type != "cpu"
+        return DenseOutputs(features, *self.head(features, dense_boxes=dense_boxes))
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
         """Return the normalized batch (N, 3, height, width), padded with 0 at right and bottom.
@@ -273,12 +275,12 @@ class TensorMask(nn.Module):
         """
         dense = self.dense([image])
         threshold = _first(score_threshold, self.score_threshold)
-        (detections,) = self.find_detections(dense, threshold)
-        detections = rescale_and_clip(detections, size_of(image), size_of(image))
+        size = [size_of(image)]
+        (detections,) = rescale_and_clip(self.find_detections(dense, threshold), size, size)
         assignment = None
         if target is not None:
             boxes = self._checked(target, image)["boxes"]
-            assignment = self.criterion.assign([boxes], dense)
+            assignment = self.criterion.assign([boxes], list(map(size_of, dense.logits)))
         return Inspection(self, dense, threshold, detections, assignment)
 
     # ---- inference ----
@@ -321,7 +323,7 @@ class TensorMask(nn.Module):
             options = score_threshold, num_detections, classes, class_agnostic_nms
             detections = self.find_detections(dense, *options)
             sizes = [size_of(image) for image in images]
-            detections = list(map(rescale_and_clip, detections, sizes, output_sizes or sizes))
+            detections = rescale_and_clip(detections, sizes, output_sizes or sizes)
             results: list[dict[str, Tensor | list[Tensor]]] = [
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
             ]
@@ -339,7 +341,10 @@ class TensorMask(nn.Module):
         classes: Sequence[int] | None = None,
         class_agnostic_nms: bool | None = None,
     ) -> list[Candidates]:
-        """Return per image what `detect` detects with these options, in pixels of the input."""
+        """Return per image what `detect` detects with these options, in pixels of the input.
+
+        Those with score -1 are no detections.
+        """
         return find_detections(
             dense,
             self.head,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensormask.layers._constants import constant
 from tensormask.modeling.inputs import padded_size
 from tensormask.utils.errors import UserError
 
@@ -84,8 +85,8 @@ class Windows:
 
     def boxes(self, level: Tensor, size: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Return boxes ``(x0, y0, x1, y1)`` in pixels (K, 4) of K windows, int64 (K,) each."""
-        strides = torch.tensor(self.strides, dtype=torch.float32, device=level.device)
-        half = torch.tensor(self.sizes, dtype=torch.float32, device=level.device)[level, size] / 2
+        strides = constant(self.strides, torch.float32, level.device)
+        half = constant(self.sizes, torch.float32, level.device)[level, size] / 2
         center_x, center_y = x * strides[level], y * strides[level]
         return torch.stack(
             [center_x - half, center_y - half, center_x + half, center_y + half], dim=1

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.ops import box_iou
 
 from tensormask.modeling.box_coder import decode_boxes
-from tensormask.modeling.inference import find_candidates
+from tensormask.modeling.candidates import find_candidates
 from tensormask.modeling.windows import Windows
 
 WINDOWS = Windows((4, 8), ((44, 60), (88, 120)))
@@ -47,7 +47,12 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
     actual, of_channels_last = (
         find_candidates(
             x,
-            lambda level, size, y, x: deltas[level].unflatten(0, (-1, 4))[size, :, y, x],
+            lambda *index: torch.stack(
+                [
+                    deltas[k].unflatten(0, (-1, 4))[s, :, y, x]
+                    for k, s, y, x in zip(*index, strict=True)
+                ]
+            ),
             WINDOWS,
             box_weights=BOX_WEIGHTS,
             score_threshold=threshold,

@@ -1,0 +1,60 @@
+"""Inference on a pretended GPU: the results of the CPU, and few waits of the host."""
+
+import pytest
+import tiny
+import torch
+from pretended_cuda import pretend
+from torch.testing import assert_close
+
+from tensormask.modeling.inference import read_detection
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN"]
+ON_MASKS = ["MODEL.TENSOR_MASK.NMS_ON", "masks"]
+CASES = {
+    "bipyramid": ("bipyramid", FROZEN, {}),
+    "few candidates": ("bipyramid", ["MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST", 30], {}),
+    "all are candidates": ("natural", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.0], {}),
+    "few detections": ("natural", [], {"num_detections": 3}),
+    "no detections": ("natural", [], {"score_threshold": 0.999}),
+    "of no class": ("natural", [], {"classes": []}),
+    "of a class": ("natural", [], {"classes": [2], "class_agnostic_nms": True}),
+    "upscale": ("upscale_aligned", [], {}),
+    "no masks": ("natural", ["MODEL.MASK_ON", False], {}),
+    "NMS on masks": ("natural", ON_MASKS, {}),
+    "no boxes": ("bipyramid", [*ON_MASKS, "MODEL.TENSOR_MASK.BOX_ON", False], {}),
+    "channels last": ("aligned", [*FROZEN, "MODEL.CHANNELS_LAST", True], {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_waits(case: str) -> None:
+    head, opts, options = CASES[case]
+    images = [tiny.make_image(64, 96, seed) for seed in range(2)]
+    sizes = [(64, 96), (32, 40)]
+
+    def model(device: str):
+        return tiny.with_detections(tiny.build(head, [*opts, "MODEL.DEVICE", device]))
+
+    with torch.no_grad():
+        expected = model("cpu").detect(images, sizes, **options)
+        with pretend() as record:
+            on_gpu = model("cuda")
+            on_gpu.detect([image.pin_memory() for image in images], sizes, **options)
+            record.clear()
+            detections = on_gpu.detect(images, sizes, **options)
+            waits = record.waits.total()
+            assert all(
+                x.is_cuda for d in detections for x in (d["boxes"], *d.get("window_masks", ()))
+            )
+            record.clear()
+            actual = [read_detection(detection) for detection in detections]
+            assert not record.mixes
+            assert record.waits.total() <= 4, record.waits
+    # NMS per image, their windows together; NMS on masks needs the windows before.
+    assert waits == len(images) + (2 if opts[:2] == ON_MASKS else 1)
+    for one, other in zip(actual, expected, strict=True):
+        assert list(one) == list(other)
+        for name, values in other.items():
+            assert_close(one[name], values, rtol=1e-4, atol=1e-4)
+    assert any(len(d["scores"]) for d in expected) == (case not in ("no detections", "of no class"))
