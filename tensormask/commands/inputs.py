@@ -80,6 +80,11 @@ def find_inputs(words: Iterable[str]) -> FoundInputs:
     return FoundInputs(list(inputs), others, without)
 
 
+def list_suffixes(suffixes: Counter[str]) -> str:
+    """Return the most frequent suffixes with their numbers, such as "3 .txt, 1 .heic"."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+
+
 def _file(path: Path) -> Input:
     return Input(path, _has_suffix(path, VIDEO_SUFFIXES))
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,8 +28,9 @@ from tensormask.commands.common import (
     add_overrides,
     exits_on_user_error,
 )
-from tensormask.commands.inputs import find_inputs
+from tensormask.commands.inputs import find_inputs, list_suffixes
 from tensormask.commands.prediction import InputProcessor, output_stems
+from tensormask.data.formats import UNREAD_SUFFIXES
 from tensormask.evaluation.results import ResultsWriter
 from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
@@ -178,8 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
     for message in without:
         logger.error(message)
     if others:
-        listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.info("%d other files were left out: %s", others.total(), listed)
+        logger.info("%d other files were left out: %s", others.total(), list_suffixes(others))
+    if unread := others & Counter(dict.fromkeys(UNREAD_SUFFIXES, others.total())):
+        logger.warning(
+            "%s are images in formats that are not read: convert them to JPEG or PNG",
+            list_suffixes(unread),
+        )
     if not inputs:
         return EXIT_UNREAD
     predictor, options = build_predictor(args)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tensormask.data.deep_colors import read_deep_colors
+from tensormask.data.formats import describe_format
 from tensormask.data.pixels import stretch_to_8_bits, values_to_rgb
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import expand_home
@@ -87,7 +88,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("image_missing", path, "does not exist") from None
     except UnidentifiedImageError:  # its text repeats the path
-        raise ImageError("image_broken", path, "is not an image that PIL can read") from None
+        raise ImageError("image_broken", path, describe_format(path)) from None
     except Exception as error:  # PIL fails in many ways on broken files
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageError("image_broken", path, f"cannot be read: {reason}") from error

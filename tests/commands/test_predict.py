@@ -164,6 +164,7 @@ def test_other_files_of_a_folder_are_counted(tmp_path, run, out, caplog):
         assert run(tmp_path / "in") == 0
     (line,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert line.startswith("5 other files were left out: 2 .heic, ")
+    assert "2 .heic, 1 .dng are images in formats that are not read: convert them" in caplog.text
 
 
 def test_nothing_read_keeps_older_results(tmp_path, run, out):
