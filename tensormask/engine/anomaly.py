@@ -10,7 +10,6 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensormask.utils.errors import UserError
@@ -20,20 +19,13 @@ class NonFiniteError(FloatingPointError):
     """A number is NaN or infinite; the weights are still those before the iteration."""
 
 
-def read_losses(
-    losses: Mapping[str, Tensor], iteration: int, batch: list[dict]
-) -> dict[str, float]:
-    """Return the losses as numbers.
-
-    Raises:
-        NonFiniteError: one is NaN or infinite.
-    """
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-    if all(math.isfinite(value) for value in values.values()):
-        return values
+def check_losses(losses: Mapping[str, float], iteration: int, batch: list[dict]) -> None:
+    """Raise NonFiniteError if a loss is NaN or infinite."""
+    if all(math.isfinite(value) for value in losses.values()):
+        return
     raise NonFiniteError(
         f"Loss is not finite at iteration {iteration}: "
-        + ", ".join(f"{name} {value:g}" for name, value in values.items())
+        + ", ".join(f"{name} {value:g}" for name, value in losses.items())
         + _advice(batch)
     )
 

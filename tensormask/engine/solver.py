@@ -3,10 +3,11 @@
 The `build_*` functions are the only readers of their `SOLVER` keys.
 """
 
+import itertools
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -247,3 +248,26 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
         raise UserError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it must be from 0 to below 1")
     averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema.DECAY), use_buffers=True)
     return averages.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_averages(averages: AveragedModel, model: nn.Module) -> None:
+    """Update moving averages as their `update_parameters` does, without waiting for a GPU.
+
+    That method copies the number of updates to it, which these averages do not need.
+    """
+    if averages.multi_avg_fn is None or averages.n_averaged == 0:
+        averages.update_parameters(model)
+        return
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, value in zip(_tensors(averages.module), _tensors(model), strict=True):
+        own, new = by_dtype.setdefault(average.dtype, ([], []))
+        own.append(average.detach())
+        new.append(value.detach())
+    for own, new in by_dtype.values():
+        averages.multi_avg_fn(own, new, averages.n_averaged)
+    averages.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())

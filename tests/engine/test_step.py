@@ -8,7 +8,7 @@ from torch import nn
 from tensormask.config import get_cfg
 from tensormask.engine.anomaly import NonFiniteError
 from tensormask.engine.precision import build_autocast
-from tensormask.engine.solver import build_ema, build_gradient_clipper
+from tensormask.engine.solver import build_ema, build_gradient_clipper, update_averages
 from tensormask.engine.step import TrainState, train_step
 
 CPU = torch.device("cpu")
@@ -166,6 +166,13 @@ def test_a_gradient_that_is_not_finite_does_not_change_the_weights():
     assert state.model.weight.item() == 2.0
 
 
+def test_a_loss_that_is_not_finite_does_not_change_the_weights():
+    state = state_of(Product())
+    with pytest.raises(NonFiniteError, match=r"Loss.*iteration 0: loss inf.*inf\.png"):
+        step(state, samples(1.0, float("inf")), accumulate_steps=2)
+    assert state.model.weight.item() == 2.0
+
+
 def test_averages_follow_their_formula():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.75])
@@ -186,10 +193,14 @@ def test_averages_include_batch_norm_and_are_not_trained():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5])
     model = nn.BatchNorm1d(2)
-    ema = build_ema(cfg, model)
-    for mean in (2.0, 4.0):
+    ema, same = build_ema(cfg, model), build_ema(cfg, model)
+    for number, mean in enumerate((2.0, 4.0), start=1):
         model.running_mean.fill_(mean)
-        ema.update_parameters(model)
+        model.num_batches_tracked.fill_(number)
+        update_averages(ema, model)
+        same.update_parameters(model)  # as torch does it
+    for name, value in same.state_dict().items():
+        assert torch.equal(value, ema.state_dict()[name]), name
     assert ema.module.running_mean.tolist() == [3.0, 3.0]
     assert not any(parameter.requires_grad for parameter in ema.parameters())
     for decay in (-0.1, 1.0):
