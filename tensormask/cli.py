@@ -11,6 +11,7 @@ import sys
 
 from tensormask import __version__
 from tensormask.commands import EXIT_CLOSED, EXIT_INTERRUPTED, EXIT_MISTAKE, FILES
+from tensormask.utils.console import escape_unencodable
 from tensormask.utils.errors import nearest_name
 
 SHELLS = ("bash", "zsh")
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Ctrl-C, and a closed stdout as in `tensormask --help | head -1`, end it without a traceback.
     """
+    escape_unencodable()
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,11 +25,14 @@ from fvcore.common.config import CfgNode as _BaseCfgNode
 from tensormask.config.detectron2 import ignored_name, implied_by_head, is_switched_off, shortened
 from tensormask.config.files import find_config
 from tensormask.utils.errors import UserError, shorten
+from tensormask.utils.files import read_text
 
 logger = logging.getLogger(__name__)
 
 # Keys that may be None, with the type of their other values.
 _OPTIONAL = {"SOLVER.WEIGHT_DECAY_BIAS": float}
+# Keys that are True, False or "auto".
+_SWITCHES = ("MODEL.CHANNELS_LAST",)
 
 _MAX_GROUP_DEPTH = 4  # MODEL.PANOPTIC_FPN.COMBINE.ENABLED
 _MAX_GROUP_SIZE = 1000  # keys of a group, with those of its merge keys
@@ -115,7 +117,7 @@ class CfgNode(_BaseCfgNode):
         """Open a file for fvcore, after checking that it is a mapping of plain data."""
         if os.path.exists(filename) and not os.path.isfile(filename):
             raise UserError(f"{filename} is not a regular file")  # a device or pipe could block
-        text, loaded = _load_plain(filename, lambda: Path(filename).read_text(encoding="utf-8"))
+        text, loaded = _load_plain(filename, lambda: read_text(filename))
         # Implied keys are added per file, because a file overrides what its base implies.
         if implied := implied_by_head(dict(leaves(loaded))):
             for key, value in implied.items():
@@ -157,7 +159,7 @@ def _load_plain(source: str, read: Callable[[], str]) -> tuple[str, dict[str, An
     try:
         text = read()
         loaded = yaml.load(text, _Loader)
-    except OSError:
+    except (OSError, UserError):
         raise
     except RecursionError as error:
         raise UserError(
@@ -209,6 +211,10 @@ def _coerce(key: str, given: Any, value: Any, current: Any) -> Any:
     """Return ``value`` (``given``, decoded) in the type of the key's current value."""
     if value is None and key in _OPTIONAL:
         return None
+    if key in _SWITCHES:
+        if type(value) is bool or value == "auto":
+            return value
+        raise UserError(f"{key} takes True, False or 'auto', got {_describe(value)}")
     expected: type = _OPTIONAL.get(key, type(current))
     hint = ""
     if expected in (list, tuple):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tensormask.engine.distributed import is_main_process
+from tensormask.utils.console import escape_unencodable
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import expand_home, reraise_disk_full, write_atomically
 
@@ -37,6 +38,7 @@ def setup_logging(output_dir: str | Path) -> None:
 
     A second call moves the log to another folder.
     """
+    escape_unencodable()
     package = logging.getLogger("tensormask")
     package.setLevel(logging.INFO)
     for handler in list(package.handlers):

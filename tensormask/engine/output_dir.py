@@ -139,7 +139,8 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
         yield
         return
     # A lock needs a file that is open for writing. It is not truncated: its holder has written it.
-    with open(os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+    descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -164,7 +165,8 @@ def record_environment(output_dir: str | Path) -> None:
         f"{'git':<24} {git_state(Path(__file__).parent)}",
         env.describe(),
     ]
-    with open(Path(output_dir) / ENVIRONMENT, "a", encoding="utf-8") as file:
+    path = Path(output_dir) / ENVIRONMENT
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n".join(lines) + "\n\n")
 
 
@@ -173,7 +175,8 @@ def git_state(folder: Path) -> str:
 
     def git(*words: str) -> str:
         command, quiet = ["git", "-C", str(folder), *words], subprocess.DEVNULL
-        return subprocess.check_output(command, stderr=quiet, text=True, timeout=20).rstrip()
+        output = subprocess.check_output(command, stderr=quiet, timeout=20)
+        return output.decode("utf-8", "replace").rstrip()
 
     try:
         commit = git("rev-parse", "HEAD")

@@ -1,5 +1,6 @@
 """Paths with `~`, atomic writes of files, and one error for a full disk."""
 
+import codecs
 import errno
 import os
 import re
@@ -37,6 +38,23 @@ def expand_home(path: str | PathLike[str]) -> str:
         if others and not os.path.lexists(first):
             raise UserError(f"{text}: there is no user {first[1:]!r}")
     return expanded
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """Return a text in UTF-8, or in UTF-16 as of PowerShell, whatever the locale.
+
+    A byte order mark at its start is dropped.
+
+    Raises:
+        UserError: another encoding.
+        OSError: the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    has_utf16_mark = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if has_utf16_mark else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
 
 
 class DiskFullError(OSError):
