@@ -183,7 +183,7 @@ class CocoDataset:
 
     def path(self, image: ImageEntry) -> str:
         """Return the full path of an image's entry."""
-        return os.path.join(self.image_root, image["file_name"])
+        return expand_home(os.path.join(self.image_root, image["file_name"]))
 
     def label_of(self, annotation: Annotation) -> int:
         """Return the contiguous label, from 0, of an annotation."""

@@ -196,20 +196,17 @@ class MetricsWriter(AbstractContextManager):
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
         if is_main_process():
-            from torch.utils import tensorboard  # slow to import
-
             drop_metrics_from(self._path, start_iteration)
             self._file = open(self._path, "a", encoding="utf-8")
-            # purge_step hides the records that a stopped run wrote after its checkpoint.
-            self._board = tensorboard.SummaryWriter(str(output_dir), purge_step=start_iteration)
+            self._board = _open_board(output_dir, start_iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics, if any; `metrics.json` is flushed, so that a kill loses no line."""
-        if not metrics or self._board is None:
+        if not metrics:
             return
         self._write_line({"iteration": iteration, **metrics})
         for name, value in metrics.items():
-            if math.isfinite(value):
+            if self._board is not None and math.isfinite(value):
                 self._board.add_scalar(name, value, iteration)
 
     def write_issues(self, iteration: int, issues: Mapping[str, object] | None) -> None:
@@ -254,6 +251,18 @@ class MetricsWriter(AbstractContextManager):
                 self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def _open_board(output_dir: str | Path, start_iteration: int) -> "SummaryWriter | None":
+    """Return TensorBoard's writer, or None if it cannot write to a folder of this name."""
+    from torch.utils import tensorboard  # slow to import
+
+    try:
+        # purge_step hides the records that a stopped run wrote after its checkpoint.
+        return tensorboard.SummaryWriter(str(output_dir), purge_step=start_iteration)
+    except UnicodeEncodeError:
+        logger.warning("No TensorBoard events: the name of %s is not valid UTF-8", output_dir)
+        return None
 
 
 def _write_curve(board: "SummaryWriter", tag: str, precision: list[float], iteration: int) -> None:

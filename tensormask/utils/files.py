@@ -20,7 +20,8 @@ def expand_home(path: str | PathLike[str]) -> str:
     """Return a path with `~` or `~user` at its start replaced by the home folder.
 
     Shells do this too, but not inside of quotes, of YAML files and of `json@folder`. Every path of
-    a user comes through here. A file that exists under a name with `~` keeps it.
+    a user comes through here. A file that exists under a name with `~` keeps it. Where the locale
+    is not UTF-8, the path is made such that it names the same file as in a UTF-8 locale.
 
     Raises:
         UserError: the home folder is unknown. Without this error, a folder named ~ would be made.
@@ -30,6 +31,10 @@ def expand_home(path: str | PathLike[str]) -> str:
         'data/~/a.json'
     """
     text = os.fspath(path)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = os.fsdecode(text.encode("utf-8", "surrogateescape"))
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not os.path.lexists(expanded):
         first, *others = Path(expanded).parts

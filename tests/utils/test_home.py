@@ -191,3 +191,14 @@ def test_names_that_begin_with_a_tilde(home, monkeypatch):
     for path in ("~", "~/run"):
         with pytest.raises(UserError, match="set HOME"):
             open_output_dir(path).__enter__()
+
+
+def test_names_beyond_the_encoding_of_the_locale(monkeypatch):
+    """As in the locale C without Python's UTF-8 mode."""
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda data: data.decode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    path = expand_home("images/é 圆.png")
+    assert os.fsencode(path) == "images/é 圆.png".encode()
+    assert expand_home(path) == path
+    assert os.fsencode(expand_home(path + "é")) == "images/é 圆.pngé".encode()
