@@ -18,6 +18,7 @@ from benchmarks.measure import in_fresh_process
 from tensormask.commands.benchmark import add_model_options, model_config, seeded_model
 from tensormask.commands.synthetic import keep_signal, objects_per_level, scatter_logits
 from tensormask.config import CfgNode
+from tensormask.modeling.build import resolve_device, use_channels_last
 from tensormask.utils.errors import UserError
 from tensormask.utils.tables import format_records
 
@@ -78,7 +79,7 @@ def build_mask_rcnn(cfg: CfgNode, size: tuple[int, int], *, positive_iou: float 
     )
     keep_signal(model.backbone.body)
     set_image_size(model, size)
-    if cfg.MODEL.CHANNELS_LAST:
+    if use_channels_last(cfg.MODEL.CHANNELS_LAST, resolve_device(cfg.MODEL.DEVICE)):
         model.to(memory_format=torch.channels_last)
     if cfg.MODEL.COMPILE:
         roi = model.roi_heads

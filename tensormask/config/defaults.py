@@ -23,8 +23,9 @@ _DEFAULTS: dict[str, Any] = {
         # Images are padded to multiples of this number of pixels: 32 (detectron2's) or a multiple
         # of it. A larger one gives fewer input sizes to compile for.
         "SIZE_DIVISOR": 32,
-        # Use the channels_last memory format (N, H, W, C), which suits tensor cores.
-        "CHANNELS_LAST": False,
+        # Use the channels_last memory format (N, H, W, C): True, False, or "auto", which is True on
+        # a GPU with tensor cores (compute capability 7.0 or newer) and False elsewhere.
+        "CHANNELS_LAST": "auto",
         # Compile backbone, feature pyramid, class and box head, once for each input size: "" (no),
         # or torch.compile's mode, "default", "reduce-overhead" (CUDA graphs) or "max-autotune".
         "COMPILE": "",
@@ -147,6 +148,9 @@ _DEFAULTS: dict[str, Any] = {
     "DATALOADER": {
         # Number of worker processes that read images; 0 reads them in the training process.
         "NUM_WORKERS": 4,
+        # Seconds without a batch from the worker processes until the run ends with an error; 0
+        # waits for ever. A warning is logged after 60 s.
+        "TIMEOUT": 600,
         # Do not mix wide and high images in a batch, which saves padding.
         "ASPECT_RATIO_GROUPING": True,
         # Train only on images with objects.

@@ -53,6 +53,7 @@ def build_model(
     ):
         if list(value) != stages:
             raise UserError(f"{key} must be {stages}, got {list(value)}")
+    device = resolve_device(model.DEVICE)
     tensormask = TensorMask.build(
         depth=model.RESNETS.DEPTH,
         norm=model.RESNETS.NORM,
@@ -77,7 +78,7 @@ def build_model(
         pixel_std=model.PIXEL_STD,
         channel_order=cfg.INPUT.FORMAT,
         size_divisor=model.SIZE_DIVISOR,
-        channels_last=model.CHANNELS_LAST,
+        channels_last=use_channels_last(model.CHANNELS_LAST, device),
         autocast_dtype=autocast_dtype("TEST.AMP", cfg.TEST.AMP),
         box_weights=head.BBOX_REG_WEIGHTS,
         cls_loss=functools.partial(
@@ -92,7 +93,7 @@ def build_model(
         class_agnostic_nms=cfg.TEST.CLASS_AGNOSTIC_NMS,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
         sum_over_ranks=sum_over_ranks,
-    ).to(resolve_device(model.DEVICE))
+    ).to(device)
     if model.COMPILE:
         compile_dense_parts(tensormask, model.COMPILE)
     return tensormask
@@ -198,6 +199,13 @@ def build_windows(cfg: CfgNode) -> Windows:
         strides=tuple(2**level for level in levels),
         sizes=tuple(tuple(sizes) for sizes in anchors.SIZES),
     )
+
+
+def use_channels_last(value: bool | str, device: torch.device) -> bool:
+    """Return whether `MODEL.CHANNELS_LAST` True, False or "auto" is on for a device."""
+    if value == "auto":  # tensor cores came with compute capability 7.0
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return bool(value)
 
 
 def resolve_device(name: str) -> torch.device:

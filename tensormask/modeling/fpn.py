@@ -1,7 +1,9 @@
 """Feature pyramid network: res2..res5 to p2..p7 (paper, sec. 6; Lin et al., arXiv 1612.03144)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +11,18 @@ from tensormask.layers.plain import is_plain
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import PLAIN_NORMS, get_norm
 from tensormask.utils.errors import UserError
+
+
+def upsample(x: Tensor, scale: float, mode: str) -> Tensor:
+    """Scale a feature map (N, C, H, W), in half precision also within CUDA's `torch.autocast`.
+
+    That has float32 as the rule for this operation, which reads and writes twice as much. Sums are
+    in float32 in either case.
+    """
+    corners = None if mode == "nearest" else False
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast("cuda", enabled=False) if half else nullcontext():
+        return F.interpolate(x, scale_factor=scale, mode=mode, align_corners=corners)
 
 
 class FPN(nn.Module):
@@ -93,7 +107,7 @@ class FPN(nn.Module):
                 last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
                 if not is_plain(last, Conv2d, *PLAIN_NORMS):
                     x = x.clone()  # a hook may keep it
-                x += F.interpolate(above, scale_factor=2.0, mode="nearest")
+                x += upsample(above, 2.0, mode="nearest")
                 if self.fuse == "avg":
                     x /= 2
             above = x

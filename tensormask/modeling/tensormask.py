@@ -211,6 +211,8 @@ class TensorMask(nn.Module):
         if targets is None:
             raise UserError("train mode needs targets: pass them, or call model.eval()")
         check_length("targets", targets, images)
+        if self._is_compiled():  # `detect` does it, and then PyTorch expects it of every call
+            torch.compiler.cudagraph_mark_step_begin()
         dense = self.dense(images)
         targets = [self._checked(*pair) for pair in zip(targets, images, strict=True)]
         if normalizer is None:
@@ -226,9 +228,12 @@ class TensorMask(nn.Module):
         features = as_levels(self, "fpn", self.fpn(features), batch)
         # A compiled head does the same work for every image: best the deltas of all windows. So
         # does a GPU in inference: the host would wait for the windows of the candidates.
-        dense_boxes = self.head._compiled_call_impl is not None
-        dense_boxes |= not self.training and batch.device.type != "cpu"
+        on_gpu = batch.device.type != "cpu"
+        dense_boxes = self._is_compiled() or (on_gpu and not self.training)
         return DenseOutputs(features, *self.head(features, dense_boxes=dense_boxes))
+
+    def _is_compiled(self) -> bool:
+        return self.head._compiled_call_impl is not None
 
     def preprocess(self, images: list[Tensor]) -> Tensor:
         """Return the normalized batch (N, 3, height, width), padded with 0 at right and bottom.

@@ -45,7 +45,8 @@ def check_merge(merge: Callable[[CfgNode], None], folder: Path) -> None:
     merged = dict(leaves(cfg))
     assert merged.keys() == DEFAULTS.keys()
     for key, value in merged.items():
-        optional = (float, type(None)) if key == "SOLVER.WEIGHT_DECAY_BIAS" else ()
+        of_key = {"SOLVER.WEIGHT_DECAY_BIAS": (float, type(None)), "MODEL.CHANNELS_LAST": (bool,)}
+        optional = of_key.get(key, ())
         assert type(value) in (type(DEFAULTS[key]), *optional), key
     # An accepted config can be dumped and read again.
     path = folder / "dumped.yaml"

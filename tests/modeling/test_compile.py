@@ -1,8 +1,10 @@
 """MODEL.COMPILE: what is compiled, and that every input size is."""
 
+import pytest
 import tiny
 import torch
 from torch._dynamo import config as dynamo_config
+from torch.testing import assert_close
 
 from tensormask.modeling.build import compile_dense_parts
 
@@ -42,3 +44,50 @@ def test_every_input_size_is_compiled() -> None:
         model.dense([tiny.make_image(32, 64)])
         assert len(graphs) == 3 * 3
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", pytest.param("GN", marks=pytest.mark.slow)])
+def test_the_dense_part_is_one_graph(norm: str) -> None:
+    """At two padded sizes, in training and inference: no graph break, equal results and gradients.
+
+    CUDA graphs need one graph; they were never captured.
+    """
+    torch._dynamo.reset()
+    model = tiny.build(opts=["MODEL.RESNETS.NORM", norm, "MODEL.SIZE_DIVISOR", 128])
+    compiled = torch.compile(dense_of(model), fullgraph=True, dynamic=False, backend="eager")
+    for height, width in (100, 60), (130, 128):
+        batch = model.preprocess([tiny.make_image(height, width)])
+        assert batch.shape[2] % 128 == batch.shape[3] % 128 == 0
+        for training in (True, False):
+            model.train(training)
+            results = []
+            for function in (dense_of(model), compiled):
+                model.zero_grad()
+                features, logits, deltas = function(batch)
+                sum(x.square().sum() for x in (*features, *logits, *deltas)).backward()
+                grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+                results.append([features, logits, deltas, grads])
+            assert_close(*results, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_the_dense_part_by_inductor() -> None:
+    torch._dynamo.reset()
+    model = tiny.build(opts=["MODEL.RESNETS.NORM", "FrozenBN"]).eval()
+    compiled = torch.compile(dense_of(model), fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        for side in (128, 256):
+            batch = model.preprocess([tiny.make_image(128, side)])
+            assert_close(compiled(batch), dense_of(model)(batch), rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def dense_of(model):
+    """Return the function from a padded batch to features, logits and deltas of `model.dense`."""
+
+    def dense(batch: torch.Tensor):
+        features = model.fpn(model.backbone(batch))
+        return features, *model.head(features)
+
+    return dense

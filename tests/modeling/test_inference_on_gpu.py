@@ -6,6 +6,7 @@ import torch
 from pretended_cuda import pretend
 from torch.testing import assert_close
 
+from tensormask.modeling.build import use_channels_last
 from tensormask.modeling.inference import read_detection
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -58,3 +59,24 @@ def test_results_and_waits(case: str) -> None:
         for name, values in other.items():
             assert_close(one[name], values, rtol=1e-4, atol=1e-4)
     assert any(len(d["scores"]) for d in expected) == (case not in ("no detections", "of no class"))
+
+
+@pytest.mark.parametrize(
+    "value, device, capability, expected",
+    [
+        ("auto", "cpu", (9, 0), False),
+        ("auto", "cuda", (9, 0), True),
+        ("auto", "cuda", (7, 0), True),
+        ("auto", "cuda", (6, 1), False),
+        ("True", "cpu", (9, 0), True),
+        (False, "cuda", (9, 0), False),
+    ],
+)
+def test_channels_last_is_on_where_tensor_cores_are(
+    value, device: str, capability: tuple[int, int], expected: bool, monkeypatch
+) -> None:
+    cfg = tiny.get_cfg(opts=["MODEL.CHANNELS_LAST", value])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert use_channels_last(cfg.MODEL.CHANNELS_LAST, torch.device(device)) is expected
+    with pytest.raises(ValueError, match="True, False or 'auto', got"):
+        cfg.merge_from_list(["MODEL.CHANNELS_LAST", 1])
