@@ -97,7 +97,7 @@ def check(
     lines = [
         *describe_diagnoses(diagnoses),
         *describe_contents(statistics),
-        *describe_issues(dataset, fast=fast),
+        *describe_issues(dataset, fast=fast, causes=bool(diagnoses)),
         *describe_coverage(cfg, windows, coverage),
         *describe_proposal(cfg, dataset, windows, coverage, proposed, proposed_coverage),
     ]
@@ -153,11 +153,11 @@ def describe_diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
     )
 
 
-def describe_issues(dataset: CocoDataset, *, fast: bool) -> list[str]:
-    """Format the table of issues."""
+def describe_issues(dataset: CocoDataset, *, fast: bool, causes: bool) -> list[str]:
+    """Format the table of issues; `causes` says whether something is wrong with the whole set."""
     opened = "; images were not opened" if fast else ""
     if not dataset.issues:
-        return ["", f"No issues{opened}."]
+        return ["", f"No issues{' of single entries' if causes else ''}{opened}."]
     return ["", f"{len(dataset.issues)} issues{opened}:", dataset.issues.table()]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from tensormask.data.checks.annotations import is_usable
+from tensormask.data.checks.annotations import Annotation, is_usable
 from tensormask.data.checks.diagnosis import DIAGNOSES, Diagnosis
 from tensormask.data.checks.orientation import Orientations, file_size_cause
 from tensormask.data.coco import CocoDataset
@@ -56,7 +56,7 @@ def unusable_reason(dataset: CocoDataset, diagnoses: Sequence[Diagnosis]) -> str
     elif any(diagnosis.name == "images_unreadable" for diagnosis in diagnoses):
         reason = "no image can be read with the size that the annotations state"
     elif dataset.has_annotations and not _has_usable_object(dataset):
-        reason = "no annotation can be trained on or evaluated, at an image that has a file"
+        reason = "no annotation of an image that has a file can be trained on or evaluated"
     else:
         return ""
     lines = [f"{dataset.name}: {reason}", *map(str, diagnoses), dataset.issues.table()]
@@ -75,16 +75,31 @@ def check_sets(datasets: Iterable[CocoDataset], *, strict: bool = False) -> None
             raise UserError(reason)
         lines = "\n".join(map(str, diagnoses))
         if diagnoses and strict:
-            raise UserError(f"{dataset.name}, with DATASETS.STRICT:\n{lines}")
+            raise UserError(
+                f"{dataset.name} has issues, and DATASETS.STRICT is on; correct them or switch it "
+                f"off:\n{lines}\n{dataset.issues.table()}".strip()
+            )
         if diagnoses:
             logger.warning("%s as a whole:\n%s", dataset.name, lines)
 
 
 def _has_usable_object(dataset: CocoDataset) -> bool:
-    if dataset.num_trainable[dataset.has_file].any():
+    in_pixels = "coordinates_normalized" not in {found.name for found in dataset.diagnoses}
+    if in_pixels and dataset.num_trainable[dataset.has_file].any():
         return True
     records = map(dataset.record, np.flatnonzero(dataset.has_file).tolist())
-    return any(is_usable(annotation) for _, annotations in records for annotation in annotations)
+    return any(
+        is_usable(annotation) and (in_pixels or not _ends_within_a_pixel(annotation))
+        for _, annotations in records
+        for annotation in annotations
+    )
+
+
+def _ends_within_a_pixel(annotation: Annotation) -> bool:
+    """Return whether box or mask are in the first pixel of the image, as those in 0..1 are."""
+    box, mask = annotation["bbox"], annotation["segmentation"]
+    regions = [box or [], *(mask if isinstance(mask, list) else [])]
+    return any(region and max(region) <= 1 for region in regions)
 
 
 def _first_error(dataset: CocoDataset) -> ImageError | None:

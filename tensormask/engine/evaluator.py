@@ -284,7 +284,6 @@ def build_issue_reporter(cfg: CfgNode, names: Iterable[str]) -> IssueReporter:
             logger.info("DATASETS.STRICT: opening all %d images of %s", len(dataset), name)
             for _ in check_files(dataset, cfg.DATALOADER.NUM_WORKERS):
                 pass
-    logs = {name: dataset.issues for name, dataset in datasets.items()}
-    reporter = IssueReporter(logs, strict=cfg.DATASETS.STRICT)
     check_sets(datasets.values(), strict=cfg.DATASETS.STRICT)
-    return reporter
+    logs = {name: dataset.issues for name, dataset in datasets.items()}
+    return IssueReporter(logs, strict=cfg.DATASETS.STRICT)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,3 +410,9 @@ def test_every_diagnosis_has_a_meaning_and_a_mend():
         assert meaning[0].islower(), name
         assert mend[0].isupper(), name
         assert not mend.endswith(".")
+
+
+def test_the_documentation_has_the_table_of_diagnoses():
+    text = (Path(__file__).parents[2] / "docs" / "custom_data.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | {meaning} | {mend} |" for name, (meaning, mend) in DIAGNOSES.items()]
+    assert "\n".join(rows) in text

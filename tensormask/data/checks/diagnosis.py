@@ -38,10 +38,6 @@ DIAGNOSES = {
         "many images have no file where file_name says",
         "Correct file_name, which is relative to the folder of images, or give another folder",
     ),
-    "images_unreadable": (
-        "no image of the set can be used",
-        "Correct the files or the annotations; `tensormask check` names each of them",
-    ),
     "images_not_turned": (
         "the annotations ignore the EXIF orientation by which the images are turned",
         "Remove the tag from the files (`exiftool -Orientation= FOLDER`), or turn the images and "
@@ -50,6 +46,10 @@ DIAGNOSES = {
     "images_of_another_size": (
         "the files have another size than height and width state",
         "Use the files that were annotated, or scale height, width, bbox and segmentation",
+    ),
+    "images_unreadable": (
+        "no image of the set can be used",
+        "Correct the files or the annotations; `tensormask check` names each of them",
     ),
     "ids_of_another_type": (
         "ids are text where they are defined and numbers where they are used, or vice versa",
