@@ -1,36 +1,14 @@
 // swap_align2nat on CUDA: operators that check arguments, allocate results and launch kernels. They
 // do not wait for the device.
 
-#include "swap_align2nat_checks.h"
+#include "cuda_launch.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-
-#define TENSORMASK_KERNEL __global__
-#define TENSORMASK_DEVICE __device__
-
-namespace tensormask {
-namespace cuda {
-
-template <typename A>
-__device__ A* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return reinterpret_cast<A*>(memory);
-}
-
-__device__ inline void synchronize() { __syncthreads(); }
-
-}  // namespace cuda
-}  // namespace tensormask
 
 #include "swap_align2nat_cuda_kernels.h"
 
@@ -39,20 +17,6 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-// PyTorch's current stream on the current device.
-cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
-  require(error == AOTI_TORCH_SUCCESS, "PyTorch has no stream for ", device_name(tensor));
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned int grid(int64_t blocks) {
-  require(blocks <= std::numeric_limits<int32_t>::max(),
-          "the tensor is too large for one launch: it needs ", blocks, " blocks; divide the batch");
-  return static_cast<unsigned int>(blocks);
-}
 
 void forward_out(const Tensor& x, int64_t lambda_val, double pad_val, Tensor out) {
   const Geometry g = check_input(x, lambda_val);

@@ -36,6 +36,7 @@ def register() -> None:
         torch.library.register_fake(f"tensormask::{name}", shape)
         torch.library.register_vmap(f"tensormask::{name}", batch)
         _library.impl(name, _autograd(name, gradient), "Autograd", with_keyset=True)
+    torch.library.register_fake("tensormask::paste_masks", _shape_pasted)  # bool: no gradient
 
 
 # ---- shapes, for tracing ----
@@ -64,6 +65,12 @@ def _shape_at_backward(
     side = check_grad_at(grad, lambda_val, height, width)
     check_windows(grad, windows)
     return grad.new_empty(num_images, side * side, height, width)
+
+
+def _shape_pasted(
+    values: Tensor, layout: Tensor, boxes: Tensor, largest: int, height: int, width: int
+) -> Tensor:
+    return values.new_empty(layout.shape[0], height, width, dtype=torch.bool)
 
 
 # ---- batches, for torch.func.vmap: one call with more images ----

@@ -1,5 +1,6 @@
 """Crop target masks to windows, paste predicted masks into images, and bound masks by boxes."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision.ops  # noqa: F401 (registers torch.ops.torchvision)
 from torch import Tensor
+
+from tensormask.layers import _native
 
 # Mask pixels computed at once: limits the floating copies to 128 MB.
 _MAX_PIXELS_AT_ONCE = 1 << 25
@@ -87,6 +90,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+@torch.no_grad()
 def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Paste masks into images: interpolate bilinearly at pixel centers, 0 outside of the mask.
 
@@ -105,29 +109,69 @@ def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int
         >>> paste_masks(torch.ones(1, 2, 2), box, (3, 4)).int().tolist()
         [[[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]]
     """
-    if boxes.device.type == "cpu":
+    device = boxes.device
+    if device.type == "cpu":
         # NumPy's zeros use memory only where something is written: pasted masks are mostly empty.
         pasted = torch.from_numpy(np.zeros((len(masks), *size), dtype=bool))
         for image, (x0, y0, region) in zip(pasted, paste_regions(masks, boxes, size), strict=True):
             image[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]] = region
+        return pasted
+    if len(masks) == 0:
+        return torch.zeros(0, *size, dtype=torch.bool, device=device)
+    if _native.use_native(device.type):
+        return torch.ops.tensormask.paste_masks(*_packed(masks, boxes), *size)
+    return _paste_whole(masks, boxes, size)
+
+
+def _packed(masks: Tensor | Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return the arguments of the compiled op: values, layout, boxes, and the largest width."""
+    if isinstance(masks, Tensor):
+        sizes = torch.tensor(masks.shape[1:]).expand(len(masks), 2)
+        values = masks.reshape(-1)
     else:
-        pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-        _paste_whole(masks, boxes, pasted)
+        sizes = torch.tensor([mask.shape for mask in masks])
+        values = torch.cat([mask.reshape(-1) for mask in masks])
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    areas = sizes.prod(1)
+    layout = torch.stack([areas.cumsum(0) - areas, *sizes.unbind(1)], dim=1)
+    boxes = boxes.to(values.dtype).contiguous()
+    return values, to_device(layout, boxes.device), boxes, int(sizes[:, 1].max())
+
+
+def _paste_whole(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste into whole images, many at once: fast on a GPU, where small operations are slow.
+
+    Bilinear interpolation is two matrix products, for the rows and for the columns. They are in
+    float32 at least, but in TF32 where PyTorch may use it.
+    """
+    height, width = size
+    pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=boxes.device)
+    num_masks = max(1, _MAX_PIXELS_AT_ONCE // max(1, height * width))
+    rows = sorted(range(len(masks)), key=lambda row: masks[row].shape)
+    table = torch.tensor([(row, *masks[row].shape[::-1]) for row in rows])
+    order, *sides = to_device(table, boxes.device).unbind(1)
+    corner, opposite = boxes[order].to(torch.promote_types(boxes.dtype, torch.float32)).split(2, 1)
+    scale = torch.stack(sides, dim=1) / (opposite - corner).clamp(min=0)
+    # The pixel centers of the images, in mask pixels.
+    xs, ys = (
+        (torch.arange(0.5, end, device=boxes.device) - corner[:, i, None]) * scale[:, i, None] - 0.5
+        for i, end in enumerate((width, height))
+    )
+    end = 0
+    with torch.autocast(boxes.device.type, enabled=False):
+        for (num_rows, num_columns), group in itertools.groupby(rows, lambda row: masks[row].shape):
+            of_shape = torch.stack([masks[row] for row in group]).to(xs.dtype)
+            for part in of_shape.split(num_masks):
+                at = slice(end, end := end + len(part))
+                soft = _weights(ys[at], num_rows) @ part @ _weights(xs[at], num_columns).mT
+                pasted[order[at]] = soft >= 0.5
     return pasted
 
 
-def _paste_whole(masks: Tensor | Sequence[Tensor], boxes: Tensor, pasted: Tensor) -> None:
-    """Paste into whole images, many at once: fast on a GPU, where small operations are slow."""
-    height, width = pasted.shape[1:]
-    num_masks = max(1, _MAX_PIXELS_AT_ONCE // (height * width))
-    rows_per_shape: dict[torch.Size, list[int]] = {}
-    for row, mask in enumerate(masks):
-        rows_per_shape.setdefault(mask.shape, []).append(row)
-    for rows in rows_per_shape.values():
-        for part in torch.tensor(rows).split(num_masks):
-            of_shape = torch.stack([masks[row] for row in part.tolist()])
-            part = to_device(part, pasted.device)
-            pasted[part] = _sample(of_shape, boxes[part], (0, 0, width, height))
+def _weights(locations: Tensor, side: int) -> Tensor:
+    """Return the bilinear weights (K, n, side) of the mask pixels at locations (K, n)."""
+    distance = locations[:, :, None] - torch.arange(side, device=locations.device)
+    return (1 - distance.abs()).clamp(min=0)
 
 
 def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-// Runs the CUDA kernels of swap_align2nat on the CPU, for machines without a GPU: tests what they
+// Runs the CUDA kernels on the CPU, for machines without a GPU: tests what they
 // compute, not their speed. Compiled and called by tests/layers/test_cuda_on_cpu.py.
 //
 // The threads of a block are coroutines: each runs until `synchronize` or its end, then the next
@@ -39,6 +39,7 @@ A* shared_memory() {
 static void synchronize() { swapcontext(&threads[threadIdx.x], &scheduler); }
 }  // namespace tensormask::cuda
 
+#include "../../csrc/paste_masks_cuda_kernel.h"
 #include "../../csrc/swap_align2nat_cuda_kernels.h"
 
 using namespace tensormask;
@@ -161,6 +162,21 @@ static void backward_at(
                               out, static_cast<int>(block_columns));
   });
 }
+
+// `rows` of a block; 0 for as many as the operator takes.
+template <typename A>
+static void paste_frames(
+    const A* values, const int64_t* layout, const A* boxes, int64_t count, int64_t largest,
+    int64_t rows, int64_t height, int64_t width, unsigned char* out) {
+  if (rows == 0) rows = cuda::rows_of_paste<A>(largest);
+  launch(count * ((height + rows - 1) / rows), rows * (largest + 2) * sizeof(A), [&] {
+    cuda::paste_masks<A>(values, layout, boxes, static_cast<int>(rows), static_cast<int>(height),
+                         static_cast<int>(width), out);
+  });
+}
+
+auto* paste_float32 = paste_frames<float>;
+auto* paste_float64 = paste_frames<double>;
 
 // `sizes` are N, side, H, W and lambda; `strides` are those of x or grad, in elements.
 #define EXPORT(NAME, T)                      \

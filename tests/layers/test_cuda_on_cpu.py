@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tensormask.layers import paste_masks
 from tensormask.layers import swap_align2nat_reference as reference
+from tensormask.layers.masks import _packed
 
 SOURCE = Path(__file__).parent / "cuda_on_cpu.cpp"
 PAD = -6.0
@@ -133,3 +135,37 @@ def test_windows_outside_of_the_grid_read_padding_and_get_no_gradient(kernels):
     out = nans(*x.shape)
     call(kernels, "backward_at", case, random(6, 6, 6), windows, 6, out, 0)
     assert (out == 0).all()
+
+
+# Boxes inside of a frame of 40x50, across its borders, around it, outside, tiny, without a width,
+# at whole pixels, the wrong way round, and not a number.
+BOXES = torch.tensor(
+    [
+        *([3.3, 4.1, 20.7, 30.2], [-9.5, 20.0, 14.2, 55.1], [-70.0, -60.0, 90.0, 110.0]),
+        *([60.0, 3.0, 80.0, 20.0], [10.2, 10.3, 10.9, 11.1], [5.0, 2.0, 5.0, 30.0]),
+        *([8.0, 8.0, 38.0, 23.0], [40.0, 30.0, 10.0, 5.0], [float("nan"), 0.0, 9.0, 9.0]),
+    ]
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("size", [(40, 50), (33, 97), (3, 5), (20, 64)])
+def test_paste(kernels, size, rows, dtype):
+    """Masks of unequal sizes; every byte of the frames is written, and none behind them."""
+    shapes = [(15, 15), (30, 30), (4, 7), (1, 1), (2, 1), (9, 30), (15, 15), (3, 3), (5, 5)]
+    masks = [random(*shape, dtype=getattr(torch, dtype)).sigmoid() for shape in shapes]
+    values, layout, boxes, largest = _packed(masks, BOXES)
+    expected = paste_masks(masks, boxes, size)
+    out = torch.full((expected.numel() + 64,), 255, dtype=torch.uint8)
+    function = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(kernels, f"paste_{dtype}").value)
+    numbers = (len(masks), largest, rows, *size)
+    function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, layout, boxes)),
+        *map(ctypes.c_int64, numbers),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    pasted, behind = out.split([expected.numel(), 64])
+    assert (behind == 255).all()
+    assert pasted.max() <= 1
+    assert torch.equal(pasted.view(expected.shape) == 1, expected)

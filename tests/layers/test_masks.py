@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
-from tensormask.layers import crop_masks, mask_boxes, paste_masks
+from tensormask.layers import _native, crop_masks, mask_boxes, paste_masks
 from tensormask.layers import masks as masks_module
 from tensormask.layers.masks import paste_regions
 
@@ -39,8 +41,8 @@ def test_crop_equals_roi_align_at_once_and_in_parts(monkeypatch) -> None:
     expected = roi_align(masks[objects][:, None].float(), rois, 15, 1.0, 0, True)[:, 0] >= 0.5
     for limit in (1 << 25, 2 * 40 * 50, 1):
         monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", limit)
-        for given in (masks, masks.byte(), masks.float()):
-            assert torch.equal(crop_masks(given, objects, boxes, 15), expected)
+        for kind in (masks, masks.byte(), masks.float()):
+            assert torch.equal(crop_masks(kind, objects, boxes, 15), expected)
         for part in (1, 2, 7):  # on a GPU
             crops = masks_module._crop_from_all(masks, objects, boxes, 15, part)
             assert torch.equal(crops, expected)
@@ -152,8 +154,81 @@ def test_mask_boxes_by_hand() -> None:
     assert mask_boxes(logits[:0], windows[:0]).shape == (0, 4)
 
 
+def paste_compiled(masks, boxes, size) -> torch.Tensor:
+    """Paste as on a GPU with the compiled op."""
+    return torch.ops.tensormask.paste_masks(*masks_module._packed(masks, boxes), *size)
+
+
+native = pytest.mark.skipif("cpu" not in _native.DEVICES, reason="no compiled op")
+on_a_gpu = pytest.mark.parametrize(
+    "paste", [masks_module._paste_whole, pytest.param(paste_compiled, marks=native)]
+)
+
+
+@on_a_gpu
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pasting_on_a_gpu_equals_regions(paste, data) -> None:
+    """Any sizes of masks and frames, boxes beyond the frame, outside, tiny and without an area.
+
+    Only where a probability is 1/2 but for rounding, pixels may differ.
+    """
+    size = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 70)))
+    shapes = data.draw(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5)
+    )
+    corner = st.floats(-60, 90, width=32)
+    extent = st.one_of(st.just(0.0), st.floats(0, 3, width=32), st.floats(0, 150, width=32))
+    corners = [[data.draw(corner), data.draw(corner)] for _ in shapes]
+    boxes = torch.tensor([[x, y, x + data.draw(extent), y + data.draw(extent)] for x, y in corners])
+    boxes = boxes.to(data.draw(st.sampled_from([torch.float32, torch.float64])))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    masks = [torch.rand(shape, generator=generator).to(boxes.dtype) for shape in shapes]
+    pasted, expected = paste(masks, boxes, size), paste_masks(masks, boxes, size)
+    assert pasted.shape == expected.shape
+    assert pasted.dtype == torch.bool
+    for k, y, x in (pasted != expected).nonzero().tolist():
+        left, top, right, bottom = boxes[k].double().tolist()
+        height, width = shapes[k]
+        row = (y + 0.5 - top) / (bottom - top) * height - 0.5
+        column = (x + 0.5 - left) / (right - left) * width - 0.5
+        along_y = (1 - (row - torch.arange(height)).abs()).clamp(min=0).double()
+        along_x = (1 - (column - torch.arange(width)).abs()).clamp(min=0).double()
+        assert abs(along_y @ masks[k].double() @ along_x - 0.5) < 1e-3
+
+
+@on_a_gpu
+def test_a_gpu_pastes_exact_halves_and_all_dtypes(paste) -> None:
+    box = torch.tensor([[-7.3, -6.0, 12.1, 13.7]])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert paste(torch.full((1, 7, 3), 0.5, dtype=dtype), box, (6, 6)).all()
+        assert not paste(torch.full((1, 7, 3), 0.499, dtype=dtype), box, (6, 6)).any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not paste(torch.full((1, 7, 3), 0.4999), box, (6, 6)).any()
+
+
+@native
+def test_the_compiled_op_in_graphs_and_with_wrong_arguments() -> None:
+    """`paste_masks` of layers passes it only what fits."""
+    op = torch.ops.tensormask.paste_masks.default
+    masks = [torch.rand(3, 4), torch.rand(2, 2)]
+    values, layout, boxes, largest = masks_module._packed(masks, torch.tensor([[0.0, 1, 9, 8]] * 2))
+    torch.library.opcheck(op, (values, layout, boxes, largest, 10, 12))
+    assert op(values, layout[:0], boxes[:0], largest, 10, 12).shape == (0, 10, 12)
+    for arguments, words in (
+        ((values.half(), layout, boxes, largest), "values must be"),
+        ((values, layout.int(), boxes, largest), "layout must be"),
+        ((values, layout, boxes.double(), largest), "boxes must be"),
+        ((values, layout, boxes[:1], largest), "boxes must be"),
+        ((values[1:], layout, boxes, largest), "outside of 15 values"),
+        ((values, layout, boxes, 3), "wider than 3"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*arguments, 10, 12)
+
+
 def test_pasting_whole_images_equals_regions(monkeypatch) -> None:
-    """A GPU pastes many masks at once: those of equal size together, in parts of limited size."""
+    """Masks of equal size are pasted together, in parts of limited size."""
     generator = torch.Generator().manual_seed(0)
     sides = [11, 15, 11, 30, 15, 11]
     masks = [torch.rand(side, side, generator=generator) for side in sides]
@@ -162,6 +237,4 @@ def test_pasting_whole_images_equals_regions(monkeypatch) -> None:
     expected = paste_masks(masks, boxes, (50, 60))
     assert expected.flatten(1).any(1).all()
     monkeypatch.setattr(masks_module, "_MAX_PIXELS_AT_ONCE", 2 * 50 * 60)
-    pasted = torch.zeros(6, 50, 60, dtype=torch.bool)
-    masks_module._paste_whole(masks, boxes, pasted)
-    assert torch.equal(pasted, expected)
+    assert torch.equal(masks_module._paste_whole(masks, boxes, (50, 60)), expected)

@@ -95,6 +95,22 @@ def test_equals_the_reference_on_the_gpu() -> None:
         torch.testing.assert_close(swap_align2nat_at(x, windows, lambda_val), expected)
 
 
+def test_pasted_masks() -> None:
+    """Frames whose rows are whole 16 bytes or not; boxes inside, across the border and outside."""
+    sides = torch.tensor([15, 30, 11, 480, 1]).repeat(6)
+    layout = torch.stack([(sides**2).cumsum(0) - sides**2, sides, sides], dim=1)
+    values = torch.rand(int((sides**2).sum()))
+    for height, width in ((800, 1344), (333, 517), (20, 7)):
+        corner = torch.rand(len(sides), 2) * torch.tensor([width, height]) * 1.2 - 30
+        boxes = torch.cat([corner, corner + torch.rand(len(sides), 2) * 400], dim=1)
+        for dtype in (torch.float32, torch.float64):
+            arguments = values.to(dtype), layout, boxes.to(dtype)
+            expected = ops.paste_masks(*arguments, 480, height, width)
+            pasted = ops.paste_masks(*(x.cuda() for x in arguments), 480, height, width).cpu()
+            # The GPU multiplies and adds in one step: probabilities of 1/2 are rounded otherwise.
+            assert (pasted != expected).float().mean() < 1e-5
+
+
 def test_two_runs_give_the_same_bits() -> None:
     for side, lambda_val, height, width in (CASES[4], CASES[7], (15, 4, 100, 168)):
         x = torch.randn(2, side**2, height, width, device="cuda")
