@@ -178,7 +178,7 @@ def _differences(classes: Classes, dataset: CocoDataset) -> str:
     lines = [f"{dataset.name} and {classes.source} have different classes."]
     for (source, names), own in zip(sides, unmatched, strict=True):
         only = f"; only there: {list_names(own)}" if 0 < len(own) < len(names) else ""
-        lines.append(f"{source} has {len(names)}: {list_names(names)}{only}.")
+        lines.append(f"Classes of {source} ({len(names)}): {list_names(names)}{only}.")
     for source, names in sides:
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             lines.append(f"Several classes of {source} have the name {list_names(repeated)}.")

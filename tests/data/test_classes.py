@@ -118,7 +118,11 @@ def test_shared_labels(names, others):
         (["caf\u00e9"], ["cafe\u0301"], r"'caf\\xe9' and 'cafe\\u0301' differ only"),
         (["n" * 60], ["x"], "'n{37}\\.\\.\\.'"),
         (["a\nb"], ["x"], r"'a\\nb'"),
-        ([*map(str, range(80))], [*map(str, range(70)), "x"], "only there: '70', .*'79'. val"),
+        (
+            [*map(str, range(80))],
+            [*map(str, range(70)), "x"],
+            "only there: '70', .*'79'. Classes",
+        ),
     ],
 )
 def test_messages(folder, names, others, message):

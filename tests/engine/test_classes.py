@@ -71,9 +71,10 @@ def test_test_sets_get_the_labels_of_the_training_set(runs, tmp_path):
     train = write(tmp_path / "train.json", NAMES)
     test = write(tmp_path / "test.json", NAMES[::-1], start=5)
     some = write(tmp_path / "some.json", ["disc", "star"])
-    trainer.train(config(tmp_path, [train], [train, test, some]))
-    assert [s.class_names for s in runs.sets] == [NAMES] * 3
-    assert [s.category_ids for s in runs.sets] == [[1, 2, 3], [7, 6, 5], [2, None, 1]]
+    averaged = ("SOLVER.EMA.ENABLED", True)
+    trainer.train(config(tmp_path, [train], [train, test, some], *averaged))
+    assert [s.class_names for s in runs.sets] == [NAMES] * 6
+    assert [s.category_ids for s in runs.sets] == [[1, 2, 3], [7, 6, 5], [2, None, 1]] * 2
     assert [s.label_of(s.annotations(1)[0]) for s in (runs.sets[0], runs.sets[2])] == [0, 2]
     assert f"{test} and {train} have their classes in different orders" in log(tmp_path)
     assert f"{some} lacks 1 of the 3 classes of {train}: 'ring'." in log(tmp_path)
@@ -81,10 +82,22 @@ def test_test_sets_get_the_labels_of_the_training_set(runs, tmp_path):
     assert (stored["class_names"], stored["category_ids"]) == (NAMES, [1, 2, 3])
 
     runs.sets.clear()
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
     for resume in (False, True):
-        cfg = config(tmp_path, [], [test], "MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth"))
+        cfg = config(tmp_path, [], [test], *weights, *averaged)
         evaluator.evaluate_only(cfg, resume=resume)
-    assert [s.category_ids for s in runs.sets] == [[7, 6, 5]] * 2
+    assert [s.category_ids for s in runs.sets] == [[7, 6, 5]] * 3  # twice with the averages
+
+
+@pytest.mark.parametrize("how, expected", [("name", NAMES), ("position", ())])
+def test_weights_to_train_from_get_the_names(runs, tmp_path, monkeypatch, how, expected):
+    train, given = write(tmp_path / "train.json", NAMES), []
+    monkeypatch.setattr(
+        trainer, "load_weights", lambda model, path, class_names: given.append(class_names)
+    )
+    opts = ("MODEL.WEIGHTS", "model.pth", "DATASETS.MATCH_CLASSES", how)
+    trainer.train(config(tmp_path, [train], [train], *opts))
+    assert given == [expected]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +106,7 @@ def test_test_sets_get_the_labels_of_the_training_set(runs, tmp_path):
         (["star", "ring", "cube"], "'disc'.*only there: 'cube'.*MATCH_CLASSES position"),
         (["star", "ring", "Disc "], "'disc' and 'Disc ' differ only in their spelling"),
         (["star", "ring", "ring"], "Several classes of .*'ring'.*add DATASETS.MATCH_CLASSES"),
-        ([*NAMES, "cube"], "4.*only there: 'cube'.*needs equal numbers"),
+        ([*NAMES, "cube"], r"\(4\).*only there: 'cube'.*needs equal numbers"),
     ],
 )
 def test_other_classes_are_refused(runs, tmp_path, names, message):
@@ -117,8 +130,11 @@ def test_other_classes_are_refused(runs, tmp_path, names, message):
     if len(names) == 3:
         by_position = ("DATASETS.MATCH_CLASSES", "position", *weights)
         evaluator.evaluate_only(config(tmp_path, [], [other], *by_position))
-        trainer.train(config(tmp_path, [other], [train], *by_position), resume=True)
+        cfg = config(tmp_path, [other], [train], *by_position)
+        cfg.SOLVER.MAX_ITER = 4
+        trainer.train(cfg, resume=True)
         assert [s.class_names for s in runs.sets[1:]] == [names, NAMES]
+        assert runs.classes[-1].names == names
         assert "are matched by position" in log(tmp_path)
 
 
@@ -138,7 +154,7 @@ def test_a_resumed_run_keeps_its_labels(runs, tmp_path):
     assert len(lines(tmp_path / "out")) == 4
 
     some = write(tmp_path / "some.json", NAMES[:2])
-    with pytest.raises(ValueError, match=r"the checkpoint has 3: .*only there: 'disc'"):
+    with pytest.raises(ValueError, match=r"of the checkpoint \(3\): .*only there: 'disc'"):
         trainer.train(config(tmp_path, [some], [train]), resume=True)
     with pytest.raises(ValueError, match="train_loader has labels of its own"):
         trainer.train(cfg, resume=True, train_loader=[])
