@@ -11,7 +11,12 @@ from PIL import Image
 
 from tensormask.data.checks.annotations import Annotation, is_usable
 from tensormask.data.checks.diagnosis import DIAGNOSES, Diagnosis
-from tensormask.data.checks.orientation import Orientations, file_size_cause
+from tensormask.data.checks.orientation import (
+    Orientations,
+    file_size_cause,
+    outlines_cause,
+    stored_fits_better,
+)
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
 from tensormask.data.missing_files import explain_missing
@@ -22,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Many missing files have one cause, also where others are found.
 _MISSING_SHARE, _FEW_MISSING = 0.25, 4
 _NUM_HEADERS = 64  # images whose size and EXIF tag are read
+_TURNED_SHARE, _NUM_TURNED = 0.1, 16  # images with such a tag that are read
 _FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF")
 _ORIENTATION_TAG = 0x0112
 
@@ -42,7 +48,8 @@ def diagnose_set(dataset: CocoDataset, *, open_images: bool = True) -> list[Diag
         detail = explain_missing(root, json_file, names, len(dataset))
         found.append(Diagnosis("images_missing", detail))
     if open_images and dataset.has_file.any():
-        cause = file_size_cause(_read_headers(dataset))
+        indices, files = _read_headers(dataset)
+        cause = file_size_cause(files) or _outlines_cause(dataset, indices, files)
         found += [] if cause is None else [Diagnosis(*cause)]
         if (error := _first_error(dataset)) is not None:
             found.append(Diagnosis("images_unreadable", str(error).rstrip(".")))
@@ -114,12 +121,34 @@ def _first_error(dataset: CocoDataset) -> ImageError | None:
     return error
 
 
-def _read_headers(dataset: CocoDataset) -> Orientations:
-    """Return the sizes of some images, stated and in the file, and their EXIF orientation."""
+def _outlines_cause(
+    dataset: CocoDataset, indices: list[int], files: Orientations
+) -> tuple[str, str] | None:
+    """Compare the masks of images of an orientation with both forms of the image."""
+    turned = [(i, tag) for i, tag in zip(indices, files.tags.tolist(), strict=True) if tag > 1]
+    if len(turned) < _TURNED_SHARE * len(indices):
+        return None
+    fits = []
+    for index, tag in turned[:_NUM_TURNED]:
+        image, annotations = dataset.record(index)
+        try:
+            fit = stored_fits_better(dataset.load_image(image), tag, annotations)
+        except ImageError:
+            continue
+        fits += [] if fit is None else [fit]
+    return outlines_cause(fits)
+
+
+def _read_headers(dataset: CocoDataset) -> tuple[list[int], Orientations]:
+    """Return sizes of some images, stated and in the file, and their EXIF orientation.
+
+    Returns:
+        The indices of the images and what is known of them.
+    """
     indices = np.flatnonzero(dataset.has_file)
     if len(indices) > _NUM_HEADERS:
         indices = np.random.default_rng(0).choice(indices, _NUM_HEADERS, replace=False)
-    stated, stored, tags = [], [], []
+    read, stated, stored, tags = [], [], [], []
     Image.init()  # fills Image.OPEN with the formats that this PIL was built with
     formats = [name for name in _FORMATS if name in Image.OPEN]
     for index in indices.tolist():
@@ -131,10 +160,11 @@ def _read_headers(dataset: CocoDataset) -> Orientations:
                     size, tag = file.size, file.getexif().get(_ORIENTATION_TAG, 1)
         except Exception:  # PIL fails in many ways on broken files, which are issues elsewhere
             continue
+        read.append(index)
         stated.append((image["height"], image["width"]))
         stored.append(size[::-1])
         tags.append(tag if tag in range(1, 9) else 1)
-    return Orientations(
+    return read, Orientations(
         stated=np.array(stated, dtype=np.float64).reshape(-1, 2),
         stored=np.array(stored, dtype=np.float64).reshape(-1, 2),
         tags=np.array(tags, dtype=np.int64),
