@@ -12,6 +12,7 @@ STRETCH = "tensormask.data.images.stretch_to_8_bits(image)"
 _FINITE = "np.nan_to_num(image, nan=0, posinf=1, neginf=0)"
 _TOLERANCE = 1e-4  # of floating values beyond 0..1, the error of a resize
 _DARK_PERCENTILE, _BRIGHT_PERCENTILE = 0.1, 99.9
+_LARGE = 1 << 17  # values, twice the number of different ones in 16 bits
 
 
 def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -26,6 +27,9 @@ def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
         >>> stretch_to_8_bits(np.array([100, 150, 200])).tolist()
         [0, 128, 255]
     """
+    has_table = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+    if has_table and values.size > _LARGE:  # 4 times faster
+        return _stretch_by_table(values)
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     low = high = 0.0
@@ -33,9 +37,36 @@ def stretch_to_8_bits(values: np.ndarray) -> np.ndarray:
         low, high = np.percentile(finite, (_DARK_PERCENTILE, _BRIGHT_PERCENTILE))
         if low == high:
             low, high = finite.min(), finite.max()
+    return _stretch(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
+
+
+def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     # `or 1` avoids a division by zero in a constant image.
-    stretched = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low or 1)
+    stretched = (values - low) / (high - low or 1)
     return np.round(stretched.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _stretch_by_table(values: np.ndarray) -> np.ndarray:
+    """Return the same for a large image of up to 16 bits, from the number of pixels per value."""
+    first = int(values.min())
+    counts = np.bincount(values.ravel().astype(np.int64) - first)
+    levels = np.arange(first, first + len(counts), dtype=np.float64)
+    ends = counts.cumsum()
+
+    def percentile(percent: float) -> float:
+        """As np.percentile, which interpolates between two of the sorted values."""
+        position = percent / 100 * (values.size - 1)
+        index = int(position)
+        lower, upper = levels[np.searchsorted(ends, (index, index + 1), side="right")]
+        share = position - index
+        if share >= 0.5:
+            return float(upper - (upper - lower) * (1 - share))
+        return float(lower + (upper - lower) * share)
+
+    low, high = percentile(_DARK_PERCENTILE), percentile(_BRIGHT_PERCENTILE)
+    if low == high:
+        low, high = levels[0], levels[-1]
+    return _stretch(levels, low, high)[values.astype(np.int64) - first]
 
 
 def values_to_rgb(

@@ -109,6 +109,19 @@ def test_stretch_by_hand():
     assert (np.diff(stretched.astype(int)) >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["u2", ">u2", "i2", "u1"])
+@pytest.mark.parametrize("spread", [0.001, 3, 500])
+def test_large_images_are_stretched_by_a_table(dtype, spread):
+    """With the same result as for values of other types."""
+    rng = np.random.default_rng(0)
+    for size in (131_073, 140_001, 200_000):
+        values = rng.normal(100, spread, size).clip(0, 30_000).astype(dtype)
+        values[0] = 120
+        np.testing.assert_array_equal(
+            stretch_to_8_bits(values), stretch_to_8_bits(values.astype(np.int64))
+        )
+
+
 def test_few_bright_pixels_on_a_constant_image_stay_visible():
     values = np.full((100, 100), 7)
     values[3, 4:6] = 107, 207
