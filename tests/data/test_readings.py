@@ -1,6 +1,7 @@
 """One image, one reading: a file by its path, by PIL and as an array gives the same pixels."""
 
 import io
+import struct
 import warnings
 
 import cv2
@@ -68,6 +69,11 @@ def assert_all_equal(found, expected):
 
 @pytest.mark.parametrize("mode, suffix, dtype", FILES, ids=lambda x: str(x))
 def test_path_pil_and_array_are_equal(tmp_path, mode, suffix, dtype):
+    try:
+        Image.new(mode, (32, 32)).save(tmp_path / f"a{suffix}")
+    except (OSError, ValueError, KeyError) as error:
+        pytest.skip(f"not written by this PIL: {error}")
+
     @settings(max_examples=fuzz_examples(8), deadline=None)
     @given(st.integers(0, 2**32), sizes)
     def check(seed, size):
@@ -257,11 +263,15 @@ def test_floats_that_are_not_finite_in_a_file(tmp_path):
 def test_unsigned_integers_of_32_bits(tmp_path):
     """PIL reads them as signed ones."""
     values = np.array([[0, 2**31 - 1], [2**31, 2**32 - 1]], np.uint32)
-    assert cv2.imwrite(str(tmp_path / "a.tif"), values)
+    Image.fromarray(values.view(np.int32)).save(tmp_path / "a.tif")
+    content = (tmp_path / "a.tif").read_bytes()
+    signed, unsigned = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))
+    assert content.count(signed) == 1
+    (tmp_path / "a.tif").write_bytes(content.replace(signed, unsigned))
     assert_all_equal(readings(tmp_path / "a.tif"), image_to_rgb(values))
-    signed = np.array([[-5, 0], [7, 9]], np.int32)
-    Image.fromarray(signed).save(tmp_path / "a.tif")
-    assert_all_equal(readings(tmp_path / "a.tif"), image_to_rgb(signed))
+    values = np.array([[-5, 0], [7, 9]], np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert_all_equal(readings(tmp_path / "a.tif"), image_to_rgb(values))
 
 
 @pytest.mark.parametrize("num_colors", [1, 3])
