@@ -71,7 +71,7 @@ def training_advice(cfg: CfgNode) -> str:
         )
     if not head.CHECKPOINT_ACTIVATIONS:
         options.append("MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS True")
-    if not solver.AMP.ENABLED:
+    if not solver.AMP.ENABLED and _is_on_gpu(cfg):
         options.append("SOLVER.AMP.ENABLED True")
     if images > 1:
         options.append(f"SOLVER.IMS_PER_BATCH below {solver.IMS_PER_BATCH} (with BASE_LR)")
@@ -80,6 +80,10 @@ def training_advice(cfg: CfgNode) -> str:
         f"smaller images (INPUT.MIN_SIZE_TRAIN {sizes}, MAX_SIZE_TRAIN {cfg.INPUT.MAX_SIZE_TRAIN})"
     )
     return f"These need less: {'; '.join(options)}."
+
+
+def _is_on_gpu(cfg: CfgNode) -> bool:
+    return cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
 
 
 def evaluation_advice(cfg: CfgNode) -> str:
@@ -92,6 +96,6 @@ def evaluation_advice(cfg: CfgNode) -> str:
     ]
     if head.NMS_ON == "masks":
         options.append(f"MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST below {head.TOPK_CANDIDATES_TEST}")
-    if not test.AMP.ENABLED:
+    if not test.AMP.ENABLED and _is_on_gpu(cfg):
         options.append("TEST.AMP.ENABLED True")
     return f"These need less: {'; '.join(options)}."

@@ -262,7 +262,8 @@ def restore_optimizer(checkpoint: dict[str, Any], state: TrainState) -> None:
     if set(saved_groups[0]) != set(groups[0]) or sorted(saved_names) != sorted(names):
         raise UserError(
             "The checkpoint's optimizer does not match this config: its type, its groups or the "
-            "frozen stages differ. Resume with the config.yaml beside the checkpoint"
+            "frozen stages differ. Resume with the config.yaml beside the checkpoint, or start a "
+            "new run from its weights (MODEL.WEIGHTS)"
         )
     indices = [index for group in saved_groups for index in group["params"]]
     by_name = {
@@ -311,8 +312,8 @@ def restore_model(checkpoint: dict[str, Any], model: nn.Module) -> None:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(
-            "The checkpoint has another model than this config describes; "
-            f"resume with the config.yaml beside it. {error}"
+            "The checkpoint has another model than this config describes; resume with the "
+            f"config.yaml beside it, or start a new run from its weights (MODEL.WEIGHTS). {error}"
         ) from error
 
 

@@ -213,9 +213,7 @@ def _keep_best(run: Run, metrics: dict[str, float]) -> None:
             *(metric, ", ".join(metrics)),
         )
         return
-    records = events.read_metrics(run.output_dir / events.METRICS)
-    earlier = [record[metric] for record in records if record.get(metric) is not None]
-    if metrics[metric] > max(earlier, default=-math.inf):
+    if metrics[metric] > _best_so_far(run):
         averaged, results = metric.startswith("ema/"), run.results or {}
         weights = resume.only_weights(_pack(run), averaged=averaged)
         threshold = score_threshold(results["ema"] if averaged else results)
@@ -223,6 +221,13 @@ def _keep_best(run: Run, metrics: dict[str, float]) -> None:
             weights["score_threshold"] = threshold
         best = resume.write_torch(run.output_dir / resume.BEST_CHECKPOINT, weights)
         logger.info("%s %.4f is the best so far: %s", metric, metrics[metric], best.name)
+
+
+def _best_so_far(run: Run) -> float:
+    """Return the best value of `SOLVER.CHECKPOINT_BEST` in metrics.json; -inf without any."""
+    records = events.read_metrics(run.output_dir / events.METRICS)
+    values = [record.get(run.cfg.SOLVER.CHECKPOINT_BEST) for record in records]
+    return max((value for value in values if value is not None), default=-math.inf)
 
 
 def log_start(run: Run) -> None:
@@ -254,7 +259,7 @@ def log_summary(run: Run, results: dict[str, Any], start: int, seconds: float) -
         **{name: f"{value:.2f}" for name, value in flat.items() if name.endswith("/AP")},
         "weights": output_dir / resume.FINAL_CHECKPOINT,
     }
-    if run.cfg.SOLVER.CHECKPOINT_BEST and best.is_file():
+    if best.is_file() and _best_so_far(run) > -math.inf:  # else it is of another run
         rows["best weights"] = best
     if run.cfg.TEST.NUM_VISUALIZED > 0 and drawings:
         rows["drawings"] = ", ".join(map(str, drawings))

@@ -158,6 +158,17 @@ def test_a_metric_that_is_nan_is_said_each_time_and_the_best_file_stays(
     assert [r["segm/AP"] for r in lines(tmp_path) if "segm/AP" in r][1] == 20.0
 
 
+def test_the_best_file_of_an_earlier_run_is_not_listed(tmp_path, fakes):
+    (tmp_path / "model_best.pth").touch()
+    fakes.results = {"segm": {"AP": math.nan}}
+    cfg = make_cfg(tmp_path, "SOLVER.CHECKPOINT_BEST", "segm/AP", "SOLVER.MAX_ITER", 1)
+    trainer.train(cfg)
+    assert "best weights" not in (tmp_path / "log.txt").read_text()
+    fakes.results = {"segm": {"AP": 1.0}}
+    trainer.train(cfg, overwrite=True)
+    assert "best weights" in (tmp_path / "log.txt").read_text()
+
+
 # ---- an AP of 0 ----
 
 
