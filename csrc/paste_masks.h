@@ -29,22 +29,23 @@ struct Axis {
     return axis;
   }
 
-  // Finds the mask pixel before the center of a frame's pixel, -1 for the border, and the weight of the
-  // next one. Returns whether the mask reaches the pixel; NaN does not.
-  TENSORMASK_HOST_DEVICE bool locate(int pixel, int* lower, A* weight) const {
-    const A location = (static_cast<A>(pixel) + A(0.5) - begin) * scale - A(0.5);
-    if (!(location > A(-1) && location < A(side))) return false;
+  // Finds the mask pixel before the center of a frame's pixel, and the weight of the next one. It is -1
+  // before the mask (and for NaN) and `side` behind it, with weight 0.
+  TENSORMASK_HOST_DEVICE void locate(int pixel, int* lower, A* weight) const {
+    A location = (static_cast<A>(pixel) + A(0.5) - begin) * scale - A(0.5);
+    location = location > A(-1) ? location : A(-1);
+    location = location < A(side) ? location : A(side);
     const A below = std::floor(location);
     *lower = static_cast<int>(below);
     *weight = location - below;
-    return true;
   }
 };
 
-// The value at column `u` of a mask (V, U), interpolated between its rows.
+// The value at column `u` of a mask (V, U), interpolated between its rows; 0 outside of it.
 template <typename A>
 TENSORMASK_HOST_DEVICE A between_rows(const A* mask, int height, int width, int v, A weight, int u) {
-  const A low = v >= 0 ? mask[int64_t(v) * width + u] : A(0);
+  if (u < 0 || u >= width) return A(0);
+  const A low = v >= 0 && v < height ? mask[int64_t(v) * width + u] : A(0);
   const A high = v + 1 < height ? mask[int64_t(v + 1) * width + u] : A(0);
   return low + weight * (high - low);
 }

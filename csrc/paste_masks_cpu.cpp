@@ -20,13 +20,12 @@ void paste_mask(
   A weight_y, weight_x;
   int v, u;
   for (int y = along_y.first; y < along_y.last; ++y) {
-    if (!along_y.locate(y, &v, &weight_y)) continue;
+    along_y.locate(y, &v, &weight_y);
     const auto at = [&](int column) {
-      if (column < 0 || column >= along_x.side) return A(0);
       return paste::between_rows(mask, along_y.side, along_x.side, v, weight_y, column);
     };
     for (int x = along_x.first; x < along_x.last; ++x) {
-      if (!along_x.locate(x, &u, &weight_x)) continue;
+      along_x.locate(x, &u, &weight_x);
       const A low = at(u);
       frame[y * width + x] = low + weight_x * (at(u + 1) - low) >= A(0.5);
     }

@@ -21,7 +21,7 @@ void launch(
   const int height = static_cast<int>(out.size(1)), width = static_cast<int>(out.size(2));
   const int64_t bands = (height + rows - 1) / rows;
   cuda::paste_masks<A>
-      <<<grid(out.size(0) * bands), cuda::WINDOW_THREADS, rows * (largest + 2) * sizeof(A),
+      <<<grid(out.size(0) * bands), cuda::WINDOW_THREADS, rows * (largest + cuda::PASTE_ZEROS) * sizeof(A),
          stream_of(values)>>>(
           static_cast<const A*>(values.const_data_ptr()), layout.const_data_ptr<int64_t>(),
           static_cast<const A*>(boxes.const_data_ptr()), rows, height, width,

@@ -9,13 +9,14 @@
 namespace tensormask {
 namespace cuda {
 
-constexpr int PASTE_ROWS = 16;  // of a frame, per block
+constexpr int PASTE_ROWS = 16;   // of a frame, per block
+constexpr int PASTE_ZEROS = 3;   // around a row of a mask: one before, two behind
 
 // How many rows of frames a block takes: their interpolated mask rows are in shared memory. 0 if
 // masks of this width do not fit.
 template <typename A>
 int rows_of_paste(int64_t largest) {
-  const int64_t fit = MAX_SHARED_BYTES / ((largest + 2) * int64_t(sizeof(A)));
+  const int64_t fit = MAX_SHARED_BYTES / ((largest + PASTE_ZEROS) * int64_t(sizeof(A)));
   return fit < PASTE_ROWS ? static_cast<int>(fit) : PASTE_ROWS;
 }
 
@@ -27,7 +28,7 @@ TENSORMASK_KERNEL void paste_masks(
     unsigned char* out) {
   using Pixels = Vector<unsigned char>;
   constexpr int SIZE = Pixels::SIZE, LANES = 32;
-  // For each row of the frame, a row between two of the mask's, with a zero before and behind.
+  // For each row of the frame, a row between two of the mask's, with zeros around it.
   A* const between = shared_memory<A>();
   const int bands = (height + rows - 1) / rows;
   const int64_t k = blockIdx.x / bands;
@@ -38,15 +39,14 @@ TENSORMASK_KERNEL void paste_masks(
       paste::Axis<A>::of(box[1], box[3], static_cast<int>(layout[k * 3 + 1]), height);
   const auto along_x =
       paste::Axis<A>::of(box[0], box[2], static_cast<int>(layout[k * 3 + 2]), width);
-  const int first = max(begin, along_y.first), pitch = along_x.side + 2;
+  const int first = max(begin, along_y.first), pitch = along_x.side + PASTE_ZEROS;
   const int used = along_x.first < along_x.last ? min(end, along_y.last) - first : 0;
   for (int t = threadIdx.x; t < used * pitch; t += blockDim.x) {
     const int row = t / pitch, u = t - row * pitch - 1;
     int v;
-    A weight, value = A(0);
-    if (u >= 0 && u < along_x.side && along_y.locate(first + row, &v, &weight))
-      value = paste::between_rows(mask, along_y.side, along_x.side, v, weight, u);
-    between[t] = value;
+    A weight;
+    along_y.locate(first + row, &v, &weight);
+    between[t] = paste::between_rows(mask, along_y.side, along_x.side, v, weight, u);
   }
   synchronize();
   const int lane = threadIdx.x % LANES;
@@ -57,13 +57,13 @@ TENSORMASK_KERNEL void paste_masks(
     const auto pixel = [&](int x) {
       int u;
       A weight;
-      if (x < left || x >= right || !along_x.locate(x, &u, &weight)) return false;
+      along_x.locate(x, &u, &weight);
       return line[u] + weight * (line[u + 1] - line[u]) >= A(0.5);
     };
     unsigned char* const target = out + (k * height + y) * width;
     const int head = min(width, static_cast<int>(-reinterpret_cast<uintptr_t>(target) % SIZE));
     const int tail = head + (width - head) / SIZE * SIZE;  // vectors in between
-    if (lane < head) target[lane] = pixel(lane);
+    if (lane < head) target[lane] = inside && pixel(lane);
     for (int x = head + lane * SIZE; x < tail; x += LANES * SIZE) {
       Pixels pixels = {};
       if (x < right && x + SIZE > left) {
@@ -72,7 +72,7 @@ TENSORMASK_KERNEL void paste_masks(
       }
       *reinterpret_cast<Pixels*>(target + x) = pixels;
     }
-    if (tail + lane < width) target[tail + lane] = pixel(tail + lane);
+    if (tail + lane < width) target[tail + lane] = inside && pixel(tail + lane);
   }
 }
 

@@ -169,7 +169,7 @@ static void paste_frames(
     const A* values, const int64_t* layout, const A* boxes, int64_t count, int64_t largest,
     int64_t rows, int64_t height, int64_t width, unsigned char* out) {
   if (rows == 0) rows = cuda::rows_of_paste<A>(largest);
-  launch(count * ((height + rows - 1) / rows), rows * (largest + 2) * sizeof(A), [&] {
+  launch(count * ((height + rows - 1) / rows), rows * (largest + cuda::PASTE_ZEROS) * sizeof(A), [&] {
     cuda::paste_masks<A>(values, layout, boxes, static_cast<int>(rows), static_cast<int>(height),
                          static_cast<int>(width), out);
   });
