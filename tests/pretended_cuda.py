@@ -11,8 +11,8 @@ tensor is on the pretended GPU if its storage was made or moved there. Every ope
     assert not record.mixes
     assert record.waits.total() == 4, record.waits
 
-Blind spots: Python code that asks for the device of a tensor within an autograd function in C++,
-times, and memory. Autocast is that of the CPU; see `fake_cuda.py` for that of CUDA.
+Blind spots: times, memory, and hooks of the backward pass, which see tensors of the CPU. Autocast
+is the CPU's; `fake_cuda.py` has CUDA's.
 """
 
 import contextlib
@@ -29,7 +29,9 @@ import torch
 import torch._tensor
 import torch.cuda.amp.common
 import torch.functional
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,9 +91,10 @@ def pretend() -> Iterator[Record]:
     storages = _Storages()
     record = Record()
     with contextlib.ExitStack() as stack:
-        for target, name, value in _patches(storages):
+        functions = _Functions(storages, record)
+        for target, name, value in _patches(storages, functions):
             stack.enter_context(mock.patch.object(target, name, value))
-        stack.enter_context(_Functions(storages, record))
+        stack.enter_context(functions)
         stack.enter_context(_Operations(storages, record))
         yield record
 
@@ -358,7 +361,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda device="cpu": function("cpu" if device == "cuda" else device)
 
 
-def _patches(storages: _Storages) -> Iterator[tuple[Any, str, Any]]:
+def _patches(storages: _Storages, functions: _Functions) -> Iterator[tuple[Any, str, Any]]:
     """Yield (module or class, name, new value) of what does not go through the modes."""
     constants = {"is_available": True, "device_count": 1, "current_device": 0, "synchronize": None}
     constants |= {"is_bf16_supported": True, "get_device_capability": (9, 0)}
@@ -382,6 +385,25 @@ def _patches(storages: _Storages) -> Iterator[tuple[Any, str, Any]]:
     yield _constants, "_on_gpu", functools.lru_cache(maxsize=64)(_constants._on_gpu.__wrapped__)
     # The modes here are no reason for slower paths, see `layers._transforms.is_eager`.
     yield torch._C, "_len_torch_dispatch_stack", lambda: 0
+    # The engine of autograd removes the mode that answers for devices.
+    apply = BackwardCFunction.apply
+
+    def apply_with_mode(self: Any, *grads: Any) -> Any:
+        with functions:
+            return apply(self, *grads)
+
+    yield BackwardCFunction, "apply", apply_with_mode
+
+    class Recomputation(torch.utils.checkpoint._recomputation_hook):
+        def __enter__(self) -> Any:
+            functions.__enter__()
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            functions.__exit__(*error)
+            return super().__exit__(*error)
+
+    yield torch.utils.checkpoint, "_recomputation_hook", Recomputation
     deepcopy = Tensor.__deepcopy__  # of a storage, which is no operation
 
     def copied(x: Tensor, memo: dict[int, Any]) -> Tensor:

@@ -16,8 +16,36 @@ from tensormask.engine.solver import (
 from tensormask.engine.step import TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-_OBJECTS = [[10.0, 20.0, 60.0, 90.0], [70.0, 10.0, 110.0, 40.0], [20.0, 30.0, 36.0, 44.0]]
-_GROUP_NORM_TO_BATCH_NORM = ["MODEL.RESNETS.NORM", "BN", "SOLVER.EMA.ENABLED", True]
+_OBJECTS = [[10.0, 4.0, 60.0, 60.0], [70.0, 10.0, 100.0, 40.0], [20.0, 30.0, 36.0, 44.0]]
+_THIS_FILE = "tests/modeling/test_pretended_cuda.py"
+_NO_BOXES = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
+_CLIPPED = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", True]
+CASES = {
+    "bipyramid": ("bipyramid", []),
+    "aligned": ("aligned", []),
+    "upscale_aligned": ("upscale_aligned", []),
+    "no boxes": ("bipyramid", _NO_BOXES),
+    "no masks": ("natural", ["MODEL.MASK_ON", False]),
+    "NMS on masks": ("natural", ["MODEL.TENSOR_MASK.NMS_ON", "masks"]),
+    "batch norm, averages": (
+        "natural",
+        ["MODEL.RESNETS.NORM", "BN", "SOLVER.EMA.ENABLED", True],
+    ),
+    "bfloat16": ("bipyramid", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]),
+    "inference in bfloat16": ("natural", ["TEST.AMP.ENABLED", True, "TEST.AMP.DTYPE", "bfloat16"]),
+    "float16": ("natural", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"]),
+    "checkpointed, channels last": (
+        "bipyramid",
+        ["MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS", True, "MODEL.CHANNELS_LAST", True],
+    ),
+    "clipped": ("natural", _CLIPPED),
+    "each gradient clipped": ("natural", [*_CLIPPED, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]),
+}
+_SLOW = ("upscale_aligned", "float16", "each gradient clipped")
+
+
+def cases(names) -> list:
+    return [pytest.param(n, marks=pytest.mark.slow if n in _SLOW else ()) for n in names]
 
 
 def test_what_is_planted_is_found() -> None:
@@ -26,8 +54,8 @@ def test_what_is_planted_is_found() -> None:
         assert (on_gpu.device.type, on_cpu.device.type) == ("cuda", "cpu")
         record.clear()
         total = on_gpu + on_cpu
-        assert record.totals() == {"mixes": 1, "launches": 1, "waits": 0} | _NO_COPIES
-        record.clear()
+        copies = {"pinned": 0, "unpinned": 0}
+        assert record.totals() == {"mixes": 1, "launches": 1, "waits": 0} | copies
         for wait in (
             lambda: total[total > 0],
             lambda: total[torch.tensor([0])],
@@ -42,9 +70,10 @@ def test_what_is_planted_is_found() -> None:
             lambda: torch.repeat_interleave(total, total.long()),
             lambda: on_cpu.copy_(total),
         ):
+            record.clear()
             wait()
             assert record.waits.total() == 1, record.waits
-            record.clear()
+        record.clear()
         on_cpu.to("cuda", non_blocking=True)
         on_cpu.pin_memory().to("cuda", non_blocking=True)
         total[torch.zeros(1, dtype=torch.int64, device="cuda")] * torch.tensor(2.0)
@@ -53,82 +82,81 @@ def test_what_is_planted_is_found() -> None:
     assert on_gpu.device.type == "cpu"
 
 
-_NO_COPIES = {"pinned": 0, "unpinned": 0}
+def test_a_wait_and_a_mix_in_a_model_are_found(monkeypatch) -> None:
+    with pretend() as record, torch.no_grad():
+        model = make_model(CASES["aligned"]).eval()
+        pyramid, image = model.fpn.forward, tiny.make_image(64, 64)
+        waits = []
+        for function in (
+            pyramid,  # copies constants
+            pyramid,
+            lambda features: [x * float(x.isfinite().all()) for x in pyramid(features)],
+            lambda features: [x * torch.ones(1) for x in pyramid(features)],
+        ):
+            monkeypatch.setattr(model.fpn, "forward", function)
+            record.clear()
+            model([image])
+            waits.append(record.waits.total())
+    without = waits[1]
+    assert waits[2:] == [without + 6, without]  # one for each level
+    assert len(record.mixes) == 1
+    assert next(iter(record.mixes)).startswith(f"aten::mul at {_THIS_FILE}")
 
 
-def batch_of(sizes: list[tuple[int, int]], *, empty: int = -1) -> list[dict]:
-    """Return pinned samples; the one with the index `empty` has no objects."""
+def make_model(case: tuple[str, list]):
+    torch.manual_seed(0)
+    return tiny.tensormask.build_model(cfg_of(case))
+
+
+def cfg_of(case: tuple[str, list]) -> CfgNode:
+    head, opts = case
+    return tiny.get_cfg(head, [*opts, "MODEL.DEVICE", "cuda"])
+
+
+def batch_of(sizes: list[tuple[int, int]]) -> list[dict]:
+    """Return samples in pinned memory, as the loader does; the first has no objects."""
     samples = []
     for number, size in enumerate(sizes):
-        target = tiny.target(*size, [] if number == empty else _OBJECTS)
-        image = tiny.make_image(*size, seed=number).pin_memory()
+        target = tiny.target(*size, _OBJECTS if number else [])
         target = {name: value.pin_memory() for name, value in target.items()}
+        image = tiny.make_image(*size, seed=number).pin_memory()
         samples.append({"image": image, "target": target, "file_name": f"{number}.png"})
     return samples
 
 
-def make_step(cfg: CfgNode):
-    model = tiny.tensormask.build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
-    autocast, scaler = build_autocast(cfg, model.device)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    state = TrainState(model, optimizer, scheduler, scaler, build_ema(cfg, model))
-    clip = build_gradient_clipper(cfg)
-    return lambda batch: train_step(
-        state, batch, iteration=0, clip_gradients=clip, autocast=autocast
-    )
-
-
-def cfg_of(head: str, opts: list) -> CfgNode:
-    torch.manual_seed(0)
-    return tiny.get_cfg(head, [*opts, "MODEL.DEVICE", "cuda"])
-
-
-CASES = {
-    "bipyramid": ("bipyramid", []),
-    "aligned": ("aligned", []),
-    "natural": ("natural", []),
-    "upscale_aligned": ("upscale_aligned", []),
-    "no boxes": (
-        "bipyramid",
-        ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"],
-    ),
-    "no masks": ("bipyramid", ["MODEL.MASK_ON", False]),
-    "NMS on masks": ("natural", ["MODEL.TENSOR_MASK.NMS_ON", "masks"]),
-    "batch norm with averages": ("natural", _GROUP_NORM_TO_BATCH_NORM),
-    "bfloat16": ("bipyramid", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]),
-    "float16": (
-        "natural",
-        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"],
-    ),
-    "checkpointed, channels last": (
-        "bipyramid",
-        ["MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS", True, "MODEL.CHANNELS_LAST", True],
-    ),
-    "AdamW, clipped": (
-        "natural",
-        ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", True],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_training_mixes_no_devices(case) -> None:
+@pytest.mark.parametrize("case", cases(CASES))
+def test_a_training_step_waits_once(case) -> None:
+    cfg = cfg_of(CASES[case])
     with pretend() as record:
-        step, batch = make_step(cfg_of(*CASES[case])), batch_of([(96, 128), (128, 100)], empty=0)
-        step(batch)
-        record.clear()
-        step(batch)
+        model = make_model(CASES[case])
+        optimizer = build_optimizer(cfg, model)
+        autocast, scaler = build_autocast(cfg, model.device)
+        state = TrainState(
+            model, optimizer, build_lr_scheduler(cfg, optimizer), scaler, build_ema(cfg, model)
+        )
+        batch = batch_of([(64, 64), (64, 100)])
+        for iteration in range(2):  # the first one copies constants
+            record.clear()
+            clip = build_gradient_clipper(cfg)
+            train_step(state, batch, iteration=iteration, clip_gradients=clip, autocast=autocast)
     assert not record.mixes
+    assert not record.unpinned
+    # With the loss scale.
+    assert record.waits.total() == (2 if case == "float16" else 1), record.waits
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_inference_mixes_no_devices(case) -> None:
+@pytest.mark.parametrize("case", cases(c for c in CASES if "SOLVER" not in str(CASES[c])))
+def test_waits_of_inference(case) -> None:
     with pretend() as record, torch.no_grad():
-        model = tiny.with_detections(tiny.tensormask.build_model(cfg_of(*CASES[case])))
-        images = [s["image"] for s in batch_of([(96, 128), (128, 100)])]
-        record.clear()
-        detections = model(images)
+        model = tiny.with_detections(make_model(CASES[case]))
+        images = [sample["image"] for sample in batch_of([(64, 64), (64, 100)])]
+        for _ in range(2):
+            record.clear()
+            detections = model(images)
         assert any(len(d["scores"]) for d in detections)
         assert all(x.is_cuda for d in detections for x in d.values())
     assert not record.mixes
+    assert not record.unpinned
+    # NMS of each image, and a read of the windows of all; of their boxes before that.
+    on_masks = "masks" in CASES[case][1]
+    assert record.waits.total() == len(images) + (2 if on_masks else 1), record.waits
