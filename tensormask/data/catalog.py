@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ _Key = tuple[str, str, str]  # name, annotations, folder of images
 # The data sets in memory, the latest last, with the states of their file and folders.
 _loaded: dict[_Key, tuple[CocoDataset, list[Any]]] = {}
 _MAX_LOADED = 16
+_fixed: ContextVar[dict[_Key, CocoDataset] | None] = ContextVar("fixed_datasets", default=None)
 _SMALL_FILE, _SMALL_FOLDER = 1 << 20, 1000  # bytes, entries
 
 
@@ -77,8 +80,8 @@ def register_coco_instances(
 def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDataset:
     """Return the data set of a name, which stays in memory.
 
-    It is read again if its file, or the list of files in a folder of its images, has changed. Data
-    sets that were returned before stay as they are.
+    It is read again if its file, or the list of files in a folder of its images, has changed, but
+    not within `fixed_datasets`. Data sets that were returned before stay as they are.
 
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
@@ -100,6 +103,19 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
             f"{dataset.class_names}. Correct thing_classes or leave it out."
         )
     return dataset
+
+
+@contextmanager
+def fixed_datasets() -> Iterator[None]:
+    """Keep every data set as it is at its first use in the block, whatever happens to its files.
+
+    So a run is not affected by annotations that are corrected, or half saved, in the meantime.
+    """
+    token = _fixed.set(dict(_fixed.get() or {}))
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
 
 
 def is_dataset_name(name: str) -> bool:
@@ -156,7 +172,16 @@ def _data_root(root: str | os.PathLike[str] | None) -> Path:
 
 
 def _load(name: str, json_file: str, image_root: str) -> CocoDataset:
-    key = name, json_file, image_root
+    key, fixed = (name, json_file, image_root), _fixed.get()
+    if fixed is None:
+        return _load_latest(key)
+    if key not in fixed:
+        fixed[key] = _load_latest(key)
+    return fixed[key]
+
+
+def _load_latest(key: _Key) -> CocoDataset:
+    _, json_file, _ = key
     if key in _loaded:
         dataset, states = _loaded.pop(key)
         if states == _states([json_file, *dataset.image_folders]):
@@ -164,7 +189,7 @@ def _load(name: str, json_file: str, image_root: str) -> CocoDataset:
             return dataset
         logger.info("%s or its images have changed: it is read again", json_file)
     states = _states([json_file])  # before the file is read: a later change is noticed
-    dataset = CocoDataset(name, json_file, image_root)
+    dataset = CocoDataset(*key)
     _loaded[key] = dataset, states + _states(dataset.image_folders)
     for oldest in [*_loaded][:-_MAX_LOADED]:
         del _loaded[oldest]

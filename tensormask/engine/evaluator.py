@@ -20,6 +20,7 @@ from tensormask.data import (
     check_dataset,
     get_dataset,
 )
+from tensormask.data.catalog import fixed_datasets
 from tensormask.data.classes import UNKNOWN, Classes, log_match, match_dataset
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 Evaluator = Callable[[nn.Module, CocoDataset, Path], Mapping[str, Any]]
 
 
+@fixed_datasets()
 def evaluate_only(
     cfg: CfgNode, resume: bool = False, *, evaluators: Sequence[Evaluator] = ()
 ) -> dict[str, Any]:

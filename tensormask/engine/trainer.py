@@ -14,6 +14,7 @@ from torch import nn
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
+from tensormask.data.catalog import fixed_datasets
 from tensormask.data.classes import matches_by_name
 from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 LOG_PERIOD = 20
 
 
+@fixed_datasets()
 def train(
     cfg: CfgNode,
     resume: bool = False,

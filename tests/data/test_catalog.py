@@ -4,9 +4,12 @@ import json
 import os
 
 import pytest
+from fakes import make_cfg
 from PIL import Image
 
 from tensormask.data import catalog, get_dataset, register_coco_instances, shapes
+from tensormask.engine import trainer
+from tensormask.engine.evaluator import evaluate_only
 
 
 def write_set(json_file, image_root, name="cup"):
@@ -125,6 +128,24 @@ def test_images_that_come_and_go(tmp_path, file_name):
     assert get_dataset("a.json@images").has_file.tolist() == [False]
 
 
+def test_a_run_keeps_its_data_sets(tmp_path):
+    """Also while the file is saved, and not there for a moment."""
+    write_set(tmp_path / "a.json", tmp_path / "images")
+    before = get_dataset("a.json@images")
+    rename_class(tmp_path)
+    with catalog.fixed_datasets():
+        latest = get_dataset("a.json@images")
+        assert latest.class_names == ["mug"]
+        write_set(tmp_path / "a.json", tmp_path / "images", name="jug")
+        with catalog.fixed_datasets():
+            assert get_dataset("a.json@images") is latest
+        (tmp_path / "a.json").write_text("[")
+        assert get_dataset("a.json@images") is latest
+    with pytest.raises(ValueError, match="not JSON"):
+        get_dataset("a.json@images")
+    assert before.class_names == ["cup"]
+
+
 def test_not_too_many_sets_stay_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "_MAX_LOADED", 2)
     for name in "abc":
@@ -212,3 +233,19 @@ def test_shapes_are_generated_at_first_use(tmp_path, monkeypatch):
     assert (tmp_path / "datasets" / "shapes" / "val" / "annotations.json").is_file()
     assert len(dataset) == 3
     assert dataset.class_names == list(shapes.CLASS_NAMES)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_training_and_evaluation_keep_their_data_sets(tmp_path, fakes):
+    """While a run goes on, its annotations may be saved anew."""
+    kept = []
+
+    def evaluator(model, dataset, folder):
+        kept.append(catalog._fixed.get() is not None)
+        return {"F": 1.0}
+
+    cfg = make_cfg(tmp_path, "SOLVER.MAX_ITER", 1)
+    trainer.train(cfg, evaluators=[evaluator])
+    evaluate_only(cfg, resume=True, evaluators=[evaluator])
+    assert kept == [True, True]
+    assert catalog._fixed.get() is None
