@@ -79,11 +79,19 @@ def training_advice(cfg: CfgNode) -> str:
     options.append(
         f"smaller images (INPUT.MIN_SIZE_TRAIN {sizes}, MAX_SIZE_TRAIN {cfg.INPUT.MAX_SIZE_TRAIN})"
     )
-    return f"These need less: {'; '.join(options)}."
+    return _sentence(options, cfg)
 
 
 def _is_on_gpu(cfg: CfgNode) -> bool:
     return cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+
+
+def _sentence(options: list[str], cfg: CfgNode) -> str:
+    if cfg.DATALOADER.NUM_WORKERS > 1:
+        options.append(
+            f"for the host's memory, DATALOADER.NUM_WORKERS below {cfg.DATALOADER.NUM_WORKERS}"
+        )
+    return f"These need less: {'; '.join(options)}."
 
 
 def evaluation_advice(cfg: CfgNode) -> str:
@@ -98,4 +106,4 @@ def evaluation_advice(cfg: CfgNode) -> str:
         options.append(f"MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST below {head.TOPK_CANDIDATES_TEST}")
     if not test.AMP.ENABLED and _is_on_gpu(cfg):
         options.append("TEST.AMP.ENABLED True")
-    return f"These need less: {'; '.join(options)}."
+    return _sentence(options, cfg)

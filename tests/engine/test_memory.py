@@ -91,6 +91,7 @@ def test_memory_of_the_failed_functions_is_free_again():
         (("IMS_PER_BATCH", 15, "ACCUMULATE_STEPS", 3), 1, ["ACCUMULATE_STEPS 5 "], []),
         (("IMS_PER_BATCH", 16, "ACCUMULATE_STEPS", 4), 4, ["below 16"], ["ACCUMULATE_STEPS"]),
         (("IMS_PER_BATCH", 1), 1, ["smaller images"], ["ACCUMULATE_STEPS", "BATCH below"]),
+        (("IMS_PER_BATCH", 2), 1, ["the host's memory, DATALOADER.NUM_WORKERS below 4."], []),
         (("AMP.ENABLED", True), 1, ["MIN_SIZE_TRAIN 800, MAX_SIZE_TRAIN 1333"], ["AMP"]),
     ],
 )
