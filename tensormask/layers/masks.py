@@ -163,7 +163,8 @@ def _paste_whole(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[in
             of_shape = torch.stack([masks[row] for row in group]).to(xs.dtype)
             for part in of_shape.split(num_masks):
                 at = slice(end, end := end + len(part))
-                soft = _weights(ys[at], num_rows) @ part @ _weights(xs[at], num_columns).mT
+                soft = torch.bmm(_weights(ys[at], num_rows), part)
+                soft = torch.bmm(soft, _weights(xs[at], num_columns).mT)
                 pasted[order[at]] = soft >= 0.5
     return pasted
 
@@ -193,16 +194,23 @@ def paste_regions(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Paste masks as `paste_masks`, but iterate over them and only fill the region of each box.
 
-    Only one region is in memory at a time, for any number of masks and any image size.
+    Only one region is in memory at a time, for any number of masks and any image size. Masks on a
+    GPU are copied to the host once, all together.
 
     Args:
         masks, boxes, size: as for `paste_masks`.
 
     Yields:
         ``(x0, y0, region)`` per mask: the region's corner in pixels of the output image, and the
-        region, Tensor[h, w] bool, clipped to the image. Outside of the region the mask is empty.
+        region, Tensor[h, w] bool on the CPU, clipped to the image. Outside of the region the mask
+        is empty.
     """
     height, width = size
+    if boxes.device.type != "cpu":
+        parts = [boxes, *masks]
+        values = torch.cat([part.reshape(-1) for part in parts]).cpu()
+        split = zip(parts, values.split([part.numel() for part in parts]), strict=True)
+        boxes, *masks = (on_cpu.view(part.shape).to(part.dtype) for part, on_cpu in split)
     # Outside of its box a bilinear mask is below 1/2; one more pixel allows for rounding.
     corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).long().tolist()
     for mask, box, (x0, y0, x1, y1) in zip(masks, boxes, corners, strict=True):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_cuda import pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
-from tensormask.layers import _native, crop_masks, mask_boxes, paste_masks
+from tensormask.layers import _native, crop_masks, mask_boxes, op_backend, paste_masks
 from tensormask.layers import masks as masks_module
 from tensormask.layers.masks import paste_regions
 
@@ -205,6 +206,42 @@ def test_a_gpu_pastes_exact_halves_and_all_dtypes(paste) -> None:
         assert not paste(torch.full((1, 7, 3), 0.499, dtype=dtype), box, (6, 6)).any()
     with torch.autocast("cpu", torch.bfloat16):
         assert not paste(torch.full((1, 7, 3), 0.4999), box, (6, 6)).any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "launches"), [("reference", 65), pytest.param("native", 3, marks=native)]
+)
+def test_the_host_does_not_wait_for_pasted_masks(backend, launches) -> None:
+    """Compiled: the masks in one tensor, their sizes in one pinned copy, and the pasting itself."""
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(side, side, generator=generator) for side in (15, 30, 15, 60) * 3]
+    boxes = torch.rand(12, 4, generator=generator) * 40
+    boxes[:, 2:] += boxes[:, :2] + 3
+    expected = paste_masks(masks, boxes, (70, 90))
+    with pretend() as record, op_backend(backend):
+        on_gpu, boxes = [mask.cuda() for mask in masks], boxes.cuda()
+        record.clear()
+        pasted = paste_masks(on_gpu, boxes, (70, 90))
+        totals = record.totals()
+        assert paste_masks([], boxes[:0], (70, 90)).shape == (0, 70, 90)
+    assert (totals["waits"], totals["mixes"], totals["pinned"]) == (0, 0, 1)
+    assert totals["launches"] <= launches
+    assert torch.equal(pasted, expected)
+
+
+def test_masks_on_a_gpu_are_fetched_once() -> None:
+    """For results files, which hold one mask after the other."""
+    masks = [torch.rand(3, 4), torch.rand(5, 5, dtype=torch.float64), torch.rand(2, 2).half()]
+    boxes = torch.tensor([[0.5, 1.0, 9.0, 8.0]] * 3)
+    expected = list(paste_regions(masks, boxes, (10, 12)))
+    with pretend() as record:
+        on_gpu, boxes = [mask.cuda() for mask in masks], boxes.cuda()
+        record.clear()
+        regions = list(paste_regions(on_gpu, boxes, (10, 12)))
+        assert record.waits.total() == 1, record.waits
+    for found, region in zip(regions, expected, strict=True):
+        assert found[:2] == region[:2]
+        assert torch.equal(found[2], region[2])
 
 
 @native
