@@ -18,7 +18,7 @@ from tensormask.checkpoint.files import (
     split_weights,
 )
 from tensormask.checkpoint.names import find_kind, to_our_names
-from tensormask.data.classes import list_names, shared_labels
+from tensormask.data.classes import list_names, shared_labels, spelling_hint
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.utils.errors import UserError, shorten
@@ -181,15 +181,17 @@ def _match_classifier(
         by_size[:, ours] = weights[name].to(value.dtype).unflatten(0, (num_sizes, -1))[:, theirs]
         matched[name] = value
     new = [name for label, name in enumerate(names) if label not in pairs]
+    unused = [name for label, name in enumerate(their_names) if label not in theirs]
     if pairs:
         logger.info(
             "%s: the classifier keeps %d of the %d classes of the file, by name: %s",
             *(path, len(pairs), len(their_names), list_names([names[label] for label in ours])),
         )
     if new:
+        hint = spelling_hint(new, unused)
         logger.warning(
-            "%s: %d of the model's %d classes keep the initial weights of their classifier: %s",
-            *(path, len(new), len(names), list_names(new)),
+            "%s: %d of the model's %d classes keep the initial weights of their classifier: %s%s",
+            *(path, len(new), len(names), list_names(new), hint and f". {hint}"),
         )
     return matched
 

@@ -150,6 +150,17 @@ def list_names(names: Sequence[str]) -> str:
     return ", ".join(map(_quoted, names[:_NUM_LISTED])) + more
 
 
+def spelling_hint(names: Sequence[str], others: Sequence[str]) -> str:
+    """Name the first pair that differs only in case, spaces, "-", "_" or Unicode's form, or ""."""
+    by_key = {_spelling(name): name for name in names}
+    for other in others:
+        if (name := by_key.get(_spelling(other))) is not None:
+            looks_equal = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+            quote = ascii if looks_equal else _quoted
+            return f"{quote(name)} and {quote(other)} differ only in their spelling"
+    return ""
+
+
 def _unique_names(names: Sequence[str]) -> dict[str, int]:
     counts = Counter(names)
     return {name: label for label, name in enumerate(names) if counts[name] == 1}
@@ -182,25 +193,14 @@ def _differences(classes: Classes, dataset: CocoDataset) -> str:
     for source, names in sides:
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             lines.append(f"Several classes of {source} have the name {list_names(repeated)}.")
-    if similar := _similar(*unmatched):
-        lines.append(f"{similar} differ only in their spelling.")
+    if similar := spelling_hint(*unmatched):
+        lines.append(f"{similar}.")
     lines.append("Correct the names, or the list of categories, in the annotations")
     if len(classes.names) == len(dataset.class_names):
         lines[-1] += f"; or, if the classes are the same in the same order, add {OVERRIDE}."
     else:
         lines[-1] += f" ({OVERRIDE} matches classes by their order, and needs equal numbers)."
     return " ".join(lines)
-
-
-def _similar(names: Sequence[str], others: Sequence[str]) -> str:
-    """Return the first pair of names that are equal but for case, spaces, "-", "_" or Unicode."""
-    by_key = {_spelling(name): name for name in names}
-    for other in others:
-        if (name := by_key.get(_spelling(other))) is not None:
-            looks_equal = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
-            quote = ascii if looks_equal else _quoted
-            return f"{quote(name)} and {quote(other)}"
-    return ""
 
 
 def _spelling(name: str) -> str:

@@ -48,6 +48,7 @@ def test_the_log_names_the_classes(caplog):
         (NAMES, []),
         (["disc", "cube"], ["keeps 1 of the 3 classes of the file, by name: 'disc'", "'cube'"]),
         (["cube"], ["1 of the model's 1 classes keep the initial weights of their classifier"]),
+        (["Star"], [": 'Star'. 'Star' and 'star' differ only in their spelling"]),
     ]:
         caplog.clear()
         load_weights(MODELS[len(names)], content, class_names=names)
