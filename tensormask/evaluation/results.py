@@ -21,6 +21,7 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.segmentation import check_rle, segmentation_to_rle
 from tensormask.evaluation.ground_truth import has_box, is_finite_number
 from tensormask.layers import paste_regions
+from tensormask.modeling.inference import read_detection
 from tensormask.utils.errors import UserError
 
 Detections = Mapping[str, Any]
@@ -61,6 +62,7 @@ def coco_results(
         >>> coco_results(detections, image_id=7, category_ids=[17, 18])
         [{'image_id': 7, 'category_id': 18, 'bbox': [1.0, 0.0, 2.0, 2.0], 'score': 0.5}]
     """
+    detections = read_detection(detections)
     labels = detections["labels"].tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
         raise UserError(

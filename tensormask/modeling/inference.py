@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -212,31 +212,28 @@ def _iter_masks(
     return mask_head(features, [(*group[:2], w) for group, w in zip(groups, windows, strict=True)])
 
 
-def read_detection(detection: dict[str, Any]) -> dict[str, Any]:
+def read_detection(detection: Mapping[str, Any]) -> dict[str, Any]:
     """Return an image's result of `TensorMask.detect` or `TensorMask.forward` on the CPU.
 
     The host waits for a GPU twice, for numbers and for masks, and not for each tensor.
     """
     if detection["boxes"].device.type == "cpu":
-        return detection
+        return dict(detection)
     names = [name for name in ("boxes", "scores", "labels", "windows") if name in detection]
     columns = [detection[name].double() for name in names]
     columns = [x if x.dim() == 2 else x[:, None] for x in columns]
     numbers = torch.cat(columns, dim=1).cpu().split([x.shape[1] for x in columns], dim=1)
-    read: dict[str, Any] = {
-        name: part.to(detection[name].dtype).view(detection[name].shape)
-        for name, part in zip(names, numbers, strict=True)
-    }
+    read = dict(detection)
+    for name, part in zip(names, numbers, strict=True):
+        read[name] = part.to(detection[name].dtype).view(detection[name].shape)
     if "masks" in detection:
         read["masks"] = detection["masks"].cpu()
     if "window_masks" in detection:
-        masks = detection["window_masks"]
-        parts = (
-            cat([mask.flatten() for mask in masks]).cpu().split([x.numel() for x in masks])
-            if masks
-            else []
-        )
-        read["window_masks"] = [x.view(mask.shape) for x, mask in zip(parts, masks, strict=True)]
+        masks = list(detection["window_masks"])
+        if masks:
+            parts = cat([x.flatten() for x in masks]).cpu().split([x.numel() for x in masks])
+            masks = [part.view(x.shape) for part, x in zip(parts, masks, strict=True)]
+        read["window_masks"] = masks
     return read
 
 

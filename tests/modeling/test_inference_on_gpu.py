@@ -6,6 +6,7 @@ import torch
 from pretended_cuda import pretend
 from torch.testing import assert_close
 
+from tensormask.evaluation.results import coco_results
 from tensormask.modeling.build import use_channels_last
 from tensormask.modeling.inference import read_detection
 
@@ -51,6 +52,10 @@ def test_results_and_waits(case: str) -> None:
             record.clear()
             actual = [read_detection(detection) for detection in detections]
             assert not record.mixes
+            assert record.waits.total() <= 4, record.waits
+            record.clear()
+            for detection, size in zip(detections, sizes, strict=True):
+                coco_results(detection, 1, [7, 8, 9], size)  # each image is read once
             assert record.waits.total() <= 4, record.waits
     # NMS per image, their windows together; NMS on masks needs the windows before.
     assert waits == len(images) + (2 if opts[:2] == ON_MASKS else 1)
