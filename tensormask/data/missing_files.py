@@ -57,25 +57,22 @@ def _where(image_root: Path, json_file: Path, tried: list[str]) -> str:
         if 2 * len(found) > len(tried):
             return f"the files are found there {text}: write {found[0]!r}"
     folders: Counter[str] = Counter()
-    stems: Counter[tuple[str, str]] = Counter()
+    similar: dict[str, tuple[str, str]] = {}  # by missing name; of another suffix or case
     bases = {unquote(_base(name)): name for name in tried}
-    stem_of = {os.path.splitext(base)[0]: base for base in bases}
+    base_of_stem = {_stem(base): base for base in bases}
     for folder, file_name in _files_near(image_root, json_file):
-        stem, suffix = os.path.splitext(file_name)
         if file_name in bases:
             folders[folder] += 1
-        elif stem in stem_of and suffix:
-            stems[folder, suffix] += 1
+        elif base := base_of_stem.get(_stem(file_name)):
+            similar.setdefault(base, (folder, file_name))
     total = sum(folders.values())
     if folders and 2 * total > len(tried):
         folder = folders.most_common(1)[0][0]
-        if Path(folder) == image_root:  # "found" must not repeat what does not work
-            return f"files of these names are found in {folder}"
         base = next(b for b in bases if os.path.exists(os.path.join(folder, b)))
         return f"files of these names are found in {folder}: give {_root_of(folder, bases[base])}"
-    if stems and 2 * sum(stems.values()) > len(tried):
-        folder, suffix = stems.most_common(1)[0][0]
-        return f"files of these names are found in {folder}, but with the suffix {suffix}"
+    if 2 * len(similar) > len(tried):
+        base, (folder, file_name) = next(iter(similar.items()))
+        return f"similar names are found in {folder}: {file_name!r} for {base!r}"
     return "no files of these names are found near it"
 
 
@@ -96,6 +93,10 @@ def _is_plain(name: str) -> bool:
 
 def _base(name: str) -> str:
     return _SEPARATORS.split(name.rstrip("/"))[-1]
+
+
+def _stem(base: str) -> str:
+    return os.path.splitext(base)[0].casefold()
 
 
 def _is_file_below(root: Path, name: str) -> bool:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
 from tensormask.data import CocoDataset
-from tensormask.data.checks.diagnosis import DIAGNOSES
-from tensormask.data.checks.measurements import SAMPLE_SIZE, segmentation_form
+from tensormask.data.checks.diagnosis import DIAGNOSES, diagnose
+from tensormask.data.checks.measurements import SAMPLE_SIZE, measure, segmentation_form
 
-NUM_SETS = 6  # random sets for each cause
+NUM_SETS = 3  # random sets for each cause
 
 
 def random_set(rng, num_annotations, with_rle=True):
@@ -207,7 +209,7 @@ CAUSES = {
 def test_a_cause_in_the_whole_set_is_named_and_one_in_few_entries_is_not(tmp_path, cause):
     change, name = CAUSES[cause]
     rng = np.random.default_rng(list(CAUSES).index(cause))
-    for num_annotations in rng.integers(10, 120, NUM_SETS).tolist():
+    for num_annotations in rng.integers(10, 80, NUM_SETS).tolist():
         content = random_set(rng, num_annotations)
         images = {image["id"]: image for image in content["images"]}
         # In most of the annotations, and in few of them.
@@ -227,7 +229,7 @@ def test_a_cause_in_the_whole_set_is_named_and_one_in_few_entries_is_not(tmp_pat
 @pytest.mark.parametrize("num_annotations", [1, 2, 3, 4, 7, 15, 40, 150])
 def test_sets_without_a_cause(tmp_path, num_annotations):
     rng = np.random.default_rng(num_annotations)
-    for _ in range(12):
+    for _ in range(6):
         assert names_of(diagnosed(random_set(rng, num_annotations), tmp_path)) == []
 
 
@@ -378,6 +380,36 @@ def test_alternating_entries_of_a_large_set_are_sampled(tmp_path):
     ]
     (crowds,) = diagnosed(content, tmp_path).diagnoses
     assert 0.45 < int(crowds.detail.split()[0]) / SAMPLE_SIZE < 0.55
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+NUMBERS = st.floats(-30, 30) | st.integers(-9, 30) | st.floats() | st.integers()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"image_id": st.sampled_from([1, "1", 2]) | JSON},
+            optional={
+                "category_id": st.sampled_from([0, 1, 2, "a", "2"]) | JSON,
+                "bbox": st.lists(NUMBERS, min_size=4, max_size=4) | JSON,
+                "segmentation": st.lists(st.lists(NUMBERS, max_size=8), max_size=2) | JSON,
+                **{"area": NUMBERS | JSON, "iscrowd": st.sampled_from([0, 1]) | JSON},
+            },
+        )
+        | JSON,
+        max_size=6,
+    )
+)
+def test_any_annotations_are_diagnosed(entries):
+    images = {1: {"id": 1, "file_name": "a.png", "height": 8, "width": 12}, 5: None}
+    for diagnosis in diagnose(measure(entries, images, {1: "a", 2: None, 3: "c"})):
+        assert len(str(diagnosis)) < 600
 
 
 @pytest.mark.parametrize(

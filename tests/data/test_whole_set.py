@@ -64,8 +64,10 @@ def names_of(dataset, **options):
         (lambda i: f"train/{i:03d}.png", ["images as the folder", "last part of file_name"]),
         (lambda i: f"export/images/{i:03d}.png", ["give ", " as the folder of images. Correct"]),
         (lambda i: f"images/%30{i:02d}.png", ["without %-codes", "write 'images/000.png'"]),
-        (lambda i: f"images/{i:03d}.jpg", ["images, but with the suffix .png"]),
-        (lambda i: f"images/{i:03d}", ["images, but with the suffix .png"]),
+        (lambda i: f"images/{i:03d}.jpg", ["similar names", "images: '000.png' for '000.jpg'"]),
+        (lambda i: f"images/{i:03d}.PNG", ["similar names", "images: '000.png' for '000.PNG'"]),
+        (lambda i: f"images/{i:03d}", ["similar names", "images: '000.png' for '000'"]),
+        (lambda i: f"file:///C:/data/{i:03d}.png", ["a URL", "images as the folder"]),
         (lambda i: f"images/none_{i}.png", ["no files of these names"]),
     ],
 )

@@ -13,7 +13,9 @@ import numpy as np
 
 from tensormask.data.checks.annotations import find_id
 from tensormask.data.checks.geometry import ends_inside, geometry_cause
+from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.measurements import Measurements, References
+from tensormask.utils.errors import shorten
 
 
 class Diagnosis(NamedTuple):
@@ -135,7 +137,7 @@ def _ids_of_another_type(measured: Measurements) -> Diagnosis | None:
         if most(other):
             given = next(i for i, differs in zip(references.ids, other, strict=True) if differs)
             named = find_id(given, references.known)[0]
-            detail = f"{count_of(other)}, such as {key} {given!r} for the id {named!r}"
+            detail = f"{count_of(other)}, such as {key} {_text(given)} for the id {_text(named)}"
             return Diagnosis("ids_of_another_type", detail)
     return None
 
@@ -146,10 +148,10 @@ def _ids_unknown(measured: Measurements) -> Diagnosis | None:
         if not most(unknown):
             continue
         ids = [i for i, is_unknown in zip(references.ids, unknown, strict=True) if is_unknown]
-        known = ", ".join(repr(i) for i in list(references.known)[:3])
-        detail = f"{count_of(unknown)}, such as {key} {ids[0]!r}, while the ids are {known}, ..."
+        known = ", ".join(map(_text, list(references.known)[:3]))
+        detail = f"{count_of(unknown)}, such as {key} {_text(ids[0])}; the ids are {known}, ..."
         if most(np.array([i in references.names for i in ids])):
-            detail += f"; it is a name in place of the id ({key} {ids[0]!r})"
+            detail += "; a name is written in place of the id"
         return Diagnosis("ids_unknown", detail)
     return None
 
@@ -173,6 +175,10 @@ def _categories_shifted(measured: Measurements) -> Diagnosis | None:
     return None
 
 
+def _text(identity: Identity | None) -> str:
+    return shorten(repr(identity), 60)
+
+
 def _unknown(references: References) -> np.ndarray:
     found = (find_id(i, references.known)[0] for i in references.ids)
     return np.array([i is None or i not in references.known for i in found], dtype=bool)
@@ -191,7 +197,8 @@ def _crowds(measured: Measurements) -> Diagnosis | None:
         measured.mask_areas[part & np.isfinite(measured.mask_areas)] for part in (crowds, ~crowds)
     ]
     # A crowd of many objects is larger than one object.
-    if all(map(len, areas)) and np.median(areas[0]) > _CROWD_AREA * np.median(areas[1]):
+    larger = all(map(len, areas)) and np.median(areas[0]) > _CROWD_AREA * np.median(areas[1])
+    if larger and not most(crowds):
         return None
     return Diagnosis("crowds", f"{count_of(crowds)} have iscrowd 1")
 
