@@ -2,7 +2,8 @@
 
 import io
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import cv2
@@ -11,6 +12,7 @@ from PIL import Image, ImageFile
 
 _MODES = ("RGB", "RGBA", "RGBX", "LA")
 _FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # in which OpenCV reads such images
+_LOGGING: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # of OpenCV 4, and of 5
 
 
 class DeepColors(NamedTuple):
@@ -86,11 +88,25 @@ def _is_deep(tile: Any) -> bool:
 def _decode(content: bytes, frame: int) -> np.ndarray | None:
     """Return a frame as `DeepColors.values`; None if OpenCV cannot, or finds 8 bits."""
     encoded = np.frombuffer(content, np.uint8)
-    if frame:
-        _, frames = cv2.imdecodemulti(encoded, cv2.IMREAD_UNCHANGED, range=(frame, frame + 1))
-        values = frames[0] if frames else None
-    else:
-        values = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    with _silent_opencv():
+        if frame:
+            _, frames = cv2.imdecodemulti(encoded, cv2.IMREAD_UNCHANGED, range=(frame, frame + 1))
+            values = frames[0] if frames else None
+        else:
+            values = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16:
         return None
     return values if values.ndim == 2 else values[:, :, 2::-1]  # from BGR or BGRA
+
+
+@contextmanager
+def _silent_opencv() -> Iterator[None]:
+    """Suppress OpenCV's messages on stderr, about odd tags of files that PIL reads."""
+    level = _LOGGING.getLogLevel()
+    if level:  # else another thread restores it
+        _LOGGING.setLogLevel(0)
+    try:
+        yield
+    finally:
+        if level:
+            _LOGGING.setLogLevel(level)

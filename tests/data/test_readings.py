@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from tensormask.data import deep_colors
 from tensormask.data.arrays import image_to_rgb
 from tensormask.data.images import ImageError, read_image, stretch_to_8_bits
 
@@ -196,6 +197,17 @@ def with_orientation(tiff, orientation):
 def write_deep(path, values):
     """Write uint16 RGB."""
     assert cv2.imwrite(str(path), values[..., ::-1])
+
+
+def test_opencv_prints_nothing(tmp_path, capfd):
+    """It warns of TIFF files with alpha, and of those that it cannot read."""
+    path = tmp_path / "a.tif"
+    assert cv2.imwrite(str(path), random_values(3, (4, 6, 4), "u2"))
+    capfd.readouterr()
+    level = deep_colors._LOGGING.getLogLevel()
+    read_image(path)
+    assert capfd.readouterr().err == ""
+    assert deep_colors._LOGGING.getLogLevel() == level > 0
 
 
 def test_an_image_that_was_changed_is_not_read_again(tmp_path):
