@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import tiny
@@ -375,11 +376,36 @@ def test_results_of_a_list_and_of_threads(real, images):
         assert (found["masks"] != expected["masks"]).float().mean() < 0.001
 
 
-def test_results_can_be_changed_in_place_and_pickled(real, images):
+def test_results_are_ordinary_tensors(real, images):
+    """They can be changed in place and take part in training; of one image and of several."""
     found = real(images[0], threshold=0.1)
-    for key in ("boxes", "scores", "labels", "masks"):
-        found[key][:1] = 0
+    nothing = real(images[0], threshold=0.999)
+    assert nothing.num_detections == 0
+    for result in (found, nothing, *real(images[:2]), *real(iter(images[:1])), found.select(0)):
+        for key in ("boxes", "scores", "labels", "masks"):
+            assert not result[key].is_inference()
+            assert not result[key].requires_grad
+            result[key][:1] = 0
+        result["boxes"][:, 2:] -= result["boxes"][:, :2]
+        (result["scores"] * torch.ones(1, requires_grad=True)).sum().backward()
     assert repr(pickle.loads(pickle.dumps(found))) == repr(found)
+
+
+def test_a_file_of_16_bits_is_detected_as_its_pil_image_and_its_array(tmp_path, real, images):
+    """In an evaluation too."""
+    values = images[0].astype(np.uint16) * 16
+    path = tmp_path / "a.png"
+    assert cv2.imwrite(str(path), values[..., ::-1])
+    entries = {"images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 50}]}
+    entries |= {"categories": [{"id": 1, "name": "a"}], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    dataset = CocoDataset("a", tmp_path / "a.json", tmp_path)
+    expected = real(path)
+    assert expected.num_detections == 5
+    np.testing.assert_array_equal(dataset.load(1)[0], expected.image)
+    with Image.open(path) as image:
+        for given in (image, values, torch.from_numpy(values).permute(2, 0, 1)):
+            assert same(real(given), expected)
 
 
 # ---- docs/predict.md ----
