@@ -167,17 +167,14 @@ def _unique_names(names: Sequence[str]) -> dict[str, int]:
 
 
 def _different_numbers(dataset: CocoDataset, classes: Classes, expected: int) -> str:
-    """Say why a match by position is not possible."""
-    reason = f"{OVERRIDE} needs equal numbers"
-    if not classes.names:
-        reason = (
-            f"{classes.source} has no class names, so its classes are matched by position, which "
-            "needs equal numbers"
-        )
+    """Say why a match by position is not possible, and what to do."""
+    numbers = f"{dataset.name} has {len(dataset.class_names)} classes and the model has {expected}"
+    if classes.names:
+        return f"{numbers}: {OVERRIDE} needs equal numbers, and the same classes in the same order"
     return (
-        f"{dataset.name} has {len(dataset.class_names)} classes and {classes.source} has "
-        f"{expected} (MODEL.TENSOR_MASK.NUM_CLASSES): {reason}. Give a data set with the classes "
-        "of the model, in the order of its labels"
+        f"{numbers}: {classes.source} has no class names, so they are matched by position, which "
+        "needs equal numbers. Set MODEL.TENSOR_MASK.NUM_CLASSES to the number that the weights "
+        "were trained with, and give a data set with the same classes in the same order"
     )
 
 
