@@ -230,7 +230,10 @@ class MetricsWriter(AbstractContextManager):
         montages = sorted(Path(inference_dir).glob("**/montage.png")) if drawn else []
         for path in montages:
             tag = prefix + str(path.parent.relative_to(inference_dir) / "predictions")
-            if (image := cv2.imread(str(path))) is not None:
+            # Read by Python: cv2.imread knows no names beyond ASCII on Windows.
+            data = np.frombuffer(path.read_bytes(), np.uint8)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+            if image is not None:
                 self._board.add_image(tag, image[..., ::-1], iteration, dataformats="HWC")
         for path in sorted(Path(inference_dir).glob("**/precision_recall.json")):
             for task, curves in json.loads(path.read_bytes()).items():

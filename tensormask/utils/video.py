@@ -40,6 +40,7 @@ class VideoReader:
         self.name = f"camera {source}" if isinstance(source, int) else str(source)
         if isinstance(source, Path) and not source.exists():
             raise VideoError(f"{source} does not exist")
+        _check_name(self.name)
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             reason = "it is not available, or is used by another program"
@@ -96,6 +97,7 @@ class VideoWriter:
             UserError: OpenCV cannot write videos here.
         """
         if self._writer is None:
+            _check_name(str(self._temporary))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._size = (rgb.shape[1], rgb.shape[0])
             code = cv2.VideoWriter.fourcc(*_CODEC)
@@ -117,3 +119,17 @@ class VideoWriter:
             self._temporary.replace(self.path)
         else:
             self._temporary.unlink(missing_ok=True)
+
+
+def _check_name(path: str) -> None:
+    """Refuse a path with bytes that are not UTF-8, at which OpenCV crashes.
+
+    In the locale C, these are all names beyond ASCII.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise VideoError(
+            f"OpenCV cannot open {path!a}: its name is not UTF-8, or the locale is not: rename "
+            "it, or set PYTHONUTF8=1"
+        ) from None

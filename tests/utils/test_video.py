@@ -6,7 +6,7 @@ import pytest
 
 from tensormask.utils import video
 from tensormask.utils.errors import UserError
-from tensormask.utils.video import VideoReader, VideoWriter
+from tensormask.utils.video import VideoError, VideoReader, VideoWriter
 
 
 def frames(num=4, height=48, width=96):
@@ -70,3 +70,13 @@ def test_a_video_without_a_rate(tmp_path, monkeypatch, fps):
     with VideoReader(path) as reader:
         assert (reader.fps, reader.num_frames) == (25.0, 0)
         assert len(list(reader)) == 1
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """OpenCV would crash, without an exception."""
+    path = tmp_path / "a\udce9.mp4"
+    path.touch()
+    with pytest.raises(VideoError, match=r"a\\udce9\.mp4.*PYTHONUTF8"):
+        VideoReader(path)
+    with VideoWriter(path, 5) as writer, pytest.raises(VideoError, match="not UTF-8"):
+        writer.write(np.zeros((16, 16, 3), np.uint8))
