@@ -17,6 +17,7 @@ from tensormask.engine import resume as ckpt
 from tensormask.engine.callbacks import Callback
 from tensormask.engine.changes import EFFECTS, Effect
 from tensormask.utils.errors import UserError
+from tensormask.utils.random import seed_everything
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -219,6 +220,21 @@ def test_other_frozen_parameters_are_refused():
     resumed = trainer.build_state(make_cfg("unused", "SOLVER.EMA.ENABLED", True), model)
     with pytest.raises(UserError, match="frozen"):
         ckpt.restore_checkpoint(pack(stopped), resumed)
+
+
+@pytest.mark.parametrize("new_seed", [False, True])
+def test_a_new_seed_replaces_the_random_states(new_seed):
+    seed_everything(5)
+    packed = pack(build("SGD", {}))
+    expected = []
+    for seed in (5, 6):
+        seed_everything(seed)
+        build("SGD", {})
+        expected.append(torch.rand(3))
+    seed_everything(6)
+    resumed = build("SGD", {})
+    ckpt.restore_checkpoint(packed, resumed, new_seed=new_seed)
+    assert torch.equal(torch.rand(3), expected[new_seed])
 
 
 # ---- whole runs ----

@@ -79,8 +79,9 @@ def test_memory_of_the_failed_functions_is_free_again():
         activations = [Large() for _ in range(3)]
         raise MemoryError(len(activations))
 
-    with pytest.raises(OutOfMemory), explain_out_of_memory("a test", ""):
+    with pytest.raises(OutOfMemory) as caught, explain_out_of_memory("a test", ""):
         fails()
+    assert isinstance(caught.value.__cause__, MemoryError)  # it refers to the failed functions
     assert Large.alive == 0
 
 
