@@ -6,6 +6,7 @@ from unittest.mock import create_autospec, patch
 import pytest
 import tiny
 import torch
+from pretended_cuda import pretend
 from torch import nn
 from torch.testing import assert_close
 
@@ -155,3 +156,39 @@ def test_the_box_tower_convolves_each_image_once(monkeypatch) -> None:
     with torch.inference_mode():
         model([tiny.make_image(64, 64, seed) for seed in range(3)])
     assert convolved == [(1, 16, s, s) for s in (16, 8, 4, 2, 1, 1)] * 3
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_tiles_on_a_gpu_wait_for_nothing(always_tiles, monkeypatch) -> None:
+    """In training, where windows are on the CPU: losses and gradients of whole feature maps."""
+    image, truth = tiny.make_image(96, 128), tiny.target(96, 128, [[20.0, 30.0, 60.0, 70.0]])
+    convolve = create_autospec(tiles.Tiles.convolve, side_effect=tiles.Tiles.convolve)
+    monkeypatch.setattr(tiles.Tiles, "convolve", convolve)
+    results = []
+    for min_saved in (1e18, -1e18):
+        monkeypatch.setattr(tiles, "_MIN_SAVED_ON_GPU", min_saved)
+        with pretend() as record:
+            model = tiny.build(opts=["MODEL.DEVICE", "cuda"]).train()
+            targets = [{name: value.pin_memory() for name, value in truth.items()}]
+            for _ in range(2):  # constants are copied in the first
+                record.clear()
+                losses = model([image], targets)
+            assert not record.waits
+            assert not record.mixes
+            sum(losses.values()).backward()
+            grads = {name: p.grad.cpu() for name, p in model.named_parameters()}
+            results.append(({name: loss.cpu() for name, loss in losses.items()}, grads))
+    assert len(convolve.call_args_list) > 4  # of the box tower and of the mask tower
+    assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_on_a_gpu_must_save_multiplications() -> None:
+    """Three times as many in training, whose backward pass has two more products."""
+    convs = [nn.Conv2d(256, 256, 3, padding=1, device="meta")]
+    few = tiles.Tiles(*torch.zeros(3, 10, dtype=torch.int64))
+    many = tiles.Tiles(*torch.zeros(3, 1000, dtype=torch.int64))
+    x = torch.empty(1, 256, 200, 336, device="meta")
+    expected = [(few, x, True, True), (few, x[:, :, :40], True, False), (many, x, True, False)]
+    for chosen, features, grad, faster in [*expected, (few, x[:, :, :100], False, False)]:
+        with torch.set_grad_enabled(grad):
+            assert chosen.are_faster(convs, features) == faster
