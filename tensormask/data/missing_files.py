@@ -68,7 +68,7 @@ def _where(image_root: Path, json_file: Path, tried: list[str]) -> str:
     total = sum(folders.values())
     if folders and 2 * total > len(tried):
         folder = folders.most_common(1)[0][0]
-        base = next(b for b in bases if os.path.exists(os.path.join(folder, b)))
+        base = next(b for b in bases if os.path.isfile(os.path.join(folder, b)))
         return f"files of these names are found in {folder}: give {_root_of(folder, bases[base])}"
     if 2 * len(similar) > len(tried):
         base, (folder, file_name) = next(iter(similar.items()))

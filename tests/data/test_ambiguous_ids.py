@@ -108,7 +108,9 @@ def test_categories_of_one_id(tmp_path):
     assert dataset.issues.counts["annotation_ambiguous"] == 3
     assert dataset.issues.counts["category_ambiguous_id"] == 1
     _, other, _ = export("b", 3, 3)
-    with pytest.raises(UserError, match=r"(?s)no categories with an id of their own.*joined without new ids"):
+    with pytest.raises(
+        UserError, match=r"(?s)no categories with an id of their own.*joined without new ids"
+    ):
         write(tmp_path, images, categories + other, annotations)
     with pytest.raises(UserError, match=r"6 of 9 annotations name an id.*(?s:.*)joined without"):
         write(tmp_path, images, categories + other[:2], annotations)

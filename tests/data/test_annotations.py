@@ -210,6 +210,8 @@ def test_categories():
         (12.0, {12}, (12, False)),
         ("12", {12, "12"}, ("12", False)),  # both types occur: they are different ids
         (12, {12, "12"}, (12, False)),
+        (" 12", {12}, (12, True)),
+        ("012", {12, "12"}, (None, False)),
         ("-3", {-3}, (-3, True)),
         ("12", {"012"}, (None, False)),
         ("1e1", {10}, (None, False)),

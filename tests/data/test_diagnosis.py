@@ -13,6 +13,8 @@ from pycocotools import mask as mask_utils
 from tensormask.data import CocoDataset
 from tensormask.data.checks.diagnosis import DIAGNOSES, diagnose
 from tensormask.data.checks.measurements import SAMPLE_SIZE, measure, segmentation_form
+from tensormask.data.statistics import count_contents
+from tensormask.evaluation import evaluate_results
 
 NUM_SETS = 3  # random sets for each cause
 
@@ -448,3 +450,24 @@ def test_the_documentation_has_the_table_of_diagnoses():
     text = (Path(__file__).parents[2] / "docs" / "custom_data.md").read_text(encoding="utf-8")
     rows = [f"| `{name}` | {meaning} | {mend} |" for name, (meaning, mend) in DIAGNOSES.items()]
     assert "\n".join(rows) in text
+
+
+def test_scores_by_size_are_those_of_the_masks_where_areas_are_wrong(tmp_path):
+    content = random_set(np.random.default_rng(0), 40)
+    scores = []
+    for change in (fields(area=1.0), fields(area=lambda area: area * 100), fields(area=None)):
+        changed = copy.deepcopy(content)
+        for annotation in changed["annotations"]:
+            change(annotation, None)
+        dataset = diagnosed(changed, tmp_path)
+        results = [
+            {**{key: a[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.5}
+            for a in content["annotations"][::2]
+        ]
+        metrics = evaluate_results(
+            dataset.to_coco(), results, dataset.class_names, iou_types=["bbox"]
+        )
+        scores.append([round(metrics["bbox"][key], 6) for key in ("APs", "APm", "APl")])
+        assert count_contents(dataset).by_size["small"] < 40
+    assert scores[0] == scores[1] == scores[2]
+    assert not np.isnan(scores[0]).any()

@@ -64,7 +64,8 @@ def sort_key(identity: Identity) -> tuple[bool, Identity]:
 def find_id(value: Any, known: Container[Identity]) -> tuple[Identity | None, bool]:
     """Return the id of `known` that a reference names, or None; and whether its type differs.
 
-    Text that is a number names the number and the other way round, unless `known` has both.
+    Text that is a number names the number and the other way round. " 7" and "07" name nothing if
+    `known` has both 7 and "7".
 
     Example:
         >>> find_id("12", {12, 13}), find_id(7, {"7"}), find_id("x", {12})
@@ -77,6 +78,8 @@ def find_id(value: Any, known: Container[Identity]) -> tuple[Identity | None, bo
     if isinstance(identity, str):
         number = _INTEGER.fullmatch(identity.strip())
         other = int(number[1]) if number else identity
+        if str(other) in known:
+            return None, False
     return (other, True) if other in known else (None, False)
 
 
