@@ -53,9 +53,14 @@ class StopSignals:
         if self._interruptible:
             raise TrainingStopped(number)
 
-    def check(self) -> None:
-        """Raise TrainingStopped if any rank has received a signal; all ranks must call this."""
-        if any_rank(self.received is not None):
+    def check(self, by_any_rank: bool | None = None) -> None:
+        """Raise TrainingStopped if any rank has received a signal; all ranks must call this.
+
+        ``by_any_rank`` says it, if all ranks know it already. A single process looks again.
+        """
+        if by_any_rank is None or get_world_size() == 1:
+            by_any_rank = any_rank(self.received is not None)
+        if by_any_rank:
             raise TrainingStopped(self.received or signal.SIGTERM)
 
     @contextmanager

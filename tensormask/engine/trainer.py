@@ -237,14 +237,18 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                     batch = next(batches)
                 check_batch(batch)
                 new = [issue for sample in batch for issue in sample.get("issues", ())]
-                new = distributed.gather_lists(new)
-                run.reporter.add([{"issues": new}])
-                run.issues |= dict.fromkeys(new)
                 for callback in run.callbacks:
                     callback.before_step(run, batch)
                 data_time = time.perf_counter() - started
-                metrics = step(batch, iteration=run.done)
+                flags = {"issues": bool(new), "stop": stop.received is not None}
+                metrics = step(batch, iteration=run.done, flags=flags)
                 run.done += 1
+                if flags["issues"]:
+                    new = [
+                        issue for of_rank in distributed.gather_objects(new) for issue in of_rank
+                    ]
+                    run.reporter.add([{"issues": new}])
+                    run.issues |= dict.fromkeys(new)
                 for callback in run.callbacks:
                     callback.after_step(run, metrics)
                 run.agree_on_stop()
@@ -260,7 +264,7 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                     run.writer.write_issues(run.done - 1, run.reporter.pop_record())
                 if not run.finished and _is_due(run.done, cfg.SOLVER.CHECKPOINT_PERIOD):
                     save(run)
-                stop.check()
+                stop.check(flags["stop"])
                 if not run.finished and _is_due(run.done, cfg.TEST.EVAL_PERIOD):
                     evaluate(run)
             save(run)

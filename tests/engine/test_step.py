@@ -173,6 +173,18 @@ def test_a_loss_that_is_not_finite_does_not_change_the_weights():
     assert state.model.weight.item() == 2.0
 
 
+def test_flags_that_any_rank_has_set_are_read_with_the_losses(monkeypatch):
+    of_other_rank = torch.tensor([4.0, 0.0, 1.0, 0.0])  # its loss, and its flags
+    monkeypatch.setattr("tensormask.engine.step.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "tensormask.engine.step.mean_over_ranks", lambda own: (own + of_other_rank) / 2
+    )
+    flags = {"own": True, "other's": False, "none's": False}
+    metrics = step(state_of(Product()), samples(3.0), flags=flags)
+    assert flags == {"own": True, "other's": True, "none's": False}
+    assert metrics["loss"] == 5.0
+
+
 def test_averages_follow_their_formula():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.75])
