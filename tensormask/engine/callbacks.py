@@ -108,6 +108,7 @@ class Run:
         issues: of training samples, in order of their detection.
         classes: of the model, and the category ids that its checkpoints name.
         stopped: the reason of a callback that has stopped the run.
+        best: the best value of `SOLVER.CHECKPOINT_BEST` before a resume.
         evaluated: the iterations of the weights that were evaluated last; -1 for none.
         updating: the index of the iteration that has last begun to change the weights.
         results: of this evaluation, in this process (see `evaluate_all`).
@@ -125,6 +126,7 @@ class Run:
     done: int = 0
     saved: int = 0
     stopped: str | None = None
+    best: float = -math.inf
     evaluated: int = -1
     updating: int = -1
     results: dict[str, Any] | None = None

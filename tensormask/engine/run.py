@@ -112,6 +112,7 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     issues = [issue for issue in run.issues if issue[0] in run.reporter.logs]
     run.reporter.add([{"issues": issues}])
     run.load_state_dict(checkpoint.get("run", {}))
+    run.best = _best_so_far(run)  # also after the checkpoint, which metrics.json forgets now
     changes.log_changes(changed, done=run.done, finished=run.finished)
     if run.finished:
         _log_finished(run)
@@ -224,10 +225,10 @@ def _keep_best(run: Run, metrics: dict[str, float]) -> None:
 
 
 def _best_so_far(run: Run) -> float:
-    """Return the best value of `SOLVER.CHECKPOINT_BEST` in metrics.json; -inf without any."""
+    """Return the best value of `SOLVER.CHECKPOINT_BEST` in this run; -inf without any."""
     records = events.read_metrics(run.output_dir / events.METRICS)
     values = [record.get(run.cfg.SOLVER.CHECKPOINT_BEST) for record in records]
-    return max((value for value in values if value is not None), default=-math.inf)
+    return max([run.best, *(value for value in values if value is not None)])
 
 
 def log_start(run: Run) -> None:

@@ -5,12 +5,12 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from fakes import lines, make_cfg
+from fakes import interrupted_run, lines, make_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensormask.data import CocoDataset
-from tensormask.engine import metrics, run, trainer
+from tensormask.engine import evaluator, metrics, run, trainer
 from tensormask.engine.callbacks import Callback, EarlyStopping
 from tensormask.engine.metrics import check_metrics, explain_zero
 from tensormask.evaluation.scoring import evaluate_results
@@ -156,6 +156,17 @@ def test_a_metric_that_is_nan_is_said_each_time_and_the_best_file_stays(
     assert log.count("segm/AP is NaN") == 4
     assert log.count("is the best so far") == 1
     assert [r["segm/AP"] for r in lines(tmp_path) if "segm/AP" in r][1] == 20.0
+
+
+def test_a_resume_before_the_best_evaluation_keeps_its_weights(tmp_path, fakes, monkeypatch):
+    """The checkpoint is of iteration 9, the best evaluation after iteration 14."""
+    scores = iter([10.0, 20.0, 30.0, *[29.0] * 4])
+    monkeypatch.setattr(evaluator, "evaluate", lambda *_, **__: {"segm": {"AP": next(scores)}})
+    options = ("SOLVER.CHECKPOINT_BEST", "segm/AP", "TEST.EVAL_PERIOD", 5)
+    interrupted_run(make_cfg(tmp_path, *options), monkeypatch, 17)
+    before = (tmp_path / "model_best.pth").read_bytes()
+    trainer.train(make_cfg(tmp_path, *options, "SOLVER.BASE_LR", 0.02), resume=True)
+    assert (tmp_path / "model_best.pth").read_bytes() == before
 
 
 def test_the_best_file_of_an_earlier_run_is_not_listed(tmp_path, fakes):
