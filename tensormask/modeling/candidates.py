@@ -59,31 +59,37 @@ def find_candidates(
     odds = score_threshold / (1 - score_threshold)
     threshold = math.log(odds) if odds > 0 else -math.inf
     device = logits_per_level[0].device
-    logits = [x.unflatten(0, (windows.num_sizes, -1)) for x in logits_per_level]
+    num_labels = len(logits_per_level[0]) // windows.num_sizes
     if classes is not None:
+        num_labels = len(classes)
         labels_of = to_device(torch.tensor(classes, dtype=torch.int64), device)
-        logits = [x[:, labels_of] for x in logits]
-    flat = [x.flatten() for x in logits]  # of (num_sizes, num_classes, H, W)
-    starts = list(itertools.accumulate(map(len, flat), initial=0))
+
+    def flat(logits: Tensor) -> Tensor:
+        logits = logits.unflatten(0, (windows.num_sizes, -1))  # (num_sizes, num_classes, H, W)
+        return (logits if classes is None else logits[:, labels_of]).flatten()
+
+    grids = [x.shape[1:] for x in logits_per_level]
+    sizes = (windows.num_sizes * num_labels * height * width for height, width in grids)
+    starts = list(itertools.accumulate(sizes, initial=0))
     if device.type == "cpu":
-        best = [_above(x, threshold, num_candidates) for x in flat]
+        best = [_above(flat(x), threshold, num_candidates) for x in logits_per_level]
         index = torch.cat([i + start for (i, _), start in zip(best, starts, strict=False)])
         scores = torch.cat([score for _, score in best]).float().sigmoid()
     else:
-        score, index = cat(flat).topk(min(num_candidates, starts[-1]), sorted=False)
+        all_logits = cat([flat(x) for x in logits_per_level])
+        score, index = all_logits.topk(min(num_candidates, starts[-1]), sorted=False)
         index, order = index.sort()  # equal scores keep the order of their windows
         score = score[order]
         scores = torch.where(score > threshold, score.float().sigmoid(), -1.0)
     scores, order = scores.sort(descending=True, stable=True)
     scores, index = scores[:num_candidates], index[order[:num_candidates]]
 
-    table = [[x.shape[-2] for x in logits], [x.shape[-1] for x in logits], starts[:-1]]
-    heights, widths, first = to_device(torch.tensor(table), device)
+    table = torch.tensor([*zip(*grids, strict=True), starts[:-1]])
+    heights, widths, first = to_device(table, device)
     level = torch.bucketize(index, first[1:], right=True)
     rest, width, height = index - first[level], widths[level], heights[level]
     rest, x = rest // width, rest % width
     rest, y = rest // height, rest % height
-    num_labels = logits[0].shape[1]
     size, label = (rest // num_labels, rest % num_labels) if num_labels else (rest, rest)
     if classes is not None:
         label = labels_of[label]
