@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from tensormask.config import CfgNode
 from tensormask.data.catalog import get_dataset
@@ -18,7 +19,15 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import Classes, check_num_classes, log_match, match_dataset
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
-from tensormask.data.samplers import AUGMENTATION, MAPPER, REPLACEMENT, BatchSampler, random_stream
+from tensormask.data.prefetch import WorkerBatches
+from tensormask.data.samplers import (
+    AUGMENTATION,
+    MAPPER,
+    REPLACEMENT,
+    BatchSampler,
+    ShareSampler,
+    random_stream,
+)
 from tensormask.data.transforms import (
     Augmentation,
     build_test_transform,
@@ -27,7 +36,6 @@ from tensormask.data.transforms import (
     transform_annotations,
     transform_image,
 )
-from tensormask.data.workers import leave_signals_to_parent
 from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
@@ -94,13 +102,12 @@ def build_train_loader(
     # A share of each accumulated part, because the loss of a part is normalized over all processes.
     size = batch_size // num_shares
     starts = range(rank * size, batch_size, world_size * size)
-    shares = ([key for i in starts for key in batch[i : i + size]] for batch in sampler)
-    return iter(_data_loader(cfg, training_set, batch_sampler=shares))
+    return iter(_build_loader(cfg, training_set, ShareSampler(sampler, starts, size)))
 
 
 def build_test_loader(
     cfg: CfgNode, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+) -> BatchLoader:
     """Load all images of a set in the order of `image_ids`, in lists of one sample (see `TestSet`).
 
     Process `rank` of `world_size` loads every `world_size`-th image, starting at image `rank`.
@@ -111,7 +118,7 @@ def build_test_loader(
     check_dataset(cfg, dataset)
     test_set = TestSet(dataset, build_test_transform(cfg))
     indices = range(rank, len(test_set), world_size)
-    return _data_loader(cfg, test_set, batch_size=1, sampler=indices)
+    return _build_loader(cfg, test_set, [[index] for index in indices])
 
 
 def repeat(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
@@ -291,17 +298,59 @@ def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:
     }
 
 
-def _data_loader(cfg: CfgNode, dataset: Dataset, **batching: Any) -> DataLoader:
-    num_workers = cfg.DATALOADER.NUM_WORKERS
-    return DataLoader(
+class BatchLoader:
+    """Batches of a data set, lists of samples, in the order of `batches`.
+
+    Each iteration starts its own worker processes (see `WorkerBatches`), or reads in this process
+    if `num_workers` is 0.
+
+    Args:
+        batches: the keys of each batch; a collection, or endless.
+        num_workers, timeout, pin_memory: as of `WorkerBatches`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: Iterable[list[Any]],
+        *,
+        num_workers: int = 0,
+        timeout: float = 0.0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.batches = batches
+        self.num_workers = num_workers
+        self.timeout = timeout
+        self.pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        if not isinstance(self.batches, Sized):
+            raise TypeError("this loader has no end")
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        if self.num_workers:
+            return WorkerBatches(
+                self.dataset,
+                self.batches,
+                num_workers=self.num_workers,
+                timeout=self.timeout,
+                pin_memory=self.pin_memory,
+            )
+        batches = ([self.dataset[key] for key in keys] for keys in self.batches)
+        return map(pin, batches) if self.pin_memory else batches
+
+
+def _build_loader(cfg: CfgNode, dataset: Dataset, batches: Iterable[list[Any]]) -> BatchLoader:
+    num_workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+    for key, number in (("NUM_WORKERS", num_workers), ("TIMEOUT", timeout)):
+        if number < 0:
+            raise UserError(f"DATALOADER.{key} is {number}; it must be 0 or more.")
+    return BatchLoader(
         dataset,
-        **batching,
+        batches,
         num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_parent,
-        persistent_workers=num_workers > 0,
+        timeout=timeout,
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
-        # Without a generator, the loader draws a number from torch's global one, which would change
-        # later draws.
-        generator=torch.Generator(),
     )

@@ -6,19 +6,23 @@ object's reference count, which writes to its page of memory. The bytes of a buf
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterable, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class PackedList(Sequence):
     """An immutable list that stores its items pickled in a uint8 tensor.
 
     Each access unpickles a new object. Forked workers inherit the tensors, and spawned workers
-    receive them through shared memory.
+    receive them through shared memory, or a copy each if it is full.
 
     Example:
         >>> packed = PackedList([{"a": 1}, "b"])
@@ -35,6 +39,20 @@ class PackedList(Sequence):
         # A tensor cannot use an empty bytearray as its memory.
         self._buffer = torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)
         self._ends = torch.tensor(ends)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As PyTorch does for each tensor that is sent to a process, except for the error.
+        if get_spawning_popen() is not None:
+            try:
+                for tensor in vars(self).values():
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                logger.warning("Each worker process gets a copy of the annotations: %s", error)
+                return {name: tensor.numpy() for name, tensor in vars(self).items()}
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: torch.as_tensor(value) for name, value in state.items()})
 
     def __len__(self) -> int:
         return len(self._ends) - 1

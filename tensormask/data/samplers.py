@@ -7,7 +7,7 @@ run gets the same batches as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,21 @@ ORDER, AUGMENTATION, REPLACEMENT, MAPPER = 0, 1, 2, 3
 def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
     """Return the generator of `purpose` (such as `ORDER`) for an epoch or position."""
     return np.random.Generator(np.random.PCG64([seed, purpose, number]))
+
+
+class ShareSampler:
+    """Yield one process's share of each batch: the slices of length `size` from `starts` on."""
+
+    def __init__(
+        self, batches: Iterable[list[tuple[int, int]]], starts: Sequence[int], size: int
+    ) -> None:
+        self.batches = batches
+        self.starts = starts
+        self.size = size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [key for start in self.starts for key in batch[start : start + self.size]]
 
 
 class BatchSampler:
