@@ -14,7 +14,7 @@ import numpy as np
 from tensormask.data.checks.annotations import find_id
 from tensormask.data.checks.geometry import ends_inside, geometry_cause
 from tensormask.data.checks.issues import Identity
-from tensormask.data.checks.measurements import Measurements, References
+from tensormask.data.checks.measurements import FEW, Measurements, References, count_of, most
 from tensormask.utils.errors import shorten
 
 
@@ -108,7 +108,6 @@ DIAGNOSES = {
         "Write [[x0, y0, x1, y1, ...], ...] in pixels, or a run-length code of the image's size",
     ),
 }
-_FEW = 2  # a cause shows in this many entries at least
 # In COCO 1 % of the annotations are crowds; a cause can also be in a part of a set.
 _CROWD_SHARE, _FEW_CROWDS, _CROWD_AREA = 0.2, 4, 4.0
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 1.0
@@ -118,17 +117,6 @@ def diagnose(measured: Measurements) -> list[Diagnosis]:
     """Return the causes that the annotations of a set show, in the order of `DIAGNOSES`."""
     found = [diagnosis for test in _TESTS if (diagnosis := test(measured)) is not None]
     return sorted(found, key=lambda diagnosis: list(DIAGNOSES).index(diagnosis.name))
-
-
-def most(condition: np.ndarray) -> bool:
-    """Return whether a condition holds for more than half of the entries, and for two or more."""
-    count = np.count_nonzero(condition)
-    return bool(count >= _FEW and count > len(condition) / 2)
-
-
-def count_of(condition: np.ndarray) -> str:
-    """Return the text "3 of 5 annotations"."""
-    return f"{np.count_nonzero(condition)} of {len(condition)} annotations"
 
 
 def _ids_of_another_type(measured: Measurements) -> Diagnosis | None:
@@ -162,7 +150,7 @@ def _categories_shifted(measured: Measurements) -> Diagnosis | None:
     used = {i for i in references.ids if isinstance(i, int)}
     known = {i for i in references.known if isinstance(i, int)}
     num_unknown = int(np.count_nonzero(_unknown(references)))
-    if len(known) < 2 or len(used) < 2 or num_unknown < 2 * _FEW:
+    if len(known) < 2 or len(used) < 2 or num_unknown < 2 * FEW:
         return None
     rare = num_unknown < len(references.ids) / (4 * len(known))
     for shift in (1, -1):

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tensormask.data.checks.measurements import Measurements
+from tensormask.data.checks.measurements import FEW, Measurements, count_of, most
 
 Cause = tuple[str, str]  # the name of a diagnosis, and its detail
 
-_FEW = 2  # a cause shows in this many annotations at least
 _TOLERATED_PIXELS, _TOLERATED_SHARE = 2.0, 0.05  # between box and mask, as for single annotations
 _ROUNDING = 0.01  # beyond 0..1
 # Boxes without masks are judged by what reaches beyond the image: of corners, most with a center
@@ -44,24 +43,26 @@ def _normalized(measured: Measurements) -> Cause | None:
         valid = np.isfinite(values).all(axis=1) & large
         unit = valid & (values >= -_ROUNDING).all(axis=1) & (values <= 1 + _ROUNDING).all(axis=1)
         fractions = unit & (values != np.round(values)).any(axis=1)
-        if _most(unit, valid) and np.count_nonzero(fractions) >= _FEW:
+        if most(unit, valid) and np.count_nonzero(fractions) >= FEW:
             count = f"{np.count_nonzero(unit)} of {np.count_nonzero(valid)}"
             found.append(f"{name} of {count} annotations is in 0..1")
     return ("coordinates_normalized", ", ".join(found)) if found else None
 
 
 def _percent(measured: Measurements) -> Cause | None:
-    """All of the set in 0..100, up to near 100 in both directions, in images that are larger."""
+    """Nearly all in 0..100, up to near 100 in both directions, in images that are larger."""
     sizes = measured.sizes
     for name, values in (("segmentation", measured.extents), ("bbox", _corners(measured.boxes))):
         valid = np.isfinite(values).all(axis=1) & (sizes >= _PERCENT_SIDE).all(axis=1)
-        ends = values[valid][:, 2:]
-        if len(ends) < _PERCENT_ENOUGH or np.count_nonzero(valid) < len(measured) / 2:
+        within = valid & (values[:, 2:] <= 100 + _ROUNDING).all(axis=1)
+        ends = values[within][:, 2:]
+        if len(ends) < _PERCENT_ENOUGH or len(ends) < len(measured) / 2:
             continue
         # Some large objects at the top left of an image are no reason: nothing is elsewhere.
         far = min(2 * np.median(ends, axis=0).min(), ends.max(axis=0).min()) > _PERCENT_FAR
-        if ends.max() <= 100 + _ROUNDING and far and (ends != np.round(ends)).any():
-            return "coordinates_normalized", f"{name} of all annotations ends at 100: percent"
+        nearly_all = len(ends) >= (1 - _FEW_BEYOND) * np.count_nonzero(valid)
+        if nearly_all and far and (ends != np.round(ends)).any():
+            return "coordinates_normalized", f"{name} of {count_of(within)} is in 0..100: percent"
     return None
 
 
@@ -71,17 +72,17 @@ def _box_form(measured: Measurements) -> Cause | None:
     valid = np.isfinite(np.concatenate([boxes, extents, sizes], axis=1)).all(axis=1)
     boxes, extents, sizes = boxes[valid], extents[valid], sizes[valid]
     differs = ~_near(_corners(boxes), extents, sizes)
-    if not _most(differs):
+    if not most(differs):
         return None
     scale = np.tile(sizes[:, ::-1], 2)
     for form, read in _FORMS.items():
         fits = differs & _near(read(boxes, scale), extents, sizes)
-        if _most(fits):
+        if most(fits):
             name, text = _FORM_TEXTS[form]
-            return name, f"{text} fits the masks of {_count(fits)}"
-    if _most(differs & _near(_corners(boxes), extents[:, [1, 0, 3, 2]], sizes)):
-        return "axes_swapped", f"the masks of {_count(differs)} have y before x, their boxes not"
-    return "boxes_disagree", f"{_count(differs)}"
+            return name, f"{text} fits the masks of {count_of(fits)}"
+    if most(differs & _near(_corners(boxes), extents[:, [1, 0, 3, 2]], sizes)):
+        return "axes_swapped", f"the masks of {count_of(differs)} have y before x, their boxes not"
+    return "boxes_disagree", count_of(differs)
 
 
 def _axes(measured: Measurements) -> Cause | None:
@@ -91,11 +92,11 @@ def _axes(measured: Measurements) -> Cause | None:
     swapped = _is_beyond(corners, sizes[:, ::-1])
     count = np.count_nonzero(beyond)
     # Corners that are taken for sizes reach beyond in any orientation.
-    if count < 2 * _FEW or count < _SWAPPED_BEYOND * len(beyond):
+    if count < 2 * FEW or count < _SWAPPED_BEYOND * len(beyond):
         return None
     if np.count_nonzero(swapped) > _FEW_BEYOND * len(beyond):
         return None
-    return "axes_swapped", f"{_count(beyond)} reach beyond the image, and none if it is turned"
+    return "axes_swapped", f"{count_of(beyond)} reach beyond the image, and none if it is turned"
 
 
 def _box_corners(measured: Measurements) -> Cause | None:
@@ -107,17 +108,17 @@ def _box_corners(measured: Measurements) -> Cause | None:
     beyond = _is_beyond(_corners(boxes), sizes)
     ordered = (boxes[:, 2:] >= boxes[:, :2]).all(axis=1) & ~_is_beyond(boxes, sizes)
     count = np.count_nonzero(beyond)
-    if count < 2 * _FEW or count < _MANY_BEYOND * len(beyond) or not len(ordered):
+    if count < 2 * FEW or count < _MANY_BEYOND * len(beyond) or not len(ordered):
         return None
     if np.count_nonzero(~ordered) > _FEW_BEYOND * len(ordered):
         return None
-    return "boxes_as_corners", f"x + width or y + height of {_count(beyond)} is beyond the image"
+    return "boxes_as_corners", f"x + width or y + height of {count_of(beyond)} is beyond the image"
 
 
 def _beyond(measured: Measurements) -> Cause | None:
     corners, sizes = _regions(measured)
     beyond = _is_beyond(corners, sizes)
-    return ("coordinates_beyond", _count(beyond)) if _most(beyond) else None
+    return ("coordinates_beyond", count_of(beyond)) if most(beyond) else None
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:
@@ -169,13 +170,3 @@ def _is_beyond(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return which boxes end more than 2 % of the image, and a pixel, beyond it."""
     margin = np.maximum(1.0, 0.02 * sizes[:, ::-1])
     return np.any(corners[:, 2:] > sizes[:, ::-1] + margin, axis=1)
-
-
-def _most(condition: np.ndarray, among: np.ndarray | None = None) -> bool:
-    count = np.count_nonzero(condition)
-    total = len(condition) if among is None else np.count_nonzero(among)
-    return bool(count >= _FEW and count > total / 2)
-
-
-def _count(condition: np.ndarray) -> str:
-    return f"{np.count_nonzero(condition)} of {len(condition)} annotations"

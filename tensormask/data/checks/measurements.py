@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from tensormask.data.checks.annotations import ImageEntry, as_id, check_segmentation, find_id
 from tensormask.data.checks.issues import Identity
 
+FEW = 2  # a cause shows in this many annotations at least
 SAMPLE_SIZE = 2000  # annotations: a share of them is known to about 1 %
 
 
@@ -142,6 +143,18 @@ def segmentation_form(segmentation: Any) -> str:
         return "nested"
     pairs = len(segmentation) > 2 and all(isinstance(p, list) and len(p) == 2 for p in segmentation)
     return "points" if pairs else "polygons" if _is_real(first[0]) else "other"
+
+
+def most(condition: np.ndarray, among: np.ndarray | None = None) -> bool:
+    """Return whether a condition `(K,)` holds for more than half, and for `FEW` or more."""
+    total = len(condition) if among is None else np.count_nonzero(among)
+    count = np.count_nonzero(condition)
+    return bool(count >= FEW and count > total / 2)
+
+
+def count_of(condition: np.ndarray) -> str:
+    """Return the text "3 of 5 annotations"."""
+    return f"{np.count_nonzero(condition)} of {len(condition)} annotations"
 
 
 def _measure_mask(segmentation: Any, size: tuple[int, int] | None) -> tuple[list[float], float]:
