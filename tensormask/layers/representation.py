@@ -209,10 +209,10 @@ def _shift(x: Tensor, alpha: float, mask_axis: int, window_axis: int) -> Tensor:
     out = torch.zeros_like(x)
     for step, weights in ((0, [1 - weight for weight in above]), (1, above)):
         if any(weights):
-            location = torch.tensor(low, device=x.device)[:, None] + step
+            location = constant(low, torch.int64, x.device)[:, None] + step
             location = location + torch.arange(extent, device=x.device)
             inside = (location >= 0) & (location < extent)
-            weight = torch.tensor(weights, dtype=x.dtype, device=x.device)[:, None] * inside
+            weight = constant(weights, x.dtype, x.device)[:, None] * inside
             out = out + x.gather(-1, location.clamp(0, extent - 1).expand(x.shape)) * weight
     return out.movedim((-2, -1), (mask_axis, window_axis))
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import pretend
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -179,3 +180,17 @@ def test_invalid_arguments(call, message) -> None:
 
 def test_no_windows() -> None:
     assert up_align2nat_at(torch.zeros(1, 4, 3, 3), torch.zeros(0, 3).long(), 3).shape == (0, 6, 6)
+
+
+@pytest.mark.parametrize("function", [align2nat, nat2align, up_bilinear, up_nearest, up_align2nat])
+def test_a_gpu_gets_constants_once(function) -> None:
+    """The host waits for such a copy."""
+    arguments = (2,) if function in (up_bilinear, up_nearest, up_align2nat) else ()
+    x = tensor4d(1, 3, 3, 4, 5)
+    with pretend() as record:
+        on_gpu = x.cuda()
+        function(on_gpu, *arguments)
+        record.clear()
+        again = function(on_gpu, *arguments)
+        assert record.waits.total() == 0, record.waits
+    assert_close(again, function(x, *arguments))
