@@ -12,6 +12,7 @@ from PIL import Image
 
 from tensormask.config import get_cfg
 from tensormask.data import build_test_loader, build_train_loader, get_dataset
+from tensormask.data.catalog import fixed_datasets
 
 # (height, width) of the images; the fourth has no objects, the fifth has only a crowd.
 SIZES = [(20, 30), (30, 20), (24, 24), (20, 30), (20, 30), (18, 36), (36, 18), (20, 32)]
@@ -144,6 +145,7 @@ def test_objects_that_are_too_small_are_reported(small_set):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@fixed_datasets()
 def test_an_image_that_cannot_be_read_is_replaced(small_set, tmp_path, num_workers):
     originals = samples_of(take(make_cfg(small_set), 40))
     (tmp_path / "2.png").write_text("no image")
