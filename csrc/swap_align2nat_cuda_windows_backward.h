@@ -13,7 +13,7 @@
 namespace tensormask {
 namespace cuda {
 
-constexpr int64_t SUMS_BYTES = 24 * 1024;  // of a block: about nine blocks share a multiprocessor
+constexpr int64_t SUMS_BYTES = 24 * 1024;  // of a block, so that eight share a multiprocessor
 
 // Returns the number of the grid's row (n, y), and the number of rows for a window outside.
 TENSORMASK_HOST_DEVICE inline int row_of(const Geometry& g, const int64_t* window) {
