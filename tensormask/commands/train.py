@@ -14,7 +14,7 @@ from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
 from tensormask.engine.evaluator import evaluate_only
 from tensormask.engine.launch import AUTO, check_launch, launch
-from tensormask.engine.memory import OutOfMemory
+from tensormask.engine.memory import OutOfMemory, explain_out_of_memory
 from tensormask.engine.signals import TrainingStopped
 from tensormask.engine.trainer import train
 from tensormask.evaluation import UnexpectedResultsError
@@ -22,6 +22,7 @@ from tensormask.utils.errors import UserError
 from tensormask.utils.files import DiskFullError
 
 EXIT_FAILED = 1
+_ADVICE = "Free the memory that other processes use, or choose another device (MODEL.DEVICE)."
 
 
 def build_parser(command: str = "train") -> CommandParser:
@@ -138,10 +139,11 @@ def main(arguments: list[str] | None = None, command: str = "train") -> int:
         if args.num_gpus > 1 or args.num_machines != 1 or args.machine_rank:
             return launch_processes(args, cfg)
         distributed.start(cfg.MODEL.DEVICE)
-        if args.eval_only:
-            evaluate_only(cfg, resume=args.resume)
-        else:
-            train(cfg, resume=args.resume, overwrite=args.overwrite)
+        with explain_out_of_memory("the setup of the run", _ADVICE):  # later ones say more
+            if args.eval_only:
+                evaluate_only(cfg, resume=args.resume)
+            else:
+                train(cfg, resume=args.resume, overwrite=args.overwrite)
         distributed.stop()
     except (NonFiniteError, OutOfMemory, UnexpectedResultsError, DiskFullError) as error:
         return _fail(error, EXIT_FAILED)

@@ -212,11 +212,21 @@ def test_an_evaluation_without_memory_leaves_the_run(tmp_path, fakes, monkeypatc
     assert trainer.train(cfg, resume=True) == fakes.results
 
 
-def test_the_command_prints_one_line(tmp_path, fakes, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, printed",
+    [
+        (OutOfMemory("Out of memory in training"), "error: Out of memory in training\n"),
+        (ERRORS[2], "error: Out of memory in the setup of the run (CUDA out of memory. Tried"),
+    ],
+    ids=["later", "start"],
+)
+def test_the_command_prints_one_line(tmp_path, fakes, monkeypatch, capsys, error, printed):
     def fails(*args, **options):
-        raise OutOfMemory("Out of memory in training")
+        raise error
 
     monkeypatch.setattr(command, "train", fails)
     options = ["--config-file", "quickstart", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
     assert command.main(options) == 1
-    assert capsys.readouterr().err == "error: Out of memory in training\n"
+    line = capsys.readouterr().err
+    assert line.startswith(printed)
+    assert line.count("\n") == 1
