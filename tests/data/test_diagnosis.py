@@ -6,70 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
+from random_sets import diagnosed, names_of, polygon_of, random_set
 
-from tensormask.data import CocoDataset
-from tensormask.data.checks.diagnosis import DIAGNOSES, diagnose
-from tensormask.data.checks.measurements import SAMPLE_SIZE, measure, segmentation_form
+from tensormask.data.checks.diagnosis import DIAGNOSES
 from tensormask.data.statistics import count_contents
 from tensormask.evaluation import evaluate_results
 
 NUM_SETS = 3  # random sets for each cause
-
-
-def random_set(rng, num_annotations, with_rle=True):
-    """Ellipses in images of several sizes, as polygons and run-length codes, a few crowds."""
-    images = []
-    for identity in range(1, max(2, num_annotations // 4) + 1):
-        height, width = rng.integers(60, 700, 2).tolist()
-        width += (width == height) * 7
-        images.append({"id": identity, "file_name": f"{identity}.png"})
-        images[-1] |= {"height": height, "width": width}
-    annotations = []
-    for identity in range(1, num_annotations + 1):
-        image = images[identity % len(images)]
-        size = np.array([image["width"], image["height"]])
-        radius = rng.uniform(0.02, 0.3, 2) * size.min()
-        center = radius + rng.uniform(0, 1, 2) * (size - 2 * radius)
-        angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-        points = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        polygon = points.round(2).ravel().tolist()
-        segmentation = [polygon]
-        if with_rle and identity % 3 == 0:
-            code = mask_utils.frPyObjects([polygon], *size[::-1].tolist())[0]
-            segmentation = {"size": code["size"], "counts": code["counts"].decode()}
-        low, high = points.min(axis=0), points.max(axis=0)
-        area = 6 * np.sin(np.pi / 6) * radius.prod()
-        annotations.append(
-            {
-                **{"id": identity, "image_id": image["id"]},
-                "category_id": 1 + (identity % 3 if num_annotations > 3 else 0),
-                "bbox": [*low.round(2).tolist(), *(high - low).round(2).tolist()],
-                **{"segmentation": segmentation, "area": float(area), "iscrowd": 0},
-            }
-        )
-    categories = [{"id": i, "name": name} for i, name in enumerate("abc", start=1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def diagnosed(content, folder):
-    path = folder / "set.json"
-    path.write_text(json.dumps(content))
-    return CocoDataset("set", path, folder)
-
-
-def names_of(dataset):
-    return [diagnosis.name for diagnosis in dataset.diagnoses]
-
-
-def polygon_of(annotation):
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        return segmentation[0]
-    x, y, width, height = annotation["bbox"]
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 # Each of these changes one annotation of an image.
@@ -371,72 +315,6 @@ def test_areas_within_a_factor_of_two_and_few_wrong_ones_are_kept(tmp_path):
     assert names_of(dataset) == []
     stated = {annotation["id"]: annotation["area"] for annotation in content["annotations"]}
     assert {a["id"]: a["area"] for a in dataset.to_coco().anns.values()} == stated
-
-
-def test_alternating_entries_of_a_large_set_are_sampled(tmp_path):
-    """A sample of every n-th annotation would see one of two alternating kinds only."""
-    content = random_set(np.random.default_rng(0), 12, with_rle=False)
-    entries = content["annotations"]
-    content["annotations"] = [
-        {**entries[i % 12], "id": i, "iscrowd": i % 2} for i in range(2 * SAMPLE_SIZE)
-    ]
-    (crowds,) = diagnosed(content, tmp_path).diagnoses
-    assert 0.45 < int(crowds.detail.split()[0]) / SAMPLE_SIZE < 0.55
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6,
-)
-NUMBERS = st.floats(-30, 30) | st.integers(-9, 30) | st.floats() | st.integers()
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.fixed_dictionaries(
-            {"image_id": st.sampled_from([1, "1", 2]) | JSON},
-            optional={
-                "category_id": st.sampled_from([0, 1, 2, "a", "2"]) | JSON,
-                "bbox": st.lists(NUMBERS, min_size=4, max_size=4) | JSON,
-                "segmentation": st.lists(st.lists(NUMBERS, max_size=8), max_size=2) | JSON,
-                **{"area": NUMBERS | JSON, "iscrowd": st.sampled_from([0, 1]) | JSON},
-            },
-        )
-        | JSON,
-        max_size=6,
-    )
-)
-def test_any_annotations_are_diagnosed(entries):
-    images = {1: {"id": 1, "file_name": "a.png", "height": 8, "width": 12}, 5: None}
-    for diagnosis in diagnose(measure(entries, images, {1: "a", 2: None, 3: "c"})):
-        assert len(str(diagnosis)) < 600
-
-
-@pytest.mark.parametrize(
-    "segmentation, form",
-    [
-        (None, "missing"),
-        ([], "missing"),
-        ({}, "missing"),
-        ([[]], "other"),
-        ([None], "other"),
-        (7, "other"),
-        ([[1, 2, 3, 4]], "polygons"),
-        ([[1, 2], [3, 4]], "polygons"),  # too short for points, too
-        ([[1, 2], [3, 4], [5, 6]], "points"),
-        ([[[1, 2], [3, 4], [5, 6]]], "nested"),
-        ([{"x": 1}], "objects"),
-        ({"size": [1, 1]}, "objects"),
-        ({"size": [1, 1], "counts": []}, "rle"),
-        ("[[1, 2]]", "text"),
-        (["1"], "text"),
-        ([True], "other"),
-    ],
-)
-def test_forms(segmentation, form):
-    assert segmentation_form(segmentation) == form
 
 
 def test_every_diagnosis_has_a_meaning_and_a_mend():
