@@ -287,7 +287,7 @@ class Criterion(nn.Module):
 
     def prepare(
         self, targets: list[dict[str, Tensor]], grids: list[tuple[int, int]], num_classes: int
-    ) -> "PreparedTargets":
+    ) -> PreparedTargets:
         """Return the part of the losses that needs no outputs, computed on the CPU.
 
         Args:

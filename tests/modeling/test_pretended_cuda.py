@@ -145,6 +145,16 @@ def test_a_training_step_waits_once(case) -> None:
     assert record.waits.total() == (2 if case == "float16" else 1), record.waits
 
 
+@pytest.mark.parametrize("case", ["bipyramid", "no boxes"])
+def test_losses_equal_those_of_the_cpu(case) -> None:
+    with pretend():
+        samples = batch_of([(64, 64), (64, 100)])
+        batch = [s["image"] for s in samples], [s["target"] for s in samples]
+        losses = {name: x.item() for name, x in make_model(CASES[case])(*batch).items()}
+    on_cpu = tiny.build(*CASES[case])(*batch)
+    assert losses == pytest.approx({name: x.item() for name, x in on_cpu.items()}, rel=1e-4)
+
+
 @pytest.mark.parametrize("case", cases(c for c in CASES if "SOLVER" not in str(CASES[c])))
 def test_waits_of_inference(case) -> None:
     with pretend() as record, torch.no_grad():
