@@ -160,7 +160,8 @@ def _paste_whole(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[in
         for i, end in enumerate((width, height))
     )
     end = 0
-    with torch.autocast(boxes.device.type, enabled=False):
+    kind = boxes.device.type if torch.amp.is_autocast_available(boxes.device.type) else "cpu"
+    with torch.autocast(kind, enabled=False):
         for (num_rows, num_columns), group in itertools.groupby(rows, lambda row: masks[row].shape):
             of_shape = torch.stack([masks[row] for row in group]).to(xs.dtype)
             for part in of_shape.split(num_masks):

@@ -231,6 +231,14 @@ def test_the_host_does_not_wait_for_pasted_masks(backend, launches) -> None:
     assert torch.equal(pasted, expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_pasting_on_the_meta_device(backend) -> None:
+    masks, boxes = torch.zeros(2, 3, 5, device="meta"), torch.zeros(2, 4, device="meta")
+    with op_backend(backend):
+        pasted = paste_masks(masks, boxes, (4, 6))
+    assert (pasted.shape, pasted.dtype, pasted.device.type) == ((2, 4, 6), torch.bool, "meta")
+
+
 def test_masks_on_a_gpu_are_fetched_once() -> None:
     """For results files, which hold one mask after the other."""
     masks = [torch.rand(3, 4), torch.rand(5, 5, dtype=torch.float64), torch.rand(2, 2).half()]

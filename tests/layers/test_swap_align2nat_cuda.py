@@ -108,7 +108,7 @@ def test_pasted_masks() -> None:
             expected = ops.paste_masks(*arguments, 480, height, width)
             pasted = ops.paste_masks(*(x.cuda() for x in arguments), 480, height, width).cpu()
             # The GPU multiplies and adds in one step: probabilities of 1/2 are rounded otherwise.
-            assert (pasted != expected).float().mean() < 1e-5
+            assert (pasted != expected).sum() <= 2 + 1e-5 * expected.numel()
 
 
 def test_two_runs_give_the_same_bits() -> None:
