@@ -119,7 +119,7 @@ print(_native.LIBRARY, _native.REASON); sys.exit("cuda" not in _native.DEVICES)'
         metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
         metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_executed.sum
         metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
-        timeout -k 5 45 ncu --clock-control none --kernel-name 'regex:windows_|dense_|paste_' \
+        timeout -k 5 45 ncu --clock-control none --kernel-name 'regex:windows_|dense_|paste_|sort_' \
             --metrics $metrics "$PY" -m gpu.ncu_kernels 2>&1 | grep -v "^==PROF==" >"$OUT/ncu.txt"
         log "ncu: $(grep -c duration "$OUT/ncu.txt") kernels"
     fi
