@@ -18,6 +18,7 @@ from tensormask.utils.errors import UserError
 BENCHMARKS = {
     "data": "reading training images, against torchvision; memory of worker processes",
     "inference": "detection against torchvision's Mask R-CNN",
+    "loading": "batches from worker processes, against PyTorch's DataLoader; their bytes",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",
     "train": "a training step against torchvision's Mask R-CNN's",
 }
