@@ -71,18 +71,6 @@ def test_the_dense_part_is_one_graph(norm: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-def test_the_dense_part_by_inductor() -> None:
-    torch._dynamo.reset()
-    model = tiny.build(opts=["MODEL.RESNETS.NORM", "FrozenBN"]).eval()
-    compiled = torch.compile(dense_of(model), fullgraph=True, dynamic=False)
-    with torch.inference_mode():
-        for side in (128, 256):
-            batch = model.preprocess([tiny.make_image(128, side)])
-            assert_close(compiled(batch), dense_of(model)(batch), rtol=1e-3, atol=1e-4)
-    torch._dynamo.reset()
-
-
 def dense_of(model):
     """Return the function from a padded batch to features, logits and deltas of `model.dense`."""
 
