@@ -171,6 +171,9 @@ _DEFAULTS: dict[str, Any] = {
         # Number of parts of a batch that are processed one after the other, which saves memory. The
         # gradient is the average over the parts.
         "ACCUMULATE_STEPS": 1,
+        # The dtype in which several processes exchange gradients: "" (that of the weights), or
+        # "bfloat16", for slow networks: half of the bytes, gradients rounded to 8 bits.
+        "REDUCE_DTYPE": "",
         "AMP": {
             # Mixed precision in training: forward pass and losses in half precision, weights and
             # their updates in float32.

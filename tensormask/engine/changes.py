@@ -1,7 +1,9 @@
 """What another config than before does to a resumed run: each key is applied, refused or unused."""
 
 import logging
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 import yaml
 
@@ -37,6 +39,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"),
         *("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS"),
         *("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS", "SOLVER.REFERENCE_WORLD_SIZE"),
+        "SOLVER.REDUCE_DTYPE",
         *("SOLVER.AMP", "SOLVER.EMA.DECAY", "SOLVER.DETECT_ANOMALY"),
         *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_MAX_TO_KEEP"),
     ),
@@ -63,6 +66,14 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
     ),
 }
 _EFFECT_OF = {name: effect for effect, names in EFFECTS.items() for name in names}
+# Keys without effect unless another one has a certain value; those beside ENABLED need it, too.
+_NEEDS: dict[str, tuple[str, object]] = {
+    **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.NESTEROV"), ("SOLVER.OPTIMIZER", "SGD")),
+    **dict.fromkeys(
+        ("SOLVER.STEPS", "SOLVER.GAMMA"), ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
+    ),
+    "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+}
 
 # By effect the changed keys, each with its old and its new value.
 Changes = dict[Effect, dict[str, tuple[object, object]]]
@@ -81,11 +92,12 @@ def effect_of(key: str) -> Effect:
     return _EFFECT_OF[name]
 
 
-def find_changes(saved: str, cfg: CfgNode) -> Changes:
+def find_changes(saved: str, cfg: CfgNode, *, done: int = 0) -> Changes:
     """Return the keys whose values differ from those in the config of a checkpoint.
 
     Args:
         saved: YAML text. A key that it lacks, because it is of an earlier version, has its default.
+        done: the number of iterations so far.
     """
     defaults, old, new = (
         dict(leaves(yaml.safe_load(text) or {})) for text in (get_cfg().dump(), saved, cfg.dump())
@@ -96,8 +108,18 @@ def find_changes(saved: str, cfg: CfgNode) -> Changes:
     changes: Changes = {effect: {} for effect in Effect}
     for key, value in new.items():
         if old[key] != value:
-            changes[effect_of(key)][key] = (old[key], value)
+            effect = effect_of(key) if _is_used(key, old, new, done) else Effect.UNUSED
+            changes[effect][key] = (old[key], value)
     return changes
+
+
+def _is_used(key: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> bool:
+    """Return whether a changed key has its effect with the other values of the config."""
+    group, _, leaf = key.rpartition(".")
+    if leaf.startswith("WARMUP_"):
+        return done < max(old["SOLVER.WARMUP_ITERS"], new["SOLVER.WARMUP_ITERS"])
+    switch, needed = _NEEDS.get(key, (f"{group}.ENABLED", True))
+    return key == switch or new.get(switch, needed) == needed
 
 
 def _head(values: dict[str, object]) -> object:

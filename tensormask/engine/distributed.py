@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from tensormask.config import CfgNode
@@ -93,8 +94,11 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def wrap(model: nn.Module) -> nn.Module:
+def wrap(model: nn.Module, reduce_dtype: str = "") -> nn.Module:
     """Wrap a model such that its backward pass averages the gradients over all ranks.
+
+    With `reduce_dtype` "bfloat16" the ranks exchange gradients in it, half of the bytes; "" is the
+    dtype of the weights.
 
     All parameters get rank 0's values. Every parameter must receive a gradient in every backward
     pass on every rank. Buffers are not synchronized: see `sync_buffers`.
@@ -103,8 +107,11 @@ def wrap(model: nn.Module) -> nn.Module:
         A DistributedDataParallel model; in a single process, `model` itself.
 
     Raises:
-        UserError: the model has SyncBN, which supports GPUs only, and is on the CPU.
+        UserError: the model has SyncBN, which supports GPUs only, and is on the CPU; or
+            `reduce_dtype` is another one.
     """
+    if reduce_dtype not in ("", "bfloat16"):
+        raise UserError(f"SOLVER.REDUCE_DTYPE must be '' or 'bfloat16', got {reduce_dtype!r}")
     if not dist.is_initialized():
         return model
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -116,6 +123,8 @@ def wrap(model: nn.Module) -> nn.Module:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Not an argument, which has another name since PyTorch 2.13.
     wrapped.broadcast_buffers = False
+    if reduce_dtype:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
 
 

@@ -210,7 +210,9 @@ def build_state(cfg: CfgNode, model: nn.Module | None = None) -> TrainState:
     if cfg.SOLVER.DETECT_ANOMALY:
         watch_modules(model)
     _, scaler = build_autocast(cfg, next(model.parameters()).device)
-    return TrainState(distributed.wrap(model), optimizer, scheduler, scaler, ema)
+    return TrainState(
+        distributed.wrap(model, cfg.SOLVER.REDUCE_DTYPE), optimizer, scheduler, scaler, ema
+    )
 
 
 def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:

@@ -85,6 +85,8 @@ def test_wrapped_models(group):
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(ValueError, match=r"SyncBN works on GPUs only.*RESNETS\.NORM"):
         distributed.wrap(nn.Sequential(nn.Conv2d(1, 1, 1), nn.SyncBatchNorm(1)))
+    with pytest.raises(ValueError, match="REDUCE_DTYPE must be '' or 'bfloat16', got 'float16'"):
+        distributed.wrap(model, "float16")
 
 
 # ---- a rank that works for longer than the limit of collectives ----

@@ -124,6 +124,20 @@ def test_training_equals_one_process(config, tmp_path, capfd, how):
     assert len(list(two.glob("*tfevents*"))) == 1
 
 
+def test_gradients_are_exchanged_in_bfloat16(config, tmp_path, capfd):
+    records, weights = [], []
+    for dtype in ("", "bfloat16"):
+        out = tmp_path / f"of{dtype}"
+        arguments = ["--config-file", config, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2]
+        run_forked(capfd, *arguments, "SOLVER.REDUCE_DTYPE", dtype, "OUTPUT_DIR", out)
+        records.append(metrics(out, "total_loss")[-1])
+        weights.append(load_checkpoint(out / "model_final.pth")["model"])
+    exact, rounded = records
+    assert exact["grad_norm"] != rounded["grad_norm"]
+    assert exact["grad_norm"] == pytest.approx(rounded["grad_norm"], rel=0.01)  # 2^-8 a value
+    assert all(torch.allclose(a, weights[1][n], atol=1e-3) for n, a in weights[0].items())
+
+
 def test_evaluation_equals_one_process(config, tmp_path, capfd):
     model = tiny.build("bipyramid", ["MODEL.TENSOR_MASK.NUM_CLASSES", 6])
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
