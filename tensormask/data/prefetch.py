@@ -197,7 +197,7 @@ def _receive(
         received: Any
         try:
             received = transport.unpack(transport.receive(connections[worker_id]))
-            if device is not None:
+            if device is not None and isinstance(received, list):
                 received = pin(received)
         except (OSError, EOFError):
             received = _Closed(worker_id)

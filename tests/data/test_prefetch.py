@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from tensormask.data import prefetch
+from tensormask.data import loader, prefetch
 from tensormask.data.loader import BatchLoader
 from tensormask.data.prefetch import WorkerBatches
 from tensormask.utils.errors import UserError
@@ -89,11 +89,11 @@ def _everything_ends():
 @pytest.mark.parametrize(("num_batches", "num_workers"), [(0, 2), (1, 3), (7, 2), (6, 3)])
 def test_the_order_is_that_of_one_process(num_batches, num_workers):
     keys = [[3 * i, 3 * i + 1] for i in range(num_batches)]
-    loader = BatchLoader(Samples(), keys, num_workers=num_workers)
+    batch_loader = BatchLoader(Samples(), keys, num_workers=num_workers)
     for _ in range(2):  # it can be iterated again
-        assert keys_of(loader) == keys == keys_of(BatchLoader(Samples(), keys))
-    assert len(loader) == num_batches
-    batches = iter(loader)
+        assert keys_of(batch_loader) == keys == keys_of(BatchLoader(Samples(), keys))
+    assert len(batch_loader) == num_batches
+    batches = iter(batch_loader)
     assert len([*batches]) == num_batches
     assert next(batches, None) is None
 
@@ -163,6 +163,19 @@ def test_pytorch_knows_the_worker():
     batches = WorkerBatches(Samples({1: "worker"}), [[0], [1]], num_workers=2)
     infos = [sample.get("more") for batch in batches for sample in batch]
     assert (infos[1].id, infos[1].num_workers) == (1, 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_memory(num_workers, monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    for module in (prefetch, loader):
+        monkeypatch.setattr(module, "pin", lambda batch: [("pinned", s["key"]) for s in batch])
+    batches = BatchLoader(Samples(), [[1], [2]], num_workers=num_workers, pin_memory=True)
+    assert list(batches) == [[("pinned", 1)], [("pinned", 2)]]
+    assert devices == ([1] if num_workers else [])  # of the thread, once
 
 
 def test_limits_of_the_machine(monkeypatch):
