@@ -8,21 +8,25 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+import yaml
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import tensormask
 from tensormask.checkpoint.files import read_checkpoint
+from tensormask.config import get_cfg
 from tensormask.data.checks.issues import Identity, current_kind
 from tensormask.engine.distributed import unwrap
+from tensormask.engine.solver import build_optimizer
 from tensormask.engine.step import TrainState
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import write_atomically
+from tensormask.utils.files import expand_home, write_atomically
 from tensormask.utils.random import get_random_states, set_random_states
 
 logger = logging.getLogger(__name__)
@@ -179,10 +183,10 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     Raises:
         UserError: the named checkpoint does not exist in this folder.
     """
-    pointer = Path(output_dir) / LAST_CHECKPOINT
+    pointer = Path(expand_home(output_dir)) / LAST_CHECKPOINT
     if not pointer.is_file():
         return None
-    name = pointer.read_text().strip()
+    name = pointer.read_text(encoding="utf-8-sig").strip()
     path = pointer.parent / name
     if name != path.name or not path.is_file():
         raise UserError(
@@ -247,17 +251,14 @@ def parameter_names(state: TrainState) -> list[str]:
 def restore_optimizer(checkpoint: dict[str, Any], state: TrainState) -> None:
     """Restore the optimizer's state of each parameter, such as its momentum, by the names.
 
-    Groups of parameters can differ, since they follow from learning rates and weight decays. Where
-    a checkpoint of an earlier version has no names, they must be of the same sizes.
+    Groups of parameters can differ, since they follow from learning rates and weight decays.
 
     Raises:
         UserError: the checkpoint has another optimizer, or other parameters are frozen.
     """
-    saved, current = checkpoint["optimizer"], state.optimizer.state_dict()
-    saved_groups, groups = saved["param_groups"], current["param_groups"]
-    names = parameter_names(state)
-    by_position = names if [*map(_size, saved_groups)] == [*map(_size, groups)] else []
-    saved_names: list[str] = checkpoint.get("parameter_names", by_position)
+    saved, groups = checkpoint["optimizer"], state.optimizer.state_dict()["param_groups"]
+    saved_groups, names = saved["param_groups"], parameter_names(state)
+    saved_names = checkpoint.get("parameter_names") or _names_by_config(checkpoint, state)
     # PyTorch accepts the state of another kind of optimizer, and then fails in its first step.
     if set(saved_groups[0]) != set(groups[0]) or sorted(saved_names) != sorted(names):
         raise UserError(
@@ -275,8 +276,20 @@ def restore_optimizer(checkpoint: dict[str, Any], state: TrainState) -> None:
     state.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
 
 
-def _size(group: dict[str, Any]) -> int:
-    return len(group["params"])
+def _names_by_config(checkpoint: dict[str, Any], state: TrainState) -> list[str]:
+    """Return `parameter_names` for a checkpoint of an earlier version, which lacks them.
+
+    They are those of the optimizer that its config describes; empty if that has other groups.
+    """
+    cfg = get_cfg()
+    saved = yaml.safe_load(checkpoint["config"])["SOLVER"]
+    cfg.SOLVER.update({key: value for key, value in saved.items() if key in cfg.SOLVER})
+    old = replace(state, optimizer=build_optimizer(cfg, unwrap(state.model)))
+    sizes, saved_sizes = (
+        [len(group["params"]) for group in groups]
+        for groups in (old.optimizer.param_groups, checkpoint["optimizer"]["param_groups"])
+    )
+    return parameter_names(old) if sizes == saved_sizes else []
 
 
 def restore_schedule(saved: dict[str, Any], state: TrainState) -> None:

@@ -103,7 +103,8 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     Raises:
         UserError: the checkpoint belongs to another model or optimizer.
     """
-    changed = changes.find_changes(checkpoint["config"], run.cfg)
+    done = checkpoint["iteration"] + 1
+    changed = changes.find_changes(checkpoint["config"], run.cfg, done=done)
     path = resume.find_last_checkpoint(run.output_dir)
     changes.check_changes(changed, path)
     new_seed = "SEED" in changed[changes.Effect.TRAINED]
