@@ -256,6 +256,9 @@ def test_invalid_configs_are_refused(small_set, tmp_path):
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS"):
         with pytest.raises(ValueError, match=rf"{key} is 0; it must be 1 or more"):
             build_train_loader(make_cfg(small_set, **{key: 0}))
+    for key in ("DATALOADER.NUM_WORKERS", "DATALOADER.TIMEOUT"):
+        with pytest.raises(ValueError, match=rf"{key} is -1; it must be 0 or more"):
+            build_train_loader(make_cfg(small_set, **{key: -1}))
     with pytest.raises(ValueError, match="SEED is -1"):
         build_train_loader(make_cfg(small_set, SEED=-1))
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
