@@ -23,7 +23,7 @@ from tensormask.evaluation.results import ResultsWriter, coco_results, merge_res
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
-from tensormask.utils.files import expand_home
+from tensormask.utils.files import expand_home, wait_for_file
 
 RESULTS_FILE = "coco_instances_results.json"
 CURVES_FILE = "precision_recall.json"
@@ -95,7 +95,7 @@ def evaluate(
         if rank > 0:
             return {}
         path = folder / RESULTS_FILE
-        _merge_parts(path, len(summaries), image_ids)
+        _merge_parts(path, [summary.num_bytes for summary in summaries], image_ids)
         _warn_of_missing_images(summaries, dataset)
         processed = {image_id for summary in summaries for image_id in summary.processed}
         drawn = [i for i in evenly_spread(image_ids, num_visualized) if i in processed]
@@ -126,6 +126,7 @@ class _Summary(NamedTuple):
     """What one process has written."""
 
     num_results: int
+    num_bytes: int
     has_masks: bool
     processed: list[Identity]  # ids of the images that the model has run on
     unreadable: list[Identity]
@@ -166,17 +167,20 @@ def _write_detections(
                 image_id = sample["image_id"]
                 writer.add(coco_results(detections, image_id, dataset.category_ids, size))
                 processed.append(image_id)
-    return _Summary(writer.num_results, has_masks, processed, unreadable)
+    num_bytes = path.stat().st_size
+    return _Summary(writer.num_results, num_bytes, has_masks, processed, unreadable)
 
 
 def _part_path(folder: Path, rank: int) -> Path:
     return folder / f".{RESULTS_FILE}.part{rank}"
 
 
-def _merge_parts(path: Path, num_parts: int, image_ids: Sequence[Identity]) -> None:
-    """Merge the files of all processes into `path`, and delete them."""
-    parts = [_part_path(path.parent, rank) for rank in range(num_parts)]
-    if num_parts == 1:
+def _merge_parts(path: Path, sizes: Sequence[int], image_ids: Sequence[Identity]) -> None:
+    """Merge the files of all processes, whose sizes are in bytes, into `path`, and delete them."""
+    parts = [_part_path(path.parent, rank) for rank in range(len(sizes))]
+    for part, num_bytes in zip(parts, sizes, strict=True):
+        wait_for_file(part, num_bytes)
+    if len(parts) == 1:
         parts[0].replace(path)
     else:
         merge_results(parts, path, image_ids)

@@ -4,6 +4,7 @@ import codecs
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -139,3 +140,22 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def wait_for_file(path: Path, num_bytes: int, timeout: float = 120.0) -> None:
+    """Wait until a file that another machine has written has all of its bytes here.
+
+    A network file system shows what other machines write late: NFS after up to a minute.
+
+    Raises:
+        FileNotFoundError: it does not after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not path.is_file() or path.stat().st_size != num_bytes:
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path}, which another process has written, is not here with its {num_bytes} "
+                f"bytes after {timeout:g} s: all machines need the same folder on a shared disk"
+            )
+        os.listdir(path.parent)  # asks the server for new files
+        time.sleep(0.2)

@@ -3,13 +3,19 @@
 import errno
 import os
 import resource
+import threading
 
 import pytest
 import torch
 from fork import CONTEXT
 
 from tensormask.engine.resume import write_torch
-from tensormask.utils.files import DiskFullError, remove_leftovers, write_atomically
+from tensormask.utils.files import (
+    DiskFullError,
+    remove_leftovers,
+    wait_for_file,
+    write_atomically,
+)
 
 
 def fail_with(error):
@@ -83,3 +89,15 @@ def test_only_temporary_files_are_leftovers(tmp_path):
         (tmp_path / name).touch()
     assert remove_leftovers(tmp_path) == [".model_0000009.pth.4711.tmp"]
     assert set(os.listdir(tmp_path)) == names - {".model_0000009.pth.4711.tmp"}
+
+
+def test_a_file_of_another_machine_appears_late(tmp_path):
+    path = tmp_path / "part"
+    path.write_bytes(b"of an earlier run")
+    timer = threading.Timer(0.3, path.write_bytes, [b"all"])
+    timer.start()
+    wait_for_file(path, 3)
+    assert path.read_bytes() == b"all"
+    timer.join()
+    with pytest.raises(FileNotFoundError, match="the same folder on a shared disk"):
+        wait_for_file(path, 4, timeout=0)
