@@ -110,16 +110,16 @@ def get_description(content: dict[str, Any]) -> dict[str, Any]:
     """Return what `read_checkpoint` returned beside the weights; what is invalid is left out.
 
     Returns:
-        `class_names`, a list of str; with them `category_ids`, a list of int of the same length;
-        `config`, the YAML text of the training run's config, which is not parsed here; and
-        `score_threshold`, a float in 0..1, not 1, with the best F1 in the last evaluation.
+        `class_names`, a list of str; with them `category_ids`, as many int or str; `config`, the
+        YAML text of the training run's config, which is not parsed here; and `score_threshold`, a
+        float in 0..1, not 1, with the best F1 in the last evaluation.
     """
     names, ids = content.get("class_names"), content.get("category_ids")
     config, threshold = content.get("config"), content.get("score_threshold")
     description: dict[str, Any] = {}
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         description["class_names"] = names
-        if isinstance(ids, list) and [type(i) for i in ids] == [int] * len(names):
+        if isinstance(ids, list) and len(ids) == len(names) and {*map(type, ids)} <= {int, str}:
             description["category_ids"] = ids
     if isinstance(config, str):
         description["config"] = config

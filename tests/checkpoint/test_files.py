@@ -166,6 +166,8 @@ def test_safetensors(tmp_path) -> None:
         ({"class_names": ["a"], "category_ids": [7]}, {"class_names": ["a"], "category_ids": [7]}),
         ({"class_names": ["a"], "category_ids": [7, 8]}, {"class_names": ["a"]}),
         ({"class_names": ["a"], "category_ids": [7.5]}, {"class_names": ["a"]}),
+        ({"class_names": ["a"], "category_ids": [True]}, {"class_names": ["a"]}),
+        ({"class_names": [*"ab"], "category_ids": ["x", 7]},) * 2,
         ({"class_names": ["a"]}, {"class_names": ["a"]}),
         ({"class_names": [1], "category_ids": [7]}, {}),
         ({"class_names": "cats", "category_ids": [7]}, {}),
