@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,7 +14,12 @@ _NUM_TRIED = 20  # missing files that are looked for
 _MAX_ENTRIES, _MAX_DEPTH = 20_000, 4  # of the folders that are listed
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _SEPARATORS = re.compile(r"[\\/=?&]")  # also of URLs
+_SUFFIX = re.compile(r"\.(jpe?g|png|tiff?|bmp|gif|webp)$", re.IGNORECASE)
+# What tools add to names: Label Studio before, Roboflow behind.
+_ADDED = re.compile(r"^[0-9a-f]{8}-|[_.](jpe?g|png|tiff?|bmp|webp)\.rf\.[0-9a-f]{16,}$")
+_FILLED = re.compile(r"[\W_]+|(?<!\d)0+(?=\d)")  # signs between words, and zeros before a number
 _FORMS: dict[str, Callable[[str], bool]] = {
+    "is the content of an image": lambda name: name.startswith("data:"),
     "is a URL": lambda name: "://" in name,
     "is a path of Windows, with backslashes": lambda name: "\\" in name,
     "is an absolute path": lambda name: name.startswith("/") or bool(_DRIVE.match(name)),
@@ -56,23 +62,27 @@ def _where(image_root: Path, json_file: Path, tried: list[str]) -> str:
         found = [n for n in map(rewrite, tried) if _is_file_below(image_root, n)]
         if 2 * len(found) > len(tried):
             return f"the files are found there {text}: write {found[0]!r}"
-    folders: Counter[str] = Counter()
-    similar: dict[str, tuple[str, str]] = {}  # by missing name; of another suffix or case
+    found_in: dict[str, list[str]] = defaultdict(list)  # names by folder, the nearest first
+    similar: dict[str, tuple[str, str]] = {}  # by missing name; of another suffix or case, say
     bases = {unquote(_base(name)): name for name in tried}
     base_of_stem = {_stem(base): base for base in bases}
     for folder, file_name in _files_near(image_root, json_file):
         if file_name in bases:
-            folders[folder] += 1
+            found_in[folder].append(file_name)
         elif base := base_of_stem.get(_stem(file_name)):
             similar.setdefault(base, (folder, file_name))
-    total = sum(folders.values())
-    if folders and 2 * total > len(tried):
-        folder = folders.most_common(1)[0][0]
-        base = next(b for b in bases if os.path.isfile(os.path.join(folder, b)))
-        return f"files of these names are found in {folder}: give {_root_of(folder, bases[base])}"
+    for folder, names in found_in.items():
+        if 2 * len(names) > len(tried):
+            root = _root_of(folder, bases[names[0]])
+            return f"files of these names are found in {folder}: give {root}"
+    if 2 * len({name for names in found_in.values() for name in names}) > len(tried):
+        folder, names = next(iter(found_in.items()))
+        path = os.path.relpath(os.path.join(folder, names[0]), image_root)
+        return f"they are in several folders: write {path!r} for {bases[names[0]]!r}, and so on"
     if 2 * len(similar) > len(tried):
         base, (folder, file_name) = next(iter(similar.items()))
-        return f"similar names are found in {folder}: {file_name!r} for {base!r}"
+        show = ascii if _composed(base) == _composed(file_name) else repr
+        return f"similar names are found in {folder}: {show(file_name)} for {show(base)}"
     return "no files of these names are found near it"
 
 
@@ -92,11 +102,18 @@ def _is_plain(name: str) -> bool:
 
 
 def _base(name: str) -> str:
-    return _SEPARATORS.split(name.rstrip("/"))[-1]
+    parts = _SEPARATORS.split(name.rstrip("/"))
+    # A signature can follow the name in a URL.
+    return next((part for part in reversed(parts) if _SUFFIX.search(part)), parts[-1])
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFKC", name)
 
 
 def _stem(base: str) -> str:
-    return os.path.splitext(base)[0].casefold()
+    """Return what names that people and tools change have in common."""
+    return _FILLED.sub("", _ADDED.sub("", os.path.splitext(_composed(base).casefold().strip())[0]))
 
 
 def _is_file_below(root: Path, name: str) -> bool:

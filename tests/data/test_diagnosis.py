@@ -172,6 +172,18 @@ def test_a_cause_in_the_whole_set_is_named_and_one_in_few_entries_is_not(tmp_pat
                 assert len(str(diagnosis)) < 600
 
 
+@pytest.mark.parametrize(
+    "cause", ["shares", "shares, boxes only", "shares, masks only", "corners", "centers"]
+)
+@pytest.mark.parametrize("every", [2, 4])
+def test_the_form_of_one_of_several_joined_files(tmp_path, cause, every):
+    content = random_set(np.random.default_rng(every), 30)
+    images = {image["id"]: image for image in content["images"]}
+    for annotation in content["annotations"][::every]:
+        CAUSES[cause][0](annotation, images[annotation["image_id"]])
+    assert names_of(diagnosed(content, tmp_path)) == [CAUSES[cause][1]]
+
+
 @pytest.mark.parametrize("num_annotations", [1, 2, 3, 4, 7, 15, 40, 150])
 def test_sets_without_a_cause(tmp_path, num_annotations):
     rng = np.random.default_rng(num_annotations)
@@ -185,12 +197,13 @@ def test_small_sets_of_tiny_and_crowded_objects(tmp_path, num_annotations):
     image = {"id": 1, "file_name": "a.png", "height": 8, "width": 12}
     annotation = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1}
     annotation["segmentation"] = [[0, 0, 1, 0, 1, 1, 0, 1]]
-    for crowds in range(num_annotations):
+    for crowds in range(num_annotations + 1):
         annotations = [
             {**annotation, "id": i, "iscrowd": int(i < crowds)} for i in range(num_annotations)
         ]
         content = {"images": [image], "categories": [{"id": 1, "name": "a"}]}
-        assert names_of(diagnosed(content | {"annotations": annotations}, tmp_path)) == []
+        dataset = diagnosed(content | {"annotations": annotations}, tmp_path)
+        assert names_of(dataset) == ["crowds"] * (crowds == num_annotations)  # nothing is left
 
 
 def test_percent_of_large_images(tmp_path):
@@ -206,6 +219,19 @@ def test_percent_of_large_images(tmp_path):
             size = image["width"] - 300, image["height"] - 300  # they reach near the border
             scaled(100)(annotation, {"width": size[0], "height": size[1]})
         assert names_of(diagnosed(content, tmp_path)) == ["coordinates_normalized"]
+
+
+@pytest.mark.parametrize("region", [5, 40, 80, 130])
+def test_objects_at_the_corner_of_their_images_are_not_in_percent(tmp_path, region):
+    content = random_set(np.random.default_rng(region), 40, with_rle=False)
+    for image in content["images"]:
+        image |= {"height": 400, "width": 500}
+    content["annotations"] = random_in(
+        [image | {"height": region, "width": region} for image in content["images"]],
+        np.random.default_rng(0),
+        40,
+    )
+    assert names_of(diagnosed(content, tmp_path)) == []
 
 
 def test_axes_of_boxes_and_masks_are_swapped(tmp_path):
@@ -262,7 +288,18 @@ def test_category_ids_that_count_from_another_number(tmp_path, shift, first):
         assert names_of(diagnosed(changed, tmp_path)) == []
         for annotation in content["annotations"]:
             annotation["category_id"] += shift
-        assert "categories_shifted" in names_of(diagnosed(content, tmp_path))
+        assert "ids_shifted" in names_of(diagnosed(content, tmp_path))
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_image_ids_that_count_from_another_number(tmp_path, shift):
+    content = random_set(np.random.default_rng(0), 40)
+    changed = copy.deepcopy(content)
+    changed["annotations"][0]["image_id"] += 99  # of an image that was taken out
+    assert names_of(diagnosed(changed, tmp_path)) == []
+    for annotation in content["annotations"]:
+        annotation["image_id"] += shift
+    assert "ids_shifted" in names_of(diagnosed(content, tmp_path))
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])

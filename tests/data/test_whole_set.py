@@ -68,6 +68,11 @@ def names_of(dataset, **options):
         (lambda i: f"images/{i:03d}.PNG", ["similar names", "images: '000.png' for '000.PNG'"]),
         (lambda i: f"images/{i:03d}", ["similar names", "images: '000.png' for '000'"]),
         (lambda i: f"file:///C:/data/{i:03d}.png", ["a URL", "images as the folder"]),
+        (lambda i: f"1a2b3c4d-{i:03d}.png", ["similar names", "images: '000.png' for '1a2b"]),
+        (lambda i: f"{i:03d}_png.rf.{i:032x}.jpg", ["similar names", "images: '000.png' for "]),
+        (lambda i: f"images/ _{i}.png", ["similar names", "images: '000.png' for ' _0.png'"]),
+        (lambda i: f"https://x.org/{i:03d}.png?Key=a/b&Date=2", ["a URL", "images as the folder"]),
+        (lambda i: f"data:image/png;base64,{i:099d}", ["content of an image", "no files of these"]),
         (lambda i: f"images/none_{i}.png", ["no files of these names"]),
     ],
 )
@@ -80,6 +85,15 @@ def test_missing_images_are_explained(export, file_name, texts):
     assert "no image has a file" in unusable_reason(dataset, [found])
     with pytest.raises(UserError, match="images_missing"):
         check_sets([dataset])
+
+
+def test_missing_images_in_several_folders(export, tmp_path):
+    for number in range(NUM_IMAGES):
+        folder = tmp_path / "export" / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        (tmp_path / "export" / "images" / f"{number:03d}.png").rename(folder / f"{number:03d}.png")
+    (found,) = diagnose_set(export(lambda i: f"{i:03d}.png"))
+    assert "they are in several folders: write 'class0/000.png' for '000.png'" in found.detail
 
 
 def test_the_folder_that_is_given_makes_the_names_lead_to_their_files(export, tmp_path):

@@ -95,12 +95,15 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
         size = {side: _as_length(fields.get(side)) for side in ("height", "width")}
         # The second condition excludes "", ".." and "/".
         valid = is_text(file_name) and file_name.strip("/.") and "\0" not in file_name
-        if identity is None or not valid or not 0 < size["height"] * size["width"] <= _MAX_PIXELS:
-            issues.add("image_malformed", _name(identity, f"images[{number}]"))
+        checks = {"id": identity is not None, "file_name": valid, **size}
+        invalid = [f"{key} {fields.get(key)!r}" for key, is_valid in checks.items() if not is_valid]
+        if identity is None or invalid or size["height"] * size["width"] > _MAX_PIXELS:
+            issues.add("image_malformed", _name(identity, f"images[{number}]"), ", ".join(invalid))
         elif identity not in images:
             images[identity] = {"id": identity, "file_name": file_name, **size}
         elif (first := images[identity]) is not None:
             same = os.path.normpath(first["file_name"]) == os.path.normpath(file_name)
+            same &= all(first[side] == length for side, length in size.items())
             issues.add("image_duplicate_id" if same else "image_ambiguous_id", identity)
             images[identity] = first if same else None
     return images

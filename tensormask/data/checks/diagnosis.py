@@ -61,8 +61,8 @@ DIAGNOSES = {
         "most annotations name an id that the file does not have",
         "Write the `id` of images and categories into image_id and category_id",
     ),
-    "categories_shifted": (
-        "category_id seems to count from another number than the ids of the categories",
+    "ids_shifted": (
+        "image_id or category_id seems to count from another number than the ids that it names",
         "Count both from 0 or both from 1",
     ),
     "coordinates_normalized": (
@@ -144,22 +144,22 @@ def _ids_unknown(measured: Measurements) -> Diagnosis | None:
     return None
 
 
-def _categories_shifted(measured: Measurements) -> Diagnosis | None:
+def _ids_shifted(measured: Measurements) -> Diagnosis | None:
     """Ids from 0 for categories from 1: one class is unknown, and all others are another class."""
-    references = measured.categories
-    used = {i for i in references.ids if isinstance(i, int)}
-    known = {i for i in references.known if isinstance(i, int)}
-    num_unknown = int(np.count_nonzero(_unknown(references)))
-    if len(known) < 2 or len(used) < 2 or num_unknown < 2 * FEW:
-        return None
-    rare = num_unknown < len(references.ids) / (4 * len(known))
-    for shift in (1, -1):
-        if not rare and not used <= known and {i + shift for i in used} <= known:
-            detail = (
-                f"category_id goes from {min(used)} to {max(used)}, the ids of the categories "
-                f"from {min(known)} to {max(known)}"
-            )
-            return Diagnosis("categories_shifted", detail)
+    for key, references, fewest, fewest_unknown in (
+        ("image_id", measured.images, 5, 1),
+        ("category_id", measured.categories, 2, 2 * FEW),
+    ):
+        used = {i for i in references.ids if isinstance(i, int)}
+        known = {i for i in references.known if isinstance(i, int)}
+        num_unknown = np.count_nonzero(_unknown(references))
+        # A few annotations of a class or an image that was taken out are no reason.
+        rare = num_unknown < max(fewest_unknown, len(references.ids) / (4 * max(1, len(known))))
+        if min(len(known), len(used)) < fewest or rare:
+            continue
+        if not used <= known and any({i + shift for i in used} <= known for shift in (1, -1)):
+            detail = f"{key} goes from {min(used)} to {max(used)}, and the ids from {min(known)} "
+            return Diagnosis("ids_shifted", f"{detail}to {max(known)}")
     return None
 
 
@@ -179,7 +179,8 @@ def _geometry(measured: Measurements) -> Diagnosis | None:
 
 def _crowds(measured: Measurements) -> Diagnosis | None:
     crowds = measured.crowds
-    if np.count_nonzero(crowds) < max(_FEW_CROWDS, _CROWD_SHARE * len(crowds)):
+    enough = np.count_nonzero(crowds) >= max(_FEW_CROWDS, _CROWD_SHARE * len(crowds))
+    if not enough and not (len(crowds) and crowds.all()):
         return None
     areas = [
         measured.mask_areas[part & np.isfinite(measured.mask_areas)] for part in (crowds, ~crowds)
@@ -238,6 +239,6 @@ _WRONG_FORMS = {
     "other": "another content than lists of numbers",
 }
 _TESTS: tuple[Callable[[Measurements], Diagnosis | None], ...] = (
-    *(_ids_of_another_type, _ids_unknown, _categories_shifted),
+    *(_ids_of_another_type, _ids_unknown, _ids_shifted),
     *(_geometry, _crowds, _areas, _masks),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tensormask.data.checks.measurements import FEW, Measurements, count_of, most
+from tensormask.data.checks.measurements import FEW, Measurements, count_of, many, most
 
 Cause = tuple[str, str]  # the name of a diagnosis, and its detail
 
@@ -16,7 +16,7 @@ _ROUNDING = 0.01  # beyond 0..1
 # Boxes without masks are judged by what reaches beyond the image: of corners, most with a center
 # in the right or lower half.
 _MANY_BEYOND, _FEW_BEYOND, _SWAPPED_BEYOND = 0.25, 0.01, 0.1
-_PERCENT_ENOUGH, _PERCENT_SIDE, _PERCENT_FAR = 10, 200, 60.0
+_PERCENT_ENOUGH, _PERCENT_SIDE, _PERCENT_FAR = 10, 200, 85.0
 
 
 def geometry_cause(measured: Measurements) -> Cause | None:
@@ -42,8 +42,8 @@ def _normalized(measured: Measurements) -> Cause | None:
     for name, values in (("bbox", measured.boxes), ("segmentation", measured.extents)):
         valid = np.isfinite(values).all(axis=1) & large
         unit = valid & (values >= -_ROUNDING).all(axis=1) & (values <= 1 + _ROUNDING).all(axis=1)
-        fractions = unit & (values != np.round(values)).any(axis=1)
-        if most(unit, valid) and np.count_nonzero(fractions) >= FEW:
+        unit &= (values != np.round(values)).any(axis=1)
+        if many(unit, valid):
             count = f"{np.count_nonzero(unit)} of {np.count_nonzero(valid)}"
             found.append(f"{name} of {count} annotations is in 0..1")
     return ("coordinates_normalized", ", ".join(found)) if found else None
@@ -72,14 +72,15 @@ def _box_form(measured: Measurements) -> Cause | None:
     valid = np.isfinite(np.concatenate([boxes, extents, sizes], axis=1)).all(axis=1)
     boxes, extents, sizes = boxes[valid], extents[valid], sizes[valid]
     differs = ~_near(_corners(boxes), extents, sizes)
-    if not most(differs):
-        return None
+    fitting = differs & ~_is_beyond(extents, sizes)
     scale = np.tile(sizes[:, ::-1], 2)
     for form, read in _FORMS.items():
-        fits = differs & _near(read(boxes, scale), extents, sizes)
-        if most(fits):
+        fits = fitting & _near(read(boxes, scale), extents, sizes)
+        if many(fits) and most(fits, differs):
             name, text = _FORM_TEXTS[form]
             return name, f"{text} fits the masks of {count_of(fits)}"
+    if not most(differs):
+        return None
     if most(differs & _near(_corners(boxes), extents[:, [1, 0, 3, 2]], sizes)):
         return "axes_swapped", f"the masks of {count_of(differs)} have y before x, their boxes not"
     return "boxes_disagree", count_of(differs)

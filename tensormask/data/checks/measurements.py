@@ -152,6 +152,16 @@ def most(condition: np.ndarray, among: np.ndarray | None = None) -> bool:
     return bool(count >= FEW and count > total / 2)
 
 
+def many(condition: np.ndarray, among: np.ndarray | None = None) -> bool:
+    """Return whether a condition `(K,)` holds for most, or for one of the files that were joined.
+
+    That is for a fifth, and for four or more.
+    """
+    total = len(condition) if among is None else np.count_nonzero(among)
+    count = np.count_nonzero(condition)
+    return most(condition, among) or bool(count >= 2 * FEW and count >= total / 5)
+
+
 def count_of(condition: np.ndarray) -> str:
     """Return the text "3 of 5 annotations"."""
     return f"{np.count_nonzero(condition)} of {len(condition)} annotations"
