@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tensormask.data import shapes
+from tensormask.data.classes import shared_labels
 from tensormask.data.coco import CocoDataset
 from tensormask.utils.errors import UserError, nearest_name
 from tensormask.utils.files import expand_home
@@ -58,8 +59,8 @@ def register_coco_instances(
     Args:
         name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`; if it is registered already, this
             set replaces the other one.
-        metadata: may hold `thing_classes`, the class names that the file must have; other entries
-            are not used.
+        metadata: may hold `thing_classes`, the class names in the order of the labels, of which the
+            file can lack some; other entries are not used.
         json_file: the annotations.
         image_root: the folder that the annotations' `file_name` is relative to.
 
@@ -91,18 +92,22 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
             `$DETECTRON2_DATASETS`, else `./datasets`.
 
     Raises:
-        ValueError: the name is unknown, or the file has other classes than were registered.
+        ValueError: the name is unknown, or the file has classes that were not registered.
         FileNotFoundError: the annotations or the folder of images do not exist.
     """
     metadata, json_file, image_root = _locate(name, _data_root(root))
     dataset = _load(name, os.path.abspath(json_file), os.path.abspath(image_root))
-    expected = metadata.get("thing_classes")
-    if expected is not None and list(expected) != dataset.class_names:
+    expected = list(metadata.get("thing_classes") or dataset.class_names)
+    if expected == dataset.class_names:
+        return dataset
+    labels = [*shared_labels(expected, dataset.class_names).values()]
+    if len(labels) < len(dataset.class_names):
         raise UserError(
-            f"{name} was registered with the classes {list(expected)}, but {json_file} has "
+            f"{name} was registered with the classes {expected}, but {json_file} has "
             f"{dataset.class_names}. Correct thing_classes or leave it out."
         )
-    return dataset
+    names, category_ids = dataset.class_names, dataset.category_ids
+    return dataset.with_labels([names[i] for i in labels], [category_ids[i] for i in labels])
 
 
 @contextmanager

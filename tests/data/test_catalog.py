@@ -157,13 +157,34 @@ def test_not_too_many_sets_stay_in_memory(tmp_path, monkeypatch):
     assert [key[0] for key in catalog._loaded] == ["a.json@.", "b.json@."]
 
 
-def test_expected_classes_are_checked(tmp_path):
+@pytest.mark.parametrize(
+    "registered, names, ids",
+    [
+        (["cup", "mug", "tea"], ["cup", "mug", "tea"], [1, 2, 5]),
+        (("tea", "cup", "mug"), ["tea", "cup", "mug"], [5, 1, 2]),
+        (["pot", "tea", "jug", "mug", "cup"], ["tea", "mug", "cup"], [5, 2, 1]),
+        ([], ["cup", "mug", "tea"], [1, 2, 5]),
+        (["cup", "tea"], None, None),
+        (["cup", "mug", "Tea"], None, None),
+        (["cup", "mug", "tea", "tea"], None, None),
+    ],
+)
+def test_registered_classes_give_the_order_of_the_labels(tmp_path, registered, names, ids):
     write_set(tmp_path / "a.json", tmp_path)
-    register_coco_instances("right", {"thing_classes": ["cup"]}, "a.json", ".")
-    register_coco_instances("wrong", {"thing_classes": ["mug"]}, "a.json", ".")
-    get_dataset("right")
-    with pytest.raises(ValueError, match=r"mug.*cup"):
-        get_dataset("wrong")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["categories"] = [
+        {"id": i, "name": name} for i, name in ((5, "tea"), (1, "cup"), (2, "mug"))
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_instances("mine", {"thing_classes": registered}, "a.json", ".")
+    if names is None:
+        with pytest.raises(ValueError, match=r"was registered with.*'mug', 'tea'"):
+            get_dataset("mine")
+        return
+    dataset = get_dataset("mine")
+    assert (dataset.class_names, dataset.category_ids) == (names, ids)
+    for name, category in zip(names, ids, strict=True):
+        assert names[dataset.label_of({"category_id": category})] == name
 
 
 def test_paths(tmp_path):
