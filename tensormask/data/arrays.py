@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tensormask.data.images import to_rgb
+from tensormask.data.images import is_out_of_resources, to_rgb
 from tensormask.data.pixels import STRETCH, values_to_rgb
 from tensormask.utils.errors import UserError
 
@@ -78,6 +78,8 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     try:
         return to_rgb(image)
     except Exception as error:  # PIL reads files only now, and fails in many ways
+        if is_out_of_resources(error):
+            raise
         reason = str(error) or type(error).__name__
         raise UserError(f"the PIL image cannot be read: {reason}") from error
 

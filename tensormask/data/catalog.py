@@ -222,4 +222,5 @@ def _state(path: str) -> Any:
             return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError:  # missing, or not readable
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    # `cp -p` gives a file the time of another one, but the time of its change is now.
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino

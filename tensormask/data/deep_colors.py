@@ -50,6 +50,7 @@ def read_deep_colors(image: Image.Image) -> DeepColors | None:
                 source = stack.enter_context(_open(image.filename, image))
         if source.fp is None or not any(map(_is_deep, source.tile)):
             return None
+        is_grey = any("LA" in str(tile[3]) for tile in source.tile)
         position = source.fp.tell()
         source.fp.seek(0)
         content = source.fp.read()
@@ -63,6 +64,8 @@ def read_deep_colors(image: Image.Image) -> DeepColors | None:
     values = _decode(content, image.tell())
     if values is None or values.shape[:2] != again.size[::-1]:
         return None
+    if is_grey and values.ndim == 3:  # OpenCV repeats it
+        values = values[:, :, 0]
     return DeepColors(values, again)
 
 

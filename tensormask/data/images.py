@@ -8,6 +8,7 @@ than 8 bits, which PIL would clip or cut to 8, are converted as arrays of their 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import warnings
@@ -42,6 +43,7 @@ _FORMATS = (
     *("TGA", "ICO", "PCX", "SGI", "PSD", "DDS", "IM", "PFM"),
 )
 _DEEP_GREY_MODES = ("I", "F")  # and I;16, I;16B, ...: 16 or 32 bits, integers or floats
+_NO_RESOURCES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # too little memory, too many open files
 _SAMPLE_FORMAT_TAG, _UNSIGNED = 0x0153, 1  # of TIFF; without the tag, integers are unsigned
 
 
@@ -71,6 +73,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         ImageError: the file does not exist (`kind` "image_missing"), or it is not a regular file,
             not a complete image, or states more pixels than PIL accepts, 179 million
             ("image_broken").
+        MemoryError, OSError: the process has no memory or no open file left.
     """
     path = expand_home(path)
     try:
@@ -90,8 +93,16 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except UnidentifiedImageError:  # its text repeats the path
         raise ImageError("image_broken", path, describe_format(path)) from None
     except Exception as error:  # PIL fails in many ways on broken files
+        if is_out_of_resources(error):
+            raise
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageError("image_broken", path, f"cannot be read: {reason}") from error
+
+
+def is_out_of_resources(error: Exception) -> bool:
+    """Return whether an error of reading comes from the process, not from the image."""
+    is_of_system = isinstance(error, OSError) and error.errno in _NO_RESOURCES
+    return is_of_system or isinstance(error, MemoryError)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,5 +1,6 @@
 """read_image: formats against PIL, grey of 16 bits by hand, and files that cannot be read."""
 
+import errno
 import os
 import pickle
 import struct
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tensormask.data.arrays import image_to_rgb
 from tensormask.data.images import ImageError, read_image, stretch_to_8_bits
 
 
@@ -227,6 +229,24 @@ def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
     assert read_image(tmp_path / "a.png").shape == (24, 36, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     assert read_error(tmp_path / "a.png") == "image_broken"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "no memory"), OSError(errno.EMFILE, "files")]
+)
+def test_an_error_of_the_process_is_none_of_the_image(tmp_path, monkeypatch, error):
+    """Else a run with too little memory would replace its images by others."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    for read in (lambda: read_image(tmp_path / "a.png"), lambda: image_to_rgb(image)):
+        with pytest.raises(type(error)) as raised:
+            read()
+        assert raised.value is error
 
 
 def test_image_errors_can_be_pickled():

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -284,6 +285,20 @@ def test_unsigned_integers_of_32_bits(tmp_path):
     values = np.array([[-5, 0], [7, 9]], np.int32)
     Image.fromarray(values).save(tmp_path / "a.tif")
     assert_all_equal(readings(tmp_path / "a.tif"), image_to_rgb(values))
+
+
+@pytest.mark.parametrize("highest", [200, 4095, 65535])
+def test_grey_of_16_bits_with_alpha(tmp_path, highest):
+    values = random_values(4, (5, 7, 2), "u2") // (65536 // (highest + 1))
+    header = struct.pack(">IIBBBBB", 7, 5, 16, 4, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert_all_equal(readings(tmp_path / "a.png"), image_to_rgb(values))
 
 
 @pytest.mark.parametrize("num_colors", [1, 3])
