@@ -14,12 +14,12 @@ from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
 from tensormask.engine.evaluator import evaluate_only
 from tensormask.engine.launch import AUTO, check_launch, launch
-from tensormask.engine.memory import OutOfMemory, explain_out_of_memory
 from tensormask.engine.signals import TrainingStopped
 from tensormask.engine.trainer import train
 from tensormask.evaluation import UnexpectedResultsError
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import DiskFullError
+from tensormask.utils.memory import OutOfMemory, explain_out_of_memory
 
 EXIT_FAILED = 1
 _ADVICE = "Free the memory that other processes use, or choose another device (MODEL.DEVICE)."

@@ -8,8 +8,8 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tensormask.config import CfgNode
 from tensormask.data.checks.issues import Identity
@@ -49,6 +49,68 @@ def matches_by_name(cfg: CfgNode) -> bool:
     if choice not in ("name", "position"):
         raise UserError(f"DATASETS.MATCH_CLASSES must be name or position, got {choice!r}")
     return choice == "name"
+
+
+def stored_classes(cfg: CfgNode, stored: Mapping[str, Any], source: str) -> Classes:
+    """Return the classes of a weights file, without names if it has none.
+
+    Args:
+        stored: as of `checkpoint.files.get_description`.
+        source: the name of the file, for messages.
+
+    Raises:
+        UserError: `MODEL.TENSOR_MASK.NUM_CLASSES` is not their number.
+    """
+    names = stored.get("class_names", [])
+    if names:
+        check_num_classes(cfg, names, source)
+    elif matches_by_name(cfg):
+        logger.info("%s has no class names: they are matched by position", source)
+    return Classes(names, stored.get("category_ids", []), source)
+
+
+def training_classes(
+    cfg: CfgNode,
+    datasets: Sequence[CocoDataset],
+    test_sets: Sequence[CocoDataset],
+    stored: Classes = UNKNOWN,
+    *,
+    maps_labels: bool = True,
+) -> Classes:
+    """Return the classes of the model of a run.
+
+    A resumed run keeps the order of its checkpoint, if classes are matched by name. A new one has
+    the order of the first training set; without any, that of the first test set with as many
+    classes as the model.
+
+    Args:
+        datasets: those of `DATASETS.TRAIN`.
+        test_sets: those of `DATASETS.TEST`.
+        stored: the classes of the checkpoint to resume.
+        maps_labels: whether the loader gives the model's labels; a user's own has those of the
+            first training set.
+
+    Raises:
+        UserError: the training set has other classes than the checkpoint, or another number than
+            `MODEL.TENSOR_MASK.NUM_CLASSES`; or another order, without `maps_labels`.
+    """
+    if stored.names and matches_by_name(cfg):
+        if not datasets:
+            return stored
+        matched = match_dataset(cfg, datasets[0], stored, complete=True)
+        if matched is not datasets[0] and not maps_labels:
+            raise UserError(
+                f"{datasets[0].name} has the classes of {stored.source} in another order, and "
+                "train_loader has labels of its own: number the categories as before, "
+                f"{list_names(stored.names)}"
+            )
+        return stored._replace(category_ids=present_classes(matched)[1])
+    if datasets:
+        check_num_classes(cfg, datasets[0].class_names, datasets[0].name)
+    for dataset in (*datasets[:1], *test_sets):
+        if len(dataset.class_names) == cfg.MODEL.TENSOR_MASK.NUM_CLASSES:
+            return Classes(*present_classes(dataset), dataset.name)
+    return UNKNOWN
 
 
 def check_num_classes(cfg: CfgNode, names: Sequence[str], source: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tensormask.checkpoint.downloads import resolve
-from tensormask.checkpoint.files import read_checkpoint
+from tensormask.checkpoint.files import get_description, read_checkpoint
 from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.config import CfgNode
 from tensormask.data import (
@@ -21,16 +21,20 @@ from tensormask.data import (
     get_dataset,
 )
 from tensormask.data.catalog import fixed_datasets
-from tensormask.data.classes import UNKNOWN, Classes, log_match, match_dataset
+from tensormask.data.classes import (
+    UNKNOWN,
+    Classes,
+    log_match,
+    match_dataset,
+    stored_classes,
+)
 from tensormask.data.statistics import check_files
 from tensormask.data.transforms import build_test_transform
 from tensormask.data.whole_set import check_sets
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import check_weights
-from tensormask.engine.classes import stored_classes
 from tensormask.engine.events import append_issues, flatten_results
-from tensormask.engine.memory import evaluation_advice, explain_out_of_memory
-from tensormask.engine.metrics import evaluator_name, explain_zero
+from tensormask.engine.memory import evaluation_advice
 from tensormask.engine.output_dir import open_output_dir
 from tensormask.engine.resume import (
     FINAL_CHECKPOINT,
@@ -42,9 +46,11 @@ from tensormask.engine.resume import (
 )
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.evaluation.coco import evaluation_mode
+from tensormask.evaluation.metrics import evaluator_name, explain_zero
 from tensormask.modeling import TensorMask, build_model
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import expand_home
+from tensormask.utils.memory import explain_out_of_memory
 from tensormask.utils.random import preserved_random_states
 from tensormask.visualization.instances import unique_stem
 
@@ -85,7 +91,7 @@ def evaluate_only(
                 content = read_checkpoint(resolve(cfg.MODEL.WEIGHTS))
             if content is not None:
                 source = "the checkpoint" if checkpoint else cfg.MODEL.WEIGHTS
-                classes = stored_classes(cfg, content, source)
+                classes = stored_classes(cfg, get_description(content), source)
             check_evaluation(cfg, classes)
         reporter = build_issue_reporter(cfg, cfg.DATASETS.TEST)
         model = build_model(cfg)

@@ -1,60 +1,9 @@
-"""Out of memory: what to lower, and where the run so far is."""
+"""The options that make a run need less memory, for messages."""
 
-import errno
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import cv2
 import torch
 
 from tensormask.config import CfgNode
 from tensormask.engine import distributed
-from tensormask.utils.errors import shorten
-
-# In the messages of PyTorch's CPU, CUDA and MPS allocators, its libraries, OpenCV and the system.
-_PHRASES = (
-    *("out of memory", "allocate memory", "not enough memory", "insufficient memory"),
-    *("failed to allocate", "alloc_failed"),
-)
-
-
-class OutOfMemory(RuntimeError):
-    """The memory is not enough; the message names the options that need less."""
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, means that memory cannot be allocated."""
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError, OutOfMemory)):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, (RuntimeError, OSError, cv2.error)):
-            if any(phrase in str(error).lower() for phrase in _PHRASES):
-                return True
-        error = error.__cause__
-    return False
-
-
-@contextmanager
-def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
-    """Re-raise any error of the block that means too little memory as `OutOfMemory`.
-
-    The variables of the failed functions are deleted, so that the memory is free again.
-
-    Args:
-        what: the work of the block, for the message.
-        advice: the options that need less memory.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
-            raise
-        reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
-        traceback.clear_frames(error.__traceback__)
-        raise OutOfMemory(f"Out of memory in {what} ({reason}). {advice}") from error
 
 
 def training_advice(cfg: CfgNode) -> str:

@@ -8,13 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+from tensormask.config import changes
 from tensormask.data import get_dataset
-from tensormask.engine import changes, distributed, events, resume
+from tensormask.engine import distributed, events, resume
 from tensormask.engine.callbacks import Run
 from tensormask.engine.evaluator import evaluate_all, score_threshold
-from tensormask.engine.memory import OutOfMemory, explain_out_of_memory, training_advice
+from tensormask.engine.memory import training_advice
 from tensormask.layers import _native
 from tensormask.modeling import TensorMask
+from tensormask.utils.memory import OutOfMemory, explain_out_of_memory
 
 logger = logging.getLogger(__name__)
 

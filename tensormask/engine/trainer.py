@@ -11,23 +11,22 @@ from typing import Any
 import yaml
 from torch import nn
 
+from tensormask.checkpoint.files import get_description
 from tensormask.checkpoint.loading import load_weights
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
 from tensormask.data.catalog import fixed_datasets
-from tensormask.data.classes import matches_by_name
+from tensormask.data.classes import UNKNOWN, matches_by_name, stored_classes, training_classes
 from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
 from tensormask.engine.callbacks import Callback, EarlyStopping, Run
-from tensormask.engine.classes import training_classes
 from tensormask.engine.evaluator import (
     Evaluator,
     build_issue_reporter,
     check_evaluation,
     store_score_thresholds,
 )
-from tensormask.engine.metrics import check_metrics
 from tensormask.engine.output_dir import (
     CONFIG,
     holds_run,
@@ -49,6 +48,7 @@ from tensormask.engine.run import (
 from tensormask.engine.signals import StopSignals, TrainingStopped
 from tensormask.engine.step import TrainState, train_step
 from tensormask.evaluation import verify_results
+from tensormask.evaluation.metrics import check_metrics
 from tensormask.modeling import build_model
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import write_atomically
@@ -116,13 +116,16 @@ def train(
         with distributed.first_on_machine():  # this can draw a data set
             train_sets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
             test_sets = [get_dataset(name) for name in cfg.DATASETS.TEST]
+            stored = UNKNOWN
+            if checkpoint is not None:
+                stored = stored_classes(cfg, get_description(checkpoint), "the checkpoint")
             classes = training_classes(
-                cfg, train_sets, test_sets, checkpoint, maps_labels=train_loader is None
+                cfg, train_sets, test_sets, stored, maps_labels=train_loader is None
             )
             check_evaluation(cfg, classes)
             check_metrics(
                 cfg,
-                [get_dataset(name) for name in cfg.DATASETS.TEST],
+                test_sets,
                 _wanted_metrics(cfg, callbacks),
                 evaluators=evaluators,
                 own_model=model is not None,
