@@ -181,8 +181,11 @@ TENSORMASK_KERNEL void windows_backward(
         A* const to = sums + channel * block_columns + w;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
-          if (channel + k >= 0 && channel + k < side)
-            to[k * block_columns] += weight[0][k] * sum[0] + weight[1][k] * sum[1];
+          if (channel + k < 0 || channel + k >= side) continue;
+          A part = A(0);  // without weights of 0, which times NaN or infinity would be NaN
+          if (weight[0][k] != A(0)) part = weight[0][k] * sum[0];
+          if (weight[1][k] != A(0)) part += weight[1][k] * sum[1];
+          to[k * block_columns] += part;
         }
       }
     }

@@ -2,7 +2,8 @@
 // compute, not their speed. Compiled and called by tests/layers/test_cuda_on_cpu.py.
 //
 // The threads of a block are coroutines: each runs until `synchronize` or its end, then the next
-// one runs. If a kernel lacks a `synchronize`, a thread reads what another one has not written yet.
+// one runs, in either order. If a kernel lacks a `synchronize`, a thread reads what another one has
+// not written yet, in one of the orders.
 
 #include <ucontext.h>
 
@@ -16,6 +17,7 @@ struct Dimensions {
 };
 constexpr unsigned int NUM_THREADS = 64;
 constexpr size_t STACK_BYTES = 1 << 16;
+constexpr size_t GUARD_BYTES = 256;  // behind the shared memory
 static Dimensions threadIdx, blockIdx;
 static const Dimensions blockDim{NUM_THREADS, 1, 1};
 static std::vector<unsigned char> memory_of_block;
@@ -24,6 +26,12 @@ static unsigned char stacks[NUM_THREADS][STACK_BYTES];
 static void (*call_kernel)(const void*);
 static const void* kernel_of_launch;
 static unsigned int num_running;
+
+extern "C" {
+int last_thread_first = 0;
+Dimensions first_block{0, 0, 0};  // of grids that have it; earlier ones do not run
+int num_errors = 0;  // barriers that some threads miss, writes beyond shared memory
+}
 
 #define TENSORMASK_KERNEL static
 #define TENSORMASK_DEVICE static inline
@@ -78,21 +86,34 @@ static void start_block() {
   }
 }
 
-// Runs all blocks, one after the other. All threads of a block synchronize equally often.
+static void run_block() {
+  start_block();
+  while (num_running > 0) {
+    for (unsigned int t = 0; t < NUM_THREADS; ++t) {
+      threadIdx.x = last_thread_first ? NUM_THREADS - 1 - t : t;
+      swapcontext(&scheduler, &threads[threadIdx.x]);
+    }
+    if (num_running > 0 && num_running < NUM_THREADS) {
+      ++num_errors;
+      return;
+    }
+  }
+  for (auto byte = memory_of_block.end() - GUARD_BYTES; byte < memory_of_block.end(); ++byte)
+    num_errors += *byte != 0xff;
+}
+
+// Runs all blocks, one after the other.
 template <typename F>
 static void launch(const Dimensions& grid, int64_t shared_bytes, const F& kernel) {
   call_kernel = [](const void* f) { (*static_cast<const F*>(f))(); };
   kernel_of_launch = &kernel;
-  memory_of_block.resize(shared_bytes);
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        start_block();
-        while (num_running > 0) {
-          for (threadIdx.x = 0; threadIdx.x < NUM_THREADS; ++threadIdx.x)
-            swapcontext(&scheduler, &threads[threadIdx.x]);
-        }
-      }
+  memory_of_block.resize(shared_bytes + GUARD_BYTES);
+  const bool has_first =
+      first_block.x < grid.x && first_block.y < grid.y && first_block.z < grid.z;
+  const Dimensions first = has_first ? first_block : Dimensions{0, 0, 0};
+  for (blockIdx.z = first.z; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = first.y; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = first.x; blockIdx.x < grid.x; ++blockIdx.x) run_block();
 }
 
 template <typename F>
