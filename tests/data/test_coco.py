@@ -167,7 +167,7 @@ def test_to_coco(make_dataset):
         ('{"images": [], "categories": 5}', "no list 'categories'"),
         ('{"images": [], "categories": [], "annotations": null}', "no list 'annotations'"),
         ('{"images": [], "categories": []}', "no valid images"),
-        ('{"images": [{"id": 1}], "categories": []}', "(?s)no valid images.*malformed.*height None"),
+        (
             '{"images": [{"id": 1}], "categories": []}',
             "(?s)no valid images.*image_malformed.*height None",
         ),
