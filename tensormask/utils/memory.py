@@ -1,6 +1,7 @@
 """Out of memory: the errors that mean it, and one error that says so."""
 
 import errno
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ import torch
 from tensormask.utils.errors import shorten
 
 # In the messages of PyTorch's CPU, CUDA and MPS allocators, its libraries, OpenCV and the system.
-_PHRASES = (
-    *("out of memory", "allocate memory", "not enough memory", "insufficient memory"),
-    *("failed to allocate", "alloc_failed"),
+# oneDNN says of a primitive that it has no memory for only that it could not create it.
+_MESSAGE = re.compile(
+    r"out of memory|(allocate|not enough|insufficient) memory|failed to allocate|alloc_failed"
+    r"|bad_alloc|could not (create|execute) a (primitive|memory)(?! desc)",
+    re.IGNORECASE,
 )
 
 
@@ -28,9 +31,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, (RuntimeError, OSError, cv2.error)):
-            if any(phrase in str(error).lower() for phrase in _PHRASES):
-                return True
+        if isinstance(error, (RuntimeError, OSError, cv2.error)) and _MESSAGE.search(str(error)):
+            return True
         error = error.__cause__
     return False
 

@@ -19,6 +19,9 @@ ERRORS = [
     RuntimeError("[...] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("could not create a primitive"),  # oneDNN, of a convolution
+    RuntimeError("could not create a memory object"),
+    RuntimeError("std::bad_alloc"),
     RuntimeError("MPS backend out of memory (MPS allocated: 6.7 GB"),
     cv2.error("OpenCV(5.0) alloc.cpp: error: (-4:Insufficient memory) Failed to allocate 9 bytes"),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
@@ -42,6 +45,7 @@ def test_errors_of_all_allocators(error):
     "error",
     [
         RuntimeError("shapes do not match"),
+        RuntimeError("could not create a primitive descriptor for a convolution"),
         ValueError("out of memory lane is not a class"),
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         KeyError("memory"),
