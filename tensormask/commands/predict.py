@@ -30,7 +30,7 @@ from tensormask.commands.common import (
 )
 from tensormask.commands.inputs import find_inputs, list_suffixes
 from tensormask.commands.prediction import InputProcessor, output_stems
-from tensormask.data.formats import UNREAD_SUFFIXES
+from tensormask.data.decoding.formats import UNREAD_SUFFIXES
 from tensormask.evaluation.results import ResultsWriter
 from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError

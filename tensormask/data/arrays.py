@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tensormask.data.decoding.pixels import STRETCH, values_to_rgb
 from tensormask.data.images import is_out_of_resources, to_rgb
-from tensormask.data.pixels import STRETCH, values_to_rgb
 from tensormask.utils.errors import UserError
 
 CHANNEL_ORDERS = ("RGB", "BGR")

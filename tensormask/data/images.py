@@ -17,9 +17,9 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tensormask.data.deep_colors import read_deep_colors
-from tensormask.data.formats import describe_format
-from tensormask.data.pixels import stretch_to_8_bits, values_to_rgb
+from tensormask.data.decoding.deep_colors import read_deep_colors
+from tensormask.data.decoding.formats import describe_format
+from tensormask.data.decoding.pixels import stretch_to_8_bits, values_to_rgb
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import expand_home
 

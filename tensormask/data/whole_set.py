@@ -11,6 +11,7 @@ from PIL import Image
 
 from tensormask.data.checks.annotations import Annotation, is_usable
 from tensormask.data.checks.diagnosis import DIAGNOSES, Diagnosis
+from tensormask.data.checks.missing_files import explain_missing
 from tensormask.data.checks.orientation import (
     Orientations,
     file_size_cause,
@@ -19,7 +20,6 @@ from tensormask.data.checks.orientation import (
 )
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
-from tensormask.data.missing_files import explain_missing
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tensormask.data import deep_colors
 from tensormask.data.arrays import image_to_rgb
+from tensormask.data.decoding import deep_colors
 from tensormask.data.images import ImageError, read_image, stretch_to_8_bits
 
 # Mode of PIL, suffix of a file that keeps it, and the type of its values.
