@@ -146,7 +146,8 @@ def load_weights(
         _check_whole_backbone(result, path)
     model.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d of the model's %d entries", path, len(fitting), len(state))
-    _log_misfits(result, _changed_classes(model, state, weights), is_backbone, path)
+    changed = _changed_classes(model, state, weights, their_names)
+    _log_misfits(result, changed, is_backbone, path)
     return result
 
 
@@ -299,7 +300,10 @@ def _check_whole_backbone(result: LoadResult, path: str | PathLike[str]) -> None
 
 
 def _changed_classes(
-    model: TensorMask, state: dict[str, Tensor], weights: dict[str, Tensor]
+    model: TensorMask,
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    their_names: Sequence[str],
 ) -> tuple[int, int] | None:
     """Return the classes of file and model, if these are the only difference of the classifiers."""
     if not all(name in state and name in weights for name in _CLASSIFIER):
@@ -308,6 +312,8 @@ def _changed_classes(
     (ours, *our_inner), _ = (state[name].shape for name in _CLASSIFIER)
     num_sizes = model.windows.num_sizes
     if theirs == ours or theirs != theirs_of_bias or inner != our_inner or theirs % num_sizes:
+        return None
+    if their_names and theirs != num_sizes * len(their_names):  # other window sizes
         return None
     return theirs // num_sizes, ours // num_sizes
 

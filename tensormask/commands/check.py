@@ -197,6 +197,8 @@ def describe_proposal(
     """Format the overrides to paste, and what they change."""
     num_classes, configured = len(dataset.class_names), cfg.MODEL.TENSOR_MASK.NUM_CLASSES
     differs = "" if num_classes == configured else f", and {configured} in the config"
+    if num_classes < configured:
+        differs += " (a set for testing can lack some of the model's)"
     lines = ["", f"Classes: {num_classes}{differs}"]
     if proposed == given:
         lines.append("Windows: those of the config; no tried ones match more objects")

@@ -75,6 +75,16 @@ def test_without_names_on_both_sides_rows_are_matched_by_position(caplog, stored
     assert ("position" in caplog.text) == bool(said)
 
 
+def test_other_window_sizes_are_no_other_classes(caplog):
+    """6 rows of the file are 3 classes at 2 sizes; a model with one size has 3 rows."""
+    model = build(opts=["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]])
+    content = {"model": TRAINED.state_dict(), "class_names": NAMES}
+    result = load_weights(model, content, class_names=NAMES)
+    assert "head.cls_score.bias: (6,) in the file, (3,) in the model" in result.misshapen
+    assert "trained with" not in caplog.text
+    assert "misshapen: head.cls_score" in caplog.text
+
+
 def test_a_file_without_names_and_with_another_number_of_classes(caplog):
     result = load_weights(MODELS[2], {"model": TRAINED.state_dict()}, class_names=["star", "ring"])
     assert len(result.misshapen) == 2
