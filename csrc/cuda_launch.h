@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "swap_align2nat_checks.h"
+#include "tensor_checks.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -37,8 +37,11 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline unsigned int grid(int64_t blocks) {
-  require(blocks <= std::numeric_limits<int32_t>::max(),
+constexpr int64_t MAX_BLOCKS = std::numeric_limits<int32_t>::max();  // along x
+constexpr int64_t MAX_BLOCKS_YZ = 65535;
+
+inline unsigned int grid(int64_t blocks, int64_t limit = MAX_BLOCKS) {
+  require(blocks <= limit,
           "the tensor is too large for one launch: it needs ", blocks, " blocks; divide the batch");
   return static_cast<unsigned int>(blocks);
 }

@@ -6,9 +6,10 @@
 
 #pragma once
 
-#include "swap_align2nat.h"
+#include "host_device.h"
 
 #include <cmath>
+#include <cstdint>
 
 namespace tensormask {
 namespace paste {

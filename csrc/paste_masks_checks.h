@@ -2,13 +2,13 @@
 
 #pragma once
 
-#include "paste_masks.h"
-#include "swap_align2nat_checks.h"
+#include "tensor_checks.h"
 
 namespace tensormask {
 
 inline void check_paste(
-    const Tensor& values, const Tensor& layout, const Tensor& boxes, int64_t height, int64_t width) {
+    const Tensor& values, const Tensor& layout, const Tensor& boxes, int64_t largest,
+    int64_t height, int64_t width) {
   const ScalarType type = values.scalar_type();
   require((type == ScalarType::Float || type == ScalarType::Double) && values.dim() == 1 &&
               values.is_contiguous(),
@@ -23,6 +23,7 @@ inline void check_paste(
           "boxes must be contiguous, ", dtype_name(values), ", of shape (", layout.size(0),
           ", 4), on ", device_name(values), ", got ", dtype_name(boxes), " of shape ",
           text(boxes.sizes()), " on ", device_name(boxes));
+  require(largest >= 0, "the largest width must not be negative, got ", largest);
   constexpr int64_t limit = 1 << 30;
   require(height >= 0 && width >= 0 && height < limit && width < limit,
           "the size of the frames must not be negative, got ", height, ", ", width);

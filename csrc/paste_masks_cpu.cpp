@@ -1,6 +1,7 @@
 // The schema of `paste_masks`, and the operator on the CPU. It defines what the CUDA kernel computes;
 // tensormask/layers/masks.py pastes on the CPU region by region.
 
+#include "paste_masks.h"
 #include "paste_masks_checks.h"
 
 #include <torch/csrc/stable/library.h>
@@ -35,7 +36,7 @@ void paste_mask(
 Tensor paste_masks(
     const Tensor& values, const Tensor& layout, const Tensor& boxes, int64_t largest,
     int64_t height, int64_t width) {
-  check_paste(values, layout, boxes, height, width);
+  check_paste(values, layout, boxes, largest, height, width);
   const int64_t count = layout.size(0);
   Tensor out = torch::stable::new_empty(values, Shape{count, height, width}, ScalarType::Bool);
   if (out.numel() == 0) return out;

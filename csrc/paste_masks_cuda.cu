@@ -1,13 +1,12 @@
 // `paste_masks` on CUDA: checks arguments, allocates the frames and launches the kernel. It does not
 // wait for the device.
 
+#include "cuda_launch.h"
 #include "paste_masks_checks.h"
 
-#include "cuda_launch.h"
+#include <cstdint>
 
 #include "paste_masks_cuda_kernel.h"
-
-#include <cstdint>
 
 namespace tensormask {
 namespace {
@@ -21,8 +20,8 @@ void launch(
   const int height = static_cast<int>(out.size(1)), width = static_cast<int>(out.size(2));
   const int64_t bands = (height + rows - 1) / rows;
   cuda::paste_masks<A>
-      <<<grid(out.size(0) * bands), cuda::WINDOW_THREADS, rows * (largest + cuda::PASTE_ZEROS) * sizeof(A),
-         stream_of(values)>>>(
+      <<<grid(out.size(0) * bands), cuda::PASTE_THREADS,
+         rows * (largest + cuda::PASTE_ZEROS) * sizeof(A), stream_of(values)>>>(
           static_cast<const A*>(values.const_data_ptr()), layout.const_data_ptr<int64_t>(),
           static_cast<const A*>(boxes.const_data_ptr()), rows, height, width,
           static_cast<unsigned char*>(out.mutable_data_ptr()));
@@ -32,7 +31,7 @@ void launch(
 Tensor paste_masks(
     const Tensor& values, const Tensor& layout, const Tensor& boxes, int64_t largest,
     int64_t height, int64_t width) {
-  check_paste(values, layout, boxes, height, width);
+  check_paste(values, layout, boxes, largest, height, width);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
   Tensor out =
       torch::stable::new_empty(values, Shape{layout.size(0), height, width}, ScalarType::Bool);

@@ -3,14 +3,17 @@
 
 #pragma once
 
+#include "cuda_block.h"
 #include "paste_masks.h"
-#include "swap_align2nat_cuda_rows.h"
+
+#include <cstdint>
 
 namespace tensormask {
 namespace cuda {
 
-constexpr int PASTE_ROWS = 16;   // of a frame, per block
-constexpr int PASTE_ZEROS = 3;   // around a row of a mask: one before, two behind
+constexpr int PASTE_THREADS = 128;
+constexpr int PASTE_ROWS = 16;  // of a frame, per block
+constexpr int PASTE_ZEROS = 3;  // around a row of a mask: one before, two behind
 
 // How many rows of frames a block takes: their interpolated mask rows are in shared memory. 0 if
 // masks of this width do not fit.

@@ -22,13 +22,9 @@
 
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
-#if defined(__CUDACC__)
-#define TENSORMASK_HOST_DEVICE __host__ __device__
-#else
-#define TENSORMASK_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace tensormask {
 

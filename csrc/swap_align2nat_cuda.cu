@@ -2,6 +2,7 @@
 // do not wait for the device.
 
 #include "cuda_launch.h"
+#include "swap_align2nat_checks.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -124,8 +125,8 @@ Tensor backward_at(
     const int64_t shared_bytes = g.side * block_columns * int64_t(sizeof(A));
     require(shared_bytes <= cuda::MAX_SHARED_BYTES, "masks are too large: V = ", g.side);
     const int64_t parts = (width + block_columns - 1) / block_columns;
-    const dim3 blocks(grid(height), grid(g.side * parts), grid(num_images));
-    require(blocks.y <= 65535 && blocks.z <= 65535, "the tensor is too large for one launch");
+    const dim3 blocks(grid(height), grid(g.side * parts, MAX_BLOCKS_YZ),
+                      grid(num_images, MAX_BLOCKS_YZ));
     cuda::windows_backward<T><<<blocks, cuda::WINDOW_THREADS, shared_bytes, stream>>>(
         g, masks, starts, order, columns, static_cast<T*>(out.mutable_data_ptr()),
         static_cast<int>(block_columns));

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cuda_block.h"
 #include "swap_align2nat.h"
 
 namespace tensormask {
@@ -9,7 +10,6 @@ namespace cuda {
 
 constexpr int THREADS = 256;
 constexpr int CHANNELS_AT_ONCE = 4;  // per block
-constexpr int MAX_SHARED_BYTES = 48 * 1024;
 constexpr int WINDOW_THREADS = 128;
 
 template <typename T>
@@ -19,13 +19,6 @@ struct Accumulate {
 template <>
 struct Accumulate<double> {
   using type = double;
-};
-
-// Values that one instruction reads.
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int SIZE = 16 / sizeof(T);
-  T value[SIZE];
 };
 
 // As `row_taps`, without 64-bit divisions.

@@ -2,7 +2,7 @@
 // them. tensormask/layers/winograd.py explains the 36 matrices, and multiplies them.
 
 #include "cpu_isa.h"
-#include "swap_align2nat_checks.h"
+#include "tensor_checks.h"
 #include "winograd.h"
 
 #include <torch/csrc/stable/library.h>

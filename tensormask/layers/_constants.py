@@ -29,7 +29,7 @@ def _hashable(values: Any) -> Any:
     return values if isinstance(values, int | float) else tuple(map(_hashable, values))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a CUDA graph may read them
 def _on_gpu(values: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # training may use it as well
         return torch.tensor(values, dtype=dtype, device=device)

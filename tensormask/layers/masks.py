@@ -127,12 +127,8 @@ def paste_masks(masks: Tensor | Sequence[Tensor], boxes: Tensor, size: tuple[int
 
 def _packed(masks: Tensor | Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return the arguments of the compiled op: values, layout, boxes, and the largest width."""
-    if isinstance(masks, Tensor):
-        sizes = torch.tensor(masks.shape[1:]).expand(len(masks), 2)
-        values = masks.reshape(-1)
-    else:
-        sizes = torch.tensor([mask.shape for mask in masks])
-        values = torch.cat([mask.reshape(-1) for mask in masks])
+    sizes = torch.tensor([mask.shape for mask in masks])
+    values = torch.cat([mask.reshape(-1) for mask in masks])
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     areas = sizes.prod(1)
     layout = torch.stack([areas.cumsum(0) - areas, *sizes.unbind(1)], dim=1)
@@ -181,6 +177,7 @@ def _weights(locations: Tensor, side: int) -> Tensor:
 def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> Tensor:
     """Sample masks (K, V, U) in boxes (K, 4) at the pixels of a region of the image: (K, h, w)."""
     x0, y0, x1, y1 = region
+    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))  # locations need the digits
     xs = torch.arange(x0, x1, device=boxes.device, dtype=boxes.dtype) + 0.5
     ys = torch.arange(y0, y1, device=boxes.device, dtype=boxes.dtype) + 0.5
     left, top, right, bottom = boxes[:, :, None].unbind(1)  # (K, 1) each

@@ -254,6 +254,16 @@ def test_masks_on_a_gpu_are_fetched_once() -> None:
         assert torch.equal(found[2], region[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_of_half_precision_in_a_large_image(dtype) -> None:
+    """Locations, and what is computed from them, are not rounded to it."""
+    masks = torch.rand(2, 15, 15, generator=torch.Generator().manual_seed(0)).to(dtype)
+    boxes = torch.tensor([[-7.5, 3.0, 800.0, 590.0], [640.2, 30.7, 1210.0, 620.0]])
+    expected = paste_masks(masks.float(), boxes, (600, 1200))
+    for _ in range(2):
+        assert torch.equal(paste_masks(masks, boxes, (600, 1200)), expected)
+
+
 @native
 def test_the_compiled_op_in_graphs_and_with_wrong_arguments() -> None:
     """`paste_masks` of layers passes it only what fits."""
@@ -269,6 +279,7 @@ def test_the_compiled_op_in_graphs_and_with_wrong_arguments() -> None:
         ((values, layout, boxes[:1], largest), "boxes must be"),
         ((values[1:], layout, boxes, largest), "outside of 15 values"),
         ((values, layout, boxes, 3), "wider than 3"),
+        ((values, layout, boxes, -3), "largest width must not be negative, got -3"),
     ):
         with pytest.raises(RuntimeError, match=words):
             op(*arguments, 10, 12)

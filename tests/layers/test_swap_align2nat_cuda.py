@@ -66,7 +66,8 @@ def compare_with_cpu(side: int, lambda_val: int, height: int, width: int, dtype)
         x = x.contiguous(memory_format=layout)
         expected, grads = all_four(x, windows, lambda_val)
         cuda = [grad.cuda().contiguous(memory_format=layout) for grad in grads[:1]]
-        cuda.append(grads[1].cuda())
+        masks = grads[1].cuda()
+        cuda.append(masks if layout == torch.contiguous_format else masks.mT.contiguous().mT)
         got, _ = all_four(x.cuda(), windows.cuda(), lambda_val, cuda)
         eps = torch.finfo(dtype).eps
         for a, b in zip(got, expected, strict=True):
@@ -109,6 +110,43 @@ def test_pasted_masks() -> None:
             pasted = ops.paste_masks(*(x.cuda() for x in arguments), 480, height, width).cpu()
             # The GPU multiplies and adds in one step: probabilities of 1/2 are rounded otherwise.
             assert (pasted != expected).sum() <= 2 + 1e-5 * expected.numel()
+
+
+def test_many_windows() -> None:
+    """More than a block has threads; many of them are equal."""
+    x = torch.randn(2, 9, 20, 30)
+    windows = random_windows(x, 2, 10_000)
+    expected, grads = all_four(x, windows, 2)
+    got, _ = all_four(x.cuda(), windows.cuda(), 2, [grad.cuda() for grad in grads])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-3)
+
+
+def test_bad_gradients() -> None:
+    """NaN and infinity reach only the values that the pixel of the mask is computed from."""
+    for side, lambda_val in ((3, 1), (3, 3), (4, 2)):
+        windows = torch.tensor([[0, 1, 1], [0, 1, 2], [0, 1, 1]], device="cuda")
+        grad = torch.zeros(3, side * lambda_val, side * lambda_val, device="cuda")
+        results = []
+        for value in (1.0, float("nan"), float("inf")):
+            grad[0, lambda_val, lambda_val] = value
+            results.append(ops.swap_align2nat_at_backward(grad, windows, lambda_val, 1, 12, 12))
+        assert results[0].any()
+        for bad in results[1:]:
+            assert torch.equal(~bad.isfinite(), results[0] != 0)
+
+
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        return
+    x = torch.randn(1, 9, 8, 10)
+    windows = random_windows(x, 2, 9)
+    expected, grads = all_four(x, windows, 2)
+    device = torch.device("cuda", 1)
+    got, _ = all_four(x.to(device), windows.to(device), 2, [grad.to(device) for grad in grads])
+    for a, b in zip(got, expected, strict=True):
+        assert a.device == device
+        torch.testing.assert_close(a.cpu(), b)
 
 
 def test_two_runs_give_the_same_bits() -> None:
