@@ -13,7 +13,7 @@ from tensormask.data.checks.diagnosis import DIAGNOSES
 from tensormask.data.statistics import count_contents
 from tensormask.evaluation import evaluate_results
 
-NUM_SETS = 3  # random sets for each cause
+NUM_SETS = 2  # random sets for each cause
 
 
 # Each of these changes one annotation of an image.
@@ -122,7 +122,7 @@ CAUSES = {
     ),
     "three times the size": (
         lambda annotation, image: (
-            boxes(lambda *box: np.array(box[:4]) * 3 + 40)(annotation, image),
+            boxes(lambda x, y, w, h, *_: (3 * x + 40, 3 * y + 40, 3 * w, 3 * h))(annotation, image),
             polygons(lambda p: [(np.array(p) * 3 + 40).tolist()])(annotation, image),
         ),
         "coordinates_beyond",
@@ -155,7 +155,7 @@ CAUSES = {
 def test_a_cause_in_the_whole_set_is_named_and_one_in_few_entries_is_not(tmp_path, cause):
     change, name = CAUSES[cause]
     rng = np.random.default_rng(list(CAUSES).index(cause))
-    for num_annotations in rng.integers(10, 80, NUM_SETS).tolist():
+    for num_annotations in rng.integers(10, 50, NUM_SETS).tolist():
         content = random_set(rng, num_annotations)
         images = {image["id"]: image for image in content["images"]}
         # In most of the annotations, and in few of them.
@@ -184,10 +184,10 @@ def test_the_form_of_one_of_several_joined_files(tmp_path, cause, every):
     assert names_of(diagnosed(content, tmp_path)) == [CAUSES[cause][1]]
 
 
-@pytest.mark.parametrize("num_annotations", [1, 2, 3, 4, 7, 15, 40, 150])
+@pytest.mark.parametrize("num_annotations", [1, 2, 3, 4, 7, 15, 100])
 def test_sets_without_a_cause(tmp_path, num_annotations):
     rng = np.random.default_rng(num_annotations)
-    for _ in range(6):
+    for _ in range(max(1, 30 // num_annotations)):
         assert names_of(diagnosed(random_set(rng, num_annotations), tmp_path)) == []
 
 

@@ -165,7 +165,7 @@ def test_tags_that_do_not_exchange_the_sides(export, tmp_path, orientation):
 def write_shapes(folder, rng, orientation, in_stored_frame, *, square, rle):
     """Images with an EXIF orientation, and masks of the upright or of the stored image."""
     images, annotations = [], []
-    for number in range(10):
+    for number in range(5):
         height = int(rng.integers(60, 90))
         width = height if square else height + 30
         pixels = rng.integers(90, 120, (height, width, 3)).astype(np.uint8)

@@ -74,10 +74,9 @@ def _box_form(measured: Measurements) -> Cause | None:
     differs = ~_near(_corners(boxes), extents, sizes)
     fitting = differs & ~_is_beyond(extents, sizes)
     scale = np.tile(sizes[:, ::-1], 2)
-    for form, read in _FORMS.items():
+    for text, (name, read) in _FORMS.items():
         fits = fitting & _near(read(boxes, scale), extents, sizes)
         if many(fits) and most(fits, differs):
-            name, text = _FORM_TEXTS[form]
             return name, f"{text} fits the masks of {count_of(fits)}"
     if not most(differs):
         return None
@@ -126,27 +125,27 @@ def _corners(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
-def _centered(boxes: np.ndarray) -> np.ndarray:
-    half = boxes[:, 2:] / 2
-    return np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], axis=1)
-
-
-# How else a `bbox` may be read, as (x0, y0, x1, y1), with the image's (width, height) twice.
-_FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "corners": lambda boxes, scale: boxes,
-    "center": lambda boxes, scale: _centered(boxes),
-    "swapped": lambda boxes, scale: _corners(boxes[:, [1, 0, 3, 2]]),
-    "swapped corners": lambda boxes, scale: boxes[:, [1, 0, 3, 2]],
-    "percent": lambda boxes, scale: _corners(boxes * scale / 100),
-    "percent of masks": lambda boxes, scale: _corners(boxes / scale * 100),
-}
-_FORM_TEXTS = {
-    "corners": ("boxes_as_corners", "[x0, y0, x1, y1]"),
-    "center": ("boxes_as_centers", "[center x, center y, width, height]"),
-    "swapped": ("axes_swapped", "[y, x, height, width]"),
-    "swapped corners": ("axes_swapped", "[y0, x0, y1, x1]"),
-    "percent": ("coordinates_normalized", "bbox as percent of the image"),
-    "percent of masks": ("coordinates_normalized", "bbox in pixels, and segmentation in percent,"),
+# How else a `bbox` may be read, as (x0, y0, x1, y1), with the image's (width, height) twice; the
+# diagnosis by the text of each.
+_FORMS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
+    "[x0, y0, x1, y1]": ("boxes_as_corners", lambda boxes, scale: boxes),
+    "[center x, center y, width, height]": (
+        "boxes_as_centers",
+        lambda boxes, scale: _corners(boxes) - np.tile(boxes[:, 2:] / 2, 2),
+    ),
+    "[y, x, height, width]": (
+        "axes_swapped",
+        lambda boxes, scale: _corners(boxes[:, [1, 0, 3, 2]]),
+    ),
+    "[y0, x0, y1, x1]": ("axes_swapped", lambda boxes, scale: boxes[:, [1, 0, 3, 2]]),
+    "bbox as percent of the image": (
+        "coordinates_normalized",
+        lambda boxes, scale: _corners(boxes * scale / 100),
+    ),
+    "bbox in pixels, and segmentation in percent,": (
+        "coordinates_normalized",
+        lambda boxes, scale: _corners(boxes / scale * 100),
+    ),
 }
 
 
