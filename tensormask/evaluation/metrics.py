@@ -121,10 +121,11 @@ def explain_zero(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     elif zeros:
         logger.warning(
             "The %s on %s, which has objects, have an AP of 0.00. Likely causes: too few "
-            "iterations, or a learning rate near 0 (SOLVER.MAX_ITER, BASE_LR, WARMUP_ITERS); "
-            "weights that are not trained, or of another config (MODEL.WEIGHTS, INPUT.FORMAT, "
-            "MODEL.PIXEL_MEAN); classes in another order; windows or images of another size than "
-            "the objects need (MODEL.ANCHOR_GENERATOR.SIZES, INPUT.MIN_SIZE_TEST; TEST.ORACLE_ON "
-            "shows it); annotations that do not fit the images (tensormask check)",
+            "iterations, or a learning rate near 0 (SOLVER.MAX_ITER, BASE_LR, WARMUP_ITERS, for "
+            "averages also EMA.DECAY); weights that are not trained, or of another config "
+            "(MODEL.WEIGHTS, INPUT.FORMAT, MODEL.PIXEL_MEAN); classes in another order; windows or "
+            "images of another size than the objects need (MODEL.ANCHOR_GENERATOR.SIZES, "
+            "INPUT.MIN_SIZE_TEST; TEST.ORACLE_ON shows it); annotations that do not fit the images "
+            "(tensormask check)",
             *(" and ".join(zeros), name),
         )
