@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Many missing files have one cause, also where others are found.
 _MISSING_SHARE, _FEW_MISSING = 0.25, 4
 _NUM_HEADERS = 64  # images whose size and EXIF tag are read
+_NUM_READ = 500  # images, until one can be read
 _TURNED_SHARE, _NUM_TURNED = 0.1, 16  # images with such a tag that are read
 _FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF")
 _ORIENTATION_TAG = 0x0112
@@ -112,7 +113,8 @@ def _ends_within_a_pixel(annotation: Annotation) -> bool:
 def _first_error(dataset: CocoDataset) -> ImageError | None:
     """Return an error of a set of which no image can be read; images are read until one can."""
     error = None
-    for index in np.random.default_rng(0).permutation(np.flatnonzero(dataset.has_file)).tolist():
+    indices = np.random.default_rng(0).permutation(np.flatnonzero(dataset.has_file))
+    for index in indices[:_NUM_READ].tolist():
         try:
             dataset.load_image(dataset.record(index)[0])
             return None

@@ -81,6 +81,10 @@ def rle_of(transposed):
     return apply
 
 
+def size_of(image):
+    return np.array([image["width"], image["height"]])
+
+
 def points_of(polygon):
     return np.reshape(polygon, (-1, 2)).tolist()
 
@@ -124,6 +128,17 @@ CAUSES = {
         lambda annotation, image: (
             boxes(lambda x, y, w, h, *_: (3 * x + 40, 3 * y + 40, 3 * w, 3 * h))(annotation, image),
             polygons(lambda p: [(np.array(p) * 3 + 40).tolist()])(annotation, image),
+        ),
+        "coordinates_beyond",
+    ),
+    "from the image's center": (
+        lambda annotation, image: (
+            boxes(lambda x, y, w, h, *size: (x - size[0] / 2, y - size[1] / 2, w, h))(
+                annotation, image
+            ),
+            polygons(
+                lambda p: [(np.array(p).reshape(-1, 2) - size_of(image) / 2).ravel().tolist()]
+            )(annotation, image),
         ),
         "coordinates_beyond",
     ),

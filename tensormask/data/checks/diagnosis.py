@@ -88,7 +88,7 @@ DIAGNOSES = {
     ),
     "coordinates_beyond": (
         "most objects reach beyond their image",
-        "Scale them to the images' size: they seem to be of larger images",
+        "They seem to be of larger images, or from another origin: scale or shift them",
     ),
     "crowds": (
         "many objects are marked as crowds, which are not trained on and not scored",

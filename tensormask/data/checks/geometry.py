@@ -117,7 +117,7 @@ def _box_corners(measured: Measurements) -> Cause | None:
 
 def _beyond(measured: Measurements) -> Cause | None:
     corners, sizes = _regions(measured)
-    beyond = _is_beyond(corners, sizes)
+    beyond = _is_beyond(corners, sizes) | (corners[:, :2] < -_margin(sizes)).any(axis=1)
     return ("coordinates_beyond", count_of(beyond)) if most(beyond) else None
 
 
@@ -168,5 +168,8 @@ def _regions(measured: Measurements) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_beyond(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return which boxes end more than 2 % of the image, and a pixel, beyond it."""
-    margin = np.maximum(1.0, 0.02 * sizes[:, ::-1])
-    return np.any(corners[:, 2:] > sizes[:, ::-1] + margin, axis=1)
+    return np.any(corners[:, 2:] > sizes[:, ::-1] + _margin(sizes), axis=1)
+
+
+def _margin(sizes: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0, 0.02 * sizes[:, ::-1])
