@@ -70,6 +70,10 @@ DIAGNOSES = {
         "Multiply x and widths by the image's width, y and heights by its height (divide percent "
         "by 100)",
     ),
+    "boxes_malformed": (
+        "most bbox are not four numbers",
+        "Write [x, y, width, height] as numbers, in pixels",
+    ),
     "boxes_as_corners": (
         "bbox has two corners, not a corner and a size",
         "Write [x0, y0, x1 - x0, y1 - y0]",
@@ -177,6 +181,11 @@ def _geometry(measured: Measurements) -> Diagnosis | None:
     return None if cause is None else Diagnosis(*cause)
 
 
+def _boxes(measured: Measurements) -> Diagnosis | None:
+    malformed = ~np.isfinite(measured.boxes).all(axis=1)
+    return Diagnosis("boxes_malformed", count_of(malformed)) if most(malformed) else None
+
+
 def _crowds(measured: Measurements) -> Diagnosis | None:
     crowds = measured.crowds
     enough = np.count_nonzero(crowds) >= max(_FEW_CROWDS, _CROWD_SHARE * len(crowds))
@@ -197,8 +206,8 @@ def _areas(measured: Measurements) -> Diagnosis | None:
     compared = np.isfinite(stated) & np.isfinite(own) & ~measured.crowds & (stated > 0)
     factors = stated[compared] / own[compared]
     wrong = (factors > _AREA_FACTOR) | (factors < 1 / _AREA_FACTOR)
-    # Not the area is wrong where the mask is, which then ends beyond the image or within a pixel.
-    wrong &= ends_inside(measured)[compared]
+    # Not the area is wrong where the mask is: beyond the image, within a pixel, or empty.
+    wrong &= (ends_inside(measured) & (measured.mask_areas > 0))[compared]
     if not most(wrong):
         return None
     example = int(np.flatnonzero(wrong)[0])
@@ -216,6 +225,9 @@ def _masks(measured: Measurements) -> Diagnosis | None:
     for form, text in _WRONG_FORMS.items():
         if most(forms == form):
             return Diagnosis("masks_malformed", f"{count_of(forms == form)} have {text}")
+    empty = measured.mask_areas == 0
+    if most(empty):
+        return Diagnosis("masks_malformed", f"{count_of(empty)} have a mask without a pixel")
     sizes, rle_sizes = measured.sizes, measured.rle_sizes
     differs = np.isfinite(rle_sizes + sizes).all(axis=1) & (rle_sizes != sizes).any(axis=1)
     if not most(differs):
@@ -240,5 +252,5 @@ _WRONG_FORMS = {
 }
 _TESTS: tuple[Callable[[Measurements], Diagnosis | None], ...] = (
     *(_ids_of_another_type, _ids_unknown, _ids_shifted),
-    *(_geometry, _crowds, _areas, _masks),
+    *(_boxes, _geometry, _crowds, _areas, _masks),
 )

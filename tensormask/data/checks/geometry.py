@@ -70,6 +70,7 @@ def _box_form(measured: Measurements) -> Cause | None:
     """Boxes that fit their masks only if they are read in another way."""
     boxes, extents, sizes = measured.boxes, measured.extents, measured.sizes
     valid = np.isfinite(np.concatenate([boxes, extents, sizes], axis=1)).all(axis=1)
+    valid &= measured.mask_areas > 0
     boxes, extents, sizes = boxes[valid], extents[valid], sizes[valid]
     differs = ~_near(_corners(boxes), extents, sizes)
     fitting = differs & ~_is_beyond(extents, sizes)
