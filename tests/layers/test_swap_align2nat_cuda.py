@@ -264,7 +264,7 @@ def main() -> int:
     if "cuda" not in _native.DEVICES or not torch.cuda.is_available():
         print(_native.why_not("cuda") or "PyTorch sees no GPU", file=sys.stderr)
         return 1
-    long = ("full_size", "compile", "gradients", "opcheck", "graphs")
+    long = ("full_size", "compile", "test_gradients", "opcheck", "graphs", "many_windows")
     failed = 0
     for name, test in list(globals().items()):
         if not name.startswith("test_"):
