@@ -16,6 +16,7 @@ is the CPU's; `fake_cuda.py` has CUDA's.
 """
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ class Record:
         pinned: copies from pinned memory, for which the host does not wait.
         unpinned: copies with `non_blocking` from other memory, for which it may wait.
         launches: operations that are at least a kernel on a GPU, with copies.
+        num_bytes: that these read and write.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
@@ -68,13 +70,13 @@ class Record:
     pinned: Counter[str] = field(default_factory=Counter)
     unpinned: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    num_bytes: int = 0
 
     def clear(self) -> None:
-        for counter in vars(self).values():
-            counter.clear()
+        vars(self).update(vars(Record()))
 
     def totals(self) -> dict[str, int]:
-        return {name: counter.total() for name, counter in vars(self).items()}
+        return {name: x.total() for name, x in vars(self).items() if isinstance(x, Counter)}
 
 
 @contextlib.contextmanager
@@ -168,6 +170,7 @@ class _Operations(TorchDispatchMode):
             self._check(name, args, kwargs, inputs)
             if not _has_no_kernel(func):
                 self.record.launches[f"{name} at {_place()}"] += 1
+                self.record.num_bytes += sum(map(_num_bytes, [*inputs, *tensors_of(out)]))
         in_place = name.endswith("_") and isinstance(args[0], Tensor)
         if not in_place or storages.on_cuda(args[0]):
             storages.add(out)
@@ -296,6 +299,8 @@ class _Functions(TorchFunctionMode):
         record.launches[f"copy at {place}"] += 1
         if on_cuda:
             record.waits[f"copy to the CPU at {place}"] += 1
+            if non_blocking:
+                record.mixes[f"read before it is copied at {place}"] += 1
             return storages.remove(out)
         if not non_blocking:
             record.waits[f"copy to the GPU at {place}"] += 1
@@ -329,6 +334,11 @@ def _has_no_kernel(func: Any) -> bool:
         return True
     aliases = [r.alias_info for r in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _num_bytes(x: Tensor) -> int:
+    sides = [side for side, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return x.element_size() * math.prod(sides)
 
 
 def _place() -> str:

@@ -64,7 +64,7 @@ def _crop_from_all(
     masks: Tensor, objects: Tensor, boxes: Tensor, side: int, num_masks: int
 ) -> Tensor:
     """Crop as `crop_masks`, also from masks without a window: the host need not know which."""
-    if len(masks) <= num_masks:
+    if len(masks) <= num_masks or masks.dtype == boxes.dtype:
         return _crop(masks, objects, boxes, side)
     cropped = masks.new_zeros(len(objects), side, side, dtype=torch.bool)
     for number, part in enumerate(masks.split(num_masks)):
@@ -86,10 +86,11 @@ def _crop(masks: Tensor, objects: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; the host does not wait for a copy to a GPU."""
+    """Copy a tensor to a device; the host waits for a copy from a GPU, not for one to it."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    # A copy to the CPU that is not waited for would be read before it is complete.
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 @torch.no_grad()

@@ -9,15 +9,15 @@ optimizers and every other change in place take effect in the next call. Only wr
 The results are not part of the modules: they are in no copy, file or state dict.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tensormask.layers._transforms import is_traced, is_transformed
+from tensormask.layers._transforms import is_traced
 
 # On a CPU, folding takes 2 % of the time of inference, and the products would need memory.
 _CACHED_ON: tuple[str, ...] = ("cuda",)
@@ -27,13 +27,11 @@ class _Entry(NamedTuple):
     key: tuple[Any, ...]
     # Keep the addresses of the storages in the key from being used again.
     storages: list[StorageWeakRef]
-    results: tuple[Tensor, ...]
+    results: tuple[Tensor, Tensor]
 
 
-# An entry is replaced as a whole: threads may read and write at the same time.
-_Cache = WeakKeyDictionary[nn.Module, _Entry]
-_of_norms: _Cache = WeakKeyDictionary()
-_of_convs: _Cache = WeakKeyDictionary()
+# By convolution. An entry is replaced as a whole: threads may read and write at the same time.
+_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
 
 def fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -45,31 +43,44 @@ def fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
     On a GPU within `torch.autocast`, they have its dtype where that saves a conversion.
     """
-    sources = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    device = conv.weight.device
-    if device.type not in _CACHED_ON or not _can_cache(conv.weight, *sources):
-        scale, bias = _scale_and_bias(norm)
-        return _scaled(conv.weight, scale), bias
-    dtype, trained = None, torch.is_grad_enabled() and conv.weight.requires_grad
-    if torch.is_autocast_enabled(device.type) and conv.weight.dtype != torch.float64:
+    weight, grad = conv.weight, torch.is_grad_enabled()
+    trained = grad and weight.requires_grad
+    # Not by their names, whose lookup takes half of the time until a kept result is returned.
+    statistics = [*norm._buffers.values(), *norm._parameters.values()]
+    sources = statistics if trained else [*statistics, weight]
+    device = weight.device
+    if (
+        device.type not in _CACHED_ON
+        or _is_recorded()
+        or any(x.is_inference() for x in sources)  # such tensors have no version counter
+        or (grad and any(x.requires_grad for x in statistics))
+    ):
+        return _folded(norm, weight)
+    dtype = None
+    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     # Another stream would have to wait for the results.
-    options = dtype, torch.cuda.is_initialized() and torch.cuda.current_stream(device)
+    stream = torch.cuda.is_initialized() and torch.cuda.current_stream(device)
+    # Read before anything is computed: what changes meanwhile is computed again in the next call.
+    states = [(x.untyped_storage()._cdata, x._version, x.stride()) for x in sources]
+    key = dtype, stream, norm.eps, *states
+    entry = _entries.get(conv)
+    if entry is None or entry.key != key:
+        if not all(map(_shows_changes, sources)):
+            return _folded(norm, weight)
+        storages = [StorageWeakRef(x.untyped_storage()) for x in sources]
+        with torch.inference_mode(False), torch.no_grad():  # training may use them as well
+            factor, bias = _scale_and_bias(norm) if trained else _folded(norm, weight)
+            if dtype is not None:
+                factor, bias = factor if trained else factor.to(dtype), bias.to(dtype)
+        _entries[conv] = entry = _Entry(key, storages, (factor, bias))
+    factor, bias = entry.results
+    return (_scaled(weight, factor) if trained else factor), bias
 
-    def scale_and_bias() -> tuple[Tensor, Tensor]:
-        scale, bias = _scale_and_bias(norm)
-        return scale, bias.to(dtype or bias.dtype)
 
-    scale, bias = _cached(_of_norms, norm, (*options, norm.eps), sources, scale_and_bias)
-    if trained:
-        _of_convs.pop(conv, None)
-        return _scaled(conv.weight, scale), bias
-
-    def product() -> tuple[Tensor]:
-        weight = _scaled(conv.weight, scale)
-        return (weight.to(dtype or weight.dtype),)
-
-    return _cached(_of_convs, conv, options, (conv.weight, scale), product)[0], bias
+def _folded(norm: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale, bias = _scale_and_bias(norm)
+    return _scaled(weight, scale), bias
 
 
 def _scale_and_bias(norm: Any) -> tuple[Tensor, Tensor]:
@@ -81,43 +92,22 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale[:, None, None, None]
 
 
-def _can_cache(weight: Tensor, *statistics: Tensor) -> bool:
-    """Return whether every change of the tensors shows, and nothing but autograd records."""
-    tensors = weight, *statistics
+def _is_recorded() -> bool:
+    """Return whether more than reverse-mode autograd records what is computed."""
     return (
-        not (is_traced() or torch.jit.is_tracing())
-        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        and not is_transformed(*tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in statistics))
-        and all(
-            type(x) in (Tensor, nn.Parameter)
-            and not x.is_inference()  # has no version counter
-            # Else another tensor, with a counter of its own, may share the memory.
-            and x.untyped_storage().nbytes() == x.numel() * x.element_size()
-            and not torch._C._functorch.is_legacy_batchedtensor(x)
-            for x in tensors
-        )
+        is_traced()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 
-def _cached(
-    cache: _Cache,
-    module: nn.Module,
-    options: tuple[Any, ...],
-    sources: Sequence[Tensor],
-    compute: Callable[[], tuple[Tensor, ...]],
-) -> tuple[Tensor, ...]:
-    """Return ``compute()``, or what it returned for the module with the same sources."""
-    storages = [x.untyped_storage() for x in sources]
-    # Read before anything is computed: what changes meanwhile is computed again in the next call.
-    states = [
-        (storage._cdata, x.data_ptr(), x._version, x.dtype, x.stride())
-        for x, storage in zip(sources, storages, strict=True)
-    ]
-    key = *options, *states
-    entry = cache.get(module)
-    if entry is None or entry.key != key:
-        with torch.inference_mode(False), torch.no_grad():  # training may use them as well
-            entry = _Entry(key, list(map(StorageWeakRef, storages)), compute())
-        cache[module] = entry
-    return entry.results
+def _shows_changes(x: Tensor) -> bool:
+    """Return whether every change of a tensor changes its version or its storage."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
+        # Else another tensor, with a counter of its own, may share the memory.
+        and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    )

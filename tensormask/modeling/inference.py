@@ -220,7 +220,9 @@ def read_detection(detection: Mapping[str, Any]) -> dict[str, Any]:
     if detection["boxes"].device.type == "cpu":
         return dict(detection)
     names = [name for name in ("boxes", "scores", "labels", "windows") if name in detection]
-    columns = [detection[name].double() for name in names]
+    # As numbers of one dtype, which have all labels; not float64, which MPS lacks.
+    dtype = torch.promote_types(detection["boxes"].dtype, torch.float32)
+    columns = [detection[name].to(dtype) for name in names]
     columns = [x if x.dim() == 2 else x[:, None] for x in columns]
     numbers = torch.cat(columns, dim=1).cpu().split([x.shape[1] for x in columns], dim=1)
     read = dict(detection)

@@ -151,7 +151,8 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
         tensor(1.3863)
     """
     logits = _at_least_float32(logits)
-    weight = torch.tensor(positive_weight)  # on the CPU also for a GPU, which gets it as a number
+    # On the CPU also for a GPU, which gets it as a number.
+    weight = torch.tensor(positive_weight, dtype=logits.dtype)
     loss = F.binary_cross_entropy_with_logits(
         logits, target_masks.to(logits.dtype), reduction="sum", pos_weight=weight
     )

@@ -106,6 +106,9 @@ CHANGES = {
     "data assigned twice": assign_twice,
     "new parameter": lambda x: setattr(x.conv, "weight", nn.Parameter(x.conv.weight * 2)),
     "new buffer": lambda x: setattr(x.norm, "bias", x.norm.bias + 1),
+    "parameter of the norm": lambda x: setattr(
+        x.norm, "weight", nn.Parameter(x.norm.weight * 2, requires_grad=False)
+    ),
     "optimizer": step,
     "fused optimizer": lambda x: step(x, fused=True),
     "memory of another tensor": share_and_change,
@@ -157,11 +160,22 @@ def test_train_mode_differentiates_and_keeps_the_scale(count) -> None:
         wanted = x, layer.conv.weight
         grads = [torch.autograd.grad(f(x).square().sum(), wanted) for f in (layer, layer.expected)]
         assert_close(*grads, rtol=1e-4, atol=1e-4)
-    assert count == {"_scale_and_bias": 0, "_scaled": 2}
+    assert count == {"_scale_and_bias": 1, "_scaled": 2}
     layer.requires_grad_(False)
     torch.autograd.grad(layer(x).sum(), x)
     torch.autograd.grad(layer(x).sum(), x)
-    assert count == {"_scale_and_bias": 0, "_scaled": 3}
+    assert count == {"_scale_and_bias": 2, "_scaled": 3}
+
+
+def test_a_norm_with_a_parameter_is_trained() -> None:
+    layer = Layer()
+    layer.conv.requires_grad_(False)
+    layer.norm.weight = nn.Parameter(layer.norm.weight)
+    for _ in range(2):
+        with torch.no_grad():
+            layer(X)
+        step(layer)  # would fail without a gradient
+        assert_close(layer(X), layer.expected(X))
 
 
 def test_tensors_without_a_version_counter() -> None:

@@ -79,6 +79,8 @@ def test_what_is_planted_is_found() -> None:
         total[torch.zeros(1, dtype=torch.int64, device="cuda")] * torch.tensor(2.0)
         assert (record.waits.total(), record.mixes.total()) == (0, 0)
         assert (record.unpinned.total(), record.pinned.total()) == (1, 1)
+        total.to("cpu", non_blocking=True)
+        assert record.mixes.total() == 1
     assert on_gpu.device.type == "cpu"
 
 
