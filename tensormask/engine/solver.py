@@ -26,6 +26,11 @@ NORM_MODULES = (
     nn.LocalResponseNorm, nn.RMSNorm,
 )  # fmt: skip
 
+_OPTIONS = (
+    *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
+)
+
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 
@@ -76,9 +81,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer `SOLVER.OPTIMIZER` for the trainable parameters of `model`.
 
     Raises:
-        UserError: an unknown optimizer, or a model without trainable parameters.
+        UserError: an unknown optimizer, a negative or infinite option of it, Nesterov's momentum
+            without momentum, or a model without trainable parameters.
     """
     solver = cfg.SOLVER
+    for key in _OPTIONS:
+        if solver[key] is not None and not 0 <= solver[key] < math.inf:
+            raise UserError(f"SOLVER.{key} is {solver[key]}; it must be 0 or more, and finite")
+    if solver.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
+        raise UserError("SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0: set one of them")
     lr = solver.BASE_LR
     groups = parameter_groups(
         model,
@@ -160,7 +171,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
                 f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; "
                 f"it must be from 0 to SOLVER.BASE_LR, {solver.BASE_LR}"
             )
-        end_factor = solver.BASE_LR_END / solver.BASE_LR
+        end_factor = solver.BASE_LR_END / (solver.BASE_LR or 1)
         factor = partial(cosine_factor, max_iter=max_iter, end_factor=end_factor)
     else:
         raise UserError(

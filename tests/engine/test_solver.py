@@ -120,6 +120,28 @@ def test_adamw_and_nesterov_reach_the_optimizer():
     assert build_optimizer(make_cfg(NESTEROV=True), layer).param_groups[0]["nesterov"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"BASE_LR": value} for value in (-0.1, math.nan, math.inf)),
+        *({key: -1e-4} for key in ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS")),
+        *({"MOMENTUM": -0.9}, {"BIAS_LR_FACTOR": -1.0}),
+        {"NESTEROV": True, "MOMENTUM": 0.0},
+    ],
+)
+def test_impossible_options(options):
+    with pytest.raises(ValueError, match=rf"^SOLVER\.{next(iter(options))} is "):
+        build_optimizer(make_cfg(**options), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+def test_a_learning_rate_of_0(name):
+    cfg = make_cfg(BASE_LR=0.0, LR_SCHEDULER_NAME=name)
+    optimizer = build_optimizer(cfg, nn.Linear(2, 1))
+    build_lr_scheduler(cfg, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="OPTIMIZER"):
         build_optimizer(make_cfg(OPTIMIZER="Adam"), nn.Linear(1, 1))
