@@ -225,6 +225,21 @@ def test_small_sets_of_tiny_and_crowded_objects(tmp_path, num_annotations):
         assert names_of(dataset) == ["crowds"] * (crowds == num_annotations)  # nothing is left
 
 
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("side", [1.0, 1.6, 2.9])
+def test_boxes_of_tiny_objects_are_rounded(tmp_path, side, pad):
+    rng = np.random.default_rng(0)
+    content = random_set(rng, 20)
+    for annotation in content["annotations"]:
+        x, y = rng.uniform(3, 40, 2).tolist()
+        box = [x, y, side, side]
+        annotation["segmentation"] = [polygon_of({"segmentation": None, "bbox": box})]
+        low, high = np.floor([x, y]), np.ceil([x + side, y + side])
+        annotation["bbox"] = [*(low - pad).tolist(), *(high - low + pad).tolist()]
+        annotation["area"] = side**2
+    assert names_of(diagnosed(content, tmp_path)) == []
+
+
 def test_percent_of_large_images(tmp_path):
     rng = np.random.default_rng(0)
     for num_annotations in (20, 60, 200):

@@ -72,7 +72,8 @@ def _box_form(measured: Measurements) -> Cause | None:
     valid = np.isfinite(np.concatenate([boxes, extents, sizes], axis=1)).all(axis=1)
     valid &= measured.mask_areas > 0
     boxes, extents, sizes = boxes[valid], extents[valid], sizes[valid]
-    differs = ~_near(_corners(boxes), extents, sizes)
+    # Boxes of tiny objects that are rounded to pixels do not differ.
+    differs = ~_near(_corners(boxes), extents, sizes, at_least=_TOLERATED_PIXELS)
     fitting = differs & ~_is_beyond(extents, sizes)
     scale = np.tile(sizes[:, ::-1], 2)
     for text, (name, read) in _FORMS.items():
@@ -150,11 +151,17 @@ _FORMS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = 
 }
 
 
-def _near(corners: np.ndarray, extents: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return where boxes and masks' extents agree inside of the image, bool `(K,)`."""
+def _near(
+    corners: np.ndarray, extents: np.ndarray, sizes: np.ndarray, at_least: float = 0
+) -> np.ndarray:
+    """Return where boxes and masks' extents agree inside of the image, bool `(K,)`.
+
+    The tolerance is at most half of the longer side, but not below `at_least` pixels.
+    """
     limits = np.tile(sizes[:, ::-1], 2)
     longer = (extents[:, 2:] - extents[:, :2]).max(axis=1)
     tolerance = np.minimum(longer / 2, np.maximum(_TOLERATED_PIXELS, _TOLERATED_SHARE * longer))
+    tolerance = np.maximum(tolerance, at_least)
     distance = np.abs(np.clip(corners, 0, limits) - np.clip(extents, 0, limits)).max(axis=1)
     return np.asarray(distance <= tolerance)
 
