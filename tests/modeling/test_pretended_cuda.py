@@ -157,6 +157,19 @@ def test_losses_equal_those_of_the_cpu(case) -> None:
     assert losses == pytest.approx({name: x.item() for name, x in on_cpu.items()}, rel=1e-4)
 
 
+def test_a_model_on_the_cpu_takes_inputs_on_a_gpu() -> None:
+    """A copy to the CPU that is not waited for would be read before it is complete."""
+    model = tiny.build("natural")
+    with pretend() as record:
+        samples = batch_of([(64, 64), (64, 100)])
+        images = [s["image"].to("cuda") for s in samples]
+        targets = [{k: v.to("cuda") for k, v in s["target"].items()} for s in samples]
+        record.clear()
+        losses = model(images, targets)
+        assert not any(x.is_cuda for x in losses.values())
+    assert not record.mixes
+
+
 @pytest.mark.parametrize("case", cases(c for c in CASES if "SOLVER" not in str(CASES[c])))
 def test_waits_of_inference(case) -> None:
     with pretend() as record, torch.no_grad():
