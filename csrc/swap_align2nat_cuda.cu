@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -125,12 +126,15 @@ Tensor backward_at(
     const int64_t shared_bytes = g.side * block_columns * int64_t(sizeof(A));
     require(shared_bytes <= cuda::MAX_SHARED_BYTES, "masks are too large: V = ", g.side);
     const int64_t parts = (width + block_columns - 1) / block_columns;
-    const dim3 blocks(grid(height), grid(g.side * parts, MAX_BLOCKS_YZ),
-                      grid(num_images, MAX_BLOCKS_YZ));
-    cuda::windows_backward<T><<<blocks, cuda::WINDOW_THREADS, shared_bytes, stream>>>(
-        g, masks, starts, order, columns, static_cast<T*>(out.mutable_data_ptr()),
-        static_cast<int>(block_columns));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    T* const target = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t n = 0; n < num_images; n += MAX_BLOCKS_YZ) {
+      const dim3 blocks(grid(height), grid(g.side * parts, MAX_BLOCKS_YZ),
+                        grid(std::min(num_images - n, MAX_BLOCKS_YZ)));
+      cuda::windows_backward<T><<<blocks, cuda::WINDOW_THREADS, shared_bytes, stream>>>(
+          g, masks, starts + n * g.out_height, order, columns, target + n * out.stride(0),
+          static_cast<int>(block_columns));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
   });
   return out;
 }

@@ -112,14 +112,14 @@ def test_pasted_masks() -> None:
             assert (pasted != expected).sum() <= 2 + 1e-5 * expected.numel()
 
 
-def test_many_windows() -> None:
-    """More than a block has threads; many of them are equal."""
-    x = torch.randn(2, 9, 20, 30)
-    windows = random_windows(x, 2, 10_000)
-    expected, grads = all_four(x, windows, 2)
-    got, _ = all_four(x.cuda(), windows.cuda(), 2, [grad.cuda() for grad in grads])
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-3)
+def test_many_windows_and_images() -> None:
+    """More windows than a block has threads, many of them equal; more images than a grid has."""
+    for x in (torch.randn(2, 9, 20, 30), torch.randn(70_000, 1, 2, 3)):
+        windows = random_windows(x, 2, 10_000)
+        expected, grads = all_four(x, windows, 2)
+        got, _ = all_four(x.cuda(), windows.cuda(), 2, [grad.cuda() for grad in grads])
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-3)
 
 
 def test_bad_gradients() -> None:
