@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from benchmarks import ROOT
 from benchmarks.measure import median_ratio, time_in_turn
 from tensormask.data import get_dataset, transport
-from tensormask.data.loader import BatchLoader, TrainingSet
+from tensormask.data.loader import TrainingSet
+from tensormask.data.prefetch import BatchLoader
 from tensormask.data.samplers import BatchSampler
 from tensormask.data.transforms import Augmentation
 from tensormask.utils.tables import format_records
@@ -78,5 +79,5 @@ def _read(loader: Iterable[list[dict[str, Any]]]) -> Callable[[], None]:
 def _sizes(batch: list[dict[str, Any]]) -> dict[str, float]:
     images = sum(sample["image"].nbytes for sample in batch)
     masks = sum(sample["target"]["masks"].nbytes for sample in batch)
-    message = sum(part.nbytes for part in transport.pack(batch))
+    message = len(transport.pack(batch))
     return {"images": images / 1e6, "message": message / 1e6, "bool masks": (images + masks) / 1e6}

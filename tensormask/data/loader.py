@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from tensormask.config import CfgNode
 from tensormask.data.catalog import get_dataset
@@ -19,7 +18,7 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import Classes, check_num_classes, log_match, match_dataset
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
-from tensormask.data.prefetch import WorkerBatches
+from tensormask.data.prefetch import BatchLoader
 from tensormask.data.samplers import (
     AUGMENTATION,
     MAPPER,
@@ -296,50 +295,6 @@ def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:
         "height": image["height"],
         "width": image["width"],
     }
-
-
-class BatchLoader:
-    """Batches of a data set, lists of samples, in the order of `batches`.
-
-    Each iteration starts its own worker processes (see `WorkerBatches`), or reads in this process
-    if `num_workers` is 0.
-
-    Args:
-        batches: the keys of each batch; a collection, or endless.
-        num_workers, timeout, pin_memory: as of `WorkerBatches`.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batches: Iterable[list[Any]],
-        *,
-        num_workers: int = 0,
-        timeout: float = 0.0,
-        pin_memory: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.batches = batches
-        self.num_workers = num_workers
-        self.timeout = timeout
-        self.pin_memory = pin_memory
-
-    def __len__(self) -> int:
-        if not isinstance(self.batches, Sized):
-            raise TypeError("this loader has no end")
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        if self.num_workers:
-            return WorkerBatches(
-                self.dataset,
-                self.batches,
-                num_workers=self.num_workers,
-                timeout=self.timeout,
-                pin_memory=self.pin_memory,
-            )
-        batches = ([self.dataset[key] for key in keys] for keys in self.batches)
-        return map(pin, batches) if self.pin_memory else batches
 
 
 def _build_loader(cfg: CfgNode, dataset: Dataset, batches: Iterable[list[Any]]) -> BatchLoader:

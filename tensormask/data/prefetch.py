@@ -1,38 +1,32 @@
-"""Batches that worker processes load ahead: the processes are started, watched and ended here.
+"""Batches that the worker processes of a `DataLoader` load ahead, and what can go wrong with them.
 
-Each worker loads every n-th batch and sends it through a socket of its own (see `transport`), so a
-worker that dies blocks no other one. A thread of the training process receives the batches in their
-order and keeps one ready.
+A worker hands over a batch as one `bytes` object (see `transport`). A thread of the training
+process receives and unpacks the batches and keeps one ready. So a worker that dies or stops in the
+middle of a batch blocks the thread, and not the training process, which waits with a time limit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import multiprocessing
-import os
 import pickle
 import queue
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
-import traceback
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from tensormask.data import transport
-from tensormask.data.workers import Failure, work
+from tensormask.data.workers import leave_signals_to_parent
 from tensormask.utils.errors import UserError, shorten
 
 if sys.platform != "win32":
@@ -41,7 +35,8 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 _WARNING_AFTER = 60.0  # seconds without a batch
-_CHECK_INTERVAL = 1.0  # seconds between two looks whether the workers are alive
+_DEAD_AFTER = 10.0  # seconds without a batch until a worker that has ended is an error
+_CHECK_INTERVAL = 1.0  # seconds between two looks at the time and the workers
 _TIME_TO_END = 5.0  # seconds until a worker that does not end is killed
 _CAUSES = {
     "SIGKILL": ", as systems do if memory runs out",
@@ -49,29 +44,23 @@ _CAUSES = {
 }
 
 
-@dataclass
-class _Closed:
-    """In place of a batch: the worker has closed its connection, or died."""
+class BatchLoader:
+    """Batches of a data set, lists of samples, in the order of `batches`.
 
-    worker_id: int
-
-
-class WorkerBatches(Iterator[list[Any]]):
-    """Iterate over batches, lists of samples, that worker processes load ahead.
-
-    The workers are started at once, with the default start method of `multiprocessing`. They are
-    ended after the last batch or an error, by `close`, or when the iterator is not referenced.
+    Each iteration starts its own worker processes, with the default start method of
+    `multiprocessing`. They end after the last batch or an error, or when the iterator is not
+    referenced. 0 workers read in this process.
 
     Args:
         dataset: gives a sample for a key; sent to each worker that is not forked.
-        batches: the keys of each batch; every worker iterates over all of them.
-        timeout: seconds without a batch until an error; 0 for none.
+        batches: the keys of each batch; a collection, or endless.
+        timeout: seconds without a batch from the workers until an error; 0 for none.
         pin_memory: move the tensors to pinned memory.
 
     Raises:
-        UserError: the workers cannot be started. From `next`: a worker has died, no batch came for
-            `timeout` seconds, or a sample cannot be sent.
-        Exception: from `next`: what a worker has raised.
+        UserError: by `iter`, the workers cannot be started. By `next`, a worker has died, no batch
+            came for `timeout` seconds, or a sample cannot be sent.
+        Exception: by `next`, of the data set. The message includes the worker's traceback.
     """
 
     def __init__(
@@ -79,166 +68,165 @@ class WorkerBatches(Iterator[list[Any]]):
         dataset: Dataset,
         batches: Iterable[list[Any]],
         *,
-        num_workers: int,
+        num_workers: int = 0,
         timeout: float = 0.0,
         pin_memory: bool = False,
     ) -> None:
-        _raise_open_files_limit()
-        self._timeout = timeout
-        self._processes: list[BaseProcess] = []
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
-        connections: list[socket.socket] = []
-        stopped = threading.Event()
-        device = torch.cuda.current_device() if pin_memory else None
-        arguments = (connections, self._ready, stopped, device)
-        thread = threading.Thread(target=_receive, args=arguments, daemon=True)
-        self.close = weakref.finalize(
-            self, _stop, os.getpid(), thread, stopped, connections, self._processes
+        self.dataset = dataset
+        self.batches = batches
+        self.num_workers = num_workers
+        self.timeout = timeout
+        self.pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        if not isinstance(self.batches, Sized):
+            raise TypeError("this loader has no end")
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        if not self.num_workers:
+            batches = ([self.dataset[key] for key in keys] for keys in self.batches)
+            return map(pin, batches) if self.pin_memory else batches
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            num_workers=self.num_workers,
+            collate_fn=_pack,
+            worker_init_fn=leave_signals_to_parent,
+            # Without a generator, the loader draws a number from torch's global one, which would
+            # change later draws.
+            generator=torch.Generator(),
         )
-        context = multiprocessing.get_context()
-        try:
-            for worker_id in range(num_workers):
-                ours, theirs = socket.socketpair()
-                connections.append(ours)
-                with theirs:  # Only the worker has this end from now on: its death closes it.
-                    process = context.Process(
-                        target=work,
-                        args=(dataset, batches, worker_id, num_workers, theirs),
-                        daemon=True,
-                    )
-                    process.start()
-                self._processes.append(process)
-        except (OSError, pickle.PicklingError, AttributeError, TypeError) as error:
-            self.close()
-            reason = shorten(str(error), 200)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"The worker processes of the data loader cannot be started: {reason}. "
-                    f"{_advice(num_workers)}"
-                ) from error
-            raise UserError(
-                f"The data set or the mapper cannot be sent to a worker process: {reason}. "
-                "Define the mapper at the top level of a module, or set DATALOADER.NUM_WORKERS 0"
-            ) from error
-        except BaseException:
-            self.close()
-            raise
+        device = torch.cuda.current_device() if self.pin_memory else None
+        iterator = _iterate(loader, self.timeout, device)
+        next(iterator)  # starts the workers
+        return iterator
+
+
+def _pack(samples: list[Any]) -> bytes:
+    try:
+        return transport.pack(samples)
+    except MemoryError:
+        raise
+    except Exception as error:
+        message = (
+            f"A sample cannot be sent from a worker process: {shorten(str(error), 200)}. Return "
+            "tensors, arrays and plain values from the mapper, or set DATALOADER.NUM_WORKERS 0"
+        )
+        return transport.pack(UserError(message))
+
+
+def _iterate(loader: DataLoader, timeout: float, device: int | None) -> Iterator[Any]:
+    """Yield None when the workers are started, and then the batches."""
+    _raise_open_files_limit()
+    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+    thread = threading.Thread(target=_receive, args=(loader, ready, stopped, device), daemon=True)
+    workers: list[BaseProcess] = []
+    try:
         thread.start()
-
-    def __next__(self) -> list[Any]:
-        received = self._wait() if self.close.alive else None
-        if isinstance(received, list):
-            return received
-        if isinstance(received, _Closed):
-            self._processes[received.worker_id].join(_TIME_TO_END)
-            message = self._describe_death(received.worker_id)
-            self.close()
-            raise UserError(message)
-        self.close()
-        if isinstance(received, Failure):
-            received.raise_again()
-        raise StopIteration
-
-    def _wait(self) -> Any:
-        """Wait for what `_receive` gives next. A worker that dies meanwhile is `_Closed`."""
-        start, warned = time.monotonic(), False
-        while True:
-            for worker_id, process in enumerate(self._processes):
-                if process.exitcode:  # None if it is alive, 0 after its last batch
-                    return _Closed(worker_id)
-            with contextlib.suppress(queue.Empty):
-                return self._ready.get(timeout=_CHECK_INTERVAL)
-            waited = time.monotonic() - start
-            advice = _advice(len(self._processes))
-            if 0 < self._timeout <= waited:
-                self.close()
-                raise UserError(
-                    f"No batch came from the data loader for {waited:.0f} s (DATALOADER.TIMEOUT), "
-                    f"although its worker processes are alive. {advice}"
-                )
-            if waited >= _WARNING_AFTER and not warned:
-                warned = True
-                logger.warning(
-                    "No batch came from the data loader for %.0f s; %s (DATALOADER.TIMEOUT). %s",
-                    waited,
-                    f"{self._timeout:g} s are an error" if self._timeout else "waiting for ever",
-                    advice,
-                )
-
-    def _describe_death(self, worker_id: int) -> str:
-        process = self._processes[worker_id]
-        code = process.exitcode
-        how = f"ended with exit code {code}" if code is not None else "closed its connection"
-        if code is not None and code < 0:
-            names = {int(s): s.name for s in signal.Signals}
-            name = names.get(-code, f"signal {-code}")
-            how = f"was killed by {name}{_CAUSES.get(name, '')}"
-        return (
-            f"Worker process {worker_id} of the data loader (process id {process.pid}) {how}. "
-            f"{_advice(len(self._processes))}"
-        )
+        workers = _started(ready.get(), loader.num_workers)
+        yield None
+        yield from iter(lambda: _wait(ready, workers, timeout), None)
+    finally:
+        stopped.set()
+        with contextlib.suppress(queue.Empty):
+            ready.get_nowait()  # for which the thread may wait
+        thread.join(_TIME_TO_END)  # The workers end with the thread.
+        for worker in workers:
+            with contextlib.suppress(RuntimeError):  # of PyTorch, about the end of the worker
+                worker.kill()
+                worker.join()
 
 
 def _receive(
-    connections: Sequence[socket.socket],
-    ready: queue.Queue[Any],
-    stopped: threading.Event,
-    device: int | None,
+    loader: DataLoader, ready: queue.Queue[Any], stopped: threading.Event, device: int | None
 ) -> None:
-    """Move batches from the workers, in turn, to `ready`; the last object there is no batch.
+    """Put the list of workers, the batches, and an exception or None into `ready`.
 
     Args:
         device: the GPU for which memory is pinned; None does not pin.
     """
-    if device is not None:
-        torch.cuda.set_device(device)  # of this thread; else pinning would start GPU 0
-        torch.set_num_threads(1)  # of this thread: copies leave the cores to training
-    for worker_id in itertools.cycle(range(len(connections))):
-        received: Any
-        try:
-            received = transport.unpack(transport.receive(connections[worker_id]))
-            if device is not None and isinstance(received, list):
-                received = pin(received)
-        except (OSError, EOFError):
-            received = _Closed(worker_id)
-        except Exception as error:
-            received = Failure(error, traceback.format_exc())
-        is_last = not isinstance(received, list)
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(received, timeout=_CHECK_INTERVAL)
-                break
-        if is_last or stopped.is_set():
-            return
-        del received  # its memory
+    try:
+        # In this thread, PyTorch installs no handler of SIGCHLD, which would raise the death of a
+        # worker anywhere in the training process.
+        others = multiprocessing.active_children()
+        batches = iter(loader)
+        ready.put([each for each in multiprocessing.active_children() if each not in others])
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread; else pinning would start GPU 0
+            torch.set_num_threads(1)  # of this thread: copies leave the cores to training
+        for data in batches:
+            batch = transport.unpack(data)
+            ready.put(batch if device is None or isinstance(batch, Exception) else pin(batch))
+            del batch, data  # their memory
+            if stopped.is_set():
+                return
+        ready.put(None)
+    except Exception as error:
+        ready.put(error)
 
 
-def _stop(
-    owner: int,
-    thread: threading.Thread,
-    stopped: threading.Event,
-    connections: Sequence[socket.socket],
-    processes: Sequence[BaseProcess],
-) -> None:
-    """End the thread and the workers; called once."""
-    if os.getpid() != owner:  # a forked child that has collected its copy of the iterator
-        return
-    stopped.set()
-    for connection in connections:
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)  # ends `receive`, also in the thread
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _TIME_TO_END
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode is None:  # stopped, or busy in a library
-            process.kill()
-            process.join()
-    if thread.ident is not None and thread is not threading.current_thread():
-        thread.join(_TIME_TO_END)
-    for connection in connections:
-        connection.close()
+def _started(workers: list[BaseProcess] | Exception, num_workers: int) -> list[BaseProcess]:
+    """Return the workers, or raise the error of their start."""
+    if not isinstance(workers, Exception):
+        return workers
+    reason = shorten(str(workers), 200)
+    if isinstance(workers, OSError):
+        raise UserError(
+            f"The worker processes of the data loader cannot be started: {reason}. "
+            f"{_advice(num_workers)}"
+        ) from workers
+    if isinstance(workers, (pickle.PicklingError, AttributeError, TypeError)):
+        raise UserError(
+            f"The data set or the mapper cannot be sent to a worker process: {reason}. "
+            "Define the mapper at the top level of a module, or set DATALOADER.NUM_WORKERS 0"
+        ) from workers
+    raise workers
+
+
+def _wait(ready: queue.Queue[Any], workers: Sequence[BaseProcess], timeout: float) -> Any:
+    """Return the next batch, or None after the last."""
+    start, warned = time.monotonic(), False
+    while True:
+        with contextlib.suppress(queue.Empty):
+            received = ready.get(timeout=_CHECK_INTERVAL)
+            if isinstance(received, Exception):
+                _raise_death(workers, received)
+                raise received
+            return received
+        waited = time.monotonic() - start
+        if waited >= _DEAD_AFTER:
+            _raise_death(workers)
+        if 0 < timeout <= waited:
+            raise UserError(
+                f"No batch came from the data loader for {waited:.0f} s (DATALOADER.TIMEOUT), "
+                f"although its worker processes are alive. {_advice(len(workers))}"
+            )
+        if waited >= _WARNING_AFTER and not warned:
+            warned = True
+            logger.warning(
+                "No batch came from the data loader for %.0f s; %s (DATALOADER.TIMEOUT). %s",
+                waited,
+                f"{timeout:g} s are an error" if timeout else "waiting for ever",
+                _advice(len(workers)),
+            )
+
+
+def _raise_death(workers: Sequence[BaseProcess], cause: Exception | None = None) -> None:
+    """Raise UserError if a worker has ended."""
+    for worker in workers:
+        code = worker.exitcode
+        if code is None:
+            continue
+        how = f"ended with exit code {code}"
+        if code < 0:
+            names = {int(s): s.name for s in signal.Signals}
+            name = names.get(-code, f"signal {-code}")
+            how = f"was killed by {name}{_CAUSES.get(name, '')}"
+        raise UserError(
+            f"Worker process {worker.pid} of the data loader {how}. {_advice(len(workers))}"
+        ) from cause
 
 
 def _raise_open_files_limit() -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tensormask.data.checks.annotations import Annotation, ImageEntry
 from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.segmentation import segmentation_to_rle
 from tensormask.data.coco import CocoDataset
 from tensormask.data.images import ImageError
+from tensormask.data.prefetch import BatchLoader
 
 # COCO's object sizes: the mask's area in pixels of the original image is below the limit.
 AREA_LIMITS = {"small": 32.0**2, "medium": 96.0**2, "large": float("inf")}
@@ -150,10 +151,9 @@ def check_files(dataset: CocoDataset, num_workers: int = 0) -> Iterator[int]:
 
     Yields the number of images checked since the last time. 0 workers work in this process.
     """
-    loader = DataLoader(
-        FileChecks(dataset), batch_size=_IMAGES_PER_TASK, num_workers=num_workers, collate_fn=list
-    )
-    for batch in loader:
+    indices = [*range(len(dataset))]
+    tasks = [indices[i : i + _IMAGES_PER_TASK] for i in range(0, len(dataset), _IMAGES_PER_TASK)]
+    for batch in BatchLoader(FileChecks(dataset), tasks, num_workers=num_workers):
         for kind, identity in (issue for issues in batch for issue in issues):
             # `get_dataset` caches a set, so it may be checked again.
             dataset.issues.add_new(kind, identity)

@@ -1,19 +1,15 @@
-"""How a worker process hands over a batch: as bytes through a socket, with masks as bits.
+"""How a worker process hands over a batch: as one `bytes` object, with masks as bits.
 
-Shared memory would be limited by `/dev/shm` (64 MB in a container, by default) and by the number of
-open files. A socket is limited by neither, and about as fast, because a batch is small: a mask is
-sent as the bits within its extent, and all other tensors and arrays as they are.
-
-A message has a header (its number of parts and their sizes in bytes), and its parts: a pickle, and
-the memory of the tensors and arrays in it, each aligned to 64 bytes.
+Tensors would cross in shared memory, which is limited by `/dev/shm` (64 MB in a container, by
+default) and by the number of open files. Bytes cross through the pipe of the `DataLoader`, about as
+fast, because a batch is small: a mask is sent as the bits within its extent, and all other tensors
+and arrays as they are.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import socket
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,70 +17,28 @@ import numpy as np
 import torch
 from torchvision.tv_tensors import TVTensor
 
-_ALIGNMENT = 64  # bytes, as PyTorch aligns the memory of tensors
-_COUNT = struct.Struct("=Q")
 
+def pack(value: Any) -> bytes:
+    """Convert an object to bytes.
 
-def pack(value: Any) -> list[memoryview]:
-    """Convert an object to the parts of a message, which refer to the memory of its arrays.
-
-    Plain tensors on the CPU and arrays are not copied, except for masks: tensors `(..., H, W)` of
-    at least three dimensions that are bool, or uint8 with no value above 1.
+    Masks are tensors `(..., H, W)` on the CPU of at least three dimensions that are bool, or uint8
+    with no value above 1.
 
     Raises:
         Exception: something in it cannot be pickled.
     """
-    buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
-    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
-    return [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    _Pickler(stream, protocol=5).dump(value)
+    return stream.getvalue()
 
 
-def unpack(parts: Sequence[memoryview]) -> Any:
-    """Restore the object of `pack`. Its tensors and arrays use the memory of the parts."""
-    return pickle.loads(parts[0], buffers=parts[1:])
-
-
-def send(connection: socket.socket, parts: Sequence[memoryview]) -> None:
-    """Send a message. Blocks until the last bytes fit into the socket's buffer."""
-    sizes = [part.nbytes for part in parts]
-    connection.sendall(_COUNT.pack(len(sizes)) + np.array(sizes, np.int64).tobytes())
-    for part in parts:
-        connection.sendall(part)
-        connection.sendall(bytes(-part.nbytes % _ALIGNMENT))
-
-
-def receive(connection: socket.socket) -> list[memoryview]:
-    """Wait for a message and return its parts.
-
-    Raises:
-        OSError: the connection is closed. `EOFError` if it was closed by the sender.
-    """
-    (count,) = _COUNT.unpack(_read(connection, _COUNT.size))
-    sizes = np.frombuffer(_read(connection, 8 * count), np.int64)
-    ends = np.cumsum(sizes + -sizes % _ALIGNMENT)
-    buffer = _read(connection, int(ends[-1]))
-    return [
-        buffer[end - size - -size % _ALIGNMENT :][:size]
-        for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
-    ]
-
-
-def _read(connection: socket.socket, size: int) -> memoryview:
-    """Return the next bytes, writable and aligned."""
-    # Not a bytearray, which would be filled with zeros first.
-    buffer = torch.empty(size, dtype=torch.uint8).numpy().data
-    received = 0
-    while received < size:
-        number = connection.recv_into(buffer[received:])
-        if number == 0:
-            raise EOFError("the sender has closed the connection")
-        received += number
-    return buffer
+def unpack(data: bytes) -> Any:
+    """Restore the object of `pack`; only for bytes of a process that this one has started."""
+    return pickle.loads(data)
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles plain tensors as arrays, whose memory `buffer_callback` gets, and masks as bits."""
+    """Pickles plain tensors as arrays, and masks as bits."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, TVTensor):
