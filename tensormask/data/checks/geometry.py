@@ -16,7 +16,7 @@ _ROUNDING = 0.01  # beyond 0..1
 # Boxes without masks are judged by what reaches beyond the image: of corners, most with a center
 # in the right or lower half.
 _MANY_BEYOND, _FEW_BEYOND, _SWAPPED_BEYOND = 0.25, 0.01, 0.1
-_PERCENT_ENOUGH, _PERCENT_SIDE, _PERCENT_FAR = 10, 200, 85.0
+_PERCENT_ENOUGH, _PERCENT_SIDE, _PERCENT_MIDDLE, _PERCENT_FAR = 10, 200, 30.0, 92.0
 
 
 def geometry_cause(measured: Measurements) -> Cause | None:
@@ -59,7 +59,8 @@ def _percent(measured: Measurements) -> Cause | None:
         if len(ends) < _PERCENT_ENOUGH or len(ends) < len(measured) / 2:
             continue
         # Some large objects at the top left of an image are no reason: nothing is elsewhere.
-        far = min(2 * np.median(ends, axis=0).min(), ends.max(axis=0).min()) > _PERCENT_FAR
+        far = ends.max(axis=0).min() > _PERCENT_FAR
+        far &= np.median(ends, axis=0).min() > _PERCENT_MIDDLE
         nearly_all = len(ends) >= (1 - _FEW_BEYOND) * np.count_nonzero(valid)
         if nearly_all and far and (ends != np.round(ends)).any():
             return "coordinates_normalized", f"{name} of {count_of(within)} is in 0..100: percent"
