@@ -24,6 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from tensormask.modeling.candidates import Candidates
+from tensormask.modeling.criterion import (
+    Criterion,
+    CriterionOptions,
+    Normalizer,
+    foreground_normalizer,
+)
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
     find_detections,
@@ -39,12 +45,6 @@ from tensormask.modeling.inputs import (
     size_of,
 )
 from tensormask.modeling.inspect import Inspection
-from tensormask.modeling.losses import (
-    Criterion,
-    CriterionOptions,
-    Normalizer,
-    foreground_normalizer,
-)
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.parts import as_levels, build_parts, check_model
 from tensormask.modeling.windows import Windows
@@ -79,7 +79,7 @@ class TensorMask(nn.Module):
         nms_threshold: IoU above which two boxes of a class are one object; the best remains.
         class_agnostic_nms: whether two boxes of different classes can be one object, too.
         num_detections: the maximum per image.
-        sum_over_ranks: see `losses.foreground_normalizer`; needed in distributed training.
+        sum_over_ranks: see `criterion.foreground_normalizer`; needed in distributed training.
         criterion: the options of `Criterion`: ``assigner``, ``cls_loss``, ``box_loss``,
             ``mask_loss``, ``mask_loss_weight`` and ``box_weights``.
 
@@ -185,11 +185,11 @@ class TensorMask(nn.Module):
             output_sizes: in eval mode, per image the ``(height, width)`` of its results; by default
                 that of the image.
             normalizer: in train mode, the divisor of the losses, or a function that returns it for
-                the number of positive windows; by default `losses.foreground_normalizer`.
+                the number of positive windows; by default `criterion.foreground_normalizer`.
 
         Returns:
             - in train mode ``{"loss_cls", "loss_box_reg", "loss_mask"}``, scalars, per positive
-              window of the batch (`losses.foreground_normalizer`);
+              window of the batch (`criterion.foreground_normalizer`);
             - in eval mode per image ``boxes`` (K, 4), ``scores`` (K,), ``labels`` (K,) and
               ``masks`` (K, height, width) bool, best first.
 

@@ -22,7 +22,7 @@ from tensormask.engine import distributed, evaluator, launch
 from tensormask.engine.distributed import scale_to_world_size
 from tensormask.evaluation import coco_results, evaluate, results_table
 from tensormask.evaluation.results import ResultsWriter, detections_of, merge_results
-from tensormask.modeling.losses import foreground_normalizer
+from tensormask.modeling.criterion import foreground_normalizer
 
 # ---- a single process ----
 
