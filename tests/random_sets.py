@@ -1,4 +1,4 @@
-"""Random data sets of ellipses, and what is diagnosed of them."""
+"""Random data sets of ellipses, causes that make all of them wrong, and what is diagnosed."""
 
 import json
 
@@ -59,3 +59,149 @@ def polygon_of(annotation):
         return segmentation[0]
     x, y, width, height = annotation["bbox"]
     return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+# Each of these changes one annotation of an image.
+
+
+def scaled(factor):
+    def change(annotation, image):
+        size = image["width"], image["height"]
+        polygon = np.array(polygon_of(annotation)).reshape(-1, 2) / size * factor
+        annotation["segmentation"] = [polygon.ravel().tolist()]
+        annotation["bbox"] = (np.array(annotation["bbox"]) / (size * 2) * factor).tolist()
+        annotation["area"] *= (factor / image["width"]) * (factor / image["height"])
+
+    return change
+
+
+def boxes(change):
+    def apply(annotation, image):
+        x, y, width, height = annotation["bbox"]
+        size = (image["width"], image["height"])
+        annotation["bbox"] = [float(value) for value in change(x, y, width, height, *size)]
+
+    return apply
+
+
+def polygons(change):
+    def apply(annotation, image):
+        annotation["segmentation"] = change(polygon_of(annotation))
+
+    return apply
+
+
+def fields(**changes):
+    def apply(annotation, image):
+        for key, value in changes.items():
+            annotation[key] = value(annotation[key]) if callable(value) else value
+
+    return apply
+
+
+def swapped_axes(annotation, image):
+    x, y, width, height = annotation["bbox"]
+    points = np.array(polygon_of(annotation)).reshape(-1, 2)
+    annotation["segmentation"] = [points[:, ::-1].ravel().tolist()]
+    annotation["bbox"] = [y, x, height, width]
+
+
+def rle_of(transposed):
+    def apply(annotation, image):
+        size = [image["width"], image["height"]]
+        size = size if transposed else [2 * side for side in size[::-1]]
+        mask = np.zeros(size, np.uint8, order="F")
+        mask[: size[0] // 2] = 1
+        code = mask_utils.encode(mask)
+        annotation["segmentation"] = {"size": size, "counts": code["counts"].decode()}
+
+    return apply
+
+
+def size_of(image):
+    return np.array([image["width"], image["height"]])
+
+
+def points_of(polygon):
+    return np.reshape(polygon, (-1, 2)).tolist()
+
+
+CAUSES = {
+    "shares": (scaled(1), "coordinates_normalized"),
+    "shares, boxes only": (
+        boxes(lambda x, y, w, h, width, height: (x / width, y / height, w / width, h / height)),
+        "coordinates_normalized",
+    ),
+    "shares, YOLO": (
+        boxes(
+            lambda x, y, w, h, width, height: (
+                *((x + w / 2) / width, (y + h / 2) / height),
+                *(w / width, h / height),
+            )
+        ),
+        "coordinates_normalized",
+    ),
+    "shares, masks only": (
+        polygons(lambda polygon: [(np.array(polygon) / 700).tolist()]),
+        "coordinates_normalized",
+    ),
+    "percent, boxes only": (
+        boxes(lambda x, y, w, h, *size: np.array([x, y, w, h]) / (size * 2) * 100),
+        "coordinates_normalized",
+    ),
+    "corners": (boxes(lambda x, y, w, h, *_: (x, y, x + w, y + h)), "boxes_as_corners"),
+    "centers": (boxes(lambda x, y, w, h, *_: (x + w / 2, y + h / 2, w, h)), "boxes_as_centers"),
+    "boxes y, x": (boxes(lambda x, y, w, h, *_: (y, x, h, w)), "axes_swapped"),
+    "corners y, x": (boxes(lambda x, y, w, h, *_: (y, x, y + h, x + w)), "axes_swapped"),
+    "masks y, x": (
+        polygons(lambda polygon: [np.reshape(polygon, (-1, 2))[:, ::-1].ravel().tolist()]),
+        "axes_swapped",
+    ),
+    "boxes doubled": (
+        boxes(lambda x, y, w, h, *_: (2 * x, 2 * y, 2 * w, 2 * h)),
+        "boxes_disagree",
+    ),
+    "three times the size": (
+        lambda annotation, image: (
+            boxes(lambda x, y, w, h, *_: (3 * x + 40, 3 * y + 40, 3 * w, 3 * h))(annotation, image),
+            polygons(lambda p: [(np.array(p) * 3 + 40).tolist()])(annotation, image),
+        ),
+        "coordinates_beyond",
+    ),
+    "from the image's center": (
+        lambda annotation, image: (
+            boxes(lambda x, y, w, h, *size: (x - size[0] / 2, y - size[1] / 2, w, h))(
+                annotation, image
+            ),
+            polygons(
+                lambda p: [(np.array(p).reshape(-1, 2) - size_of(image) / 2).ravel().tolist()]
+            )(annotation, image),
+        ),
+        "coordinates_beyond",
+    ),
+    "crowds": (fields(iscrowd=1), "crowds"),
+    "area 1": (fields(area=1.0), "areas_wrong"),
+    "area 0": (fields(area=0), "areas_wrong"),
+    "area in per cent": (fields(area=lambda area: area * 100), "areas_wrong"),
+    "area of a third": (fields(area=lambda area: area / 3), "areas_wrong"),
+    "boxes as text": (fields(bbox=lambda box: [str(value) for value in box]), "boxes_malformed"),
+    "boxes as objects": (fields(bbox=lambda box: {"xywh": box}), "boxes_malformed"),
+    "no boxes": (fields(bbox=None), "boxes_malformed"),
+    "masks without a pixel": (polygons(lambda p: [p[:2] * 3]), "masks_malformed"),
+    "image ids as text": (fields(image_id=str), "ids_of_another_type"),
+    "category ids as text": (fields(category_id=str), "ids_of_another_type"),
+    "image ids unknown": (fields(image_id=lambda i: i + 10_000), "ids_unknown"),
+    "image ids are files": (fields(image_id=lambda i: f"{i}.png"), "ids_unknown"),
+    "image ids are names": (fields(image_id=lambda i: f"img{i}"), "ids_unknown"),
+    "category ids are names": (fields(category_id=lambda i: "_abc"[i]), "ids_unknown"),
+    "category ids unknown": (fields(category_id=lambda i: i + 90), "ids_unknown"),
+    "no masks": (fields(segmentation=None), "masks_missing"),
+    "empty masks": (fields(segmentation=[]), "masks_missing"),
+    "flat": (polygons(lambda polygon: polygon), "masks_malformed"),
+    "points": (polygons(points_of), "masks_malformed"),
+    "nested points": (polygons(lambda polygon: [points_of(polygon)]), "masks_malformed"),
+    "objects": (polygons(lambda p: [{"x": p[::2], "y": p[1::2]}]), "masks_malformed"),
+    "text": (polygons(lambda polygon: json.dumps([polygon])), "masks_malformed"),
+    "transposed RLE": (rle_of(transposed=True), "masks_malformed"),
+    "RLE of another size": (rle_of(transposed=False), "masks_malformed"),
+}
