@@ -185,9 +185,12 @@ def log_match(dataset: CocoDataset, matched: CocoDataset, classes: Classes) -> N
     """Log how `match_dataset` has matched the classes of a data set, unless they are the same."""
     if matched is dataset:
         if classes.names and list(classes.names) != dataset.class_names:
-            logger.info(
-                "%s and %s have different class names, %s and %s: they are matched by position",
+            same = sorted(classes.names) == sorted(dataset.class_names)  # most likely a mistake
+            logger.log(
+                logging.WARNING if same else logging.INFO,
+                "%s and %s have %s, %s and %s: they are matched by position",
                 *(dataset.name, classes.source),
+                "the same classes in different orders" if same else "different class names",
                 *(list_names(dataset.class_names), list_names(classes.names)),
             )
         return

@@ -148,6 +148,7 @@ def test_the_log_says_how_classes_are_matched(folder, caplog):
         (["a", "c", "b"], "name", ["INFO"]),
         (["a", "c"], "name", ["WARNING"]),
         (["c", "a"], "name", ["INFO", "WARNING"]),
+        (["c", "b", "a"], "position", ["WARNING"]),
         (["x", "y", "z"], "position", ["INFO"]),
     ]:
         caplog.clear()
