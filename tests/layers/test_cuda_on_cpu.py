@@ -51,16 +51,13 @@ def call(kernels, name, case, tensor, *arguments):
 def launch(kernels, name, *arguments):
     """Call an exported function; tensors are passed by their addresses."""
     function = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(kernels, name).value)
-    types = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}
-    converted = [
-        types[type(a)](a)
-        if type(a) in types
-        else ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, torch.Tensor)
-        else a
-        for a in arguments
-    ]
-    function(*converted)
+    types = {
+        bool: ctypes.c_bool,
+        int: ctypes.c_int64,
+        float: ctypes.c_double,
+        torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
+    }
+    function(*(types.get(type(a), lambda a: a)(a) for a in arguments))
     assert ctypes.c_int.in_dll(kernels, "num_errors").value == 0
 
 
