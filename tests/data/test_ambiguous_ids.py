@@ -79,6 +79,12 @@ def test_files_that_were_joined_without_new_ids(
         ([{"file_name": "./a/1.png"}], {"image_duplicate_id": 1}, [1, 2, 3]),
         ([{"id": 1.0}], {"image_duplicate_id": 1}, [1, 2, 3]),
         ([{"file_name": "b/1.png"}], {"image_ambiguous_id": 1}, [2, 3]),
+        (
+            [{"file_name": "b/1.png", "width": None}],
+            {"image_malformed": 1, "image_ambiguous_id": 1},
+            [2, 3],
+        ),
+        ([{"width": None}], {"image_malformed": 1}, [1, 2, 3]),
         ([{"width": 13}], {"image_ambiguous_id": 1}, [2, 3]),  # images of one name in two folders
         ([{"file_name": "b/1.png"}, {}], {"image_ambiguous_id": 1}, [2, 3]),
         (

@@ -95,7 +95,7 @@ def test_path_pil_and_array_are_equal(tmp_path, mode, suffix, dtype):
     check()
 
 
-@settings(max_examples=fuzz_examples(40), deadline=None)
+@settings(max_examples=fuzz_examples(16), deadline=None)
 @given(
     st.integers(0, 2**32),
     sizes,

@@ -89,6 +89,7 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
     Only `id`, `file_name`, `height` and `width` are kept.
     """
     images: dict[Identity, ImageEntry | None] = {}
+    left_out: list[tuple[Identity, str]] = []
     for number, entry in enumerate(entries):
         fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
         identity, file_name = as_id(fields.get("id")), fields.get("file_name", "")
@@ -99,14 +100,26 @@ def check_images(entries: list[Any], issues: IssueLog) -> dict[Identity, ImageEn
         invalid = [f"{key} {fields.get(key)!r}" for key, is_valid in checks.items() if not is_valid]
         if identity is None or invalid or size["height"] * size["width"] > _MAX_PIXELS:
             issues.add("image_malformed", _name(identity, f"images[{number}]"), ", ".join(invalid))
+            if identity is not None and valid:
+                left_out.append((identity, file_name))
         elif identity not in images:
             images[identity] = {"id": identity, "file_name": file_name, **size}
         elif (first := images[identity]) is not None:
-            same = os.path.normpath(first["file_name"]) == os.path.normpath(file_name)
+            same = _is_file_of(first, file_name)
             same &= all(first[side] == length for side, length in size.items())
             issues.add("image_duplicate_id" if same else "image_ambiguous_id", identity)
             images[identity] = first if same else None
+    # The annotations of an entry that is left out are not those of another image.
+    for identity, file_name in left_out:
+        named = images.get(identity)
+        if named is not None and not _is_file_of(named, file_name):
+            issues.add("image_ambiguous_id", identity)
+            images[identity] = None
     return images
+
+
+def _is_file_of(image: ImageEntry, file_name: str) -> bool:
+    return os.path.normpath(image["file_name"]) == os.path.normpath(file_name)
 
 
 def check_categories(entries: list[Any], issues: IssueLog) -> dict[Identity, str | None]:
