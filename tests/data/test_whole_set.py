@@ -171,7 +171,7 @@ def write_shapes(folder, rng, orientation, in_stored_frame, *, square, rle):
         pixels = rng.integers(90, 120, (height, width, 3)).astype(np.uint8)
         left, top = rng.integers(2, 12), rng.integers(2, 25)
         right, bottom = left + rng.integers(15, 40), top + rng.integers(10, 30)
-        pixels[top:bottom, left:right] = (230, 200, 40)
+        pixels[top:bottom, left:right] = (200, 60, 60)  # as bright as the background, in the mean
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
         Image.fromarray(pixels).save(folder / f"{number}.png", exif=exif)
@@ -183,7 +183,7 @@ def write_shapes(folder, rng, orientation, in_stored_frame, *, square, rle):
             mask = np.asarray(ImageOps.exif_transpose(Image.open(path))) // 255
         if not rle:
             rows, columns = np.nonzero(mask)
-            x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            x0, y0, x1, y1 = columns.min() - 2, rows.min() - 2, columns.max() + 3, rows.max() + 3
             segmentation = [np.array([x0, y0, x1, y0, x1, y1, x0, y1]).tolist()]
         else:
             code = mask_utils.encode(np.asfortranarray(mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
@@ -14,6 +15,7 @@ from tensormask.data.checks.segmentation import segmentation_to_rle
 _FEW, _TURNED_SHARE = 2, 0.1
 _SAME_FACTOR = 0.02
 _FEW_OUTLINES, _MOST_OUTLINES, _CLEARLY = 4, 0.75, 1.2
+_LOOSE = np.ones((5, 5), np.uint8)  # outlines are drawn some pixels beside of edges
 # The image as it is stored, from the upright one, by EXIF orientation.
 _STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: image[:, ::-1],
@@ -89,8 +91,9 @@ def stored_fits_better(rgb: np.ndarray, tag: int, annotations: list[Annotation])
                 outlines |= _outline(mask_utils.decode(segmentation_to_rle(mask, size)) > 0)
         if not outlines.any():
             return None
-        edges = np.gradient(image.mean(axis=2, dtype=np.float32))
-        strength[number] = np.hypot(*edges)[outlines].mean()
+        # Of each channel: two colors can be equally bright.
+        edges = np.hypot(*np.gradient(image.astype(np.float32), axis=(0, 1))).max(axis=2)
+        strength[number] = cv2.dilate(edges, _LOOSE)[outlines].mean()
     return bool(strength[1] > _CLEARLY * strength[0])
 
 
