@@ -17,7 +17,7 @@ CASES = {
     "bipyramid": ("bipyramid", FROZEN, {}),
     "few candidates": ("bipyramid", ["MODEL.TENSOR_MASK.TOPK_CANDIDATES_TEST", 30], {}),
     "all are candidates": ("natural", ["MODEL.TENSOR_MASK.SCORE_THRESH_TEST", 0.0], {}),
-    "few detections": ("natural", [], {"num_detections": 3}),
+    "few detections": ("natural", ["MODEL.RESNETS.NORM", "GN"], {"num_detections": 3}),
     "no detections": ("natural", [], {"score_threshold": 0.999}),
     "of no class": ("natural", [], {"classes": []}),
     "of a class": ("natural", [], {"classes": [2], "class_agnostic_nms": True}),
@@ -32,7 +32,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_waits(case: str) -> None:
     head, opts, options = CASES[case]
-    images = [tiny.make_image(64, 96, seed) for seed in range(2)]
+    images = [tiny.make_image(64, 96, 0), tiny.make_image(44, 60, 1)]
     sizes = [(64, 96), (32, 40)]
 
     def model(device: str):
@@ -46,6 +46,8 @@ def test_results_and_waits(case: str) -> None:
             record.clear()
             detections = on_gpu.detect(images, sizes, **options)
             waits = record.waits.total()
+            assert not record.mixes
+            assert not record.unpinned
             assert all(
                 x.is_cuda for d in detections for x in (d["boxes"], *d.get("window_masks", ()))
             )
@@ -64,6 +66,19 @@ def test_results_and_waits(case: str) -> None:
         for name, values in other.items():
             assert_close(one[name], values, rtol=1e-4, atol=1e-4)
     assert any(len(d["scores"]) for d in expected) == (case not in ("no detections", "of no class"))
+
+
+def test_waits_in_half_precision() -> None:
+    opts = ["TEST.AMP.ENABLED", True, "TEST.AMP.DTYPE", "bfloat16", "MODEL.DEVICE", "cuda"]
+    images = [tiny.make_image(64, 96)]
+    with torch.no_grad(), pretend() as record:
+        model = tiny.with_detections(tiny.build("bipyramid", [*FROZEN, *opts]))
+        model(images)
+        record.clear()
+        (detection,) = model(images)
+    assert len(detection["scores"])
+    assert not record.mixes
+    assert record.waits.total() == 2
 
 
 @pytest.mark.parametrize(

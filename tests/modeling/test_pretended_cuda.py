@@ -1,4 +1,7 @@
-"""Training and inference on a pretended GPU: no mix of devices, and few waits of the host."""
+"""Training on a pretended GPU: no mix of devices, and one wait of the host in a step.
+
+`test_inference_on_gpu.py` has inference.
+"""
 
 import pytest
 import tiny
@@ -20,32 +23,25 @@ _OBJECTS = [[10.0, 4.0, 60.0, 60.0], [70.0, 10.0, 100.0, 40.0], [20.0, 30.0, 36.
 _THIS_FILE = "tests/modeling/test_pretended_cuda.py"
 _NO_BOXES = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
 _CLIPPED = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", True]
+_BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
 CASES = {
     "bipyramid": ("bipyramid", []),
     "aligned": ("aligned", []),
     "upscale_aligned": ("upscale_aligned", []),
     "no boxes": ("bipyramid", _NO_BOXES),
     "no masks": ("natural", ["MODEL.MASK_ON", False]),
-    "NMS on masks": ("natural", ["MODEL.TENSOR_MASK.NMS_ON", "masks"]),
-    "batch norm, averages": (
+    "batch norm, averages, clipped": (
         "natural",
-        ["MODEL.RESNETS.NORM", "BN", "SOLVER.EMA.ENABLED", True],
+        ["MODEL.RESNETS.NORM", "BN", "SOLVER.EMA.ENABLED", True, *_CLIPPED],
     ),
-    "bfloat16": ("bipyramid", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]),
-    "inference in bfloat16": ("natural", ["TEST.AMP.ENABLED", True, "TEST.AMP.DTYPE", "bfloat16"]),
-    "float16": ("natural", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"]),
-    "checkpointed, channels last": (
+    "bfloat16, checkpointed, channels last": (
         "bipyramid",
-        ["MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS", True, "MODEL.CHANNELS_LAST", True],
+        [*_BFLOAT16, "MODEL.TENSOR_MASK.CHECKPOINT_ACTIVATIONS", True, "MODEL.CHANNELS_LAST", True],
     ),
-    "clipped": ("natural", _CLIPPED),
+    "float16": ("natural", ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"]),
     "each gradient clipped": ("natural", [*_CLIPPED, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]),
 }
-_SLOW = ("upscale_aligned", "float16", "each gradient clipped")
-
-
-def cases(names) -> list:
-    return [pytest.param(n, marks=pytest.mark.slow if n in _SLOW else ()) for n in names]
+_SLOW = ("upscale_aligned", "no masks", "float16", "each gradient clipped")
 
 
 def test_what_is_planted_is_found() -> None:
@@ -126,7 +122,9 @@ def batch_of(sizes: list[tuple[int, int]]) -> list[dict]:
     return samples
 
 
-@pytest.mark.parametrize("case", cases(CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in _SLOW else ()) for c in CASES]
+)
 def test_a_training_step_waits_once(case) -> None:
     cfg = cfg_of(CASES[case])
     with pretend() as record:
@@ -168,20 +166,3 @@ def test_a_model_on_the_cpu_takes_inputs_on_a_gpu() -> None:
         losses = model(images, targets)
         assert not any(x.is_cuda for x in losses.values())
     assert not record.mixes
-
-
-@pytest.mark.parametrize("case", cases(c for c in CASES if "SOLVER" not in str(CASES[c])))
-def test_waits_of_inference(case) -> None:
-    with pretend() as record, torch.no_grad():
-        model = tiny.with_detections(make_model(CASES[case]))
-        images = [sample["image"] for sample in batch_of([(64, 64), (64, 100)])]
-        for _ in range(2):
-            record.clear()
-            detections = model(images)
-        assert any(len(d["scores"]) for d in detections)
-        assert all(x.is_cuda for d in detections for x in d.values())
-    assert not record.mixes
-    assert not record.unpinned
-    # NMS of each image, and a read of the windows of all; of their boxes before that.
-    on_masks = "masks" in CASES[case][1]
-    assert record.waits.total() == len(images) + (2 if on_masks else 1), record.waits
