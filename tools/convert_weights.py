@@ -3,7 +3,13 @@
 
 import sys
 
-from tensormask.cli import main
+from tensormask import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    return cli.main(["convert-weights", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["convert-weights", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

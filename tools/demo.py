@@ -7,7 +7,13 @@ tools/demo.py --config-file configs/tensormask_R_50_FPN_1x.yaml --input images/ 
 
 import sys
 
-from tensormask.cli import main
+from tensormask import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    return cli.main(["predict", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["predict", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
