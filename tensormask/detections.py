@@ -155,7 +155,7 @@ class Detections(dict[str, Any]):
         Raises:
             UserError: the model has no masks.
         """
-        return [_outlines(_to_numpy(mask)) for mask in self._masks()]
+        return list(map(_outlines, _to_numpy(self._masks())))
 
     def label_image(self) -> np.ndarray:
         """Return `(H, W)` uint16: 0 is background, n is row n - 1; the better score is on top.
@@ -165,9 +165,9 @@ class Detections(dict[str, Any]):
         """
         labels = np.zeros(self.size, np.uint16)
         order = self["scores"].argsort(stable=True).tolist()
-        masks = self._masks()
+        masks = _to_numpy(self._masks())
         for row in order:
-            labels[_to_numpy(masks[row])] = row + 1
+            labels[masks[row]] = row + 1
         return labels
 
     def draw(self, image: Any = None, **options: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretended_cuda import pretend
 
 from tensormask.detections import Detections
 from tensormask.utils.errors import UserError
@@ -200,3 +201,19 @@ def test_supervision(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
         detections().to_supervision()
+
+
+def test_masks_on_a_gpu_are_read_once() -> None:
+    expected = detections()
+    with pretend() as record:
+        on_gpu = {
+            name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in expected.items()
+        }
+        ids = expected.category_ids
+        on_gpu = Detections(on_gpu, size=(20, 30), all_class_names=NAMES, category_ids=ids)
+        for read, waits in (on_gpu.polygons, 1), (on_gpu.label_image, 2), (on_gpu.to_coco, 2):
+            record.clear()
+            result = read()
+            assert str(result) == str(getattr(expected, read.__name__)())
+            assert record.waits.total() == waits, record.waits
+        assert not record.mixes
