@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_a_config_without_its_option(capsys):
 def test_a_script_of_tools_has_its_own_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/tools/train_net.py"])
     assert train.build_parser().prog == "tools/train_net.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.stem)
+def test_a_script_of_tools_can_be_imported(monkeypatch, path):
+    calls = []
+    monkeypatch.setattr(cli, "main", lambda arguments: calls.append(arguments) or 7)
+    assert runpy.run_path(str(path))["main"](["a", "b"]) == 7
+    ((*command, first, last),) = calls
+    assert " ".join(command) in cli.COMMANDS
+    assert (first, last) == ("a", "b")
 
 
 def test_evaluate_is_train_with_eval_only(monkeypatch):
