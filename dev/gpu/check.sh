@@ -109,12 +109,12 @@ print(_native.LIBRARY, _native.REASON); sys.exit("cuda" not in _native.DEVICES)'
     ;;
 2)
     step 50 kernels "$PY" -m gpu.kernels compiled "$OUT/kernels.json"
-    benchmark 60 op op --without-reference --dtypes float32 bfloat16 "${short[@]}"
-    step 110 times_bfloat16 "$PY" -m gpu.times "$OUT/times.json" bfloat16
-    step 110 times_tf32 "$PY" -m gpu.times "$OUT/times.json" tf32
+    benchmark 40 op op --without-reference --dtypes float32 bfloat16 "${short[@]}"
+    step 100 times_bfloat16 "$PY" -m gpu.times "$OUT/times.json" bfloat16 all
+    step 100 times_tf32 "$PY" -m gpu.times "$OUT/times.json" tf32 all
     benchmark 40 inference inference "${amp[@]}"
     benchmark 40 train train "${amp[@]}" --batch 2
-    step 75 compiled "$PY" -m gpu.times "$OUT/times.json" bfloat16 MODEL.COMPILE reduce-overhead
+    step 120 compiled "$PY" -m gpu.times "$OUT/times.json" bfloat16 inference MODEL.COMPILE reduce-overhead
     if command -v ncu >/dev/null && [ "$DEVICE" = cuda ]; then
         metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
         metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_executed.sum

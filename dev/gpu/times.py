@@ -32,6 +32,7 @@ def arguments(dtype: str, overrides: list[str], batch: int = 1) -> argparse.Name
         batch=batch,
         device=DEVICE,
         dtype=dtype,
+        rounds=1,  # medians are taken here
         threads=torch.get_num_threads(),
         objects=20,
         positive_iou=0.5,
@@ -106,7 +107,7 @@ def training_calls(args: argparse.Namespace) -> dict[str, Call]:
 
 
 if __name__ == "__main__":
-    file, dtype, *overrides = sys.argv[1:]
+    file, dtype, wanted, *overrides = sys.argv[1:]
     results = Results(file, " ".join([dtype, *overrides]))
     if not ON_GPU and dtype == "tf32":
         dtype = "float32"
@@ -115,14 +116,15 @@ if __name__ == "__main__":
         "training, 1 image": lambda: training_calls(arguments(dtype, overrides)),
         "training, 2 images": lambda: training_calls(arguments(dtype, overrides, batch=2)),
     }
-    for name, make_calls in tasks.items():
+    for name in [name for name in tasks if wanted in ("all", name)]:
+        make_calls = tasks[name]
         calls: dict[str, Call] = {}
 
         def measure(make_calls: Callable = make_calls, calls: dict = calls) -> dict[str, float]:
             calls.update(make_calls())
             return medians(calls)
 
-        results.step(f"{name}, ms", 60, measure)
+        results.step(f"{name}, ms", 100, measure)
         for model in [m for m in (OURS, THEIRS) if m in calls]:
             kernels = functools.partial(profile, calls[model])
             results.step(f"{name}, kernels of {model}", 20, kernels)
