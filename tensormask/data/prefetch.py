@@ -38,6 +38,9 @@ _WARNING_AFTER = 60.0  # seconds without a batch
 _DEAD_AFTER = 10.0  # seconds without a batch until a worker that has ended is an error
 _CHECK_INTERVAL = 1.0  # seconds between two looks at the time and the workers
 _TIME_TO_END = 5.0  # seconds until a worker that does not end is killed
+# Iterators of loaders that have failed, kept to the end of the process: PyTorch, when it deletes
+# one, waits for locks, which a worker that was killed may hold for ever.
+_failed: list[Any] = []
 _CAUSES = {
     "SIGKILL": ", as systems do if memory runs out",
     "SIGBUS": ", as systems do if /dev/shm or a disk with a mapped file is full",
@@ -147,6 +150,7 @@ def _receive(
     Args:
         device: the GPU for which memory is pinned; None does not pin.
     """
+    batches = None
     try:
         # In this thread, PyTorch installs no handler of SIGCHLD, which would raise the death of a
         # worker anywhere in the training process.
@@ -164,6 +168,7 @@ def _receive(
                 return
         ready.put(None)
     except Exception as error:
+        _failed.append(batches)  # the error refers to it
         ready.put(error)
 
 

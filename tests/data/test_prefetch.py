@@ -1,6 +1,7 @@
 """Worker processes: order of the batches, and every way in which they can fail."""
 
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork import CONTEXT
+from torch.utils.data import dataloader
 
 from tensormask.data import prefetch
 from tensormask.data.prefetch import BatchLoader
@@ -114,6 +116,20 @@ def test_a_worker_that_fails_ends_the_iteration(failure, error, message, monkeyp
         list(batches)
     assert "\n" not in str(caught.value) or "process 1.\n" in str(caught.value)
     assert next(batches, None) is None
+
+
+def test_the_loader_of_a_killed_worker_is_never_deleted(monkeypatch):
+    """PyTorch would wait for ever for a lock that the worker held when it was killed."""
+    deleted_by = []
+    loader = dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(
+        loader, "__del__", lambda self: deleted_by.append(threading.current_thread())
+    )
+    monkeypatch.setattr(prefetch, "_TIME_TO_END", 0.1)
+    with pytest.raises(UserError, match="SIGKILL"):
+        list(iterate({5: "kill"}))
+    gc.collect()
+    assert deleted_by == []
 
 
 @pytest.mark.parametrize(

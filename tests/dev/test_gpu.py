@@ -1,4 +1,4 @@
-"""The steps of `make gpu-check`, on the CPU: they run, and devices that are the same give the same."""
+"""The steps of `make gpu-check` run, here on the CPU: equal devices give equal numbers."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_devices(case):
     result = json.loads(run("-c", code).splitlines()[-1])
     assert result["loss error"] < 1e-9
     assert result["gradient error"] < 1e-9
-    assert [0.0, 0.0] == result["masks that differ"]
+    assert max(result["masks that differ"]) == 0
 
 
 def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
