@@ -273,7 +273,8 @@ if __name__ == "__main__":
 def test_start_methods(method, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "script.py", method]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = ended.stdout.splitlines()
     assert lines[0] == "[[1, 2], [3], [4]]", ended.stderr
