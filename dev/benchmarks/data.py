@@ -34,8 +34,8 @@ _MAX_IMAGES_READ = 20_000
 _READINGS = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark."""
+def add_data_set(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the images and of their size."""
     parser.add_argument(
         "--data-set",
         default=f"{_PHOTOGRAPHS / 'instances_train.json'}@{_PHOTOGRAPHS / 'train'}",
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-size", type=int, default=800, metavar="PX", help="default: 800")
     parser.add_argument("--max-size", type=int, default=1333, metavar="PX", help="default: 1333")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add_data_set(parser)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument(
         "--images", type=int, metavar="N", help="default: all; 118000 with --memory"

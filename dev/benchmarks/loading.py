@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from benchmarks import ROOT
+from benchmarks.data import add_data_set
 from benchmarks.measure import median_ratio, time_in_turn
 from tensormask.data import get_dataset, transport
 from tensormask.data.loader import TrainingSet
@@ -17,19 +17,10 @@ from tensormask.data.samplers import BatchSampler
 from tensormask.data.transforms import Augmentation
 from tensormask.utils.tables import format_records
 
-_PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "coco_cc"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument(
-        "--data-set",
-        default=f"{_PHOTOGRAPHS / 'instances_train.json'}@{_PHOTOGRAPHS / 'train'}",
-        metavar="NAME",
-        help="as in DATASETS.TRAIN (default: %(default)s)",
-    )
-    parser.add_argument("--min-size", type=int, default=800, metavar="PX", help="default: 800")
-    parser.add_argument("--max-size", type=int, default=1333, metavar="PX", help="default: 1333")
+    add_data_set(parser)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--batches", type=int, default=40, metavar="N", help="default: 40")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="default: 4")
