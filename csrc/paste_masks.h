@@ -42,7 +42,7 @@ struct Axis {
   }
 };
 
-// The value at column `u` of a mask (V, U), interpolated between its rows; 0 outside of it.
+// Interpolate between two rows of a mask (V, U) at column `u`; 0 outside of the mask.
 template <typename A>
 TENSORMASK_HOST_DEVICE A between_rows(const A* mask, int height, int width, int v, A weight, int u) {
   if (u < 0 || u >= width) return A(0);

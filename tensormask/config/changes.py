@@ -25,7 +25,7 @@ class Effect(Enum):
 
 
 _HEAD = "MODEL.TENSOR_MASK"
-# A name stands for a key, or for all keys of a group.
+# Names of keys, or of groups, which include all of their keys.
 EFFECTS: dict[Effect, tuple[str, ...]] = {
     Effect.TRAINED: (
         *("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.MAX_SIZE_TRAIN"),

@@ -31,18 +31,6 @@ def training_advice(cfg: CfgNode) -> str:
     return _sentence(options, cfg)
 
 
-def _is_on_gpu(cfg: CfgNode) -> bool:
-    return cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
-
-
-def _sentence(options: list[str], cfg: CfgNode) -> str:
-    if cfg.DATALOADER.NUM_WORKERS > 1:
-        options.append(
-            f"for the host's memory, DATALOADER.NUM_WORKERS below {cfg.DATALOADER.NUM_WORKERS}"
-        )
-    return f"These need less: {'; '.join(options)}."
-
-
 def evaluation_advice(cfg: CfgNode) -> str:
     """Return the options that make an evaluation need less memory, without those that are used."""
     test, head = cfg.TEST, cfg.MODEL.TENSOR_MASK
@@ -56,3 +44,15 @@ def evaluation_advice(cfg: CfgNode) -> str:
     if not test.AMP.ENABLED and _is_on_gpu(cfg):
         options.append("TEST.AMP.ENABLED True")
     return _sentence(options, cfg)
+
+
+def _is_on_gpu(cfg: CfgNode) -> bool:
+    return cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+
+
+def _sentence(options: list[str], cfg: CfgNode) -> str:
+    if cfg.DATALOADER.NUM_WORKERS > 1:
+        options.append(
+            f"for the host's memory, DATALOADER.NUM_WORKERS below {cfg.DATALOADER.NUM_WORKERS}"
+        )
+    return f"These need less: {'; '.join(options)}."

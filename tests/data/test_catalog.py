@@ -261,7 +261,7 @@ def test_shapes_are_generated_at_first_use(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("nothing_left_behind")
 def test_training_and_evaluation_keep_their_data_sets(tmp_path, fakes):
-    """While a run goes on, its annotations may be saved anew."""
+    """The annotations may be saved anew during a run."""
     kept = []
 
     def evaluator(model, dataset, folder):
