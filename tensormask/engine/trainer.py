@@ -249,9 +249,7 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                 metrics = step(batch, iteration=run.done, flags=flags)
                 run.done += 1
                 if flags["issues"]:
-                    new = [
-                        issue for of_rank in distributed.gather_objects(new) for issue in of_rank
-                    ]
+                    new = distributed.gather_lists(new)
                     run.reporter.add([{"issues": new}])
                     run.issues |= dict.fromkeys(new)
                 for callback in run.callbacks:
