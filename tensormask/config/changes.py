@@ -33,9 +33,13 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *("DATALOADER.ASPECT_RATIO_GROUPING", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
         *(f"{_HEAD}.FOCAL_LOSS_GAMMA", f"{_HEAD}.FOCAL_LOSS_ALPHA", f"{_HEAD}.MASK_LOSS_WEIGHT"),
         *(f"{_HEAD}.POSITIVE_WEIGHT", f"{_HEAD}.CHECKPOINT_ACTIVATIONS"),
+        *(f"{_HEAD}.ASSIGNMENT", f"{_HEAD}.ASSIGN_RADIUS"),
+        *(f"{_HEAD}.DICE_LOSS_WEIGHT", f"{_HEAD}.BBOX_REG_LOSS_TYPE"),
+        f"{_HEAD}.BBOX_REG_LOSS_WEIGHT",
         *("SOLVER.LR_SCHEDULER_NAME", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.GAMMA"),
         *("SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "SOLVER.BIAS_LR_FACTOR"),
         *("SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_METHOD"),
+        *("SOLVER.WARMUP_SHARE", "SOLVER.PATIENCE"),
         *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"),
         *("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS"),
         *("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE_STEPS", "SOLVER.REFERENCE_WORLD_SIZE"),
@@ -46,7 +50,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
     Effect.APPLIED: (
         *("MODEL.SIZE_DIVISOR", "MODEL.CHANNELS_LAST", "MODEL.COMPILE", "SOLVER.EMA.ENABLED"),
         *(f"{_HEAD}.SCORE_THRESH_TEST", f"{_HEAD}.TOPK_CANDIDATES_TEST"),
-        *(f"{_HEAD}.NMS_THRESH_TEST", f"{_HEAD}.NMS_ON"),
+        *(f"{_HEAD}.NMS_THRESH_TEST", f"{_HEAD}.NMS_ON", f"{_HEAD}.MASK_UNIT"),
         *("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "DATASETS.TEST", "DATASETS.STRICT"),
         *("DATASETS.MATCH_CLASSES", "SOLVER.CHECKPOINT_BEST", "TEST"),
         *("CUDNN_BENCHMARK", "DETERMINISTIC", "FLOAT32_PRECISION"),
@@ -58,7 +62,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *(f"{_HEAD}.BBOX_CHANNELS", f"{_HEAD}.MASK_CHANNELS", f"{_HEAD}.NUM_CLASSES"),
         *(f"{_HEAD}.BBOX_REG_WEIGHTS", f"{_HEAD}.HEAD", f"{_HEAD}.ALIGNED_ON"),
         *(f"{_HEAD}.BIPYRAMID_ON", f"{_HEAD}.UPSCALE_LAMBDA", f"{_HEAD}.UPSCALE_MODE"),
-        *(f"{_HEAD}.BOX_ON", "INPUT.FORMAT", "SOLVER.OPTIMIZER"),
+        *(f"{_HEAD}.NORM", f"{_HEAD}.BOX_ON", "INPUT.FORMAT", "SOLVER.OPTIMIZER"),
     ),
     Effect.UNUSED: (
         *("VERSION", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", f"{_HEAD}.INIT"),
@@ -73,6 +77,7 @@ _NEEDS: dict[str, tuple[str, object]] = {
         ("SOLVER.STEPS", "SOLVER.GAMMA"), ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
     ),
     "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+    "SOLVER.WARMUP_ITERS": ("SOLVER.WARMUP_SHARE", 0.0),
 }
 
 # By effect the changed keys, each with its old and its new value.
@@ -116,10 +121,25 @@ def find_changes(saved: str, cfg: CfgNode, *, done: int = 0) -> Changes:
 def _is_used(key: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> bool:
     """Return whether a changed key has its effect with the other values of the config."""
     group, _, leaf = key.rpartition(".")
-    if leaf.startswith("WARMUP_"):
-        return done < max(old["SOLVER.WARMUP_ITERS"], new["SOLVER.WARMUP_ITERS"])
+    if leaf.startswith("WARMUP_") and done >= max(_warmup_end(old), _warmup_end(new)):
+        return False
     switch, needed = _NEEDS.get(key, (f"{group}.ENABLED", True))
     return key == switch or new.get(switch, needed) == needed
+
+
+def _warmup_end(values: Mapping[str, Any]) -> int:
+    names = ("WARMUP_SHARE", "WARMUP_ITERS", "MAX_ITER")
+    return warmup_iterations(*(values[f"SOLVER.{name}"] for name in names))
+
+
+def warmup_iterations(share: float, iterations: int, max_iter: int) -> int:
+    """Return the length of the warm-up: a share of the run, or if that is 0 a number of iterations.
+
+    Example:
+        >>> warmup_iterations(0.03, 1000, 1500), warmup_iterations(0.0, 1000, 1500)
+        (45, 1000)
+    """
+    return min(round(share * max_iter), max_iter - 1) if share > 0 else iterations
 
 
 def _head(values: dict[str, object]) -> object:

@@ -57,7 +57,8 @@ _DEFAULTS: dict[str, Any] = {
             "IN_FEATURES": [],
             # Number of channels of each pyramid level.
             "OUT_CHANNELS": 256,
-            # Normalization: "" (none) or "GN".
+            # Normalization: "" (none), "GN", "BN", "SyncBN" or "LN" (over the channels of each
+            # location).
             "NORM": "",
             # How a coarser level is merged into the next finer one: "sum" or "avg".
             "FUSE_TYPE": "sum",
@@ -76,6 +77,9 @@ _DEFAULTS: dict[str, Any] = {
             "CLS_CHANNELS": 256,
             "BBOX_CHANNELS": 128,
             "MASK_CHANNELS": 128,
+            # Normalization of the towers: "" (none), "LN" (over the channels of each location),
+            # "BN" (statistics per feature level) or "GN" (32 groups or fewer).
+            "NORM": "",
             # Number of object classes, without background.
             "NUM_CLASSES": 80,
             # Candidates need a score above this.
@@ -89,9 +93,21 @@ _DEFAULTS: dict[str, Any] = {
             # Focusing exponent, and weight of the positives, in the classification loss FL*.
             "FOCAL_LOSS_GAMMA": 3.0,
             "FOCAL_LOSS_ALPHA": 0.3,
+            # Which windows are positive for an object: "paper", those within 1 stride of its center
+            # that no other object claims; "nearest", of a claimed window the nearer object wins.
+            # Both use windows that contain the object and are not much larger.
+            "ASSIGNMENT": "paper",
+            # Their radius around the object's center, in strides of the level.
+            "ASSIGN_RADIUS": 1.0,
             # Factor of the mask loss, and of its foreground pixels.
             "MASK_LOSS_WEIGHT": 2.0,
             "POSITIVE_WEIGHT": 1.5,
+            # Factor of a Dice loss of the masks beside it, loss_dice; none if 0.
+            "DICE_LOSS_WEIGHT": 0.0,
+            # Loss of the boxes, and its factor: "l1" of their deltas, or "giou" or "diou" of the
+            # boxes. Where gradients are clipped, a larger factor makes the other losses smaller.
+            "BBOX_REG_LOSS_TYPE": "l1",
+            "BBOX_REG_LOSS_WEIGHT": 1.0,
             # Mask head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned",
             # "bipyramid", or "auto", the head of detectron2's two switches below. A file or command
             # line that sets a head also sets the switches, and one that sets a switch sets this to
@@ -104,6 +120,9 @@ _DEFAULTS: dict[str, Any] = {
             # how it upscales them, "bilinear" or "nearest". Other heads need these defaults.
             "UPSCALE_LAMBDA": 1.0,
             "UPSCALE_MODE": "bilinear",
+            # Side of a mask pixel of the bipyramid in pixels, a divisor of the finest stride, such
+            # as 2 or 1 for finer masks than the paper's; 0 for the finest stride.
+            "MASK_UNIT": 0,
             # Regress boxes; if False, a detection has the bounding box of its mask.
             "BOX_ON": True,
             # Boxes that NMS compares: the regressed "boxes", or those of the "masks", which needs
@@ -211,6 +230,9 @@ _DEFAULTS: dict[str, Any] = {
         "WARMUP_FACTOR": 0.001,
         "WARMUP_ITERS": 1000,
         "WARMUP_METHOD": "linear",
+        # Length of the warm-up as a share of MAX_ITER, from 0 to below 1, such as 0.03: it replaces
+        # WARMUP_ITERS. 0 for WARMUP_ITERS.
+        "WARMUP_SHARE": 0.0,
         # Number of iterations between checkpoints.
         "CHECKPOINT_PERIOD": 5000,
         # Number of last checkpoints that are kept; 0 for all.
@@ -218,6 +240,9 @@ _DEFAULTS: dict[str, Any] = {
         # Metric that selects the weights in model_best.pth among the evaluations of a run, such as
         # "segm/AP" ("ema/segm/AP" for averaged weights); "" for no such file.
         "CHECKPOINT_BEST": "",
+        # Stop the run when the metric of CHECKPOINT_BEST has not improved in this number of
+        # evaluations in a row (TEST.EVAL_PERIOD); 0 never stops it.
+        "PATIENCE": 0,
         "CLIP_GRADIENTS": {
             # Clip the gradients before each step.
             "ENABLED": False,

@@ -5,11 +5,13 @@ wrapper (LoRA, quantization), a parametrization, another ``forward``, or hooks t
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torchvision.ops import FrozenBatchNorm2d
 
+from tensormask.layers.norm import LayerNorm2d, LevelNorms, is_local
 from tensormask.layers.winograd import Conv2d
 
 
@@ -49,14 +51,43 @@ def is_plain_conv(module: nn.Module) -> bool:
     )
 
 
-def plain_tower(layers: Sequence[nn.Module]) -> list[nn.Conv2d] | None:
-    """Return the convolutions of plain 3x3 convolutions with ReLUs in between, or None.
+class PlainLayer(NamedTuple):
+    """A plain 3x3 convolution of stride 1 and padding 1, and the norm of its result."""
 
-    Convolutions have stride 1 and padding 1. A ReLU may be last.
+    conv: nn.Conv2d
+    norm: nn.Module | None = None
+
+
+def plain_tower(layers: Sequence[nn.Module], level: int = 0) -> list[PlainLayer] | None:
+    """Return the convolutions and norms of a plain tower, or None.
+
+    Such a tower has 3x3 convolutions of stride 1 and padding 1, each with a norm or none, and ReLUs
+    in between. A ReLU may be last. Norms must be local: a result depends on its location only.
+
+    Args:
+        level: of the feature map, for `LevelNorms`.
     """
-    convs = [cast(nn.Conv2d, layer) for layer in layers[::2]]
-    known = all(map(is_plain_conv, convs)) and all(is_plain(x, nn.ReLU) for x in layers[1::2])
-    shape = (3, 3), (1, 1), (1, 1)
-    if known and all((conv.kernel_size, conv.stride, conv.padding) == shape for conv in convs):
-        return convs
-    return None
+    tower: list[PlainLayer] = []
+    rest = list(layers)
+    while rest:
+        conv = cast(nn.Conv2d, rest.pop(0))
+        shape = (3, 3), (1, 1), (1, 1)
+        if not is_plain_conv(conv) or (conv.kernel_size, conv.stride, conv.padding) != shape:
+            return None
+        norm = None if not rest or type(rest[0]) is nn.ReLU else rest.pop(0)
+        if norm is not None:
+            norm = _plain_norm(norm, level)
+            if norm is None:
+                return None
+        if rest and not is_plain(rest.pop(0), nn.ReLU):
+            return None
+        tower.append(PlainLayer(conv, norm))
+    return tower
+
+
+def _plain_norm(norm: nn.Module, level: int) -> nn.Module | None:
+    """Return the norm of a level if it is plain and local."""
+    if isinstance(norm, LevelNorms) and is_plain(norm, LevelNorms):
+        norm = norm[level]
+    plain = is_plain(norm, LayerNorm2d, nn.BatchNorm2d, FrozenBatchNorm2d)
+    return norm if plain and is_local(norm) else None

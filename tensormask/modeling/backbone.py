@@ -3,6 +3,7 @@
 Also `freeze`, for these and other parts of a model.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+from tensormask.layers.norm import LayerNorm2d
 from tensormask.layers.plain import is_plain, is_plain_conv
 from tensormask.layers.winograd import conv2d
 from tensormask.modeling.folding import fold
 from tensormask.utils.errors import UserError, nearest_name
 
-PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
+PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 
 
 def conv_norm(conv: Any, norm: Any, x: Tensor) -> Tensor:
@@ -70,12 +72,16 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d,
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
-    "GN": lambda channels: nn.GroupNorm(32, channels),
+    "GN": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
+    "LN": LayerNorm2d,
 }
 
 
 def get_norm(name: str) -> Callable[[int], nn.Module]:
-    """Return the norm layer of a name, to be called with a number of channels. GN has 32 groups."""
+    """Return the norm layer of a name, to be called with a number of channels.
+
+    GN has 32 groups, or the largest smaller power of 2 that divides the channels.
+    """
     if name not in _NORMS:
         raise UserError(f"norm must be one of {', '.join(_NORMS)}, got {name!r}")
     return _NORMS[name]
@@ -86,7 +92,7 @@ class ResNet(nn.Module):
 
     Args:
         depth: 18, 34, 50 or 101.
-        norm: "FrozenBN", "BN", "SyncBN" or "GN".
+        norm: "FrozenBN", "BN", "SyncBN", "GN" or "LN" (see `get_norm`).
         freeze_at: number of stages that are not trained, 0..5: 1 the stem, 2 the stem and res2, ...
         stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
             weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no

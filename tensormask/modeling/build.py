@@ -9,10 +9,13 @@ from torch import Tensor
 
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
+from tensormask.modeling.assigners import build_assigner
+from tensormask.modeling.box_losses import box_loss, diou_loss, giou_loss
+from tensormask.modeling.criterion import BoxLoss
 from tensormask.modeling.losses import focal_loss_star, mask_loss
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
-from tensormask.utils.errors import UserError
+from tensormask.utils.errors import UserError, unknown_name
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 # More than all sizes up to 1344 px in steps of 32, in training and in inference: 2 * 42 * 42.
@@ -68,10 +71,12 @@ def build_model(
         head=_head_name(head) if model.MASK_ON else None,
         upscale=head.UPSCALE_LAMBDA,
         upscale_mode=head.UPSCALE_MODE,
+        mask_unit=head.MASK_UNIT,
         cls_channels=head.CLS_CHANNELS,
         bbox_channels=head.BBOX_CHANNELS,
         mask_channels=head.MASK_CHANNELS,
         num_convs=head.NUM_CONVS,
+        head_norm=head.NORM,
         init=head.INIT,
         checkpointed=head.CHECKPOINT_ACTIVATIONS,
         pixel_mean=model.PIXEL_MEAN,
@@ -80,12 +85,16 @@ def build_model(
         size_divisor=model.SIZE_DIVISOR,
         channels_last=use_channels_last(model.CHANNELS_LAST, device),
         autocast_dtype=autocast_dtype("TEST.AMP", cfg.TEST.AMP),
+        assigner=build_assigner(head.ASSIGNMENT, head.ASSIGN_RADIUS),
         box_weights=head.BBOX_REG_WEIGHTS,
         cls_loss=functools.partial(
             focal_loss_star, alpha=head.FOCAL_LOSS_ALPHA, gamma=head.FOCAL_LOSS_GAMMA
         ),
+        box_loss=_box_loss(head.BBOX_REG_LOSS_TYPE, head.BBOX_REG_WEIGHTS),
+        box_loss_weight=head.BBOX_REG_LOSS_WEIGHT,
         mask_loss=functools.partial(mask_loss, positive_weight=head.POSITIVE_WEIGHT),
         mask_loss_weight=head.MASK_LOSS_WEIGHT,
+        dice_loss_weight=head.DICE_LOSS_WEIGHT,
         score_threshold=head.SCORE_THRESH_TEST,
         num_candidates=head.TOPK_CANDIDATES_TEST,
         nms_on=head.NMS_ON,
@@ -176,6 +185,19 @@ def _head_name(options: CfgNode) -> str:
             )
         )
     return head
+
+
+def _box_loss(name: str, weights: tuple[float, ...]) -> BoxLoss:
+    """Return the loss of boxes of a name; UserError if there is none."""
+    of_overlap = {"giou": giou_loss, "diou": diou_loss}
+    if name == "l1":
+        return box_loss
+    if name not in of_overlap:
+        known = ["l1", *of_overlap]
+        raise UserError(
+            unknown_name("a loss of boxes (MODEL.TENSOR_MASK.BBOX_REG_LOSS_TYPE)", name, known)
+        )
+    return functools.partial(of_overlap[name], weights=weights)
 
 
 def build_windows(cfg: CfgNode) -> Windows:

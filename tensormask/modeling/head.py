@@ -9,19 +9,47 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
+from tensormask.layers.norm import LevelNorms, LevelTower
 from tensormask.layers.plain import is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
+from tensormask.modeling.backbone import get_norm
 from tensormask.modeling.tiles import convolve_at
 from tensormask.utils.errors import UserError
 
+TOWER_NORMS = ("", "LN", "BN", "GN")
 
-def conv_tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
-    """Return ``num_convs`` 3x3 convolutions, each with a ReLU."""
+
+def conv_tower(
+    in_channels: int, channels: int, num_convs: int, *, norm: str = "", num_levels: int = 1
+) -> nn.Sequential:
+    """Return ``num_convs`` 3x3 convolutions, each with a ReLU, and between them a norm.
+
+    Args:
+        norm: "" (none), "LN" (over the channels of each location), "BN" (with statistics per
+            feature level) or "GN" (32 groups, or the largest smaller power of 2 that divides the
+            channels). Convolutions before a norm have no bias.
+        num_levels: feature levels of "BN".
+
+    Raises:
+        UserError: there is no such norm.
+    """
+    if norm not in TOWER_NORMS:
+        raise UserError(f"norm must be one of {TOWER_NORMS}, got {norm!r}")
     layers: list[nn.Module] = []
     for _ in range(num_convs):
-        layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        layers.append(Conv2d(in_channels, channels, 3, padding=1, bias=not norm))
+        if norm == "BN":
+            layers.append(LevelNorms(channels, num_levels))
+        elif norm:
+            layers.append(get_norm(norm)(channels))
+        layers.append(nn.ReLU(inplace=True))
         in_channels = channels
-    return nn.Sequential(*layers)
+    return LevelTower(*layers) if norm == "BN" else nn.Sequential(*layers)
+
+
+def apply_tower(tower: nn.Module, x: Tensor, level: int) -> Tensor:
+    """Return the results of a tower, whose norms may depend on the level of the features."""
+    return tower(x, level) if isinstance(tower, LevelTower) else tower(x)
 
 
 def init_convs(module: nn.Module, init: str) -> None:
@@ -67,6 +95,7 @@ class ClassBoxHead(nn.Module):
         num_sizes: windows at each location.
         num_classes: classes without background.
         cls_channels, bbox_channels, num_convs: of the towers.
+        norm, num_levels: of the towers, see `conv_tower`.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them.
         prior: the initial score of every window.
@@ -88,6 +117,8 @@ class ClassBoxHead(nn.Module):
         cls_channels: int = 256,
         bbox_channels: int = 128,
         num_convs: int = 4,
+        norm: str = "",
+        num_levels: int = 1,
         init: str = "normal",
         checkpointed: bool = False,
         prior: float = 0.01,
@@ -100,9 +131,10 @@ class ClassBoxHead(nn.Module):
             )
         self.in_channels, self.num_sizes, self.num_classes = in_channels, num_sizes, num_classes
         self.with_boxes, self.checkpointed = with_boxes, checkpointed
-        self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs)
+        norms: dict[str, Any] = {"norm": norm, "num_levels": num_levels}
+        self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs, **norms)
         if with_boxes:
-            self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs)
+            self.bbox_subnet = conv_tower(in_channels, bbox_channels, num_convs, **norms)
         self.cls_score = Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
         if with_boxes:
             self.bbox_pred = Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
@@ -126,14 +158,14 @@ class ClassBoxHead(nn.Module):
             - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``;
               None without a box head, or unless ``dense_boxes``.
         """
-        logits = [self._call(lambda x: self.cls_score(self.cls_subnet(x)), x) for x in features]
+        logits = [self._call(self._logits, x, level) for level, x in enumerate(features)]
         if not (self.with_boxes and dense_boxes):
             return logits, None
-        return logits, [self.deltas(x) for x in features]
+        return logits, [self.deltas(x, level) for level, x in enumerate(features)]
 
-    def deltas(self, x: Tensor) -> Tensor:
+    def deltas(self, x: Tensor, level: int) -> Tensor:
         """Return the deltas of all windows of a level (N, num_sizes * 4, H, W)."""
-        return self._call(lambda x: self.bbox_pred(self.bbox_subnet(x)), x)
+        return self._call(self._deltas, x, level)
 
     def deltas_at(
         self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
@@ -143,15 +175,21 @@ class ClassBoxHead(nn.Module):
         If the deltas of all windows are not in ``dense``, a plain tower is evaluated at these only.
         """
         features = dense.features[level]
-        plain = dense.deltas is None and is_plain(self.bbox_subnet, nn.Sequential)
-        convs = plain_tower([*self.bbox_subnet, self.bbox_pred]) if plain else None
-        if convs is None:
-            of_level = self.deltas(features) if dense.deltas is None else dense.deltas[level]
+        plain = dense.deltas is None and is_plain(self.bbox_subnet, nn.Sequential, LevelTower)
+        layers = plain_tower([*self.bbox_subnet, self.bbox_pred], level) if plain else None
+        if layers is None:
+            of_level = self.deltas(features, level) if dense.deltas is None else dense.deltas[level]
             n, size, y, x = to_device(torch.stack([n, size, y, x]), features.device)
             return of_level.unflatten(1, (-1, 4))[n, size, :, y, x]
-        deltas = self._call(convolve_at, convs, features, n, y, x).unflatten(1, (-1, 4))
+        deltas = self._call(convolve_at, layers, features, n, y, x).unflatten(1, (-1, 4))
         size = to_device(size, features.device)
         return deltas[torch.arange(len(size), device=size.device), size]
+
+    def _logits(self, x: Tensor, level: int) -> Tensor:
+        return self.cls_score(apply_tower(self.cls_subnet, x, level))
+
+    def _deltas(self, x: Tensor, level: int) -> Tensor:
+        return self.bbox_pred(apply_tower(self.bbox_subnet, x, level))
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)

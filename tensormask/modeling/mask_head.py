@@ -5,7 +5,7 @@
   it. align2nat then collects the mask of each window.
 - Upscale: the masks of either kind are predicted ``upscale`` times coarser, and upscaled.
 - Bipyramid: aligned masks at the finest resolution for every level: the masks of level k are
-  ``2^k`` times finer.
+  ``2^k`` times finer. They can be finer still, also on the finest level: ``mask_unit``.
 """
 
 import functools
@@ -25,9 +25,10 @@ from tensormask.layers import (
     up_bilinear,
     up_nearest,
 )
+from tensormask.layers.norm import LevelTower
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.modeling.fpn import upsample
-from tensormask.modeling.head import conv_tower, init_convs, maybe_checkpoint
+from tensormask.modeling.head import apply_tower, conv_tower, init_convs, maybe_checkpoint
 from tensormask.modeling.tiles import Tiles, to_device_at_once
 from tensormask.utils.errors import UserError
 
@@ -47,7 +48,11 @@ class MaskHead(nn.Module):
         upscale: how many times coarser the predicted masks are than the final ones, >= 1; 1.5, 3 or
             5 in the paper, for masks of 15 x 15.
         upscale_mode: "bilinear" or "nearest".
+        mask_unit: side of a mask pixel of the bipyramid, in pixels of the image; 0 for the finest
+            stride, of which it must be a divisor. Then the feature map that the last convolutions
+            read is upsampled to it, and all masks are ``strides[0] / mask_unit`` times finer.
         channels, num_convs: of the tower.
+        norm: of the tower, see `conv_tower`.
         init: "normal" or "he", for the tower; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them; those of
             the last convolutions are saved.
@@ -70,8 +75,10 @@ class MaskHead(nn.Module):
         bipyramid: bool = True,
         upscale: float = 1.0,
         upscale_mode: str = "bilinear",
+        mask_unit: int = 0,
         channels: int = 128,
         num_convs: int = 4,
+        norm: str = "",
         init: str = "normal",
         checkpointed: bool = False,
     ) -> None:
@@ -101,14 +108,29 @@ class MaskHead(nn.Module):
         self.mask_sizes, self.strides = list(mask_sizes), tuple(strides)
         self.aligned, self.bipyramid = aligned, bipyramid
         self.upscale, self.upscale_mode = upscale, upscale_mode
-        # Ratio of a level's unit to the unit of its masks.
-        self.lambdas = [stride // strides[0] if bipyramid else 1 for stride in strides]
-        self.mask_subnet = conv_tower(in_channels, channels, num_convs)
+        mask_unit = mask_unit or strides[0]
+        if mask_unit != strides[0] and not bipyramid:
+            raise UserError(
+                f"MODEL.TENSOR_MASK.MASK_UNIT is {mask_unit}, but only the tensor bipyramid has "
+                "finer masks: set MODEL.TENSOR_MASK.HEAD to 'bipyramid', or leave MASK_UNIT at 0"
+            )
+        if mask_unit < 0 or strides[0] % mask_unit:
+            raise UserError(
+                f"mask_unit (MODEL.TENSOR_MASK.MASK_UNIT) must be 0, or a number of pixels that "
+                f"divides the stride of the finest level, {strides[0]}, got {mask_unit}"
+            )
+        # Upsampling of the finest feature map.
+        self.zoom = strides[0] // mask_unit
+        # Ratio of a level's unit to that of the finest level, and to the unit of its masks.
+        self.steps = [stride // strides[0] if bipyramid else 1 for stride in strides]
+        self.lambdas = [self.zoom * steps for steps in self.steps]
+        norms: dict[str, Any] = {"norm": norm, "num_levels": len(strides)}
+        self.mask_subnet = conv_tower(in_channels, channels, num_convs, **norms)
         self.mask_pred = nn.ModuleList(nn.Conv2d(channels, side**2, 1) for side in coarse_sizes)
         init_convs(self.mask_subnet, init)
         init_convs(self.mask_pred, "normal")
         if bipyramid:
-            self.mask_fuse = conv_tower(channels, channels, 1)
+            self.mask_fuse = conv_tower(channels, channels, 1, **norms)
             init_convs(self.mask_fuse, init)
 
     def forward(
@@ -159,7 +181,7 @@ class MaskHead(nn.Module):
             x = self.level_features(features, level, finest)
             masks = [self._upscale(_to_4d(pred(x))).flatten(1, 2) for pred in self.mask_pred]
             if self.aligned:
-                masks = [swap_align2nat(m, lambda_val) for m in masks]
+                masks = [swap_align2nat(self.zoomed(m), lambda_val) for m in masks]
             masks_per_level.append(masks)
         return masks_per_level
 
@@ -172,19 +194,20 @@ class MaskHead(nn.Module):
         computed: (P, C, side, side).
         """
         if finest is None:
-            return self.mask_subnet(features[level])
+            return apply_tower(self.mask_subnet, features[level], level)
         height, width = finest.shape[-2:]
         x = finest
         if level > 0:
             # By scale, not by size: a coarse level covers padding too, which is cropped afterwards.
-            x = self.mask_subnet(features[level])
-            scale = float(self.lambdas[level])
+            x = apply_tower(self.mask_subnet, features[level], level)
+            scale = float(self.steps[level])
             x = upsample(x, scale, mode="bilinear")
         x = x[:, :, :height, :width] + finest
         if tiles is None:
-            return self.mask_fuse(x)
-        conv: Any = self.mask_fuse[0]
-        return F.relu(tiles.convolve([conv], x), inplace=True)
+            return apply_tower(self.mask_fuse, x, level)
+        layers = plain_tower([*self.mask_fuse], level)
+        assert layers is not None
+        return F.relu(tiles.convolve(layers, x), inplace=True)
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
@@ -196,19 +219,19 @@ class MaskHead(nn.Module):
         windows are on a GPU: the host would have to wait for the tiles.
         """
         on_cpu = all(windows.device.type == "cpu" for *_, windows in groups)
-        plain = on_cpu and is_plain(self.mask_fuse, nn.Sequential)
-        convs = plain_tower(list(self.mask_fuse)) if plain else None
-        if convs is None or len(convs) != 1 or len(self.mask_fuse) != 2:
+        plain = on_cpu and is_plain(self.mask_fuse, nn.Sequential, LevelTower)
+        layers = plain_tower([*self.mask_fuse], groups[0][0]) if plain else None
+        if layers is None or len(layers) != 1 or type(self.mask_fuse[-1]) is not nn.ReLU:
             return None
         boxes = []
         for level, size, windows in groups:
-            center = windows[:, 1:] * self.lambdas[level]
+            center = windows[:, 1:] * self.steps[level]
             # Half a mask, and a cell for the interpolation.
-            reach = -(-self.mask_sizes[size] * self.lambdas[level] // 2) + 1
+            reach = -(-self.mask_sizes[size] * self.steps[level] // 2) + 1
             boxes.append(torch.cat([center - reach, center + reach], dim=1))
         n = torch.cat([windows[:, 0] for _, _, windows in groups])
         tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        return tiles.to(finest.device) if tiles.are_faster(convs, finest) else None
+        return tiles.to(finest.device) if tiles.are_faster(layers, finest) else None
 
     def _masks_at(
         self,
@@ -225,13 +248,27 @@ class MaskHead(nn.Module):
             masks = masks if untile is None else untile(masks)
             if self.upscale > 1:
                 return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
-            return swap_align2nat_at(masks, windows, self.lambdas[level])
+            return swap_align2nat_at(self.zoomed(masks), windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
         if is_plain_conv(pred) and pred.kernel_size == (1, 1):
             masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
         else:
             masks = pred(x)[n, :, row, column]
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)
+
+    def zoomed(self, masks: Tensor) -> Tensor:
+        """Upsample aligned masks (N, V*U, H, W) to the unit of masks: (N, V*U, zoom*H, zoom*W).
+
+        This commutes with the last convolutions, which have more channels to write than to read.
+        The location ``y`` of the finest level becomes ``zoom * y``, the center of the same window.
+        """
+        if self.zoom == 1:
+            return masks
+        height, width = (self.zoom * side for side in masks.shape[-2:])
+        # Beyond the last location, its values repeat.
+        masks = F.pad(masks, (0, 1, 0, 1), mode="replicate")
+        masks = F.interpolate(masks, (height + 1, width + 1), mode="bilinear", align_corners=True)
+        return masks[:, :, :height, :width]
 
     def _upscale(self, masks: Tensor) -> Tensor:
         """Upscale predicted masks (N, v, u, H, W) to their final size (N, V, U, H, W)."""

@@ -25,6 +25,7 @@ def build_parts(
     head: str | None = "bipyramid",
     upscale: float = 1.0,
     upscale_mode: str = "bilinear",
+    mask_unit: int = 0,
     backbone: nn.Module | None = None,
     norm: str = "FrozenBN",
     freeze_at: int = 2,
@@ -38,6 +39,7 @@ def build_parts(
     bbox_channels: int = 128,
     mask_channels: int = 128,
     num_convs: int = 4,
+    head_norm: str = "",
     init: str = "normal",
     checkpointed: bool = False,
 ) -> tuple[nn.Module, FPN, ClassBoxHead, MaskHead | None, Windows]:
@@ -49,12 +51,14 @@ def build_parts(
         head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned" or
             "bipyramid"; None for a model without masks.
         upscale, upscale_mode: of an upscale head, see `MaskHead`.
+        mask_unit: of the bipyramid, see `MaskHead`.
         backbone: used instead of a ResNet; see `TensorMask`.
         windows: by default the paper's, of 11 and 15 times the stride, on the levels of the
             backbone and two coarser ones.
         fpn_channels, fpn_norm, fuse: of the `FPN`.
         with_boxes, cls_channels, bbox_channels, num_convs, init, checkpointed: of the
             `ClassBoxHead`; the last three also of the `MaskHead`.
+        head_norm: of the towers of both heads, see `head.conv_tower`.
         mask_channels: of the tower of the `MaskHead`.
 
     Raises:
@@ -80,7 +84,12 @@ def build_parts(
         norm=fpn_norm,
         fuse=fuse,
     )
-    towers: dict[str, Any] = {"num_convs": num_convs, "init": init, "checkpointed": checkpointed}
+    towers: dict[str, Any] = {
+        "num_convs": num_convs,
+        "norm": head_norm,
+        "init": init,
+        "checkpointed": checkpointed,
+    }
     class_box_head = ClassBoxHead(
         fpn_channels,
         windows.num_sizes,
@@ -88,6 +97,7 @@ def build_parts(
         with_boxes=with_boxes,
         cls_channels=cls_channels,
         bbox_channels=bbox_channels,
+        num_levels=len(windows.strides),
         **towers,
     )
     mask_head = None
@@ -102,6 +112,7 @@ def build_parts(
             bipyramid=bipyramid,
             upscale=upscale,
             upscale_mode=upscale_mode,
+            mask_unit=mask_unit,
             channels=mask_channels,
             **towers,
         )

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensormask.layers.masks import to_device
+from tensormask.layers.plain import PlainLayer
 from tensormask.layers.winograd import conv2d
 
 _SIDE = 8  # of a tile: the least work for clusters of a few locations, as windows form them
@@ -59,22 +60,24 @@ class Tiles(NamedTuple):
         num_boxes = corners.cumsum(1).cumsum(2)[:, :rows, :columns]
         return cls(*num_boxes.nonzero().unbind(1))
 
-    def convolve(self, convs: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
-        """Apply convolutions with ReLUs in between at the tiles: (P, C', side, side)."""
-        x, inside = self._gather(x, border=len(convs))
-        for i, conv in enumerate(convs):
+    def convolve(self, layers: Sequence[PlainLayer], x: Tensor) -> Tensor:
+        """Apply the layers of a `plain_tower` at the tiles: (P, C', side, side)."""
+        x, inside = self._gather(x, border=len(layers))
+        for i, (conv, norm) in enumerate(layers):
             if i > 0:
                 # Every convolution pads its own input with zeros.
                 x = F.relu(x, inplace=True) * inside
             x = conv2d(x, conv.weight, conv.bias)
+            x = x if norm is None else norm(x)
             inside = inside[:, :, 1:-1, 1:-1]
         return x
 
     def to(self, device: torch.device) -> Tiles:
         return Tiles(*to_device_at_once(self, device))
 
-    def are_faster(self, convs: Sequence[nn.Conv2d], x: Tensor) -> bool:
+    def are_faster(self, layers: Sequence[PlainLayer], x: Tensor) -> bool:
         """Return whether `convolve` takes less time than convolutions of all of ``x``."""
+        convs = [layer.conv for layer in layers]
         sides = range(_SIDE + 2 * len(convs) - 2, 0, -2)  # after each convolution
         work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
         whole_work = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
@@ -114,12 +117,12 @@ class Tiles(NamedTuple):
 
 
 def convolve_at(
-    convs: Sequence[nn.Conv2d], x: Tensor, n: Tensor, row: Tensor, column: Tensor
+    layers: Sequence[PlainLayer], x: Tensor, n: Tensor, row: Tensor, column: Tensor
 ) -> Tensor:
-    """Apply convolutions with ReLUs in between at K locations of a feature map.
+    """Apply layers, with ReLUs in between, at K locations of a feature map.
 
     Args:
-        convs: of 3 x 3, stride 1 and padding 1.
+        layers: of a `plain_tower`.
         x: the feature map (N, C, H, W).
         n, row, column: the locations, int64 (K,) each; best on the CPU, where no GPU has to be
             waited for.
@@ -131,14 +134,15 @@ def convolve_at(
     number = (n * grid[1] + row // _SIDE) * grid[2] + column // _SIDE
     number, tile = number.unique(return_inverse=True)
     tiles = Tiles(number // (grid[1] * grid[2]), number // grid[2] % grid[1], number % grid[2])
-    if tiles.are_faster(convs, x):
+    if tiles.are_faster(layers, x):
         within = to_device(torch.stack([tile, row % _SIDE, column % _SIDE]), x.device)
         tile, row, column = within
-        return tiles.to(x.device).convolve(convs, x)[tile, :, row, column]
+        return tiles.to(x.device).convolve(layers, x)[tile, :, row, column]
     n, row, column = to_device(torch.stack([n, row, column]), x.device)
-    for conv in convs[:-1]:
-        x = F.relu(conv(x), inplace=True)
-    return convs[-1](x)[n, :, row, column]
+    for i, (conv, norm) in enumerate(layers):
+        x = conv(x if i == 0 else F.relu(x, inplace=True))
+        x = x if norm is None else norm(x)
+    return x[n, :, row, column]
 
 
 def to_device_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """Convolutions at chosen locations against the same convolutions of the whole feature map."""
 
-import itertools
 from unittest.mock import create_autospec, patch
 
 import pytest
@@ -10,8 +9,9 @@ from pretended_cuda import pretend
 from torch import nn
 from torch.testing import assert_close
 
+from tensormask.layers.plain import PlainLayer, plain_tower
 from tensormask.modeling import tiles
-from tensormask.modeling.head import ClassBoxHead, DenseOutputs
+from tensormask.modeling.head import ClassBoxHead, DenseOutputs, conv_tower
 from tensormask.modeling.mask_head import MaskHead
 
 
@@ -22,23 +22,27 @@ def always_tiles(monkeypatch) -> None:
     monkeypatch.setattr(tiles, "_MIN_CELLS", 0)
 
 
-def make_convs(num_convs: int) -> list[nn.Conv2d]:
+def make_layers(num_convs: int, norm: str = "") -> list[PlainLayer]:
     torch.manual_seed(0)
-    channels = [3, *range(4, 4 + num_convs)]
-    pairs = itertools.pairwise(channels)
-    convs = [nn.Conv2d(*pair, 3, padding=1, dtype=torch.float64) for pair in pairs]
-    for conv in convs:
-        nn.init.normal_(conv.bias)  # makes values outside of the border nonzero, unless reset
-    return convs
+    tower = conv_tower(3, 5, num_convs, norm=norm).double().eval()
+    for name, value in [*tower.named_parameters(), *tower.named_buffers()]:
+        if "var" in name:
+            nn.init.uniform_(value, 0.5, 2)
+        elif value.dim() == 1:  # makes values outside of the border nonzero, unless reset
+            nn.init.normal_(value)
+    return plain_tower([*tower])
 
 
-def whole_feature_map(convs, x, n, row, column):
-    for conv in convs[:-1]:
-        x = conv(x).relu()
-    return convs[-1](x)[n, :, row, column]
+def whole_feature_map(layers, x, n, row, column):
+    modules = [layer if layer.norm else layer[:1] for layer in layers]
+    for conv_norm in modules[:-1]:
+        x = nn.Sequential(*conv_norm)(x).relu()
+    return nn.Sequential(*modules[-1])(x)[n, :, row, column]
 
 
-@pytest.mark.parametrize("num_convs", [1, 2, 5])
+@pytest.mark.parametrize(
+    "num_convs, norm", [(1, ""), (2, ""), (5, ""), (1, "LN"), (3, "LN"), (3, "BN")]
+)
 @pytest.mark.parametrize(
     "locations",
     [
@@ -48,39 +52,40 @@ def whole_feature_map(convs, x, n, row, column):
         pytest.param([], id="none"),
     ],
 )
-def test_values_and_gradients_of_convolve_at(num_convs, locations, always_tiles) -> None:
-    convs = make_convs(num_convs)
+def test_values_and_gradients_of_convolve_at(num_convs, norm, locations, always_tiles) -> None:
+    layers = make_layers(num_convs, norm)
     x = torch.randn(2, 3, 45, 41, dtype=torch.float64, requires_grad=True)
     n, row, column = torch.tensor(locations, dtype=torch.int64).reshape(-1, 3).T
-    wanted = [x, *(weight for conv in convs for weight in (conv.weight, conv.bias))]
+    modules = nn.ModuleList(module for layer in layers for module in layer if module)
+    wanted = [x, *modules.parameters()]
     results = []
     for function in (whole_feature_map, tiles.convolve_at):
-        values = function(convs, x, n, row, column)
+        values = function(layers, x, n, row, column)
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         results.append([values, *torch.autograd.grad(values, wanted, grad)])
-    assert results[0][0].shape == (len(locations), 3 + num_convs)
+    assert results[0][0].shape == (len(locations), 5)
     assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("side", [1, 5, 16])
 def test_feature_maps_smaller_than_a_tile_with_its_border(side, always_tiles) -> None:
-    convs = make_convs(3)
+    layers = make_layers(3)
     x = torch.randn(1, 3, side, side, dtype=torch.float64)
     locations = torch.ones(1, side, side).nonzero().T
-    assert_close(tiles.convolve_at(convs, x, *locations), whole_feature_map(convs, x, *locations))
+    assert_close(tiles.convolve_at(layers, x, *locations), whole_feature_map(layers, x, *locations))
 
 
 def test_work_depends_on_the_number_of_locations() -> None:
     """Few locations: convolutions of tiles. All locations: one of the feature map."""
-    convs = make_convs(2)
+    layers = make_layers(2)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     few, every = torch.tensor([[0, 0], [9, 9], [9, 10]]), torch.ones(1, 64, 64).nonzero().T
     for locations, sizes in (few, (12, 10)), (every, (64, 64)):
         with patch.object(nn.functional, "conv2d", wraps=nn.functional.conv2d) as conv2d:
-            tiles.convolve_at(convs, x, *locations)
+            tiles.convolve_at(layers, x, *locations)
         shapes = [call.args[0].shape for call in conv2d.call_args_list]
-        assert shapes == [(1, 3, *sizes[:1] * 2), (1, 4, *sizes[1:] * 2)]
+        assert shapes == [(1, 3, *sizes[:1] * 2), (1, 5, *sizes[1:] * 2)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -184,11 +189,11 @@ def test_tiles_on_a_gpu_wait_for_nothing(always_tiles, monkeypatch) -> None:
 
 def test_tiles_on_a_gpu_must_save_multiplications() -> None:
     """Three times as many in training, whose backward pass has two more products."""
-    convs = [nn.Conv2d(256, 256, 3, padding=1, device="meta")]
+    layers = [PlainLayer(nn.Conv2d(256, 256, 3, padding=1, device="meta"))]
     few = tiles.Tiles(*torch.zeros(3, 10, dtype=torch.int64))
     many = tiles.Tiles(*torch.zeros(3, 1000, dtype=torch.int64))
     x = torch.empty(1, 256, 200, 336, device="meta")
     expected = [(few, x, True, True), (few, x[:, :, :40], True, False), (many, x, True, False)]
     for chosen, features, grad, faster in [*expected, (few, x[:, :, :100], False, False)]:
         with torch.set_grad_enabled(grad):
-            assert chosen.are_faster(convs, features) == faster
+            assert chosen.are_faster(layers, features) == faster
