@@ -3,7 +3,7 @@
 A window is positive for an object if it (1) contains the object's box, (2) is not much larger than
 the object, and (3) has its center within one stride of the object's. A window that matches several
 objects is background. Rule 3 leaves at most 16 locations per object, level and size, so only these
-are tested.
+are tested. Other ways to choose among the claims are in `assigners`.
 """
 
 import math
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
-
-# Rule 3, |window - object| <= 1 stride, leaves floor(c) - 1 .. floor(c) + 2 on each axis.
-_REACH = np.arange(-1, 3)
 
 
 class Assignment(NamedTuple):
@@ -101,24 +98,56 @@ class Assignment(NamedTuple):
         return groups
 
 
+class Claims(NamedTuple):
+    """P pairs of a window and an object that it may be positive for; NumPy arrays (P,).
+
+    Ordered by object, level, size, y and x. A window can occur several times.
+    """
+
+    image: np.ndarray
+    object: np.ndarray  # row in the targets of its image
+    level: np.ndarray
+    size: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    owner: np.ndarray  # the object's row in the targets of the batch
+    group: np.ndarray  # number of (level, size, image), in this order
+    window: np.ndarray  # number of (level, size, image, y, x), in this order
+    distance: np.ndarray  # float32: of the two centers, squared, in strides of the level
+    area: np.ndarray  # float32: of the object, square pixels
+
+    def select(self, rows: np.ndarray) -> "Claims":
+        """Return the claims at indices or a bool mask."""
+        return Claims._make(column[rows] for column in self)
+
+    def to_assignment(self, windows: Windows, num_images: int, device: torch.device) -> Assignment:
+        """Return the assignment of all claims, whose windows must differ; indices on `device`."""
+        claims = self.select(self.group.argsort(kind="stable"))
+        shape = windows.num_levels, windows.num_sizes, num_images
+        counts = np.bincount(claims.group, minlength=math.prod(shape)).reshape(shape).tolist()
+        columns = torch.from_numpy(np.stack(claims[:6])).to(device)
+        image, row, *window = columns.unbind()
+        return Assignment._make([image, row, *window, windows.boxes(*window), counts])
+
+
 @torch.compiler.disable  # it would translate NumPy's functions
 @torch.no_grad()
 @np.errstate(over="ignore", invalid="ignore")  # of boxes that are not finite: they match nothing
-def assign(
-    boxes_per_image: list[Tensor], windows: Windows, grids: list[tuple[int, int]]
-) -> Assignment:
-    """Find the positive windows and their objects.
+def find_claims(
+    boxes_per_image: list[Tensor],
+    windows: Windows,
+    grids: list[tuple[int, int]],
+    *,
+    radius: float = 1.0,
+    num_nearest: int = 0,
+) -> Claims:
+    """Find the windows that satisfy rules 1 to 3 for each object.
 
     Args:
-        boxes_per_image: per image, Tensor[K, 4] of objects ``(x0, y0, x1, y1)`` in pixels, K >= 0.
-        windows: their geometry.
-        grids: per level ``(H, W)``, rows and columns of windows.
-
-    Example:
-        >>> box = torch.tensor([[36.0, 36.0, 44.0, 44.0]])  # its center is that of window (10, 10)
-        >>> assignment = assign([box], Windows((4,), ((44, 60),)), [(20, 20)])
-        >>> list(zip(assignment.y.tolist(), assignment.x.tolist()))
-        [(9, 10), (10, 9), (10, 10), (10, 11), (11, 10)]
+        boxes_per_image, windows, grids: as of `assign`.
+        radius: of rule 3, in strides.
+        num_nearest: rule 3 also holds for this number of nearest locations of each level, and for
+            those at the same distance as the last of them.
     """
     # In NumPy, whose operations on small arrays take half the time.
     boxes = torch.cat(boxes_per_image).float().numpy(force=True)
@@ -127,7 +156,8 @@ def assign(
     row = np.concatenate([np.arange(0), *map(np.arange, num_objects)])
     strides, sides = (np.array(x, dtype=np.float32) for x in (windows.strides, windows.sizes))
     center = (boxes[:, 2:] + boxes[:, :2]) / 2
-    longer_side = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    extent = boxes[:, 2:] - boxes[:, :2]
+    longer_side, area = extent.max(1), extent.prod(1)
     size_limit = np.maximum(2 * longer_side, np.float32(windows.min_size))
 
     # P candidates: an object, and a level and size whose windows may be neither too small nor too
@@ -136,10 +166,14 @@ def assign(
     fits = (sides <= largest + 1) & (sides >= smallest - 1)  # (M objects, L levels, S sizes)
     obj, level, size = fits.nonzero()
 
-    # Locations are tested on each axis: (P, 4, 2), the last as (x, y).
+    # Locations are tested on each axis: (P, R, 2), the last as (x, y). A circle of this reach
+    # contains floor(c) - floor(reach) .. floor(c) + floor(reach) + 1. It has `num_nearest`
+    # locations or more: the unit squares around them cover the circle that is sqrt(0.5) smaller.
+    reach = max(radius, math.sqrt(num_nearest / math.pi) + math.sqrt(0.5) if num_nearest else 0.0)
+    steps = np.arange(-math.floor(reach), math.floor(reach) + 2)
     stride, half = strides[level, None, None], sides[level, size, None, None] / 2
     box, of_box = boxes[obj, None], center[obj, None]
-    index = np.floor(of_box / stride).astype(np.int64) + _REACH[:, None]
+    index = np.floor(of_box / stride).astype(np.int64) + steps[:, None]
     middle = index.astype(np.float32) * stride
     low, high = middle - half, middle + half
     inside = (low <= box[..., :2]) & (box[..., 2:] <= high)
@@ -147,23 +181,48 @@ def assign(
     small_enough = size_limit[obj, None] - ((high - low)[..., 0] - stride[..., 0]) >= 0
     offset = (of_box - (low + high) / 2) / stride
     square = offset * offset
-    central = square[:, None, :, 0] + square[:, :, None, 1] <= 1  # (P, 4 rows, 4 columns)
+    distance = square[:, None, :, 0] + square[:, :, None, 1]  # (P, R rows, R columns)
+    central = distance <= radius * radius
+    if num_nearest:
+        of_pair = distance.reshape(len(obj), -1)
+        central |= (
+            distance <= np.partition(of_pair, num_nearest - 1)[:, num_nearest - 1, None, None]
+        )
     matched = central & inside[:, :, None, 1] & (inside[..., 0] & small_enough)[:, None]
 
-    candidate, y, x = matched.nonzero()
-    y, x = index[candidate, y, 1], index[candidate, x, 0]
+    candidate, v, u = matched.nonzero()
+    y, x = index[candidate, v, 1], index[candidate, u, 0]
     obj, level, size = obj[candidate], level[candidate], size[candidate]
-
-    # Sort by level, size and image, and drop windows of several objects.
     group = (level * windows.num_sizes + size) * len(num_objects) + image[obj]
     most_rows, most_columns = map(max, zip(*grids, strict=True))
     number = (group * most_rows + y) * most_columns + x
-    _, inverse, num_matches = np.unique(number, return_inverse=True, return_counts=True)
-    keep = (num_matches[inverse] == 1).nonzero()[0]
-    keep = keep[group[keep].argsort(kind="stable")]
-    shape = windows.num_levels, windows.num_sizes, len(num_objects)
-    counts = np.bincount(group[keep], minlength=math.prod(shape)).reshape(shape).tolist()
-    obj, level, size, y, x = (column[keep] for column in (obj, level, size, y, x))
-    columns = torch.from_numpy(np.stack([image[obj], row[obj], level, size, y, x]))
-    of_image, rows, *window = columns.to(boxes_per_image[0].device).unbind()
-    return Assignment._make([of_image, rows, *window, windows.boxes(*window), counts])
+    place = image[obj], row[obj], level, size, y, x
+    return Claims(*place, obj, group, number, distance[candidate, v, u], area[obj])
+
+
+@torch.compiler.disable
+def assign(
+    boxes_per_image: list[Tensor],
+    windows: Windows,
+    grids: list[tuple[int, int]],
+    *,
+    radius: float = 1.0,
+) -> Assignment:
+    """Find the positive windows and their objects.
+
+    Args:
+        boxes_per_image: per image, Tensor[K, 4] of objects ``(x0, y0, x1, y1)`` in pixels, K >= 0.
+        windows: their geometry.
+        grids: per level ``(H, W)``, rows and columns of windows.
+        radius: of rule 3, in strides; the paper has 1.
+
+    Example:
+        >>> box = torch.tensor([[36.0, 36.0, 44.0, 44.0]])  # its center is that of window (10, 10)
+        >>> assignment = assign([box], Windows((4,), ((44, 60),)), [(20, 20)])
+        >>> list(zip(assignment.y.tolist(), assignment.x.tolist()))
+        [(9, 10), (10, 9), (10, 10), (10, 11), (11, 10)]
+    """
+    claims = find_claims(boxes_per_image, windows, grids, radius=radius)
+    _, inverse, num_claims = np.unique(claims.window, return_inverse=True, return_counts=True)
+    alone = claims.select(num_claims[inverse] == 1)
+    return alone.to_assignment(windows, len(boxes_per_image), boxes_per_image[0].device)

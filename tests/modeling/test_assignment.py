@@ -16,8 +16,10 @@ WINDOWS = Windows(strides=(4, 8, 16), sizes=((44, 60), (88, 120), (176, 240)))
 GRIDS = [(25, 30), (13, 15), (7, 8)]
 
 
-def matches_by_the_rule(boxes, windows: Windows, grids) -> set[tuple[int, ...]]:
-    """Test every window against every object: (object, level, size, y, x) of each match."""
+def claims_by_the_rule(
+    boxes, windows: Windows, grids, radius: float = 1.0
+) -> dict[tuple[int, ...], dict[int, float]]:
+    """Test every window against every object: squared distances by (level, size, y, x), object."""
     matches, boxes = {}, boxes.tolist()
     for level, (stride, sizes) in enumerate(zip(windows.strides, windows.sizes, strict=True)):
         for s, side in enumerate(sizes):
@@ -25,14 +27,21 @@ def matches_by_the_rule(boxes, windows: Windows, grids) -> set[tuple[int, ...]]:
                 cx, cy = x * stride, y * stride
                 for k, (x0, y0, x1, y1) in enumerate(boxes):
                     dx, dy = (x0 + x1) / 2 - cx, (y0 + y1) / 2 - cy
-                    if (dx / stride) ** 2 + (dy / stride) ** 2 > 1:
+                    distance = (dx / stride) ** 2 + (dy / stride) ** 2
+                    if distance > radius**2:
                         continue
                     inside = cx - side / 2 <= x0 and x1 <= cx + side / 2
                     inside = inside and cy - side / 2 <= y0 and y1 <= cy + side / 2
                     min_size = min(windows.sizes[0]) - windows.strides[0]
                     if inside and side - stride <= max(2 * max(x1 - x0, y1 - y0), min_size):
-                        matches.setdefault((level, s, y, x), []).append(k)
-    return {(ks[0], *window) for window, ks in matches.items() if len(ks) == 1}
+                        matches.setdefault((level, s, y, x), {})[k] = distance
+    return matches
+
+
+def matches_by_the_rule(boxes, windows: Windows, grids, radius: float = 1.0):
+    """Return (object, level, size, y, x) of the windows of one object."""
+    claims = claims_by_the_rule(boxes, windows, grids, radius)
+    return {(*ks, *window) for window, ks in claims.items() if len(ks) == 1}
 
 
 def matches(boxes: torch.Tensor, windows: Windows, grids) -> set[tuple[int, ...]]:
