@@ -69,8 +69,11 @@ class Callback:
 class EarlyStopping(Callback):
     """Stop a run when a metric has not improved for some evaluations.
 
+    `SOLVER.PATIENCE` adds one for the metric of `SOLVER.CHECKPOINT_BEST`.
+
     Args:
-        metric: the one to increase, by its name in `metrics.json`.
+        metric: the one to increase, by its name in `metrics.json`; it can be one that a callback
+            before this one logs.
         patience: the number of evaluations in a row without a new best value.
     """
 
@@ -79,6 +82,7 @@ class EarlyStopping(Callback):
         self.best, self.num_worse = -math.inf, 0
 
     def after_evaluation(self, run: "Run", metrics: Mapping[str, float]) -> None:
+        metrics = {**run.logged, **metrics}
         if self.metric not in metrics:
             names = ", ".join(metrics)
             raise UserError(f"EarlyStopping: no metric is {self.metric!r}; available: {names}")
@@ -90,10 +94,32 @@ class EarlyStopping(Callback):
             run.stop(f"{self.metric} was not above {self.best:.4g} in {self.num_worse} evaluations")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "num_worse": self.num_worse}
+        return {"metric": self.metric, "best": self.best, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.num_worse = state["best"], state["num_worse"]
+        if state.get("metric", self.metric) == self.metric:  # else its values say nothing
+            self.best, self.num_worse = state["best"], state["num_worse"]
+
+
+def build_early_stopping(cfg: CfgNode) -> list[Callback]:
+    """Return the callback of `SOLVER.PATIENCE`, if it is not 0.
+
+    Raises:
+        UserError: it is negative, or the run has no periodic evaluations or no metric for it.
+    """
+    patience, metric = cfg.SOLVER.PATIENCE, cfg.SOLVER.CHECKPOINT_BEST
+    if patience < 0:
+        raise UserError(f"SOLVER.PATIENCE is {patience}; give a number of evaluations, or 0")
+    for key, value, example in (
+        ("TEST.EVAL_PERIOD", max(0, cfg.TEST.EVAL_PERIOD), "a number of iterations, such as 1000"),
+        ("SOLVER.CHECKPOINT_BEST", metric, "a metric, such as segm/AP"),
+    ):
+        if patience and not value:
+            raise UserError(
+                f"SOLVER.PATIENCE is {patience}, but {key} is {value!r}: set it to {example}, "
+                "or SOLVER.PATIENCE to 0"
+            )
+    return [EarlyStopping(metric, patience)] if patience else []
 
 
 @dataclass
@@ -112,6 +138,7 @@ class Run:
         evaluated: the iterations of the weights that were evaluated last; -1 for none.
         updating: the index of the iteration that has last begun to change the weights.
         results: of this evaluation, in this process (see `evaluate_all`).
+        logged: the metrics of `log` that the next record gets.
     """
 
     cfg: CfgNode
@@ -130,8 +157,8 @@ class Run:
     evaluated: int = -1
     updating: int = -1
     results: dict[str, Any] | None = None
+    logged: dict[str, float] = field(default_factory=dict)
     _request: str | None = None  # of this rank, to stop
-    _logged: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> TensorMask:
@@ -167,7 +194,7 @@ class Run:
         It becomes part of the next record: of the results of an evaluation if it is logged in
         `after_evaluation`, otherwise of a step. A record of steps has the median of their values.
         """
-        self._logged[name] = float(value)
+        self.logged[name] = float(value)
 
     def with_logged(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics with those of `log` since the last call.
@@ -175,9 +202,9 @@ class Run:
         Raises:
             UserError: two metrics have the same name.
         """
-        if taken := ({*metrics, *_TAKEN} & self._logged.keys()):
+        if taken := ({*metrics, *_TAKEN} & self.logged.keys()):
             raise UserError(f"Run.log: choose other names than {', '.join(sorted(taken))}")
-        logged, self._logged = self._logged, {}
+        logged, self.logged = self.logged, {}
         return {**metrics, **logged}
 
     def agree_on_stop(self) -> None:

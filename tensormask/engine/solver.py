@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensormask.config import CfgNode
+from tensormask.config.changes import warmup_iterations
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -154,10 +155,12 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
 
     The learning rate of each group is multiplied by the same factor. Steps at or after `MAX_ITER`
     are ignored with a warning. A warm-up that does not end before `MAX_ITER` gets a warning, too.
+    A `WARMUP_SHARE` above 0 counts instead of `WARMUP_ITERS`.
 
     Raises:
         UserError: an unknown name or warm-up method, steps that are not positive and ascending, a
-            `MAX_ITER` below 1, or a `BASE_LR_END` outside 0 to `BASE_LR`.
+            `MAX_ITER` below 1, a `WARMUP_SHARE` that is not in 0..1, or a `BASE_LR_END` outside 0
+            to `BASE_LR`.
     """
     solver, max_iter = cfg.SOLVER, cfg.SOLVER.MAX_ITER
     if max_iter < 1:
@@ -178,18 +181,29 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
             f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}; "
             "it must be 'WarmupMultiStepLR' or 'WarmupCosineLR'"
         )
+    if not 0 <= solver.WARMUP_SHARE < 1:
+        raise UserError(
+            f"SOLVER.WARMUP_SHARE is {solver.WARMUP_SHARE}; it must be from 0 to below 1, the "
+            "warm-up's share of SOLVER.MAX_ITER: 0.03 for 3 %"
+        )
+    iterations = warmup_iterations(solver.WARMUP_SHARE, solver.WARMUP_ITERS, max_iter)
+    if solver.WARMUP_SHARE > 0:
+        logger.info(
+            "SOLVER.WARMUP_SHARE %g: a warm-up of %d iterations, whatever WARMUP_ITERS is (%d)",
+            *(solver.WARMUP_SHARE, iterations, solver.WARMUP_ITERS),
+        )
     warmed = with_warmup(
         factor,
-        iterations=min(solver.WARMUP_ITERS, max_iter),
+        iterations=min(iterations, max_iter),
         start_factor=solver.WARMUP_FACTOR,
         method=solver.WARMUP_METHOD,
     )
     highest = max(warmed(0), warmed(max_iter - 1))  # of a warm-up without end
-    if solver.WARMUP_ITERS >= max_iter and highest < factor(0):
+    if iterations >= max_iter and highest < factor(0):
         logger.warning(
             "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate is at most "
             "%.3g, and never BASE_LR, %.3g. Decrease WARMUP_ITERS; 0 switches the warm-up off",
-            *(solver.WARMUP_ITERS, max_iter, solver.BASE_LR * highest, solver.BASE_LR),
+            *(iterations, max_iter, solver.BASE_LR * highest, solver.BASE_LR),
         )
     return LambdaLR(optimizer, warmed)
 

@@ -20,7 +20,7 @@ from tensormask.data.classes import UNKNOWN, matches_by_name, stored_classes, tr
 from tensormask.data.loader import Mapper, check_batch, repeat
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
-from tensormask.engine.callbacks import Callback, EarlyStopping, Run
+from tensormask.engine.callbacks import Callback, EarlyStopping, Run, build_early_stopping
 from tensormask.engine.evaluator import (
     Evaluator,
     build_issue_reporter,
@@ -113,6 +113,7 @@ def train(
     with open_output_dir(given_dir, new_run=new_run) as output_dir, StopSignals() as stop:
         checkpoint = checkpoint_to_resume(output_dir) if resume else None
         cfg = _complete(distributed.scale_to_world_size(cfg), output_dir, checkpoint)
+        callbacks = [*callbacks, *build_early_stopping(cfg)]
         with distributed.first_on_machine():  # this can draw a data set
             train_sets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
             test_sets = [get_dataset(name) for name in cfg.DATASETS.TEST]
@@ -231,6 +232,8 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
     log_start(run)
     run.writer.write_issues(run.done, run.reporter.pop_record())
     recent = events.RecentMetrics()
+    # EarlyStopping decides after evaluations, which agree on it themselves.
+    can_stop = any(type(callback) is not EarlyStopping for callback in run.callbacks)
     run.state.model.train()
     with events.progress_bar(run.done, max_iter) as bar:
         try:
@@ -254,7 +257,8 @@ def _run_iterations(run: Run, batches: Iterator[list[dict]]) -> None:
                     run.issues |= dict.fromkeys(new)
                 for callback in run.callbacks:
                     callback.after_step(run, metrics)
-                run.agree_on_stop()
+                if can_stop:
+                    run.agree_on_stop()
                 seconds = time.perf_counter() - started
                 recent.add(run.with_logged({**metrics, "data_time": data_time, "time": seconds}))
                 bar.update()

@@ -41,7 +41,8 @@ def test_every_change_is_refused_or_logged_with_both_values(caplog):
     for group in (cfg.SOLVER.AMP, cfg.SOLVER.EMA, cfg.SOLVER.CLIP_GRADIENTS, cfg.TEST.AMP):
         group.ENABLED = True  # else their other keys have no effect
     new = dict(leaves(yaml.safe_load(cfg.dump())))
-    old = {**dict.fromkeys(KEYS, "formerly"), "SOLVER.WARMUP_ITERS": 7}
+    numbers = {"SOLVER.WARMUP_ITERS": 7, "SOLVER.WARMUP_SHARE": 0.5, "SOLVER.MAX_ITER": 90}
+    old = {**dict.fromkeys(KEYS, "formerly"), **numbers}
     found = changes.find_changes(saved_text(cfg, old), cfg)
     expected = {e: {key for key in KEYS if changes.effect_of(key) is e} for e in Effect}
     for_cosine = {"SOLVER.BASE_LR_END"}
@@ -89,6 +90,8 @@ def test_nothing_is_said_of_an_unchanged_config(caplog):
         (("AMP.ENABLED", "EMA.ENABLED", "CLIP_GRADIENTS.ENABLED"), {}, True),
         (("WARMUP_FACTOR", "WARMUP_METHOD"), {"WARMUP_ITERS": 11}, True),
         (("WARMUP_FACTOR", "WARMUP_METHOD"), {"WARMUP_ITERS": 10}, False),
+        (("WARMUP_FACTOR",), {"WARMUP_SHARE": 0.11, "MAX_ITER": 100}, True),
+        (("WARMUP_FACTOR",), {"WARMUP_SHARE": 0.1, "MAX_ITER": 100}, False),
     ],
 )
 def test_options_that_others_switch_off_are_not_named_as_applied(changed, others, used):
@@ -103,12 +106,28 @@ def test_options_that_others_switch_off_are_not_named_as_applied(changed, others
     }
 
 
-def test_another_length_of_the_warm_up_counts_until_both_have_ended():
-    for old, new, used in ((5, 20, True), (20, 5, True), (5, 10, False), (10, 0, False)):
-        cfg = get_cfg()
-        cfg.SOLVER.WARMUP_ITERS = new
-        found = changes.find_changes(saved_text(cfg, {"SOLVER.WARMUP_ITERS": old}), cfg, done=10)
-        assert [bool(found[Effect.TRAINED]), bool(found[Effect.UNUSED])] == [used, not used]
+@pytest.mark.parametrize(
+    "old, new, used, unused",
+    [
+        ({"WARMUP_ITERS": 5}, {"WARMUP_ITERS": 20}, True, False),
+        ({"WARMUP_ITERS": 20}, {"WARMUP_ITERS": 5}, True, False),
+        ({"WARMUP_ITERS": 5}, {"WARMUP_ITERS": 10}, False, True),
+        ({"WARMUP_ITERS": 10}, {"WARMUP_ITERS": 0}, False, True),
+        ({"WARMUP_SHARE": 0.2}, {"WARMUP_SHARE": 0.05}, True, False),
+        ({"WARMUP_SHARE": 0.1}, {"WARMUP_SHARE": 0.05}, False, True),
+        ({"WARMUP_SHARE": 0.0, "WARMUP_ITERS": 5}, {"WARMUP_SHARE": 0.2}, True, True),
+        ({"WARMUP_SHARE": 0.2}, {"WARMUP_SHARE": 0.0, "WARMUP_ITERS": 5}, True, False),
+        # As long as the old run, which was longer, would have had it.
+        ({"WARMUP_SHARE": 0.05, "MAX_ITER": 400}, {"WARMUP_SHARE": 0.1}, True, False),
+    ],
+)
+def test_another_length_of_the_warm_up_counts_until_both_have_ended(old, new, used, unused):
+    cfg = get_cfg()
+    cfg.SOLVER.update({"MAX_ITER": 100, **new})
+    saved = saved_text(cfg, {f"SOLVER.{key}": value for key, value in old.items()})
+    found = changes.find_changes(saved, cfg, done=10)
+    names = {key for key in found[Effect.TRAINED] if "WARMUP" in key}
+    assert [bool(names), bool(found[Effect.UNUSED])] == [used, unused]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ SOLVERS = st.fixed_dictionaries(
         "STEPS": st.sampled_from([(), (2,), (3, 20)]),
         "GAMMA": st.sampled_from([0.1, 0.5]),
         "WARMUP_ITERS": st.sampled_from([0, 4]),
+        "WARMUP_SHARE": st.sampled_from([0.0, 0.5]),
         "WARMUP_FACTOR": st.sampled_from([0.001, 0.5]),
         "WARMUP_METHOD": st.sampled_from(["linear", "constant"]),
         "EMA.DECAY": st.sampled_from([0.5, 0.9]),

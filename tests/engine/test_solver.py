@@ -229,6 +229,17 @@ def test_a_warm_up_without_end_is_a_warning(caplog, name, method, factor, warmup
         assert f"at most {highest}, and never BASE_LR, 0.02." in messages[0]
 
 
+def test_a_warm_up_by_its_share_of_the_run(caplog):
+    """A quarter of 8 iterations; WARMUP_ITERS does not count."""
+    caplog.set_level("INFO")
+    solver = {"WARMUP_FACTOR": 0.0, "BASE_LR": 1.0, "STEPS": (), "WARMUP_ITERS": 6}
+    assert run_schedule(make_cfg(**solver, WARMUP_SHARE=0.25, MAX_ITER=8), 4) == [0, 0.5, 1, 1]
+    assert "WARMUP_SHARE 0.25: a warm-up of 2 iterations" in caplog.text
+    # It always ends before the run does.
+    assert run_schedule(make_cfg(**solver, WARMUP_SHARE=0.99, MAX_ITER=3), 3) == [0, 0.5, 1]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_cosine_by_hand():
     cfg = make_cfg(
         LR_SCHEDULER_NAME="WarmupCosineLR", MAX_ITER=4, WARMUP_ITERS=0, BASE_LR=1.0, BASE_LR_END=0.2
@@ -252,6 +263,8 @@ def test_the_factor_of_each_group_is_kept():
     [
         ({"LR_SCHEDULER_NAME": "Step"}, "LR_SCHEDULER_NAME"),
         ({"WARMUP_METHOD": "slow"}, "WARMUP_METHOD"),
+        ({"WARMUP_SHARE": 1.0}, "WARMUP_SHARE"),
+        ({"WARMUP_SHARE": -0.1}, "WARMUP_SHARE"),
         ({"STEPS": (20, 10)}, "STEPS"),
         ({"STEPS": (0, 10)}, "STEPS"),
         ({"MAX_ITER": 0}, "MAX_ITER"),
