@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tensormask import TensorMask
 from tensormask.layers import _native
-from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+from tensormask.modeling.box_losses import box_loss
+from tensormask.modeling.losses import focal_loss_star, mask_loss
 
 RUNTIME = """
 #define SUCCEED(name) int name(void) { return 0; }

@@ -206,6 +206,9 @@ _DEFAULTS: dict[str, Any] = {
             "ENABLED": False,
             # Decay: the share of the old average in an update.
             "DECAY": 0.9998,
+            # Let the decay increase from 0.1 to DECAY: at most (1 + n) / (10 + n) in update n, so
+            # that the averages of a short run are not those of its beginning.
+            "WARMUP": False,
         },
         # Check all tensors to find the module that first returns NaN or infinity. Slow: use it to
         # repeat a run that has stopped.

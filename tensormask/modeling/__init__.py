@@ -3,11 +3,12 @@
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.backbone import ResNet, freeze
 from tensormask.modeling.box_coder import decode_boxes, encode_boxes
+from tensormask.modeling.box_losses import box_ious, box_loss, diou_loss, giou_loss
 from tensormask.modeling.build import build_model
 from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead
 from tensormask.modeling.inspect import Inspection
-from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
@@ -22,11 +23,15 @@ __all__ = [
     "TensorMask",
     "Windows",
     "assign",
+    "box_ious",
     "box_loss",
     "build_model",
     "decode_boxes",
+    "dice_loss",
+    "diou_loss",
     "encode_boxes",
     "focal_loss_star",
     "freeze",
+    "giou_loss",
     "mask_loss",
 ]

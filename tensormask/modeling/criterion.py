@@ -14,9 +14,10 @@ from tensormask.layers import crop_masks
 from tensormask.layers.masks import to_device
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.box_coder import BOX_WEIGHTS, encode_boxes
+from tensormask.modeling.box_losses import box_loss
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inputs import size_of
-from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -66,7 +67,9 @@ class CriterionOptions(TypedDict, total=False):
     cls_loss: ClsLoss
     box_loss: BoxLoss
     mask_loss: MaskLoss
+    box_loss_weight: float
     mask_loss_weight: float
+    dice_loss_weight: float
     box_weights: tuple[float, ...]
 
 
@@ -86,18 +89,15 @@ class Criterion(nn.Module):
             ``(x0, y0, x1, y1)`` in pixels, (F, 4) each, as `box_loss`.
         mask_loss: of mask logits and bool targets (F, V, U), for the positive windows of one level
             and size at a time, as `mask_loss`.
-        mask_loss_weight: factor of the mask loss.
+        box_loss_weight, mask_loss_weight: factors of these losses.
+        dice_loss_weight: factor of `losses.dice_loss`, which is added; it is not computed if 0.
         box_weights: factors of the offsets ``(dx, dy, dw, dh)``.
 
     Example:
-        A loss of the boxes' overlap:
-
-        >>> from torchvision.ops import generalized_box_iou_loss
-        >>> from tensormask.modeling import TensorMask, decode_boxes
-        >>> def box_loss(deltas, target_deltas, windows):
-        ...     boxes, targets = (decode_boxes(d, windows) for d in (deltas, target_deltas))
-        ...     return generalized_box_iou_loss(boxes, targets, reduction="sum")
-        >>> model = TensorMask.build(depth=18, num_classes=3, box_loss=box_loss)
+        >>> from tensormask.modeling import TensorMask, giou_loss
+        >>> model = TensorMask.build(
+        ...     depth=18, num_classes=3, box_loss=giou_loss, dice_loss_weight=1.0
+        ... )
     """
 
     def __init__(
@@ -108,13 +108,16 @@ class Criterion(nn.Module):
         cls_loss: ClsLoss = focal_loss_star,
         box_loss: BoxLoss = box_loss,
         mask_loss: MaskLoss = mask_loss,
+        box_loss_weight: float = 1.0,
         mask_loss_weight: float = 2.0,
+        dice_loss_weight: float = 0.0,
         box_weights: tuple[float, ...] = BOX_WEIGHTS,
     ) -> None:
         super().__init__()
         self.windows, self.assigner = windows, assigner
         self.cls_loss, self.box_loss, self.mask_loss = cls_loss, box_loss, mask_loss
-        self.mask_loss_weight, self.box_weights = mask_loss_weight, tuple(box_weights)
+        self.box_loss_weight, self.box_weights = box_loss_weight, tuple(box_weights)
+        self.mask_loss_weight, self.dice_loss_weight = mask_loss_weight, dice_loss_weight
 
     def forward(
         self,
@@ -148,13 +151,11 @@ class Criterion(nn.Module):
                 for level, rows in enumerate(assignment.levels())
             ]
             loss_box = self.box_loss(torch.cat(deltas_per_level), target_deltas, boxes)
-            result["loss_box_reg"] = loss_box / divisor
+            result["loss_box_reg"] = self.box_loss_weight * loss_box / divisor
         if mask_head is not None:
             masks = [t["masks"] for t in targets]
-            loss_mask = self._mask_loss(
-                mask_head, dense.features, assignment, masks, objects, boxes
-            )
-            result["loss_mask"] = loss_mask / divisor
+            losses = self._mask_losses(mask_head, dense.features, assignment, masks, objects, boxes)
+            result.update((name, loss / divisor) for name, loss in losses.items())
         return result
 
     def prepare(
@@ -193,7 +194,7 @@ class Criterion(nn.Module):
             raise UserError(f"the assigner returned windows outside of the grids (H, W) = {grids}")
         return assignment
 
-    def _mask_loss(
+    def _mask_losses(
         self,
         mask_head: MaskHead,
         features: list[Tensor],
@@ -201,8 +202,8 @@ class Criterion(nn.Module):
         masks: list[Tensor],
         objects: Tensor,
         boxes: Tensor,
-    ) -> Tensor:
-        """Return the mask loss of the positive windows, summed and weighted.
+    ) -> dict[str, Tensor]:
+        """Return the mask losses of the positive windows, summed and weighted.
 
         ``objects`` and ``boxes`` are those of the assignment, on the device of the model.
         """
@@ -216,13 +217,19 @@ class Criterion(nn.Module):
         groups += [(level, size, slice(0, 0)) for size in sorted(absent)]
         logits_per_group = mask_head(features, [(k, s, windows[at]) for k, s, at in groups])
         masks = [_to_crop(of_image, boxes.dtype) for of_image in masks]
-        per_group = []
+        losses: dict[str, list[Tensor]] = {}
         for (level, size, at), logits in zip(groups, logits_per_group, strict=True):
             split = assignment.counts[level][size]  # by image
             per_image = zip(masks, objects[at].split(split), boxes[at].split(split), strict=True)
             target = torch.cat([crop_masks(*of_image, logits.shape[-1]) for of_image in per_image])
-            per_group.append(self.mask_loss(logits, target))
-        return self.mask_loss_weight * functools.reduce(torch.add, per_group)
+            losses.setdefault("loss_mask", []).append(self.mask_loss(logits, target))
+            if self.dice_loss_weight:
+                losses.setdefault("loss_dice", []).append(dice_loss(logits, target))
+        weights = {"loss_mask": self.mask_loss_weight, "loss_dice": self.dice_loss_weight}
+        return {
+            name: weights[name] * functools.reduce(torch.add, per_group)
+            for name, per_group in losses.items()
+        }
 
 
 def _to_crop(masks: Tensor, dtype: torch.dtype) -> Tensor:

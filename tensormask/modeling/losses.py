@@ -1,4 +1,4 @@
-"""The losses: FL* for classes, L1 for boxes, binary cross-entropy for masks (paper, sec. 5.3).
+"""The losses of classes, FL*, and of masks, binary cross-entropy or Dice (paper, sec. 5.3).
 
 Each is a sum over the batch, with detectron2's constants.
 """
@@ -109,19 +109,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor | None = None) -> Tensor:
-    """Return the L1 distance of offsets (F, 4), summed.
-
-    Another loss of boxes may need the ``windows`` (F, 4) in pixels: `box_coder.decode_boxes` makes
-    boxes of them and the offsets.
-
-    Example:
-        >>> box_loss(torch.zeros(1, 4), torch.ones(1, 4))
-        tensor(4.)
-    """
-    return F.l1_loss(_at_least_float32(deltas), target_deltas, reduction="sum")
-
-
 def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 1.5) -> Tensor:
     """Return the binary cross-entropy of masks (F, V, U): the mean of each mask, summed over masks.
 
@@ -138,3 +125,21 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
         logits, target_masks.to(logits.dtype), reduction="sum", pos_weight=weight
     )
     return loss / (logits.shape[-1] * logits.shape[-2])
+
+
+def dice_loss(logits: Tensor, target_masks: Tensor) -> Tensor:
+    """Return the Dice loss of masks (F, V, U), 0..1 each, summed over masks.
+
+    It is ``1 - (2 * sum(p * t) + 1) / (sum(p) + sum(t) + 1)`` for probabilities p and targets t: of
+    the form of Milletari et al., arXiv 1606.04797, but with sums for sums of squares, and with one
+    pixel more, so that a mask without pixels of the object has a gradient.
+
+    Example:
+        >>> dice_loss(torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))  # 5 / 7
+        tensor(0.2857)
+    """
+    probabilities = _at_least_float32(logits).flatten(1).sigmoid()
+    target = target_masks.flatten(1).to(probabilities.dtype)
+    overlap = (probabilities * target).sum(1)
+    area = probabilities.sum(1) + target.sum(1)
+    return (1 - (2 * overlap + 1) / (area + 1)).sum()

@@ -80,8 +80,8 @@ class TensorMask(nn.Module):
         class_agnostic_nms: whether two boxes of different classes can be one object, too.
         num_detections: the maximum per image.
         sum_over_ranks: see `criterion.foreground_normalizer`; needed in distributed training.
-        criterion: the options of `Criterion`: ``assigner``, ``cls_loss``, ``box_loss``,
-            ``mask_loss``, ``mask_loss_weight`` and ``box_weights``.
+        criterion: the options of `Criterion`, such as ``assigner``, ``cls_loss``, ``box_loss``,
+            ``mask_loss`` and their weights.
 
     Raises:
         UserError: an option is invalid, needs a part that is missing, or two parts contradict each
@@ -193,7 +193,8 @@ class TensorMask(nn.Module):
             - in eval mode per image ``boxes`` (K, 4), ``scores`` (K,), ``labels`` (K,) and
               ``masks`` (K, height, width) bool, best first.
 
-            ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head.
+            ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head. With
+            ``dice_loss_weight`` there is a ``loss_dice``, too.
 
         Raises:
             UserError: an image or target has an invalid shape, dtype or range, their numbers

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tensormask.modeling.losses import box_loss, focal_loss_star, mask_loss
+from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
 
 
 def test_focal_loss_star_by_hand() -> None:
@@ -73,11 +73,6 @@ def test_focal_loss_star_with_any_strides(order, slices, expanded, channels_last
         assert_close(*grads)
 
 
-def test_box_loss_is_the_sum_of_distances() -> None:
-    assert box_loss(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 4, 3, 1]])).item() == 6
-    assert box_loss(torch.zeros(0, 4), torch.zeros(0, 4)).item() == 0
-
-
 def test_mask_loss_equals_its_formula() -> None:
     logits = torch.randn(3, 5, 5, dtype=torch.float64)
     target = torch.rand(3, 5, 5) > 0.5
@@ -86,3 +81,24 @@ def test_mask_loss_equals_its_formula() -> None:
     expected = -(2.5 * t * p.log() + (1 - t) * (1 - p).log()).mean((1, 2)).sum()
     loss = mask_loss(logits, target, positive_weight=2.5)
     assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_dice_loss_by_hand() -> None:
+    """Probabilities of 3/4 at two of four pixels and 1/4 at the others; the target has one."""
+    logits = torch.tensor([[[1.0, 1], [-1, -1]]]) * math.log(3)
+    target = torch.tensor([[[True, False], [False, False]]])
+    one = 1 - (2 * 0.75 + 1) / (2 + 1 + 1)
+    none = 1 - 1 / (2 + 0 + 1)
+    loss = dice_loss(logits.expand(2, 2, 2), torch.cat([target, target & False]))
+    assert loss.item() == pytest.approx(one + none, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [60000.0, -60000.0])
+def test_dice_loss_of_extremes_is_finite(value: float) -> None:
+    """Also of masks of 480 x 480 pixels, whose sums float16 lacks, and of empty targets."""
+    logits = torch.full((2, 480, 480), value, dtype=torch.float16, requires_grad=True)
+    target = torch.zeros(2, 480, 480, dtype=torch.bool)
+    target[0] = True
+    loss = dice_loss(logits, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(1, abs=1e-5) and logits.grad.isfinite().all()

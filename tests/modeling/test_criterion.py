@@ -1,0 +1,93 @@
+"""`Criterion` with the options of the losses: their weights, batches without objects, training."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tensormask.modeling import TensorMask, Windows, diou_loss, giou_loss
+
+BOXES = [[10.0, 12.0, 40.0, 44.0], [44.0, 6.0, 60.0, 30.0]]
+SMALL = {"num_classes": 3, "fpn_channels": 16, "num_convs": 1, "init": "he", "cls_channels": 16}
+SMALL |= {"bbox_channels": 16, "mask_channels": 16, "windows": Windows.of_strides([4, 8])}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "giou": {"box_loss": giou_loss},
+    "diou": {"box_loss": diou_loss},
+    "dice": {"dice_loss_weight": 1.0},
+}
+NAMES = {"dice": {"loss_dice"}}
+
+
+class Stem(nn.Module):
+    """A backbone of one convolution."""
+
+    strides, out_channels = (4,), (16,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 4, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x).relu()]
+
+
+def build(**options: Any) -> TensorMask:
+    torch.manual_seed(0)
+    return TensorMask.build(backbone=Stem(), **SMALL, pixel_std=(57.0,) * 3, **options).train()
+
+
+def losses_of(model: TensorMask, num_objects: int = 2) -> dict[str, Tensor]:
+    return model([tiny.make_image(64, 64)], [tiny.target(64, 64, BOXES[:num_objects])])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_without_objects(name: str) -> None:
+    """The losses are finite, and every parameter has a gradient; those of the boxes are 0."""
+    model = build(**OPTIONS[name])
+    losses = losses_of(model, num_objects=0)
+    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_mask"} | NAMES.get(name, set())
+    assert all(losses[key] == 0 for key in losses.keys() - {"loss_cls"})
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_reduce_their_losses(name: str) -> None:
+    model = build(**OPTIONS[name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(20):
+        losses = losses_of(model)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        history.append({key: loss.item() for key, loss in losses.items()})
+    assert all(history[-1][key] < 0.8 * history[0][key] for key in history[0])
+
+
+def test_weights_of_the_losses() -> None:
+    options = {"box_loss_weight": 1.0, "mask_loss_weight": 1.0, "dice_loss_weight": 1.0}
+    once, weighted = (
+        losses_of(build(**{key: factor * value for key, value in options.items()}))
+        for factor in (1, 3)
+    )
+    for key in ("loss_box_reg", "loss_mask", "loss_dice"):
+        assert_close(weighted[key], 3 * once[key])
+    assert torch.equal(weighted["loss_cls"], once["loss_cls"])
+
+
+def test_keys_of_the_losses() -> None:
+    head = "MODEL.TENSOR_MASK."
+    opts = [head + "BBOX_REG_LOSS_TYPE", "giou", head + "BBOX_REG_WEIGHTS", [1.0, 1.0, 2.0, 2.0]]
+    opts += [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
+    criterion = tiny.build(opts=opts).criterion
+    assert criterion.box_loss_weight == 0.5 and criterion.dice_loss_weight == 0.25
+    deltas, window = torch.ones(1, 4), torch.tensor([[0.0, 0.0, 44.0, 44.0]])
+    expected = giou_loss(deltas, deltas * 0, window, weights=(1.0, 1.0, 2.0, 2.0))
+    assert torch.equal(criterion.box_loss(deltas, deltas * 0, window), expected)
+    with pytest.raises(ValueError, match=r"BBOX_REG_LOSS_TYPE.*nearest name is 'giou'"):
+        tiny.build(opts=[head + "BBOX_REG_LOSS_TYPE", "gious"])
