@@ -261,7 +261,9 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
     """Build the moving averages of a model's weights, `SOLVER.EMA`; None if they are off.
 
     After each step, an average becomes `DECAY * average + (1 - DECAY) * weight`. The weights after
-    the first step are the first averages. Statistics of batch norms are averaged as well.
+    the first step are the first averages. Statistics of batch norms are averaged as well. With
+    `WARMUP`, the decay of the update after n others is at most `(1 + n) / (10 + n)`, as in
+    TensorFlow's `ExponentialMovingAverage`: averages over about a tenth of the steps so far.
 
     Raises:
         UserError: a decay outside 0 to 1.
@@ -271,8 +273,16 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
         return None
     if not 0 <= ema.DECAY < 1:
         raise UserError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it must be from 0 to below 1")
-    averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema.DECAY), use_buffers=True)
-    return averages.requires_grad_(False)
+    average = _warmed_average(ema.DECAY) if ema.WARMUP else get_ema_multi_avg_fn(ema.DECAY)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+
+
+def _warmed_average(decay: float) -> Callable[..., None]:
+    def average(averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged)  # on the CPU
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, values, num_averaged)
+
+    return average
 
 
 @torch.no_grad()

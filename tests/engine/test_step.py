@@ -185,9 +185,17 @@ def test_flags_that_any_rank_has_set_are_read_with_the_losses(monkeypatch):
     assert metrics["loss"] == 5.0
 
 
-def test_averages_follow_their_formula():
+@pytest.mark.parametrize(
+    "decay, warmup, decays",
+    [
+        (0.75, False, (0.75, 0.75, 0.75)),
+        (0.24, True, (2 / 11, 0.24, 0.24)),  # 3 / 12 is above it
+        (0.9998, True, (2 / 11, 3 / 12, 4 / 13)),
+    ],
+)
+def test_averages_follow_their_formula(decay, warmup, decays):
     cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.75])
+    cfg.SOLVER.EMA.update({"ENABLED": True, "DECAY": decay, "WARMUP": warmup})
     model = Product()
     state = state_of(model, ema=build_ema(cfg, model))
     weights = []
@@ -195,8 +203,8 @@ def test_averages_follow_their_formula():
         step(state, samples(1.0))
         weights.append(model.weight.item())
     expected = weights[0]
-    for weight in weights[1:]:
-        expected = 0.75 * expected + 0.25 * weight
+    for factor, weight in zip(decays, weights[1:], strict=True):
+        expected = factor * expected + (1 - factor) * weight
     assert state.ema.module.weight.item() == pytest.approx(expected, abs=1e-6)
     assert expected != weights[-1]
 
