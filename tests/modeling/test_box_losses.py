@@ -58,7 +58,9 @@ def test_extremes_of_half_precision_stay_finite(loss, dtype) -> None:
     deltas.requires_grad_()
     value = loss(deltas, torch.zeros(3, 4), WINDOW.expand(3, 4))
     value.backward()
-    assert value.isfinite() and value.dtype == torch.float32 and deltas.grad.isfinite().all()
+    assert value.isfinite()
+    assert value.dtype == torch.float32
+    assert deltas.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -85,7 +85,8 @@ def test_keys_of_the_losses() -> None:
     opts = [head + "BBOX_REG_LOSS_TYPE", "giou", head + "BBOX_REG_WEIGHTS", [1.0, 1.0, 2.0, 2.0]]
     opts += [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
     criterion = tiny.build(opts=opts).criterion
-    assert criterion.box_loss_weight == 0.5 and criterion.dice_loss_weight == 0.25
+    assert criterion.box_loss_weight == 0.5
+    assert criterion.dice_loss_weight == 0.25
     deltas, window = torch.ones(1, 4), torch.tensor([[0.0, 0.0, 44.0, 44.0]])
     expected = giou_loss(deltas, deltas * 0, window, weights=(1.0, 1.0, 2.0, 2.0))
     assert torch.equal(criterion.box_loss(deltas, deltas * 0, window), expected)

@@ -101,4 +101,5 @@ def test_dice_loss_of_extremes_is_finite(value: float) -> None:
     target[0] = True
     loss = dice_loss(logits, target)
     loss.backward()
-    assert loss.item() == pytest.approx(1, abs=1e-5) and logits.grad.isfinite().all()
+    assert loss.item() == pytest.approx(1, abs=1e-5)
+    assert logits.grad.isfinite().all()
