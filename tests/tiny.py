@@ -15,6 +15,7 @@ HEADS = {
     "natural": {"ALIGNED_ON": False, "BIPYRAMID_ON": False},
     "aligned": {"ALIGNED_ON": True, "BIPYRAMID_ON": False},
     "bipyramid": {"ALIGNED_ON": True, "BIPYRAMID_ON": True},
+    "finer_bipyramid": {"HEAD": "bipyramid", "MASK_UNIT": 2},
     "upscale_natural": {"HEAD": "upscale_natural", "UPSCALE_LAMBDA": 3.0},
     "upscale_aligned": {"HEAD": "upscale_aligned", "UPSCALE_LAMBDA": 1.5},
     "upscale_nearest": {

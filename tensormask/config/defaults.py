@@ -145,8 +145,33 @@ _DEFAULTS: dict[str, Any] = {
         # The same in evaluation; a MIN_SIZE_TEST of 0 keeps the images' sizes.
         "MIN_SIZE_TEST": 800,
         "MAX_SIZE_TEST": 1333,
-        # Flip of a random half of the training images: "horizontal", "vertical" or "none".
+        # Flip of a random half of the training images: "horizontal", "vertical", "both" (one half
+        # each, independently) or "none".
         "RANDOM_FLIP": "horizontal",
+        # Rotate training images by 0, 90, 180 or 270 degrees with equal probability.
+        "ROTATE_90": False,
+        # (Lowest, highest) factor of a random size of training images, instead of MIN_SIZE_TRAIN
+        # and MAX_SIZE_TRAIN: an image just fits into SCALE_JITTER_SIZE times the factor; () for no
+        # jitter. Large-scale jitter is (0.1, 2.0).
+        "SCALE_JITTER": (),
+        # (Height, width) in pixels of the random part of the jittered image that is trained on;
+        # the image is padded if it is smaller.
+        "SCALE_JITTER_SIZE": (1024, 1024),
+        "CROP": {
+            # Crop training images at random before they are resized.
+            "ENABLED": False,
+            # Meaning of SIZE: "relative_range" (lowest shares of height and width), "relative"
+            # (shares), "absolute" (pixels) or "absolute_range" (lowest and highest pixels).
+            "TYPE": "relative_range",
+            "SIZE": [0.9, 0.9],
+        },
+        # Probability that a training image is made up to 4 times smaller, at random within a padded
+        # canvas of its size.
+        "ZOOM_OUT": 0.0,
+        # Probability of each change of brightness, contrast, saturation and hue in training.
+        "PHOTOMETRIC": 0.0,
+        # Probability that objects of another training image are pasted into a training image.
+        "COPY_PASTE": 0.0,
         # Channel order of the network's input: "BGR" (MSRA weights) or "RGB".
         "FORMAT": "BGR",
         # detectron2's "polygon" or "bitmask"; both are read as bitmaps here.

@@ -100,11 +100,13 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
 
     For aligned heads this is the head's prediction, before it is upscaled or swapped: upscale heads
     have a smaller (V, U) than the natural view, and on the bipyramid (H, W) are those of the finest
-    level. For natural heads it is `layers.nat2align` of the natural view.
+    level, upsampled to the unit of its masks. For natural heads it is `layers.nat2align` of the
+    natural view.
     """
     if mask_head.aligned:
         finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
-        (masks,) = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
+        masks = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
+        (masks,) = mask_head.zoomed(masks)
         side = round(len(masks) ** 0.5)
         return masks.unflatten(0, (side, side)).float()
     grid = features[level].shape[-2:]

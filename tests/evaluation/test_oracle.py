@@ -32,11 +32,13 @@ def test_objects_come_back_as_their_windows_represent_them() -> None:
     assert (different <= 4).all()
 
 
-def test_a_thin_object_is_lost_to_the_mask_cells() -> None:
+@pytest.mark.parametrize("unit, area", [(0, 0), (2, 48), (1, 24)])
+def test_a_thin_object_is_lost_to_the_mask_cells(unit: int, area: int) -> None:
     """A line of one pixel fills a quarter of its 4 px cells: no window can represent it."""
-    found = oracle_detections(build(), target(64, 64, [[20, 30, 44, 31]]), (64, 64), (64, 64))
+    model = build(opts=["MODEL.TENSOR_MASK.MASK_UNIT", unit])
+    found = oracle_detections(model, target(64, 64, [[20, 30, 44, 31]]), (64, 64), (64, 64))
     assert len(found["scores"]) == 1
-    assert not pasted(found, (64, 64)).any()
+    assert pasted(found, (64, 64)).sum() == area
 
 
 ONE_LEVEL = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
@@ -110,7 +112,10 @@ def brute_force(model, target, input_size):
 ODD_SIZES = ["MODEL.ANCHOR_GENERATOR.SIZES", [[44], [90], [173], [352], [704], [1408]]]
 
 
-@pytest.mark.parametrize("head, opts", [("bipyramid", []), ("natural", []), ("natural", ODD_SIZES)])
+@pytest.mark.parametrize(
+    "head, opts",
+    [("bipyramid", []), ("finer_bipyramid", []), ("natural", []), ("natural", ODD_SIZES)],
+)
 def test_the_best_windows_are_those_of_whole_images(head, opts) -> None:
     """Masks are compared in the region of each window, and cropped by counting pixels."""
     size = (150, 210)

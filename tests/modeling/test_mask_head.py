@@ -14,6 +14,8 @@ KINDS = {
     "natural": {"aligned": False, "bipyramid": False},
     "aligned": {"aligned": True, "bipyramid": False},
     "bipyramid": {"aligned": True, "bipyramid": True},
+    "finer": {"aligned": True, "bipyramid": True, "mask_unit": 2},
+    "finest": {"aligned": True, "bipyramid": True, "mask_unit": 1},
     "upscale_natural": {"aligned": False, "bipyramid": False, "upscale": 1.5},
     "upscale_aligned": {"aligned": True, "bipyramid": False, "upscale": 3.0},
 }
@@ -59,7 +61,8 @@ def test_windows_equal_the_dense_tensor(kind: str, size: tuple[int, int]) -> Non
     dense = head.dense(features)
     expected = [dense[level][s][n, :, y, x] for level, s, w in groups for n, y, x in [w.unbind(1)]]
     for fast, slow, (level, size_index, _) in zip(masks, expected, groups, strict=True):
-        side = SIZES[size_index] * (2**level if kind == "bipyramid" else 1)
+        side = SIZES[size_index] * (2**level if "bi" in kind or "fine" in kind else 1)
+        side *= {"finer": 2, "finest": 4}.get(kind, 1)
         assert fast.shape[1:] == (side, side)
         assert_close(fast.flatten(1), slow)
 
@@ -69,6 +72,13 @@ def test_windows_equal_the_dense_tensor(kind: str, size: tuple[int, int]) -> Non
     slow_sum = sum((w.flatten(1) * m).sum() for w, m in zip(weights, expected, strict=True))
     grads = [torch.autograd.grad(loss, inputs) for loss in (fast_sum, slow_sum)]
     assert_close(*grads)
+
+
+def test_locations_of_finer_masks() -> None:
+    """The locations of windows stay exact, those between are interpolated; values repeat beyond."""
+    x = torch.tensor([[0.0, 4.0, 8.0], [2.0, 6.0, 10.0]])[None, None]
+    rows = [[0.0, 2, 4, 6, 8, 8], [1, 3, 5, 7, 9, 9], [2, 4, 6, 8, 10, 10], [2, 4, 6, 8, 10, 10]]
+    assert_close(make_head("finer").zoomed(x)[0, 0], torch.tensor(rows))
 
 
 def test_levels_without_windows_are_not_computed() -> None:
@@ -86,9 +96,12 @@ def test_levels_without_windows_are_not_computed() -> None:
         ({"upscale": 0.5}, "UPSCALE_LAMBDA must be >= 1"),
         ({"upscale_mode": "cubic"}, "bilinear, nearest"),
         ({"aligned": True, "bipyramid": True, "upscale": 3.0}, "bipyramid are not upscaled"),
+        ({"mask_unit": 2}, "MASK_UNIT is 2, but only the tensor bipyramid"),
+        ({"aligned": True, "bipyramid": True, "mask_unit": 3}, "divides the stride .*4, got 3"),
+        ({"aligned": True, "bipyramid": True, "mask_unit": -2}, "must be 0, or"),
     ],
 )
-def test_invalid_upscaling_is_refused(options, message) -> None:
+def test_invalid_units_and_upscaling_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         MaskHead(6, [3, 4], STRIDES, **{"aligned": False, "bipyramid": False, **options})
 
