@@ -99,7 +99,7 @@ setup(
     ],
     package_dir={"tensormask.configs": "configs", "tensormask.csrc": "csrc"},
     package_data={
-        "tensormask": ["py.typed"],
+        "tensormask": ["py.typed", "weights/*"],
         "tensormask.data": ["nuclei/**"],
         "tensormask.configs": ["*.yaml"],
         "tensormask.configs.ablations": ["*.yaml"],

@@ -3,9 +3,10 @@
 
 from pathlib import Path
 
-from tensormask.model_zoo import MODELS, ZooModel
+from tensormask.model_zoo import MODELS, PACKAGED, ZooModel
 
 PATH = Path(__file__).parent.parent / "MODEL_ZOO.md"
+PACKAGED_METRICS = ("mask AP", "box AP")
 
 TEXT = """\
 # Model zoo
@@ -13,15 +14,25 @@ TEXT = """\
 `python dev/make_model_zoo.py` writes this file from the table in
 [tensormask/checkpoint/zoo.py](tensormask/checkpoint/zoo.py). Change the table, not this file.
 
-**These files were not downloaded here**, because there was no network. Reading them was tested with
-seeded weights in the same formats. The metrics are those of the publishers and were not measured
-again.
-
 Use a name wherever weights are expected: `MODEL.WEIGHTS` in a YAML file or on a command line,
-`tensormask.load_weights(model, name)`, `tensormask.Predictor(cfg, name)`. The file is downloaded on
-first use.
+`tensormask.load_weights(model, name)`, `tensormask.Predictor(cfg, name)`. If the file does not come
+with the package, it is downloaded on first use.
+
+## In the package
+
+| name | finds | mask AP | box AP | measured on | SHA-256 |
+|---|---|---|---|---|---|
+{packaged}
+
+`tensormask predict image.png` uses it; `Predictor("{name}")` needs no config. The
+[model card](tensormask/weights/README.md) says how it was made and on which images it fails. It was
+trained on public-domain data (CC0).{command}
 
 ## TensorMask on COCO
+
+**These files, and the backbones below, were not downloaded here**, because there was no network.
+Reading them was tested with seeded weights in the same formats. The metrics are those of the
+publishers and were not measured again.
 
 | name | config | box AP | mask AP | measured by | weights | SHA-256 begins |
 |---|---|---|---|---|---|---|
@@ -78,8 +89,12 @@ there after its download is complete and its SHA-256 begins with the known digit
 def render() -> str:
     """The text of MODEL_ZOO.md."""
     models = [model for model in MODELS.values() if model.config is not None]
-    backbones = [model for model in MODELS.values() if model.config is None]
+    backbones = [model for model in MODELS.values() if model.is_backbone]
+    packaged = MODELS[PACKAGED]
     return TEXT.format(
+        name=PACKAGED,
+        packaged=_packaged_row(packaged),
+        command=f" Training:\n\n```\n{packaged.command}\n```" if packaged.command else "",
         models="\n".join(_row(model, ("box AP", "mask AP")) for model in models),
         evaluate="\n".join(_evaluation(model) for model in models if model.url is not None),
         backbones="\n".join(_row(model, ("top-1",)) for model in backbones),
@@ -93,6 +108,12 @@ def _row(model: ZooModel, metrics: tuple[str, ...]) -> str:
     sha256 = "–" if model.url is None else "unknown" if model.sha256 is None else model.sha256
     cells = [f"`{model.name}`", *config, *numbers, model.source, weights, sha256]
     return f"| {' | '.join(cells)} |"
+
+
+def _packaged_row(model: ZooModel) -> str:
+    numbers = [f"{model.metrics[m]:.1f}" if m in model.metrics else "–" for m in PACKAGED_METRICS]
+    sha256 = model.sha256 or "unknown"
+    return f"| {' | '.join([f'`{model.name}`', 'cell nuclei', *numbers, model.source, sha256])} |"
 
 
 def _evaluation(model: ZooModel) -> str:

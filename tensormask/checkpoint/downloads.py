@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 import pooch
 
-from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, TORCHVISION_URL, ZooModel
+from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, PACKAGED, TORCHVISION_URL, ZooModel
 from tensormask.utils.errors import UserError, unknown_name
 from tensormask.utils.files import expand_home
 
@@ -37,7 +37,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         name: one of
 
             - the path of a file, which is returned even if no such file exists;
-            - a name in `model_zoo.MODELS`;
+            - a name in `model_zoo.MODELS`; a file that comes with the package is checked;
             - a URL: ``https://...``, ``http://...`` or ``file:///...``;
             - ``detectron2://...``, a file of detectron2's server;
             - ``torchvision://ResNet50_Weights.IMAGENET1K_V2``, weights by torchvision's names
@@ -46,7 +46,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: the URL is malformed or of an unknown kind; or a bare name, without folder
-            and suffix, is neither a file nor in the zoo.
+            and suffix, is neither a file nor in the zoo; or the package's file is damaged or
+            missing.
         OSError: the download failed.
 
     Example:
@@ -59,6 +60,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     scheme, separator, rest = name.partition("://")
     scheme = scheme.lower()
+    if name == PACKAGED:
+        return packaged_file()
     if name in MODELS:
         url = _url(MODELS[name])
     elif not separator:
@@ -74,6 +77,30 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     else:
         raise UserError(f"{name!r}: {unknown_name('a kind of URL', scheme, _SCHEMES)}")
     return download(url, _sha256(url))
+
+
+def packaged_file() -> Path:
+    """Return the path of the weights that come with the package, after a check of their SHA-256.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path, expected = MODELS[PACKAGED].path, MODELS[PACKAGED].sha256
+    if path is None or not has_packaged_file():
+        raise UserError(f"{PACKAGED} did not come with this copy of tensormask: no file {path}")
+    actual = pooch.file_hash(path)
+    if expected is not None and actual != expected:
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is {actual}, expected {expected}. Install tensormask "
+            "again, or give other weights"
+        )
+    return path
+
+
+def has_packaged_file() -> bool:
+    """Return whether weights came with the package: a clone can lack them."""
+    path = MODELS[PACKAGED].path
+    return path is not None and path.is_file()
 
 
 def _url(model: ZooModel) -> str:

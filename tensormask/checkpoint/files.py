@@ -21,8 +21,9 @@ from torch import Tensor
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import expand_home
 
-# Entries of this library's checkpoints that describe the weights, in every format.
-DESCRIPTION = ("class_names", "category_ids", "config", "score_threshold")
+# Entries of this library's checkpoints that describe the weights, in every format. Nothing reads
+# "about", which says how the model that comes with the package was made and how good it is.
+DESCRIPTION = ("class_names", "category_ids", "config", "score_threshold", "about")
 _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 

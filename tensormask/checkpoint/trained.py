@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tensormask.checkpoint.downloads import resolve
 from tensormask.checkpoint.files import get_description, read_checkpoint
-from tensormask.checkpoint.zoo import MODELS
+from tensormask.checkpoint.zoo import MODELS, PACKAGED
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.files import config_names
 from tensormask.utils.errors import UserError, unknown_name
@@ -35,7 +35,8 @@ def find_trained_model(
     """Return config and weights of a model to predict with.
 
     Args:
-        source: a checkpoint of this library, as a path or a URL, whose own config is taken;
+        source: a checkpoint of this library, as a path, a URL, or the name of the one that comes
+            with the package, whose own config is taken;
             or a config: a tree, which is not changed, the path of a YAML file, or a name, whose
             weights are those of the model zoo if there are any. The device and MODEL.COMPILE of a
             checkpoint's config are those of its training, and are reset.
@@ -75,7 +76,9 @@ def _read_config(source: CfgNode | str | PathLike[str]) -> CfgNode | None:
         return cfg
     text, names = expand_home(source), config_names()
     suffix = Path(text).suffix.lower()
-    if text in MODELS and text not in names:
+    if text == PACKAGED and not os.path.isfile(text):
+        return None
+    if text in MODELS and text not in names and not os.path.isfile(text):
         raise UserError(f"{text} is a backbone, to train from; expected a trained model")
     if os.path.isdir(text) and text not in names:
         raise UserError(f"{text} is a folder: give a checkpoint, such as {text}/model_final.pth")
@@ -83,7 +86,7 @@ def _read_config(source: CfgNode | str | PathLike[str]) -> CfgNode | None:
     if os.path.isfile(text) and suffix not in (*_YAML_SUFFIXES, *_CHECKPOINT_SUFFIXES):
         is_config = _is_text(text)
     elif not is_config and "://" not in text and Path(text).name == text and not suffix:
-        known = [*names, "a path"]
+        known = [*names, PACKAGED, "a path"]
         raise UserError(unknown_name("a checkpoint or the name of a config", text, known))
     if not is_config:
         return None
@@ -113,7 +116,7 @@ def _trained_weights(
     if not given:
         raise UserError(f"{name} has no trained weights (MODEL.WEIGHTS): {call}")
     text = os.fspath(given)
-    is_backbone = text in MODELS and MODELS[text].config is None
+    is_backbone = text in MODELS and MODELS[text].is_backbone
     if is_backbone or text.startswith(_BACKBONE_URLS):
         raise UserError(f"{text}, the weights of {name}, are a backbone to train from: {call}")
     return given

@@ -1,24 +1,40 @@
-"""The table of the published models, and their URLs."""
+"""The table of models: the one that comes with the package, and published ones with their URLs."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 TORCHVISION_URL = "https://download.pytorch.org/models/"
+
+# The model that comes with the package, which `tensormask predict` uses without --weights.
+PACKAGED = "tensormask_v2_nuclei"
+WEIGHTS = Path(__file__).parents[1] / "weights"  # its file, and the model card
 
 
 class ZooModel(NamedTuple):
     """A row of the model zoo. MODEL_ZOO.md is made from the rows."""
 
     name: str  # for MODEL.WEIGHTS and `load_weights`
-    config: str | None  # its YAML, relative to the repository; None for a backbone
-    url: str | None  # None if no weights were released
+    config: str | None  # its YAML, relative to the repository; None for a backbone, or in the file
+    url: str | None  # None if no weights were released, or if they come with the package
     sha256: str | None  # of the file, or its first digits
     metrics: dict[str, float]  # in percent
     source: str  # where the metrics come from
+    path: Path | None = None  # of a file that comes with the package, and contains its config
+    command: str = ""  # of the training, if it was here
+
+    @property
+    def is_backbone(self) -> bool:
+        return self.config is None and self.path is None
 
 
 def _tensormask(name: str, url: str | None, metrics: dict[str, float], source: str) -> ZooModel:
     return ZooModel(name, f"configs/{name}.yaml", url, None, metrics, source)
+
+
+def _packaged(sha256: str | None, metrics: dict[str, float], command: str) -> ZooModel:
+    source, path = "nuclei_dsb2018 val", WEIGHTS / f"{PACKAGED}.safetensors"
+    return ZooModel(PACKAGED, None, None, sha256, metrics, source, path, command)
 
 
 def _msra(depth: int) -> ZooModel:
@@ -46,6 +62,11 @@ _ROWS = (
         "detectron2, COCO val2017",
     ),
     _tensormask("tensormask_R_101_FPN_6x", None, {"mask AP": 37.1}, "the paper, COCO test-dev"),
+    _packaged(  # dev/make_nuclei_model.py writes these lines
+        sha256=None,
+        metrics={},
+        command="",
+    ),
     _msra(50),
     _msra(101),
     _torchvision(18, "f37072fd", 69.758),

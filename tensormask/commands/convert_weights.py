@@ -1,6 +1,7 @@
 """Convert weights for another program: `tensormask convert-weights model_final.pth model.pkl`.
 
-A file with our names gets detectron2's, and the other way around.
+A file with our names gets detectron2's, and the other way around. `--to tensormask --dtype float16`
+writes a file of half the size for this library.
 """
 
 import json
@@ -28,6 +29,10 @@ from tensormask.commands.common import CommandParser, exits_on_user_error
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import write_atomically
 
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The largest error of an array, relative to its norm: twice that of numbers within the range.
+_MAX_ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
 # With these, detectron2 takes the names as they are and does not match them by heuristics.
 _DETECTRON2_MARKS = {"__author__": "tensormask", "matching_heuristics": False}
 
@@ -37,11 +42,13 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         "convert-weights",
         description="Write the weights of a TensorMask with the names of detectron2 or of this "
-        "library, and in another format. No number changes. class_names, category_ids and config "
-        "of a checkpoint are kept; its other entries are listed and left out.",
-        epilog="Upscale heads and models without a box head are refused: detectron2 does not have "
-        "them. An upscale head is recognized by the config in the checkpoint; weights without a "
-        "config are taken for another head. detectron2's names do not keep the order of the window "
+        "library, and in another format. No number changes without --dtype. class_names, "
+        "category_ids, config and score_threshold of a checkpoint are kept; its other entries are "
+        "listed and left out.",
+        epilog="What detectron2 does not have is refused with its names: upscale heads, finer "
+        "masks (MASK_UNIT), models without a box head, norms in the heads, other trunks. The "
+        "first two are recognized by the config in the checkpoint; weights without a config are "
+        "taken for another head. detectron2's names do not keep the order of the window "
         "sizes: a model whose sizes are not ascending is refused.",
         example="output/quickstart/model_final.pth model.pkl",
     )
@@ -61,6 +68,17 @@ def build_parser() -> CommandParser:
         "--to",
         choices=("detectron2", "tensormask"),
         help="the names in OUTPUT (default: detectron2's if INPUT has ours, else ours)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="round the weights of convolutions and linear layers to it. Biases, norms, and "
+        "arrays that it cannot represent keep their dtype (default: all do)",
+    )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the averaged weights (SOLVER.EMA) of a checkpoint that has both",
     )
     parser.add_argument(
         "--overwrite",
@@ -90,7 +108,14 @@ def convert(content: dict[str, Any], to: str | None, path: Path) -> tuple[dict[s
     weights = {ours[name]: array for name, array in arrays.items() if name in ours}
     sizes = _mask_sizes(weights, path)
     theirs, unknown = to_detectron2_names(weights, sizes)
-    if unknown or "head.cls_score.weight" not in weights:
+    has_classifier = "head.cls_score.weight" in weights
+    if has_classifier and kind == OURS:
+        if unknown and to == "detectron2":
+            raise UserError(
+                f"{path}: {shorten(unknown[0])} is no parameter of detectron2's TensorMask; "
+                "--to tensormask keeps the names of this library"
+            )
+    elif unknown or not has_classifier:
         what = f"{shorten(unknown[0])} is no parameter" if unknown else "it has no classifier"
         raise UserError(
             f"{path} is not a TensorMask: {what}. (Backbones need no conversion: MODEL.WEIGHTS "
@@ -136,11 +161,49 @@ def _check_supported(
         raise UserError(f"{path} has no box head, and every TensorMask of detectron2 has one")
     try:
         options = yaml.safe_load(content["config"])["MODEL"]["TENSOR_MASK"]
-        upscales = options["UPSCALE_LAMBDA"] > 1
+        upscales, is_finer = options["UPSCALE_LAMBDA"] > 1, options.get("MASK_UNIT", 0) > 0
     except (KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return  # no config, or one that is older than the upscale heads
-    if upscales:
-        raise UserError(f"{path} has an upscale head, which detectron2 does not have")
+    if upscales or is_finer:
+        what = "an upscale head" if upscales else "finer masks (MASK_UNIT)"
+        raise UserError(f"{path} has {what}, which detectron2 does not have")
+
+
+def take_averages(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a checkpoint with its averaged weights as its weights.
+
+    Its score threshold is left out, which is of the other weights.
+
+    Raises:
+        UserError: it has no averages.
+    """
+    averages = content.get("ema")
+    if not isinstance(averages, dict) or not isinstance(averages.get("model"), dict):
+        raise UserError(f"{path} has no averaged weights beside its weights: leave out --ema")
+    beside = ("ema", "score_threshold")
+    return {key: value for key, value in content.items() if key not in beside} | {
+        "model": averages["model"]
+    }
+
+
+def round_weights(weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """Return weights in a smaller dtype, and the number of arrays that it cannot represent.
+
+    Arrays of one dimension are not rounded: they are small, and variances of batch norms have a
+    large range. An array is not rounded either if its numbers leave the range of the dtype.
+    """
+    rounded, num_kept = {}, 0
+    for name, array in weights.items():
+        rounded[name] = array
+        if array.dim() > 1 and array.is_floating_point():
+            other = array.to(dtype)
+            error = torch.linalg.vector_norm(other.double() - array.double())
+            limit = _MAX_ROUNDING[dtype] * torch.linalg.vector_norm(array.double())
+            if error <= limit:  # not if one is NaN or infinite
+                rounded[name] = other
+            else:
+                num_kept += 1
+    return rounded, num_kept
 
 
 def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], object]:
@@ -153,7 +216,7 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
         return lambda file: torch.save(content, file)
     if path.suffix == ".safetensors":
         described = {key: json.dumps(content[key]) for key in DESCRIPTION if key in content}
-        data = safetensors.torch.save(content["model"], described)
+        data = _with_sorted_metadata(safetensors.torch.save(content["model"], described))
         return lambda file: file.write(data)
     if path.suffix == ".pkl":
         try:
@@ -171,6 +234,17 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
     )
 
 
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata in a fixed order: the library's is random."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays are aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for a mistake of the user."""
@@ -179,7 +253,15 @@ def main(arguments: list[str] | None = None) -> int:
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists: give another OUTPUT, or --overwrite to replace it")
     path = resolve(args.input)
-    content, summary = convert(read_checkpoint(path), args.to, path)
+    content = read_checkpoint(path)
+    if args.ema:
+        content = take_averages(content, path)
+    content, summary = convert(content, args.to, path)
+    if args.dtype:
+        weights, num_kept = round_weights(content["model"], _DTYPES[args.dtype])
+        content["model"] = weights
+        summary += f"; weights in {args.dtype}"
+        summary += f", but {num_kept} arrays, which it cannot represent" if num_kept else ""
     write_atomically(output, writer_of(output, content))
     print(f"{output}: {summary}")
     return 0

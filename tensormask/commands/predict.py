@@ -1,5 +1,7 @@
 """Detect and draw objects: `tensormask predict images/ --weights model_final.pth`.
 
+Without weights, it is the model that comes with the package, which finds cell nuclei.
+
 Inputs are images, folders, globs, URLs, videos and cameras; outputs are drawings, videos,
 COCO results and label images.
 """
@@ -21,6 +23,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tensormask.checkpoint.downloads import has_packaged_file, packaged_file
+from tensormask.checkpoint.zoo import PACKAGED
 from tensormask.commands import EXIT_INTERRUPTED
 from tensormask.commands.common import (
     CommandParser,
@@ -49,7 +53,9 @@ def build_parser() -> CommandParser:
     """Return the parser of the command; its options include those of detectron2's demo."""
     parser = CommandParser(
         "predict",
-        description="Detect the objects in images and videos, and draw them.",
+        description="Detect the objects in images and videos, and draw them. Without --weights "
+        "and --config-file, the objects are cell nuclei: the model is the one that comes with the "
+        f"package, {PACKAGED}.",
         example="images/ --weights output/quickstart/model_final.pth",
     )
     add = parser.add_argument
@@ -68,7 +74,8 @@ def build_parser() -> CommandParser:
         default="",
         metavar="FILE",
         help="a checkpoint, by path or URL, or a name such as tensormask_R_50_FPN_6x "
-        "(default: MODEL.WEIGHTS of --config-file)",
+        f"(default: MODEL.WEIGHTS of --config-file, or without one {PACKAGED}, which finds cell "
+        "nuclei)",
     )
     add_config_file(parser, default="")
     add(
@@ -133,7 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.inputs += ["0"] if args.webcam else []
     if not args.inputs:
         parser.error("name images, folders, videos or URLs")
-    if not (args.weights or args.config_file):
+    has_default = has_packaged_file() and "MODEL.WEIGHTS" not in args.opts
+    if not (args.weights or args.config_file or has_default):
         parser.error("name a model: --weights, with a checkpoint or tensormask_R_50_FPN_6x")
     args.save = {kind.strip() for kind in args.save.split(",")}
     if unknown := args.save - set(KINDS):
@@ -144,6 +152,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def build_predictor(args: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:
     """Return the predictor of a command line, and the options of its calls."""
     source, weights = args.config_file or args.weights, args.weights or None
+    if not source:
+        source = packaged_file()
+        print(f"model {PACKAGED}, finds cell nuclei; other objects need --weights")
     predictor = Predictor(
         source, weights if args.config_file else None, args.device, overrides=args.opts
     )

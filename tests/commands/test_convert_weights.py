@@ -175,6 +175,53 @@ def test_an_existing_file_is_replaced_on_demand_and_only_as_a_whole(tmp_path, ca
     assert_same(read_weights(source), state)
 
 
+def test_parameters_that_detectron2_lacks(tmp_path, capsys) -> None:
+    state = small_state() | {"head.new.bias": torch.ones(2)}
+    source = save(tmp_path / "ours.pth", state)
+    message = refused(capsys, source, tmp_path / "theirs.pkl")
+    assert "head.new.bias is no parameter of detectron2's TensorMask; --to tensormask" in message
+    run(source, tmp_path / "kept.safetensors", "--to", "tensormask")
+    assert_same(read_weights(tmp_path / "kept.safetensors"), state)
+
+
+def test_weights_are_rounded_where_the_dtype_allows_it(tmp_path, capsys) -> None:
+    """Biases, statistics, and arrays with values beyond the range are not."""
+    state = small_state(opts=MODELS["BN"])
+    state["backbone.stem.bn1.running_var"].fill_(1e6)  # float16 ends at 65504
+    state["fpn.p6.weight"][0, 0, 0, 0] = 1e5
+    state["fpn.p7.weight"] *= 1e-7  # below the smallest float16 but zero
+    state["head.cls_score.weight"][0, 0, 0, 0] = torch.nan
+    beside = {"class_names": ["a"], "category_ids": [7], "score_threshold": 0.25, "config": "x"}
+    source, path = save(tmp_path / "ours.pth", state, **beside), tmp_path / "half.safetensors"
+    run(source, path, "--to", "tensormask", "--dtype", "float16")
+    assert "weights in float16, but 3 arrays, which it cannot" in capsys.readouterr().out
+    half = read_weights(path)
+    kept = {"fpn.p6.weight", "fpn.p7.weight", "head.cls_score.weight"}
+    for name, value in state.items():
+        rounded = value.dim() > 1 and name not in kept
+        assert half[name].dtype == (torch.float16 if rounded else value.dtype), name
+        assert torch.equal(half[name].nan_to_num(), value.to(half[name].dtype).nan_to_num()), name
+    # The same bits each time: the order of metadata is fixed.
+    again = tmp_path / "again.safetensors"
+    run(source, again, "--to", "tensormask", "--dtype", "float16")
+    assert again.read_bytes() == path.read_bytes()
+    run(path, tmp_path / "theirs.pkl", "--dtype", "float32")
+    assert {array.dtype for array in read_weights(tmp_path / "theirs.pkl").values()} <= {
+        torch.float32, torch.int64,
+    }  # fmt: skip
+
+
+def test_averaged_weights(tmp_path, capsys) -> None:
+    state, averages = small_state(), {n: v + 1 for n, v in small_state().items()}
+    beside = {"ema": {"model": averages, "n_averaged": 3}, "score_threshold": 0.5}
+    source = save(tmp_path / "ours.pth", state, **beside)
+    run(source, tmp_path / "a.pth", "--ema", "--to", "tensormask")
+    assert_same(read_weights(tmp_path / "a.pth"), averages)
+    assert get_description(read_checkpoint(tmp_path / "a.pth")) == {}
+    source = save(tmp_path / "ours.pth", state, ema=None)
+    assert "no averaged weights" in refused(capsys, source, tmp_path / "b.pth", "--ema")
+
+
 def test_unsupported_models_are_refused(tmp_path, capsys) -> None:
     opts = ["MODEL.TENSOR_MASK.HEAD", "upscale_aligned", "MODEL.TENSOR_MASK.UPSCALE_LAMBDA", 5]
     opts += ["MODEL.ANCHOR_GENERATOR.SIZES", [[60 * 2**k] for k in range(6)]]
@@ -186,6 +233,10 @@ def test_unsupported_models_are_refused(tmp_path, capsys) -> None:
     assert_same(read_weights(tmp_path / "kept.safetensors"), state)
     source = tmp_path / "kept.safetensors"
     assert "upscale head" in refused(capsys, source, tmp_path / "theirs.pkl")
+
+    finer = "MODEL: {TENSOR_MASK: {UPSCALE_LAMBDA: 0, MASK_UNIT: 2.0}}"
+    source = save(tmp_path / "finer.pth", small_state(), config=finer)
+    assert "finer masks" in refused(capsys, source, tmp_path / "theirs.pkl")
 
     state = small_state(opts=MODELS["large windows first"])
     source = save(tmp_path / "ours.pth", state)

