@@ -90,6 +90,9 @@ _DEFAULTS: dict[str, Any] = {
             "NMS_THRESH_TEST": 0.5,
             # Factors of the box deltas (dx, dy, dw, dh).
             "BBOX_REG_WEIGHTS": (1.5, 1.5, 0.75, 0.75),
+            # Loss of the classes: "focal_star" (FL*), or "quality" or "varifocal", whose targets
+            # are the IoUs of the predicted boxes.
+            "CLS_LOSS": "focal_star",
             # Focusing exponent, and weight of the positives, in the classification loss FL*.
             "FOCAL_LOSS_GAMMA": 3.0,
             "FOCAL_LOSS_ALPHA": 0.3,

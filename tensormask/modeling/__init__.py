@@ -10,6 +10,7 @@ from tensormask.modeling.head import ClassBoxHead
 from tensormask.modeling.inspect import Inspection
 from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.quality_losses import quality_focal_loss, varifocal_loss
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
 
@@ -34,4 +35,6 @@ __all__ = [
     "freeze",
     "giou_loss",
     "mask_loss",
+    "quality_focal_loss",
+    "varifocal_loss",
 ]

@@ -11,8 +11,9 @@ from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
 from tensormask.modeling.assigners import build_assigner
 from tensormask.modeling.box_losses import box_loss, diou_loss, giou_loss
-from tensormask.modeling.criterion import BoxLoss
+from tensormask.modeling.criterion import BoxLoss, QualityLoss
 from tensormask.modeling.losses import focal_loss_star, mask_loss
+from tensormask.modeling.quality_losses import quality_focal_loss, varifocal_loss
 from tensormask.modeling.tensormask import TensorMask
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
@@ -90,6 +91,7 @@ def build_model(
         cls_loss=functools.partial(
             focal_loss_star, alpha=head.FOCAL_LOSS_ALPHA, gamma=head.FOCAL_LOSS_GAMMA
         ),
+        quality_loss=_quality_loss(head.CLS_LOSS),
         box_loss=_box_loss(head.BBOX_REG_LOSS_TYPE, head.BBOX_REG_WEIGHTS),
         box_loss_weight=head.BBOX_REG_LOSS_WEIGHT,
         mask_loss=functools.partial(mask_loss, positive_weight=head.POSITIVE_WEIGHT),
@@ -185,6 +187,16 @@ def _head_name(options: CfgNode) -> str:
             )
         )
     return head
+
+
+def _quality_loss(name: str) -> QualityLoss | None:
+    """Return the loss of classes of a name, None for FL*; UserError if there is none."""
+    losses = {"focal_star": None, "quality": quality_focal_loss, "varifocal": varifocal_loss}
+    if name not in losses:
+        raise UserError(
+            unknown_name("a loss of classes (MODEL.TENSOR_MASK.CLS_LOSS)", name, losses)
+        )
+    return losses[name]
 
 
 def _box_loss(name: str, weights: tuple[float, ...]) -> BoxLoss:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tensormask.layers import crop_masks
 from tensormask.layers.masks import to_device
+from tensormask.modeling.assigners import Assigner, Predictions, predictions_of
 from tensormask.modeling.assignment import Assignment, assign
-from tensormask.modeling.box_coder import BOX_WEIGHTS, encode_boxes
-from tensormask.modeling.box_losses import box_loss
+from tensormask.modeling.box_coder import BOX_WEIGHTS, decode_boxes, encode_boxes
+from tensormask.modeling.box_losses import box_ious, box_loss
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inputs import size_of
 from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
@@ -22,9 +23,9 @@ from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
-Assigner = Callable[[list[Tensor], Windows, list[tuple[int, int]]], Assignment]
 Normalizer = float | Callable[[int], Tensor | float]
 ClsLoss = Callable[[list[Tensor], list[tuple[Tensor, ...]]], Tensor]
+QualityLoss = Callable[[list[Tensor], list[tuple[Tensor, ...]], list[Tensor]], Tensor]
 BoxLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskLoss = Callable[[Tensor, Tensor], Tensor]
 # Mask pixels of an image that are floating on a GPU at once: 512 MB.
@@ -65,6 +66,7 @@ class CriterionOptions(TypedDict, total=False):
 
     assigner: Assigner
     cls_loss: ClsLoss
+    quality_loss: QualityLoss | None
     box_loss: BoxLoss
     mask_loss: MaskLoss
     box_loss_weight: float
@@ -82,9 +84,13 @@ class Criterion(nn.Module):
         windows: geometry of the sliding windows.
         assigner: from the boxes of each image, the windows, and the grid ``(H, W)`` of each level
             to the positive windows, as `assign`. `Assignment.make` and `Assignment.select` return
-            what it has to.
+            what it has to. One with ``needs_predictions = True`` also gets the keyword
+            ``predictions``, see `assigners.Predictions`.
         cls_loss: of the logits per level and the indices of the positive ones, as
             `focal_loss_star`.
+        quality_loss: used instead of ``cls_loss``; also of the IoUs per level of the boxes of the
+            positive windows with their objects, as `quality_losses.quality_focal_loss`. It needs
+            a box head.
         box_loss: of the offsets of the F positive windows, those of their objects, and the windows
             ``(x0, y0, x1, y1)`` in pixels, (F, 4) each, as `box_loss`.
         mask_loss: of mask logits and bool targets (F, V, U), for the positive windows of one level
@@ -106,6 +112,7 @@ class Criterion(nn.Module):
         *,
         assigner: Assigner = assign,
         cls_loss: ClsLoss = focal_loss_star,
+        quality_loss: QualityLoss | None = None,
         box_loss: BoxLoss = box_loss,
         mask_loss: MaskLoss = mask_loss,
         box_loss_weight: float = 1.0,
@@ -115,9 +122,14 @@ class Criterion(nn.Module):
     ) -> None:
         super().__init__()
         self.windows, self.assigner = windows, assigner
-        self.cls_loss, self.box_loss, self.mask_loss = cls_loss, box_loss, mask_loss
+        self.cls_loss, self.quality_loss = cls_loss, quality_loss
+        self.box_loss, self.mask_loss = box_loss, mask_loss
         self.box_loss_weight, self.box_weights = box_loss_weight, tuple(box_weights)
         self.mask_loss_weight, self.dice_loss_weight = mask_loss_weight, dice_loss_weight
+
+    @property
+    def needs_predictions(self) -> bool:
+        return getattr(self.assigner, "needs_predictions", False)
 
     def forward(
         self,
@@ -135,22 +147,32 @@ class Criterion(nn.Module):
                 positive windows.
         """
         device = dense.logits[0].device
-        prepared = self.prepare(targets, list(map(size_of, dense.logits)), head.num_classes)
+        predictions = self.predictions(dense, targets, head)
+        grids = list(map(size_of, dense.logits))
+        prepared = self.prepare(targets, grids, head.num_classes, predictions)
         assignment = prepared.assignment
         num_positives = len(assignment.object)
         divisor = normalizer(num_positives) if callable(normalizer) else normalizer
         *index, objects = to_device(prepared.indices, device)
         target_deltas, boxes = to_device(prepared.boxes, device)
 
-        positives = [tuple(column[rows] for column in index) for rows in assignment.levels()]
-        result = {"loss_cls": self.cls_loss(dense.logits, positives) / divisor}
+        levels = assignment.levels()
+        positives = [tuple(column[rows] for column in index) for rows in levels]
+        result: dict[str, Tensor] = {}
+        if self.quality_loss is None:
+            result["loss_cls"] = self.cls_loss(dense.logits, positives) / divisor
         if head.with_boxes:
             columns = assignment.image, assignment.size, assignment.y, assignment.x
             deltas_per_level = [
                 head.deltas_at(dense, level, *(column[rows] for column in columns))
-                for level, rows in enumerate(assignment.levels())
+                for level, rows in enumerate(levels)
             ]
-            loss_box = self.box_loss(torch.cat(deltas_per_level), target_deltas, boxes)
+            deltas = torch.cat(deltas_per_level)
+            loss_box = self.box_loss(deltas, target_deltas, boxes)
+            if self.quality_loss is not None:
+                ious = self._ious(deltas.detach(), target_deltas, boxes)
+                qualities = [ious[rows] for rows in levels]
+                result["loss_cls"] = self.quality_loss(dense.logits, positives, qualities) / divisor
             result["loss_box_reg"] = self.box_loss_weight * loss_box / divisor
         if mask_head is not None:
             masks = [t["masks"] for t in targets]
@@ -159,16 +181,21 @@ class Criterion(nn.Module):
         return result
 
     def prepare(
-        self, targets: list[dict[str, Tensor]], grids: list[tuple[int, int]], num_classes: int
+        self,
+        targets: list[dict[str, Tensor]],
+        grids: list[tuple[int, int]],
+        num_classes: int,
+        predictions: Predictions | None = None,
     ) -> PreparedTargets:
-        """Return the part of the losses that needs no outputs, computed on the CPU.
+        """Return the part of the losses that needs no gradient, computed on the CPU.
 
         Args:
             targets: of `inputs.checked_target`.
             grids: per level ``(H, W)``, rows and columns of windows.
             num_classes: of the model.
+            predictions: for an assigner that needs them.
         """
-        assignment = self.assign([t["boxes"] for t in targets], grids)
+        assignment = self.assign([t["boxes"] for t in targets], grids, predictions)
         image, y, x = assignment.image, assignment.y, assignment.x
         # Rows in the objects of the whole batch.
         first = image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
@@ -182,17 +209,38 @@ class Criterion(nn.Module):
             torch.stack([target_deltas, assignment.boxes]),
         )
 
-    def assign(self, boxes_per_image: list[Tensor], grids: list[tuple[int, int]]) -> Assignment:
+    def predictions(
+        self, dense: DenseOutputs, targets: list[dict[str, Tensor]], head: ClassBoxHead
+    ) -> Predictions | None:
+        """Return what the assigner needs of the outputs; None if it needs none."""
+        if not self.needs_predictions:
+            return None
+        return predictions_of(dense, head, self.windows, targets, self.box_weights)
+
+    def assign(
+        self,
+        boxes_per_image: list[Tensor],
+        grids: list[tuple[int, int]],
+        predictions: Predictions | None = None,
+    ) -> Assignment:
         """Assign objects to the windows of a batch, on grids ``(H, W)`` per level.
 
         Raises:
             UserError: an own assigner returned a window outside of the grid.
         """
-        assignment = self.assigner(boxes_per_image, self.windows, grids)
+        options = {} if predictions is None else {"predictions": predictions}
+        assignment = self.assigner(boxes_per_image, self.windows, grids, **options)
         height, width = torch.tensor(grids)[assignment.level].unbind(1)
         if ((assignment.y >= height) | (assignment.x >= width)).any():
             raise UserError(f"the assigner returned windows outside of the grids (H, W) = {grids}")
         return assignment
+
+    def _ious(self, deltas: Tensor, target_deltas: Tensor, windows: Tensor) -> Tensor:
+        """Return the IoUs (F,) of predicted boxes and those of the objects."""
+        boxes, targets = (
+            decode_boxes(x, windows, self.box_weights) for x in (deltas, target_deltas)
+        )
+        return box_ious(boxes, targets)
 
     def _mask_losses(
         self,

@@ -47,14 +47,14 @@ def focal_loss_star(
     loss: Any = _formula
     if not is_transformed(*logits_per_level):
         loss = _FocalLossStar.apply
-        logits_per_level = [x if _is_channels_last(x) else x.contiguous() for x in logits_per_level]
+        logits_per_level = [x if is_channels_last(x) else x.contiguous() for x in logits_per_level]
     levels = zip(logits_per_level, positives, strict=True)
     return sum(loss(logits, alpha, gamma, *index) for logits, index in levels)
 
 
 def _formula(logits: Tensor, alpha: float, gamma: float, *index: Tensor) -> Tensor:
     """FL* of a level, in operations that every transform supports."""
-    everywhere = _at_least_float32(logits) * gamma
+    everywhere = at_least_float32(logits) * gamma
     positive = everywhere[index]
     background = F.softplus(everywhere).sum() - F.softplus(positive).sum()
     return ((1 - alpha) * background + alpha * F.softplus(-positive).sum()) / gamma
@@ -71,9 +71,9 @@ class _FocalLossStar(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float, *index: Tensor) -> Tensor:
         ctx.save_for_backward(logits, *index)
         ctx.alpha, ctx.gamma = alpha, gamma
-        chunks = (_at_least_float32(chunk) * gamma for chunk in _chunks(logits))
+        chunks = (at_least_float32(chunk) * gamma for chunk in dense_chunks(logits))
         everywhere = torch.stack([F.softplus(chunk).sum() for chunk in chunks]).sum()
-        positive = _at_least_float32(logits[index]) * gamma
+        positive = at_least_float32(logits[index]) * gamma
         background = everywhere - F.softplus(positive).sum()
         return ((1 - alpha) * background + alpha * F.softplus(-positive).sum()) / gamma
 
@@ -82,30 +82,30 @@ class _FocalLossStar(torch.autograd.Function):
         logits, *index = ctx.saved_tensors
         index = tuple(index)
         if torch.is_grad_enabled() or not is_eager(grad):
-            dense = _at_least_float32(logits) * ctx.gamma
+            dense = at_least_float32(logits) * ctx.gamma
             positive = torch.sigmoid(-dense[index]) * (-ctx.alpha * grad)
             out = (dense.sigmoid() * ((1 - ctx.alpha) * grad)).index_put(index, positive)
             return out.to(logits.dtype), None, None, *(None for _ in index)
         out = torch.empty_like(logits)  # of equal strides, because the logits are dense
         factor = (1 - ctx.alpha) * grad
-        for chunk, out_chunk in zip(_chunks(logits), _chunks(out), strict=True):
-            out_chunk.copy_((_at_least_float32(chunk) * ctx.gamma).sigmoid_().mul_(factor))
-        positive = _at_least_float32(logits[index]) * ctx.gamma
+        for chunk, out_chunk in zip(dense_chunks(logits), dense_chunks(out), strict=True):
+            out_chunk.copy_((at_least_float32(chunk) * ctx.gamma).sigmoid_().mul_(factor))
+        positive = at_least_float32(logits[index]) * ctx.gamma
         out[index] = (torch.sigmoid(-positive) * (-ctx.alpha * grad)).to(out.dtype)
         return out, None, None, *(None for _ in index)
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+def dense_chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Split a contiguous or channels_last tensor into 1-dimensional views, in memory order."""
-    row = (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).view(-1)
+    row = (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).view(-1)
     return row.split(_CHUNK if row.device.type == "cpu" else max(1, len(row)))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -118,7 +118,7 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
         >>> mask_loss(torch.zeros(2, 15, 15), torch.zeros(2, 15, 15, dtype=torch.bool))
         tensor(1.3863)
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     # On the CPU also for a GPU, which gets it as a number.
     weight = torch.tensor(positive_weight, dtype=logits.dtype)
     loss = F.binary_cross_entropy_with_logits(
@@ -138,7 +138,7 @@ def dice_loss(logits: Tensor, target_masks: Tensor) -> Tensor:
         >>> dice_loss(torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))  # 5 / 7
         tensor(0.2857)
     """
-    probabilities = _at_least_float32(logits).flatten(1).sigmoid()
+    probabilities = at_least_float32(logits).flatten(1).sigmoid()
     target = target_masks.flatten(1).to(probabilities.dtype)
     overlap = (probabilities * target).sum(1)
     area = probabilities.sum(1) + target.sum(1)

@@ -180,6 +180,12 @@ def check_model(model: Any) -> None:
             "MODEL.TENSOR_MASK.NMS_ON is 'masks', but the model has no mask head "
             "(MODEL.MASK_ON is False): set NMS_ON to 'boxes' or MASK_ON to True"
         )
+    if model.criterion.quality_loss is not None and not model.head.with_boxes:
+        raise UserError(
+            "quality_loss (MODEL.TENSOR_MASK.CLS_LOSS 'quality' and 'varifocal') needs boxes, but "
+            "the model has no box head (BOX_ON is False): set CLS_LOSS to 'focal_star' or BOX_ON "
+            "to True"
+        )
     coarsest = max(_said(model, "backbone.strides") or [1])
     if model.size_divisor % coarsest:
         raise UserError(

@@ -7,19 +7,27 @@ import tiny
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torchvision.ops import box_iou
 
-from tensormask.modeling import TensorMask, Windows, diou_loss, giou_loss
+from tensormask.modeling import (
+    TensorMask,
+    Windows,
+    decode_boxes,
+    diou_loss,
+    giou_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 
 BOXES = [[10.0, 12.0, 40.0, 44.0], [44.0, 6.0, 60.0, 30.0]]
 SMALL = {"num_classes": 3, "fpn_channels": 16, "num_convs": 1, "init": "he", "cls_channels": 16}
 SMALL |= {"bbox_channels": 16, "mask_channels": 16, "windows": Windows.of_strides([4, 8])}
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "giou": {"box_loss": giou_loss},
-    "diou": {"box_loss": diou_loss},
-    "dice": {"dice_loss_weight": 1.0},
-}
-NAMES = {"dice": {"loss_dice"}}
+# Each option once.
+OPTIONS: list[dict[str, Any]] = [
+    {"box_loss": giou_loss, "quality_loss": quality_focal_loss, "dice_loss_weight": 1.0},
+    {"box_loss": diou_loss, "quality_loss": varifocal_loss},
+]
 
 
 class Stem(nn.Module):
@@ -44,23 +52,24 @@ def losses_of(model: TensorMask, num_objects: int = 2) -> dict[str, Tensor]:
     return model([tiny.make_image(64, 64)], [tiny.target(64, 64, BOXES[:num_objects])])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_without_objects(name: str) -> None:
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_without_objects(options: dict) -> None:
     """The losses are finite, and every parameter has a gradient; those of the boxes are 0."""
-    model = build(**OPTIONS[name])
+    model = build(**options)
     losses = losses_of(model, num_objects=0)
-    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_mask"} | NAMES.get(name, set())
+    own = {"loss_dice"} if "dice_loss_weight" in options else set()
+    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_mask"} | own
     assert all(losses[key] == 0 for key in losses.keys() - {"loss_cls"})
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_reduce_their_losses(name: str) -> None:
-    model = build(**OPTIONS[name])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_reduce_their_losses(options: dict) -> None:
+    model = build(**options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
-    for _ in range(20):
+    for _ in range(40):
         losses = losses_of(model)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -84,11 +93,47 @@ def test_keys_of_the_losses() -> None:
     head = "MODEL.TENSOR_MASK."
     opts = [head + "BBOX_REG_LOSS_TYPE", "giou", head + "BBOX_REG_WEIGHTS", [1.0, 1.0, 2.0, 2.0]]
     opts += [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
+    opts += [head + "CLS_LOSS", "varifocal"]
     criterion = tiny.build(opts=opts).criterion
     assert criterion.box_loss_weight == 0.5
     assert criterion.dice_loss_weight == 0.25
+    assert criterion.quality_loss is varifocal_loss
     deltas, window = torch.ones(1, 4), torch.tensor([[0.0, 0.0, 44.0, 44.0]])
     expected = giou_loss(deltas, deltas * 0, window, weights=(1.0, 1.0, 2.0, 2.0))
     assert torch.equal(criterion.box_loss(deltas, deltas * 0, window), expected)
-    with pytest.raises(ValueError, match=r"BBOX_REG_LOSS_TYPE.*nearest name is 'giou'"):
-        tiny.build(opts=[head + "BBOX_REG_LOSS_TYPE", "gious"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["BBOX_REG_LOSS_TYPE", "gious"], r"BBOX_REG_LOSS_TYPE.*nearest name is 'giou'"),
+        (["CLS_LOSS", "focalstar"], r"CLS_LOSS.*nearest name is 'focal_star'"),
+        (["CLS_LOSS", "quality", "BOX_ON", False, "NMS_ON", "masks"], "needs boxes"),
+    ],
+)
+def test_invalid_keys(opts: list, message: str) -> None:
+    opts = [f"MODEL.TENSOR_MASK.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)]
+    with pytest.raises(ValueError, match=message):
+        tiny.build(opts=opts)
+
+
+def test_qualities_are_the_ious_of_the_predicted_boxes() -> None:
+    """Per level, detached, in the order of the positive logits; the box loss stays as it was."""
+    seen: list[tuple] = []
+
+    def quality_loss(*inputs: Any) -> Tensor:
+        seen.append(inputs)
+        return quality_focal_loss(*inputs)
+
+    def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor) -> Tensor:
+        boxes, targets = (decode_boxes(x, windows) for x in (deltas, target_deltas))
+        seen.append(box_iou(boxes, targets).diagonal())
+        return giou_loss(deltas, target_deltas, windows)
+
+    losses = losses_of(build(quality_loss=quality_loss, box_loss=box_loss))
+    ious, (logits, positives, per_level) = seen
+    assert_close(torch.cat(per_level), ious)
+    assert not per_level[0].requires_grad
+    assert [len(x) for x in per_level] == [len(index[0]) for index in positives]
+    assert len(logits) == len(per_level) == 2
+    assert list(losses) == ["loss_cls", "loss_box_reg", "loss_mask"]
