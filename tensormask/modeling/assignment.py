@@ -184,7 +184,7 @@ def find_claims(
     distance = square[:, None, :, 0] + square[:, :, None, 1]  # (P, R rows, R columns)
     central = distance <= radius * radius
     if num_nearest:
-        of_pair = distance.reshape(len(obj), -1)
+        of_pair = distance.reshape(len(obj), len(steps) ** 2)
         central |= (
             distance <= np.partition(of_pair, num_nearest - 1)[:, num_nearest - 1, None, None]
         )

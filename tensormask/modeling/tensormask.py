@@ -228,9 +228,11 @@ class TensorMask(nn.Module):
         features = as_levels(self, "backbone", self.backbone(batch), batch)
         features = as_levels(self, "fpn", self.fpn(features), batch)
         # A compiled head does the same work for every image: best the deltas of all windows. So
-        # does a GPU in inference: the host would wait for the windows of the candidates.
+        # does a GPU in inference: the host would wait for the windows of the candidates. For an
+        # assigner that needs predictions, deltas would be computed twice.
         on_gpu = batch.device.type != "cpu"
         dense_boxes = self._is_compiled() or (on_gpu and not self.training)
+        dense_boxes |= self.training and self.criterion.needs_predictions
         return DenseOutputs(features, *self.head(features, dense_boxes=dense_boxes))
 
     def _is_compiled(self) -> bool:
@@ -285,8 +287,9 @@ class TensorMask(nn.Module):
         (detections,) = rescale_and_clip(self.find_detections(dense, threshold), size, size)
         assignment = None
         if target is not None:
-            boxes = self._checked(target, image)["boxes"]
-            assignment = self.criterion.assign([boxes], list(map(size_of, dense.logits)))
+            checked, grids = self._checked(target, image), list(map(size_of, dense.logits))
+            predictions = self.criterion.predictions(dense, [checked], self.head)
+            assignment = self.criterion.assign([checked["boxes"]], grids, predictions)
         return Inspection(self, dense, threshold, detections, assignment)
 
     # ---- inference ----
