@@ -96,12 +96,15 @@ _DEFAULTS: dict[str, Any] = {
             # Focusing exponent, and weight of the positives, in the classification loss FL*.
             "FOCAL_LOSS_GAMMA": 3.0,
             "FOCAL_LOSS_ALPHA": 0.3,
-            # Which windows are positive for an object: "paper", those within 1 stride of its center
-            # that no other object claims; "nearest", of a claimed window the nearer object wins.
-            # Both use windows that contain the object and are not much larger.
+            # Which windows are positive for an object, of those that contain it and are not much
+            # larger: "paper", those near its center, unless several objects claim one; "nearest",
+            # the same, but the nearest of several objects wins; "atss", the nearest ones of all
+            # levels and sizes; "aligned", near ones with the best scores and boxes.
             "ASSIGNMENT": "paper",
-            # Their radius around the object's center, in strides of the level.
+            # How near: the distance of the centers, in strides of the level.
             "ASSIGN_RADIUS": 1.0,
+            # The largest number of positive windows of an object, for "atss" and "aligned".
+            "ASSIGN_TOPK": 9,
             # Factor of the mask loss, and of its foreground pixels.
             "MASK_LOSS_WEIGHT": 2.0,
             "POSITIVE_WEIGHT": 1.5,

@@ -165,7 +165,7 @@ class AlignedAssigner:
         return trust * (_ALPHA * np.log(score) + _BETA * np.log(iou))
 
 
-def build_assigner(name: str, radius: float = 1.0, topk: int = 9) -> Assigner:
+def make_assigner(name: str, radius: float = 1.0, topk: int = 9) -> Assigner:
     """Return the assigner of a config.
 
     Args:

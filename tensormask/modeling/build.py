@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
-from tensormask.modeling.assigners import build_assigner
+from tensormask.modeling.assigners import Assigner, make_assigner
 from tensormask.modeling.box_losses import box_loss, diou_loss, giou_loss
 from tensormask.modeling.criterion import BoxLoss, QualityLoss
 from tensormask.modeling.losses import focal_loss_star, mask_loss
@@ -86,7 +86,7 @@ def build_model(
         size_divisor=model.SIZE_DIVISOR,
         channels_last=use_channels_last(model.CHANNELS_LAST, device),
         autocast_dtype=autocast_dtype("TEST.AMP", cfg.TEST.AMP),
-        assigner=build_assigner(head.ASSIGNMENT, head.ASSIGN_RADIUS),
+        assigner=build_assigner(cfg),
         box_weights=head.BBOX_REG_WEIGHTS,
         cls_loss=functools.partial(
             focal_loss_star, alpha=head.FOCAL_LOSS_ALPHA, gamma=head.FOCAL_LOSS_GAMMA
@@ -233,6 +233,16 @@ def build_windows(cfg: CfgNode) -> Windows:
         strides=tuple(2**level for level in levels),
         sizes=tuple(tuple(sizes) for sizes in anchors.SIZES),
     )
+
+
+def build_assigner(cfg: CfgNode) -> Assigner:
+    """Return the assigner of a config's model.
+
+    Raises:
+        UserError: its name or a number is invalid.
+    """
+    head = cfg.MODEL.TENSOR_MASK
+    return make_assigner(head.ASSIGNMENT, head.ASSIGN_RADIUS, head.ASSIGN_TOPK)
 
 
 def use_channels_last(value: bool | str, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import get_cfg
 
 from tensormask.modeling import assign, build_model
-from tensormask.modeling.assigners import ASSIGNERS, NearestAssigner, build_assigner
+from tensormask.modeling.assigners import ASSIGNERS, NearestAssigner, make_assigner
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 from tests.modeling.test_assignment import (
@@ -53,18 +53,18 @@ def test_nearest_equals_the_rule(objects, radius) -> None:
     boxes = to_boxes(objects)
     owners = owners_by_the_rule(boxes, WINDOWS, GRIDS, radius)
     expected = {(k, *window) for window, (_, _, k) in owners.items()}
-    assert positives(build_assigner("nearest", radius), boxes) == expected
+    assert positives(make_assigner("nearest", radius), boxes) == expected
     expected = matches_by_the_rule(boxes, WINDOWS, GRIDS, radius)
-    assert positives(build_assigner("paper", radius), boxes) == expected
+    assert positives(make_assigner("paper", radius), boxes) == expected
 
 
 def test_nearest_by_hand() -> None:
     """Two objects of one row, 2 strides apart: they share the window between, half a stride off."""
     boxes = torch.tensor([[36.0, 36.0, 44.0, 44.0], [46.0, 36.0, 54.0, 44.0]])  # x: 10 and 12.5
-    rows = positives(build_assigner("nearest", 1.5), boxes)
+    rows = positives(make_assigner("nearest", 1.5), boxes)
     middle = {(x, k) for k, level, size, y, x in rows if (level, size, y) == (0, 0, 10)}
     assert middle == {(9, 0), (10, 0), (11, 0), (12, 1), (13, 1), (14, 1)}
-    paper = positives(build_assigner("paper", 1.5), boxes)
+    paper = positives(make_assigner("paper", 1.5), boxes)
     assert rows - paper == {(0, 0, 0, 10, 11)}
 
 
@@ -79,7 +79,7 @@ def test_nearest_by_hand() -> None:
 )
 def test_invalid_options(options, message) -> None:
     with pytest.raises(UserError, match=message):
-        build_assigner(*options)
+        make_assigner(*options)
 
 
 def test_config_builds_the_assigner() -> None:
@@ -91,5 +91,5 @@ def test_config_builds_the_assigner() -> None:
 
 @pytest.mark.parametrize("name", ASSIGNERS)
 def test_no_objects(name) -> None:
-    assignment = build_assigner(name)([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
+    assignment = make_assigner(name)([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
     assert assignment.groups() == []
