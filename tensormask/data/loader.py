@@ -12,12 +12,20 @@ import torch
 from torch.utils.data import Dataset
 
 from tensormask.config import CfgNode
+from tensormask.data.augmentation import (
+    Augmentation,
+    build_test_transform,
+    build_train_transform,
+)
 from tensormask.data.catalog import get_dataset
-from tensormask.data.checks.annotations import ImageEntry, is_trainable
+from tensormask.data.checks.annotations import Annotation, ImageEntry, is_trainable
 from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import Classes, check_num_classes, log_match, match_dataset
 from tensormask.data.coco import CocoDataset
+from tensormask.data.geometry import transform_image
 from tensormask.data.images import ImageError
+from tensormask.data.mixing import copy_paste
+from tensormask.data.photometric import draw_distortion
 from tensormask.data.prefetch import BatchLoader
 from tensormask.data.samplers import (
     AUGMENTATION,
@@ -27,14 +35,7 @@ from tensormask.data.samplers import (
     ShareSampler,
     random_stream,
 )
-from tensormask.data.transforms import (
-    Augmentation,
-    build_test_transform,
-    build_train_transform,
-    image_to_tensor,
-    transform_annotations,
-    transform_image,
-)
+from tensormask.data.transforms import image_to_tensor, transform_annotations
 from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
@@ -227,30 +228,59 @@ class TrainingSet(Dataset):
         issues: list[tuple[str, str, Identity]] = []
         rng = random_stream(self.seed, REPLACEMENT, position)
         for attempt in (index, *rng.integers(len(self), size=_MAX_REPLACEMENTS)):
-            dataset = self.datasets[self._set_of[attempt]]
-            image, annotations = dataset.record(self._index_in_set[attempt])
-            try:
-                rgb = dataset.load_image(image)
+            loaded = self._load(attempt, issues)
+            if loaded is not None:
                 break
-            except ImageError as error:
-                issues.append((dataset.name, error.kind, image["id"]))
         else:
             return {"image": None, "issues": issues}
         rng = random_stream(self.seed, AUGMENTATION, position)
-        geometry = self.augmentation.draw(rgb.shape[:2], rng)
-        annotations = [a for a in annotations if is_trainable(a, image)]
-        labels = [dataset.label_of(annotation) for annotation in annotations]
-        target, included = transform_annotations(annotations, labels, geometry)
-        too_small = [annotations[i]["id"] for i in np.flatnonzero(~included)]
+        dataset, image, annotations, rgb = loaded
+        rgb, target, too_small = self._augment(dataset, annotations, rgb, rng)
+        too_small_ids = [annotations[i]["id"] for i in np.flatnonzero(too_small)]
+        if rng.random() < self.augmentation.copy_paste:
+            other = self._load(int(rng.integers(len(self))), issues)
+            if other is not None:
+                source, source_target, _ = self._augment(other[0], other[2], other[3], rng)
+                rgb, target = copy_paste(rgb, target, source, source_target, rng)
         sample = {
             **_describe(dataset, image),
-            "image": image_to_tensor(transform_image(rgb, geometry)),
+            "image": image_to_tensor(rgb),
             "target": target,
-            "issues": issues + [(dataset.name, "object_too_small", i) for i in too_small],
+            "issues": issues + [(dataset.name, "object_too_small", i) for i in too_small_ids],
         }
         if self.mapper is None:
             return sample
         return self.mapper(sample, random_stream(self.seed, MAPPER, position))
+
+    def _load(
+        self, index: int, issues: list[tuple[str, str, Identity]]
+    ) -> tuple[CocoDataset, ImageEntry, list[Annotation], np.ndarray] | None:
+        """Return an image with its set, entry and objects, or add to `issues` and return None."""
+        dataset = self.datasets[self._set_of[index]]
+        image, annotations = dataset.record(self._index_in_set[index])
+        try:
+            rgb = dataset.load_image(image)
+        except ImageError as error:
+            issues.append((dataset.name, error.kind, image["id"]))
+            return None
+        return dataset, image, [a for a in annotations if is_trainable(a, image)], rgb
+
+    def _augment(
+        self,
+        dataset: CocoDataset,
+        annotations: list[Annotation],
+        rgb: np.ndarray,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, dict[str, torch.Tensor], np.ndarray]:
+        """Return the augmented image, its target, and which objects are empty at this size."""
+        augmentation = self.augmentation
+        geometry = augmentation.draw(rgb.shape[:2], rng)
+        recolor = None
+        if augmentation.photometric:
+            recolor = draw_distortion(augmentation.photometric, rng)
+        labels = [dataset.label_of(annotation) for annotation in annotations]
+        target, too_small = transform_annotations(annotations, labels, geometry)
+        return transform_image(rgb, geometry, recolor), target, too_small
 
     def aspect_groups(self) -> list[int]:
         """Return the group of each image: 0 if it is wider than high, else 1."""

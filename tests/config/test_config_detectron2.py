@@ -248,7 +248,7 @@ def test_ignored_overrides_are_logged(caplog):
     "key, value",
     [
         *(("MODEL.KEYPOINT_ON", "True"), ("MODEL.LOAD_PROPOSALS", "True")),
-        *(("INPUT.CROP.ENABLED", "True"), ("TEST.AUG.ENABLED", "True")),
+        ("TEST.AUG.ENABLED", "True"),
         *(("TEST.PRECISE_BN.ENABLED", "True"), ("VIS_PERIOD", "100")),
         *(("MODEL.RESNETS.NUM_GROUPS", "32"), ("MODEL.RESNETS.RES5_DILATION", "2")),
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "(False, True, True, True)"),

@@ -208,7 +208,7 @@ def test_from_config():
         {"min_sizes": (5,), "sampling": "range"},
         {"min_sizes": (9, 5), "sampling": "range"},
         {"min_sizes": (5,), "sampling": "some"},
-        {"min_sizes": (5,), "flip": "both"},
+        {"min_sizes": (5,), "flip": "diagonal"},
     ],
 )
 def test_invalid_augmentations_are_refused(arguments):
