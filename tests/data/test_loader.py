@@ -99,6 +99,57 @@ def test_batches_are_independent_of_workers_and_resuming(small_set, grouping):
     assert_same(batches[5:], take(make_cfg(small_set, **overrides), 7, start=5))
 
 
+AUGMENTATIONS = {
+    "flips and rotations": {"INPUT.RANDOM_FLIP": "both", "INPUT.ROTATE_90": True},
+    "jitter": {"INPUT.SCALE_JITTER": (0.5, 2.0), "INPUT.SCALE_JITTER_SIZE": (24, 32)},
+    "crop": {"INPUT.CROP.ENABLED": True, "INPUT.CROP.SIZE": [0.5, 0.5]},
+    "zoom-out": {"INPUT.ZOOM_OUT": 0.5},
+    "colors": {"INPUT.PHOTOMETRIC": 0.5},
+    "copy-paste": {"INPUT.COPY_PASTE": 0.7},
+}
+AUGMENTATIONS["all"] = {key: value for one in AUGMENTATIONS.values() for key, value in one.items()}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_depend_on_seed_and_position_only(small_set, name):
+    overrides = AUGMENTATIONS[name]
+    batches = take(make_cfg(small_set, **overrides), 12)
+    plain = take(make_cfg(small_set), 12)
+    with pytest.raises(AssertionError):
+        assert_same(batches, plain)
+    num_workers = {"DATALOADER.NUM_WORKERS": 1}
+    assert_same(batches[5:], take(make_cfg(small_set, **overrides, **num_workers), 7, start=5))
+    for sample, other in zip(samples_of(batches), samples_of(plain), strict=True):
+        assert sample["image_id"] == other["image_id"]
+        height, width = sample["image"].shape[1:]
+        target = sample["target"]
+        assert target["masks"].shape == (len(target["labels"]), height, width)
+        assert target["masks"].any(dim=2).any(dim=1).all()
+        assert (target["boxes"] >= 0).all()
+        assert (target["boxes"][:, 2:] <= torch.tensor([width, height])).all()
+        assert len(target["boxes"]) == len(target["labels"])
+        if "INPUT.SCALE_JITTER" in overrides:
+            assert (height, width) == (24, 32)
+
+
+def test_objects_that_a_crop_hides_are_no_issues(small_set):
+    crop = {"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute", "INPUT.CROP.SIZE": [4, 4]}
+    samples = samples_of(take(make_cfg(small_set, **crop), 20))
+    assert any(len(sample["target"]["labels"]) == 0 for sample in samples)
+    assert not any(sample["issues"] for sample in samples)
+
+
+def test_copy_paste_adds_objects_and_survives_a_broken_image(small_set, tmp_path):
+    cfg = make_cfg(small_set, **{"INPUT.COPY_PASTE": 1.0})
+    counts = Counter(len(sample["target"]["labels"]) for sample in samples_of(take(cfg, 30)))
+    assert set(counts) == {1, 2}  # or 1 if the pasted object covers the other one
+    for image_id in (1, 2, 6, 7, 8):
+        (tmp_path / f"{image_id}.png").write_text("no image")
+    samples = samples_of(take(cfg, 10))
+    assert {sample["image_id"] for sample in samples} == {3}
+    assert any(("image_broken" in issue) for sample in samples for issue in sample["issues"])
+
+
 def test_the_global_random_state_is_neither_read_nor_changed(small_set):
     batches = take(make_cfg(small_set), 3)
     torch.manual_seed(123)
