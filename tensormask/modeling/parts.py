@@ -186,6 +186,11 @@ def check_model(model: Any) -> None:
             "the model has no box head (BOX_ON is False): set CLS_LOSS to 'focal_star' or BOX_ON "
             "to True"
         )
+    if model.criterion.needs_predictions and not model.head.with_boxes:
+        raise UserError(
+            "the assigner (MODEL.TENSOR_MASK.ASSIGNMENT 'aligned') needs boxes, but the model has "
+            "no box head (BOX_ON is False): set ASSIGNMENT to 'nearest' or BOX_ON to True"
+        )
     coarsest = max(_said(model, "backbone.strides") or [1])
     if model.size_divisor % coarsest:
         raise UserError(

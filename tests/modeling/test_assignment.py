@@ -16,19 +16,29 @@ WINDOWS = Windows(strides=(4, 8, 16), sizes=((44, 60), (88, 120), (176, 240)))
 GRIDS = [(25, 30), (13, 15), (7, 8)]
 
 
+def kth_distance(x: float, y: float, k: int) -> float:
+    """Return the squared distance of a point from the k-th nearest of all integer points."""
+    points = itertools.product(*(range(int(c) - 6, int(c) + 7) for c in (x, y)))
+    return sorted((x - u) ** 2 + (y - v) ** 2 for u, v in points)[k - 1]
+
+
 def claims_by_the_rule(
-    boxes, windows: Windows, grids, radius: float = 1.0
+    boxes, windows: Windows, grids, radius: float = 1.0, num_nearest: int = 0
 ) -> dict[tuple[int, ...], dict[int, float]]:
     """Test every window against every object: squared distances by (level, size, y, x), object."""
     matches, boxes = {}, boxes.tolist()
     for level, (stride, sizes) in enumerate(zip(windows.strides, windows.sizes, strict=True)):
+        limits = [radius**2] * len(boxes)
+        if num_nearest:
+            centers = [((x0 + x1) / 2 / stride, (y0 + y1) / 2 / stride) for x0, y0, x1, y1 in boxes]
+            limits = [max(radius**2, kth_distance(*center, num_nearest)) for center in centers]
         for s, side in enumerate(sizes):
             for y, x in itertools.product(*map(range, grids[level])):
                 cx, cy = x * stride, y * stride
                 for k, (x0, y0, x1, y1) in enumerate(boxes):
                     dx, dy = (x0 + x1) / 2 - cx, (y0 + y1) / 2 - cy
                     distance = (dx / stride) ** 2 + (dy / stride) ** 2
-                    if distance > radius**2:
+                    if distance > limits[k]:
                         continue
                     inside = cx - side / 2 <= x0 and x1 <= cx + side / 2
                     inside = inside and cy - side / 2 <= y0 and y1 <= cy + side / 2
