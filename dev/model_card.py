@@ -11,6 +11,7 @@ writes the card. The images are:
 """
 
 import argparse
+import json
 import math
 import tempfile
 from collections import defaultdict
@@ -93,12 +94,15 @@ def measure(weights: Path, nuclei: Path, photos: Path) -> tuple[dict[str, Any], 
         `{"val": {group: row}, "changes": {change: row}, "photos": row}`, see `score` and
         `count_detections`, and the threshold on scores with the best F1 of masks on val.
     """
-    results, coco, threshold = detect(
-        weights, f"{nuclei / 'instances_val.json'}@{nuclei / 'val'}", None
-    )
+    json_file = nuclei / "instances_val.json"
+    kinds = {
+        image["id"]: image["modality"]
+        for image in json.loads(json_file.read_text(encoding="utf-8"))["images"]
+    }
+    results, coco, threshold = detect(weights, f"{json_file}@{nuclei / 'val'}")
     val = {
         name: score(coco, results, image_ids, threshold)
-        for name, image_ids in find_groups(coco).items()
+        for name, image_ids in find_groups(coco, kinds).items()
     }
     changes = {}
     for name, change in CHANGES.items():
@@ -110,7 +114,7 @@ def measure(weights: Path, nuclei: Path, photos: Path) -> tuple[dict[str, Any], 
 
 
 def detect(
-    weights: Path, name: str, change: Callable[[Tensor], Tensor] | None
+    weights: Path, name: str, change: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[list[dict[str, Any]], COCO, float]:
     """Return the detections of a data set in COCO's format, its annotations, and the threshold."""
     cfg, path, content = find_trained_model(weights)
@@ -134,13 +138,17 @@ def changed(
         yield [{**sample, "image": change(sample["image"])} for sample in samples]
 
 
-def find_groups(coco: COCO) -> dict[str, list[int]]:
-    """Return the ids of images by the name of a group; an image is in several."""
+def find_groups(coco: COCO, kinds: Mapping[int, str]) -> dict[str, list[int]]:
+    """Return the ids of images by the name of a group; an image is in several.
+
+    Args:
+        kinds: the kind of microscopy of each image, by its id.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
-    for image_id, image in sorted(coco.imgs.items()):
+    for image_id in sorted(coco.imgs):
         sides = [math.sqrt(nucleus["area"]) for nucleus in coco.imgToAnns[image_id]]
         size = median(sides) if sides else 0
-        names = ["all", image["modality"]]
+        names = ["all", kinds[image_id]]
         names += [name for name, (low, high) in CROWDS.items() if low <= len(sides) < high]
         names += [name for name, (low, high) in SIZES.items() if low <= size < high]
         for name in names:
