@@ -1,8 +1,10 @@
 """setup.py: what it builds and reports, pinned requirements, and a wheel that works elsewhere."""
 
+import io
 import itertools
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,9 +15,16 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
+from tiny import build as build_tiny
+from tiny import get_cfg
+
+from tensormask.commands import convert_weights
+from tensormask.model_zoo import PACKAGED
 
 ROOT = Path(__file__).parents[1]
+MAX_WHEEL_BYTES = 10e6  # 2.2 MB of images, 5 MB of weights
 VARIABLES = (
     *("FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"),
     *("TENSORMASK_WITH_EXT", "TENSORMASK_WITHOUT_EXT"),
@@ -247,7 +256,7 @@ def test_wheels_from_the_sdist_in_clean_environments(tmp_path) -> None:
         run(*pip, "wheel", "-q", "--no-deps", "--wheel-dir", wheels, sdist)
         (wheel,) = wheels.glob("*.whl")
         assert f"-{tag}" in wheel.name
-        assert wheel.stat().st_size < 8e6
+        assert wheel.stat().st_size < MAX_WHEEL_BYTES
         run(*pip, "install", "-q", "--no-index", "--no-deps", wheel)
 
     sdist_command = ["egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
@@ -270,3 +279,73 @@ def test_wheels_from_the_sdist_in_clean_environments(tmp_path) -> None:
     weights = tmp_path / "output" / "quickstart" / "model_final.pth"
     run(tensormask, "predict", image, "--weights", weights, "--output", "drawn")
     assert (tmp_path / "drawn" / f"{image.stem}.png").is_file()
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*args):
+    raise AssertionError("the network is used")
+socket.socket.connect = socket.getaddrinfo = refuse
+from tensormask import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+SOURCES = ("tensormask", "configs", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.mark.slow
+def test_a_wheel_finds_nuclei_without_repository_and_network(tmp_path) -> None:
+    """A tiny model stands in for the weights where they are not in the clone."""
+    source, name = tmp_path / "source", f"{PACKAGED}.safetensors"
+    source.mkdir()
+    for entry in SOURCES:
+        copy = shutil.copytree if (ROOT / entry).is_dir() else shutil.copy
+        copy(ROOT / entry, source / entry)
+    weights = source / "tensormask" / "weights" / name
+    has_weights = weights.is_file()
+    if not has_weights:
+        (tmp_path / "model.pth").write_bytes(tiny_checkpoint())
+        words = [str(tmp_path / "model.pth"), str(weights), "--dtype", "float16"]
+        assert convert_weights.main([*words, "--to", "tensormask"]) == 0
+
+    def run(*command: str | Path, cwd: Path = tmp_path) -> str:
+        env = clean_environment(TENSORMASK_WITHOUT_EXT="1", PYTHONDONTWRITEBYTECODE="1")
+        env |= {"HOME": str(tmp_path / "home"), "TENSORMASK_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", tmp_path, cwd=source)
+    (wheel,) = tmp_path.glob("*-none-any.whl")
+    assert not has_weights or wheel.stat().st_size < MAX_WHEEL_BYTES
+    python = make_environment(tmp_path / "environment", linked=False)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index"]
+    run(*pip, "--no-deps", wheel)
+    shutil.rmtree(source)
+
+    (package,) = (tmp_path / "environment").glob("lib/python*/site-packages/tensormask")
+    assert (package / "weights" / "README.md").is_file()
+    before = sorted(package.rglob("*"))
+    image = package / "data" / "nuclei" / "val" / "001.jpg"
+    printed = run(python, "-I", "-B", "-c", OFFLINE, "predict", image)
+    assert f"model {PACKAGED}, finds cell nuclei; other objects need --weights\n" in printed
+    assert "in 1 images" in printed
+    assert sorted(p.name for p in (tmp_path / "output" / "predict").iterdir()) == [
+        "001.png", "detections.json",
+    ]  # fmt: skip
+    assert sorted(package.rglob("*")) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def tiny_checkpoint() -> bytes:
+    opts = [
+        "MODEL.TENSOR_MASK.NUM_CLASSES",
+        1,
+        "INPUT.MIN_SIZE_TEST",
+        64,
+        "INPUT.MAX_SIZE_TEST",
+        64,
+    ]
+    content = {"model": build_tiny(opts=opts).state_dict(), "config": get_cfg(opts=opts).dump()}
+    file = io.BytesIO()
+    torch.save(content | {"class_names": ["nucleus"], "category_ids": [1]}, file)
+    return file.getvalue()
