@@ -75,7 +75,7 @@ def parts_of(model: Any) -> list[Part]:
         }
         functions = [
             ("preprocess", model, "preprocess"),
-            ("box tower", model.head, "deltas_at"),
+            ("box tower", model.head, "outputs_at"),
             ("candidates and NMS", tensormask, "find_detections"),
             ("op at windows", mask_head, "swap_align2nat_at"),
             ("rest of the mask head, sigmoid", tensormask, "masks_at_windows"),

@@ -38,6 +38,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *(f"{_HEAD}.ASSIGNMENT", f"{_HEAD}.ASSIGN_RADIUS", f"{_HEAD}.ASSIGN_TOPK"),
         *(f"{_HEAD}.DICE_LOSS_WEIGHT", f"{_HEAD}.BBOX_REG_LOSS_TYPE"),
         *(f"{_HEAD}.BBOX_REG_LOSS_WEIGHT", f"{_HEAD}.CLS_LOSS"),
+        f"{_HEAD}.MASK_IOU_LOSS_WEIGHT",
         *("SOLVER.LR_SCHEDULER_NAME", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.GAMMA"),
         *("SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "SOLVER.BIAS_LR_FACTOR"),
         *("SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_METHOD"),
@@ -64,7 +65,8 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *(f"{_HEAD}.BBOX_CHANNELS", f"{_HEAD}.MASK_CHANNELS", f"{_HEAD}.NUM_CLASSES"),
         *(f"{_HEAD}.BBOX_REG_WEIGHTS", f"{_HEAD}.HEAD", f"{_HEAD}.ALIGNED_ON"),
         *(f"{_HEAD}.BIPYRAMID_ON", f"{_HEAD}.UPSCALE_LAMBDA", f"{_HEAD}.UPSCALE_MODE"),
-        *(f"{_HEAD}.NORM", f"{_HEAD}.BOX_ON", "INPUT.FORMAT", "SOLVER.OPTIMIZER"),
+        *(f"{_HEAD}.NORM", f"{_HEAD}.BOX_ON", f"{_HEAD}.MASK_IOU_ON"),
+        *("INPUT.FORMAT", "SOLVER.OPTIMIZER"),
     ),
     Effect.UNUSED: (
         *("VERSION", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", f"{_HEAD}.INIT"),

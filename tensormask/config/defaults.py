@@ -110,6 +110,10 @@ _DEFAULTS: dict[str, Any] = {
             "POSITIVE_WEIGHT": 1.5,
             # Factor of a Dice loss of the masks beside it, loss_dice; none if 0.
             "DICE_LOSS_WEIGHT": 0.0,
+            # Predict the IoU of each window's mask by the box head, which rescales scores in
+            # inference; and the factor of its loss.
+            "MASK_IOU_ON": False,
+            "MASK_IOU_LOSS_WEIGHT": 1.0,
             # Loss of the boxes, and its factor: "l1" of their deltas, or "giou" or "diou" of the
             # boxes. Where gradients are clipped, a larger factor makes the other losses smaller.
             "BBOX_REG_LOSS_TYPE": "l1",
@@ -298,6 +302,16 @@ _DEFAULTS: dict[str, Any] = {
             # Mixed precision in inference, and its half-precision type: "bfloat16" or "float16".
             "ENABLED": False,
             "DTYPE": "bfloat16",
+        },
+        "AUG": {
+            # Test-time augmentation: detect in several sizes of each image, and merge. The sizes
+            # are made from the image at MIN_SIZE_TEST, or from the original one if that is 0.
+            "ENABLED": False,
+            # Shorter sides in pixels, and the upper limit of the longer side.
+            "MIN_SIZES": (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+            "MAX_SIZE": 4000,
+            # Detect in the flip of each of them, too, left to right.
+            "FLIP": True,
         },
         # Let NMS compare boxes of different classes, too: an object gets the best of its classes.
         "CLASS_AGNOSTIC_NMS": False,

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers.norm import LayerNorm2d, LevelNorms, is_local
-from tensormask.layers.winograd import Conv2d
+from tensormask.layers.winograd import Conv2d, conv2d
 
 
 def is_plain(module: nn.Module | None, *types: type[nn.Module]) -> bool:
@@ -51,10 +51,20 @@ def is_plain_conv(module: nn.Module) -> bool:
     )
 
 
+class Kernel(NamedTuple):
+    """Weight (C', C, 3, 3) and bias of a convolution of stride 1 and padding 1."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv2d(x, *self, padding=(1, 1))
+
+
 class PlainLayer(NamedTuple):
     """A plain 3x3 convolution of stride 1 and padding 1, and the norm of its result."""
 
-    conv: nn.Conv2d
+    conv: nn.Conv2d | Kernel
     norm: nn.Module | None = None
 
 

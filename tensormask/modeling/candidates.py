@@ -13,6 +13,9 @@ from tensormask.modeling.box_coder import decode_boxes
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.windows import Windows
 
+# Scores above it are candidates if a lower threshold is not asked for, see `find_candidates`.
+_ENOUGH = 0.05
+
 
 class Candidates(NamedTuple):
     """K (window, class) pairs of an image, best first; int64 (K,) unless stated."""
@@ -33,12 +36,13 @@ class Candidates(NamedTuple):
 
 def find_candidates(
     logits_per_level: list[Tensor],
-    deltas_at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
+    outputs_at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
     windows: Windows,
     *,
     box_weights: tuple[float, ...],
     score_threshold: float,
     num_candidates: int,
+    mask_iou: bool = False,
     classes: Sequence[int] | None = None,
 ) -> Candidates:
     """Return the best (window, class) pairs of one image, before NMS.
@@ -46,17 +50,27 @@ def find_candidates(
     On a GPU their number does not depend on the scores, because the host would wait for it: pairs
     that are not above the threshold follow, with score -1.
 
+    With ``mask_iou``, the final score is the geometric mean of the class score and the predicted
+    IoU of the mask (Huang et al., arXiv 1903.00241, multiply them, which orders candidates alike).
+    It has to be above the threshold; the class score may be lower, down to the smaller of the
+    threshold and 0.05. The candidates are those with the best class scores.
+
     Args:
         logits_per_level: per level (num_sizes * num_classes, H, W).
-        deltas_at: from ``(level, size, y, x)`` of K windows, int64 (K,) each, to the deltas (K, 4)
-            of their boxes. None without a box head: the boxes are then the windows.
+        outputs_at: from ``(level, size, y, x)`` of K windows, int64 (K,) each, to the outputs of
+            the box head (K, 4) or (K, 5), the deltas of their boxes and the logits of the IoUs.
+            None without a box head: the boxes are then the windows.
         windows: their geometry.
         box_weights: of `box_coder`.
         score_threshold: scores must be above it.
         num_candidates: the maximum over all levels.
+        mask_iou: whether the outputs have IoUs.
         classes: labels of the candidates; None for all.
     """
-    odds = score_threshold / (1 - score_threshold)
+    lowest = score_threshold
+    if mask_iou:  # sqrt(score * IoU) above the threshold needs a score above its square
+        lowest = max(score_threshold**2, min(score_threshold, _ENOUGH))
+    odds = lowest / (1 - lowest)
     threshold = math.log(odds) if odds > 0 else -math.inf
     device = logits_per_level[0].device
     num_labels = len(logits_per_level[0]) // windows.num_sizes
@@ -94,9 +108,18 @@ def find_candidates(
     if classes is not None:
         label = labels_of[label]
     window_boxes = boxes = windows.boxes(level, size, y, x)
-    if deltas_at is not None:
-        boxes = decode_boxes(deltas_at(level, size, y, x).float(), window_boxes, box_weights)
-    return Candidates(boxes, scores, label, level, size, y, x, window_boxes)
+    outputs = None if outputs_at is None else outputs_at(level, size, y, x).float()
+    if outputs is not None:
+        boxes = decode_boxes(outputs[:, :4], window_boxes, box_weights)
+    candidates = Candidates(boxes, scores, label, level, size, y, x, window_boxes)
+    if outputs is None or not mask_iou:
+        return candidates
+    scores = (scores * outputs[:, 4].sigmoid()).sqrt()  # NaN of those with score -1
+    scores = torch.where(scores > score_threshold, scores, -1.0)
+    order = scores.argsort(descending=True, stable=True)
+    if device.type == "cpu":
+        order = order[scores[order] >= 0]
+    return candidates._replace(scores=scores).select(order)
 
 
 def _above(logits: Tensor, threshold: float, largest: int) -> tuple[Tensor, Tensor]:
@@ -114,27 +137,28 @@ def cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def deltas_of_candidates(
+def outputs_of_candidates(
     head: ClassBoxHead, image: DenseOutputs, level: Tensor, size: Tensor, y: Tensor, x: Tensor
 ) -> Tensor:
-    """Return the deltas (K, 4) of K windows of any levels of one image, int64 (K,) each."""
+    """Return `ClassBoxHead.outputs_at` of K windows of any levels of one image, int64 (K,) each."""
     if image.deltas is None:
         rows = [torch.where(level == k)[0] for k in range(len(image.features))]
         parts = [
-            head.deltas_at(image, k, torch.zeros_like(row), size[row], y[row], x[row])
+            head.outputs_at(image, k, torch.zeros_like(row), size[row], y[row], x[row])
             for k, row in enumerate(rows)
         ]
-        deltas = parts[0].new_empty(len(level), 4)
-        deltas[torch.cat(rows)] = torch.cat(parts)
-        return deltas
+        outputs = parts[0].new_empty(len(level), head.num_outputs)
+        outputs[torch.cat(rows)] = torch.cat(parts)
+        return outputs
     grids = [d.shape[-2:] for d in image.deltas]
     counts = (head.num_sizes * height * width for height, width in grids)
     table = [
         (*grid, n) for grid, n in zip(grids, itertools.accumulate(counts, initial=0), strict=False)
     ]
     height, width, first = to_device(torch.tensor(table), level.device)[level].unbind(1)
-    # (num_sizes * H * W, 4) of each level
+    # (num_sizes * H * W, num_outputs) of each level
     rows_per_level = [
-        d[0].unflatten(0, (-1, 4)).movedim(1, -1).flatten(0, -2) for d in image.deltas
+        d[0].unflatten(0, (-1, head.num_outputs)).movedim(1, -1).flatten(0, -2)
+        for d in image.deltas
     ]
     return cat(rows_per_level)[first + (size * height + y) * width + x]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormask.layers import crop_masks
@@ -18,7 +19,13 @@ from tensormask.modeling.box_coder import BOX_WEIGHTS, decode_boxes, encode_boxe
 from tensormask.modeling.box_losses import box_ious, box_loss
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inputs import size_of
-from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
+from tensormask.modeling.losses import (
+    at_least_float32,
+    dice_loss,
+    focal_loss_star,
+    mask_ious,
+    mask_loss,
+)
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -72,6 +79,7 @@ class CriterionOptions(TypedDict, total=False):
     box_loss_weight: float
     mask_loss_weight: float
     dice_loss_weight: float
+    mask_iou_loss_weight: float
     box_weights: tuple[float, ...]
 
 
@@ -97,6 +105,8 @@ class Criterion(nn.Module):
             and size at a time, as `mask_loss`.
         box_loss_weight, mask_loss_weight: factors of these losses.
         dice_loss_weight: factor of `losses.dice_loss`, which is added; it is not computed if 0.
+        mask_iou_loss_weight: factor of the loss of a head's predicted IoUs of masks: binary
+            cross-entropy with the IoU of the mask as target.
         box_weights: factors of the offsets ``(dx, dy, dw, dh)``.
 
     Example:
@@ -118,6 +128,7 @@ class Criterion(nn.Module):
         box_loss_weight: float = 1.0,
         mask_loss_weight: float = 2.0,
         dice_loss_weight: float = 0.0,
+        mask_iou_loss_weight: float = 1.0,
         box_weights: tuple[float, ...] = BOX_WEIGHTS,
     ) -> None:
         super().__init__()
@@ -126,6 +137,7 @@ class Criterion(nn.Module):
         self.box_loss, self.mask_loss = box_loss, mask_loss
         self.box_loss_weight, self.box_weights = box_loss_weight, tuple(box_weights)
         self.mask_loss_weight, self.dice_loss_weight = mask_loss_weight, dice_loss_weight
+        self.mask_iou_loss_weight = mask_iou_loss_weight
 
     @property
     def needs_predictions(self) -> bool:
@@ -159,15 +171,18 @@ class Criterion(nn.Module):
         levels = assignment.levels()
         positives = [tuple(column[rows] for column in index) for rows in levels]
         result: dict[str, Tensor] = {}
+        iou_logits: Tensor | None = None
         if self.quality_loss is None:
             result["loss_cls"] = self.cls_loss(dense.logits, positives) / divisor
         if head.with_boxes:
             columns = assignment.image, assignment.size, assignment.y, assignment.x
-            deltas_per_level = [
-                head.deltas_at(dense, level, *(column[rows] for column in columns))
+            outputs_per_level = [
+                head.outputs_at(dense, level, *(column[rows] for column in columns))
                 for level, rows in enumerate(levels)
             ]
-            deltas = torch.cat(deltas_per_level)
+            deltas = torch.cat(outputs_per_level)
+            if head.mask_iou:
+                deltas, iou_logits = deltas[:, :4], deltas[:, 4]
             loss_box = self.box_loss(deltas, target_deltas, boxes)
             if self.quality_loss is not None:
                 ious = self._ious(deltas.detach(), target_deltas, boxes)
@@ -176,7 +191,9 @@ class Criterion(nn.Module):
             result["loss_box_reg"] = self.box_loss_weight * loss_box / divisor
         if mask_head is not None:
             masks = [t["masks"] for t in targets]
-            losses = self._mask_losses(mask_head, dense.features, assignment, masks, objects, boxes)
+            losses = self._mask_losses(
+                mask_head, dense.features, assignment, masks, objects, boxes, iou_logits
+            )
             result.update((name, loss / divisor) for name, loss in losses.items())
         return result
 
@@ -250,10 +267,12 @@ class Criterion(nn.Module):
         masks: list[Tensor],
         objects: Tensor,
         boxes: Tensor,
+        iou_logits: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the mask losses of the positive windows, summed and weighted.
 
-        ``objects`` and ``boxes`` are those of the assignment, on the device of the model.
+        ``objects`` and ``boxes`` are those of the assignment, on the device of the model, and so
+        are ``iou_logits`` (F,), if any.
         """
         # On the CPU, where the mask head chooses the tiles to compute.
         windows = torch.stack([assignment.image, assignment.y, assignment.x], dim=1)
@@ -266,6 +285,7 @@ class Criterion(nn.Module):
         logits_per_group = mask_head(features, [(k, s, windows[at]) for k, s, at in groups])
         masks = [_to_crop(of_image, boxes.dtype) for of_image in masks]
         losses: dict[str, list[Tensor]] = {}
+        ious = []
         for (level, size, at), logits in zip(groups, logits_per_group, strict=True):
             split = assignment.counts[level][size]  # by image
             per_image = zip(masks, objects[at].split(split), boxes[at].split(split), strict=True)
@@ -273,7 +293,19 @@ class Criterion(nn.Module):
             losses.setdefault("loss_mask", []).append(self.mask_loss(logits, target))
             if self.dice_loss_weight:
                 losses.setdefault("loss_dice", []).append(dice_loss(logits, target))
-        weights = {"loss_mask": self.mask_loss_weight, "loss_dice": self.dice_loss_weight}
+            if iou_logits is not None:
+                ious.append(mask_ious(logits.detach(), target))
+        if iou_logits is not None:
+            # Sizes without windows are last, and empty: the order is that of the assignment.
+            loss = F.binary_cross_entropy_with_logits(
+                at_least_float32(iou_logits), torch.cat(ious), reduction="sum"
+            )
+            losses["loss_mask_iou"] = [loss]
+        weights = {
+            "loss_mask": self.mask_loss_weight,
+            "loss_dice": self.dice_loss_weight,
+            "loss_mask_iou": self.mask_iou_loss_weight,
+        }
         return {
             name: weights[name] * functools.reduce(torch.add, per_group)
             for name, per_group in losses.items()

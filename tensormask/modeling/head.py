@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
 from tensormask.layers.norm import LevelNorms, LevelTower
-from tensormask.layers.plain import is_plain, plain_tower
+from tensormask.layers.plain import Kernel, PlainLayer, is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import get_norm
 from tensormask.modeling.tiles import convolve_at
@@ -78,7 +78,7 @@ class DenseOutputs(NamedTuple):
 
     features: list[Tensor]  # (N, C, H, W)
     logits: list[Tensor]  # (N, num_sizes * num_classes, H, W)
-    deltas: list[Tensor] | None  # (N, num_sizes * 4, H, W)
+    deltas: list[Tensor] | None  # (N, num_sizes * num_outputs, H, W), of the box head
 
     def image(self, n: int) -> "DenseOutputs":
         """Return the outputs of one image, as those of a batch of one."""
@@ -90,10 +90,13 @@ class DenseOutputs(NamedTuple):
 class ClassBoxHead(nn.Module):
     """Score each window for each class and, with a box head, regress a box from it.
 
+    With ``mask_iou``, the box head also predicts the IoU of the window's mask with the object's.
+
     Args:
         in_channels: channels of the pyramid.
         num_sizes: windows at each location.
         num_classes: classes without background.
+        mask_iou: predict IoUs of masks; needs ``with_boxes``.
         cls_channels, bbox_channels, num_convs: of the towers.
         norm, num_levels: of the towers, see `conv_tower`.
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
@@ -114,6 +117,7 @@ class ClassBoxHead(nn.Module):
         num_classes: int,
         *,
         with_boxes: bool = True,
+        mask_iou: bool = False,
         cls_channels: int = 256,
         bbox_channels: int = 128,
         num_convs: int = 4,
@@ -130,7 +134,13 @@ class ClassBoxHead(nn.Module):
                 f"{num_classes!r}"
             )
         self.in_channels, self.num_sizes, self.num_classes = in_channels, num_sizes, num_classes
-        self.with_boxes, self.checkpointed = with_boxes, checkpointed
+        if mask_iou and not with_boxes:
+            raise UserError(
+                "MODEL.TENSOR_MASK.MASK_IOU_ON needs the box head, which predicts the IoU, but "
+                "BOX_ON is False: set MASK_IOU_ON to False or BOX_ON to True"
+            )
+        self.with_boxes, self.mask_iou, self.checkpointed = with_boxes, mask_iou, checkpointed
+        self.num_outputs = 5 if mask_iou else 4  # of the box head, per window
         norms: dict[str, Any] = {"norm": norm, "num_levels": num_levels}
         self.cls_subnet = conv_tower(in_channels, cls_channels, num_convs, **norms)
         if with_boxes:
@@ -138,6 +148,8 @@ class ClassBoxHead(nn.Module):
         self.cls_score = Conv2d(cls_channels, num_sizes * num_classes, 3, padding=1)
         if with_boxes:
             self.bbox_pred = Conv2d(bbox_channels, num_sizes * 4, 3, padding=1)
+        if mask_iou:
+            self.iou_pred = Conv2d(bbox_channels, num_sizes, 3, padding=1)
         for name, module in self.named_children():
             init_convs(module, init if name.endswith("_subnet") else "normal")
         assert self.cls_score.bias is not None
@@ -155,7 +167,8 @@ class ClassBoxHead(nn.Module):
         Returns:
             - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
               class``;
-            - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``;
+            - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``,
+              or with ``mask_iou`` (N, num_sizes * 5, H, W), with the logit of the IoU after them;
               None without a box head, or unless ``dense_boxes``.
         """
         logits = [self._call(self._logits, x, level) for level, x in enumerate(features)]
@@ -164,32 +177,64 @@ class ClassBoxHead(nn.Module):
         return logits, [self.deltas(x, level) for level, x in enumerate(features)]
 
     def deltas(self, x: Tensor, level: int) -> Tensor:
-        """Return the deltas of all windows of a level (N, num_sizes * 4, H, W)."""
+        """Return the deltas of all windows of a level, as `forward`."""
         return self._call(self._deltas, x, level)
 
     def deltas_at(
         self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
     ) -> Tensor:
-        """Return the deltas (K, 4) at K windows of a level, int64 (K,) each.
+        """Return the deltas (K, 4) at K windows of a level, int64 (K,) each."""
+        return self.outputs_at(dense, level, n, size, y, x)[:, :4]
+
+    def outputs_at(
+        self, dense: DenseOutputs, level: int, n: Tensor, size: Tensor, y: Tensor, x: Tensor
+    ) -> Tensor:
+        """Return deltas and with ``mask_iou`` the logit of the IoU: (K, num_outputs).
 
         If the deltas of all windows are not in ``dense``, a plain tower is evaluated at these only.
+
+        Args:
+            n, size, y, x: K windows of the level, int64 (K,) each.
         """
         features = dense.features[level]
         plain = dense.deltas is None and is_plain(self.bbox_subnet, nn.Sequential, LevelTower)
         layers = plain_tower([*self.bbox_subnet, self.bbox_pred], level) if plain else None
+        if layers is not None and self.mask_iou:
+            layers = self._with_ious(layers)
         if layers is None:
             of_level = self.deltas(features, level) if dense.deltas is None else dense.deltas[level]
             n, size, y, x = to_device(torch.stack([n, size, y, x]), features.device)
-            return of_level.unflatten(1, (-1, 4))[n, size, :, y, x]
-        deltas = self._call(convolve_at, layers, features, n, y, x).unflatten(1, (-1, 4))
+            return of_level.unflatten(1, (-1, self.num_outputs))[n, size, :, y, x]
+        outputs = self._call(convolve_at, layers, features, n, y, x)
         size = to_device(size, features.device)
-        return deltas[torch.arange(len(size), device=size.device), size]
+        rows = torch.arange(len(size), device=size.device)
+        return outputs.unflatten(1, (-1, self.num_outputs))[rows, size]
 
     def _logits(self, x: Tensor, level: int) -> Tensor:
         return self.cls_score(apply_tower(self.cls_subnet, x, level))
 
     def _deltas(self, x: Tensor, level: int) -> Tensor:
-        return self.bbox_pred(apply_tower(self.bbox_subnet, x, level))
+        x = apply_tower(self.bbox_subnet, x, level)
+        deltas = self.bbox_pred(x)
+        return _interleave(deltas, self.iou_pred(x), dim=1) if self.mask_iou else deltas
+
+    def _with_ious(self, layers: list[PlainLayer]) -> list[PlainLayer] | None:
+        """Return a plain tower whose last convolution also predicts IoUs; None if it is not plain.
+
+        One convolution of both kernels reads the tiles once.
+        """
+        deltas, iou = self.bbox_pred, self.iou_pred
+        if plain_tower([iou]) is None or deltas.bias is None or iou.bias is None:
+            return None
+        weight = _interleave(deltas.weight, iou.weight, dim=0)
+        kernel = Kernel(weight, _interleave(deltas.bias, iou.bias, dim=0))
+        return [*layers[:-1], PlainLayer(kernel)]
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
+
+
+def _interleave(deltas: Tensor, ious: Tensor, *, dim: int) -> Tensor:
+    """Put the channels of each size together: ``(dx, dy, dw, dh, iou)``."""
+    parts = deltas.unflatten(dim, (-1, 4)), ious.unflatten(dim, (-1, 1))
+    return torch.cat(parts, dim=dim + 1).flatten(dim, dim + 1)

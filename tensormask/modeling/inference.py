@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms, nms
 from tensormask.layers import mask_boxes, paste_masks
 from tensormask.layers.masks import to_device
 from tensormask.layers.plain import is_plain
-from tensormask.modeling.candidates import Candidates, cat, deltas_of_candidates, find_candidates
+from tensormask.modeling.candidates import Candidates, cat, find_candidates, outputs_of_candidates
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.tiles import to_device_at_once
@@ -60,9 +60,10 @@ def find_detections(
     for image in map(dense.image, range(len(dense.logits[0]))):
         candidates = find_candidates(
             [x[0] for x in image.logits],
-            functools.partial(deltas_of_candidates, head, image) if head.with_boxes else None,
+            functools.partial(outputs_of_candidates, head, image) if head.with_boxes else None,
             windows,
             score_threshold=score_threshold,
+            mask_iou=head.mask_iou,
             classes=classes,
             **options,
         )

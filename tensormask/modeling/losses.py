@@ -127,6 +127,22 @@ def mask_loss(logits: Tensor, target_masks: Tensor, *, positive_weight: float = 
     return loss / (logits.shape[-1] * logits.shape[-2])
 
 
+def mask_ious(logits: Tensor, target_masks: Tensor) -> Tensor:
+    """Return the IoU (F,) of each predicted mask, where its logit is above 0, with its target.
+
+    It is 0 if both are empty.
+
+    Example:
+        >>> target = torch.tensor([[[True, True, False]]])
+        >>> mask_ious(torch.tensor([[[-1.0, 1.0, 1.0]]]), target)
+        tensor([0.3333])
+    """
+    predicted = (logits > 0).flatten(1)
+    target = target_masks.flatten(1)
+    union = (predicted | target).sum(1).clamp(min=1)
+    return (predicted & target).sum(1) / union
+
+
 def dice_loss(logits: Tensor, target_masks: Tensor) -> Tensor:
     """Return the Dice loss of masks (F, V, U), 0..1 each, summed over masks.
 

@@ -35,6 +35,7 @@ def build_parts(
     fpn_norm: str = "",
     fuse: str = "avg",
     with_boxes: bool = True,
+    mask_iou: bool = False,
     cls_channels: int = 256,
     bbox_channels: int = 128,
     mask_channels: int = 128,
@@ -56,7 +57,7 @@ def build_parts(
         windows: by default the paper's, of 11 and 15 times the stride, on the levels of the
             backbone and two coarser ones.
         fpn_channels, fpn_norm, fuse: of the `FPN`.
-        with_boxes, cls_channels, bbox_channels, num_convs, init, checkpointed: of the
+        with_boxes, mask_iou, cls_channels, bbox_channels, num_convs, init, checkpointed: of the
             `ClassBoxHead`; the last three also of the `MaskHead`.
         head_norm: of the towers of both heads, see `head.conv_tower`.
         mask_channels: of the tower of the `MaskHead`.
@@ -95,6 +96,7 @@ def build_parts(
         windows.num_sizes,
         num_classes,
         with_boxes=with_boxes,
+        mask_iou=mask_iou,
         cls_channels=cls_channels,
         bbox_channels=bbox_channels,
         num_levels=len(windows.strides),
@@ -179,6 +181,11 @@ def check_model(model: Any) -> None:
         raise UserError(
             "MODEL.TENSOR_MASK.NMS_ON is 'masks', but the model has no mask head "
             "(MODEL.MASK_ON is False): set NMS_ON to 'boxes' or MASK_ON to True"
+        )
+    if model.mask_head is None and getattr(model.head, "mask_iou", False):
+        raise UserError(
+            "MODEL.TENSOR_MASK.MASK_IOU_ON predicts the IoU of masks, but the model has no mask "
+            "head (MODEL.MASK_ON is False): set MASK_IOU_ON to False or MASK_ON to True"
         )
     if model.criterion.quality_loss is not None and not model.head.with_boxes:
         raise UserError(

@@ -193,8 +193,8 @@ class TensorMask(nn.Module):
             - in eval mode per image ``boxes`` (K, 4), ``scores`` (K,), ``labels`` (K,) and
               ``masks`` (K, height, width) bool, best first.
 
-            ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head. With
-            ``dice_loss_weight`` there is a ``loss_dice``, too.
+            ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head.
+            ``dice_loss_weight`` adds a ``loss_dice``, and ``mask_iou`` a ``loss_mask_iou``.
 
         Raises:
             UserError: an image or target has an invalid shape, dtype or range, their numbers

@@ -26,7 +26,7 @@ SMALL |= {"bbox_channels": 16, "mask_channels": 16, "windows": Windows.of_stride
 # Each option once.
 OPTIONS: list[dict[str, Any]] = [
     {"box_loss": giou_loss, "quality_loss": quality_focal_loss, "dice_loss_weight": 1.0},
-    {"box_loss": diou_loss, "quality_loss": varifocal_loss},
+    {"box_loss": diou_loss, "quality_loss": varifocal_loss, "mask_iou": True},
 ]
 
 
@@ -57,7 +57,7 @@ def test_options_without_objects(options: dict) -> None:
     """The losses are finite, and every parameter has a gradient; those of the boxes are 0."""
     model = build(**options)
     losses = losses_of(model, num_objects=0)
-    own = {"loss_dice"} if "dice_loss_weight" in options else set()
+    own = {"loss_dice"} if "dice_loss_weight" in options else {"loss_mask_iou"}
     assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_mask"} | own
     assert all(losses[key] == 0 for key in losses.keys() - {"loss_cls"})
     sum(losses.values()).backward()
@@ -79,12 +79,13 @@ def test_options_reduce_their_losses(options: dict) -> None:
 
 
 def test_weights_of_the_losses() -> None:
-    options = {"box_loss_weight": 1.0, "mask_loss_weight": 1.0, "dice_loss_weight": 1.0}
+    names = ("box_loss_weight", "mask_loss_weight", "dice_loss_weight", "mask_iou_loss_weight")
+    options = dict.fromkeys(names, 1.0)
     once, weighted = (
-        losses_of(build(**{key: factor * value for key, value in options.items()}))
+        losses_of(build(mask_iou=True, **{key: factor * value for key, value in options.items()}))
         for factor in (1, 3)
     )
-    for key in ("loss_box_reg", "loss_mask", "loss_dice"):
+    for key in ("loss_box_reg", "loss_mask", "loss_dice", "loss_mask_iou"):
         assert_close(weighted[key], 3 * once[key])
     assert torch.equal(weighted["loss_cls"], once["loss_cls"])
 
@@ -93,8 +94,12 @@ def test_keys_of_the_losses() -> None:
     head = "MODEL.TENSOR_MASK."
     opts = [head + "BBOX_REG_LOSS_TYPE", "giou", head + "BBOX_REG_WEIGHTS", [1.0, 1.0, 2.0, 2.0]]
     opts += [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
-    opts += [head + "CLS_LOSS", "varifocal"]
-    criterion = tiny.build(opts=opts).criterion
+    opts += [head + "CLS_LOSS", "varifocal", head + "MASK_IOU_ON", True]
+    opts += [head + "MASK_IOU_LOSS_WEIGHT", 0.75]
+    model = tiny.build(opts=opts)
+    assert model.head.mask_iou
+    criterion = model.criterion
+    assert criterion.mask_iou_loss_weight == 0.75
     assert criterion.box_loss_weight == 0.5
     assert criterion.dice_loss_weight == 0.25
     assert criterion.quality_loss is varifocal_loss
@@ -109,6 +114,7 @@ def test_keys_of_the_losses() -> None:
         (["BBOX_REG_LOSS_TYPE", "gious"], r"BBOX_REG_LOSS_TYPE.*nearest name is 'giou'"),
         (["CLS_LOSS", "focalstar"], r"CLS_LOSS.*nearest name is 'focal_star'"),
         (["CLS_LOSS", "quality", "BOX_ON", False, "NMS_ON", "masks"], "needs boxes"),
+        (["MASK_IOU_ON", True, "BOX_ON", False, "NMS_ON", "masks"], "needs the box head"),
     ],
 )
 def test_invalid_keys(opts: list, message: str) -> None:
@@ -137,3 +143,47 @@ def test_qualities_are_the_ious_of_the_predicted_boxes() -> None:
     assert [len(x) for x in per_level] == [len(index[0]) for index in positives]
     assert len(logits) == len(per_level) == 2
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_mask"]
+
+
+def test_target_of_the_predicted_ious_is_that_of_the_masks() -> None:
+    """Of windows in the order of the box head's outputs, also if a window size has none."""
+    model, boxes = build(mask_iou=True), BOXES[:1]
+    masks: list[tuple[Tensor, Tensor]] = []
+    of_masks = model.criterion.mask_loss
+
+    def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        masks.append((logits, targets))
+        return of_masks(logits, targets)
+
+    model.criterion.mask_loss = mask_loss
+    outputs: list[Tensor] = []
+    outputs_at = model.head.outputs_at
+    model.head.outputs_at = lambda *args: outputs.append(outputs_at(*args)) or outputs[-1]
+    nn.init.normal_(model.head.iou_pred.weight, std=0.3)
+    loss = model([tiny.make_image(64, 64)], [tiny.target(64, 64, boxes)], normalizer=1)
+    predicted = torch.cat(outputs)[:, 4].sigmoid()
+    ious = torch.stack(
+        [
+            ((mask > 0) & target).sum() / ((mask > 0) | target).sum()
+            for of_group in masks
+            for mask, target in zip(*of_group, strict=True)
+        ]
+    )
+    assert predicted.std() > 0.01
+    expected = -(ious * predicted.log() + (1 - ious) * (1 - predicted).log()).sum()
+    assert_close(loss["loss_mask_iou"], expected)
+
+
+def test_extreme_ious_of_half_precision_stay_finite() -> None:
+    model = build(mask_iou=True)
+    nn.init.constant_(model.head.iou_pred.bias, -60000.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = losses_of(model)["loss_mask_iou"]
+    loss.backward()
+    assert loss.isfinite()
+    assert model.head.iou_pred.bias.grad.isfinite().all()
+
+
+def test_mask_iou_needs_a_mask_head() -> None:
+    with pytest.raises(ValueError, match="no mask head"):
+        build(mask_iou=True, head=None)

@@ -76,6 +76,33 @@ def test_candidates_equal_a_plain_search(threshold: float, num_candidates: int) 
         assert torch.equal(actual.windows[i : i + 1], WINDOWS.boxes(*index))
 
 
+@pytest.mark.parametrize(("threshold", "lowest"), [(0.0, 0.0), (0.05, 0.05), (0.6, 0.36)])
+def test_predicted_ious_rescale_scores(threshold: float, lowest: float) -> None:
+    """The candidates above ``lowest``, those of them with a rescaled score above the threshold."""
+    logits, deltas = dense_outputs()
+    ious = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(1))
+
+    def outputs_at(*index: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                torch.cat([deltas[k].unflatten(0, (-1, 4))[s, :, y, x], ious[k, s, y, x, None]])
+                for k, s, y, x in zip(*index, strict=True)
+            ]
+        )
+
+    options = {"box_weights": BOX_WEIGHTS, "num_candidates": 6000, "score_threshold": threshold}
+    actual = find_candidates(logits, outputs_at, WINDOWS, mask_iou=True, **options)
+    rescaled = []
+    for score, label, level, size, y, x, box in plain_search(logits, deltas, lowest, 6000):
+        final = (score * float(ious[level, size, y, x].sigmoid())) ** 0.5
+        if final > threshold:
+            rescaled.append((final, label, box))
+    rescaled.sort(key=lambda pair: -pair[0])
+    assert_close(actual.scores, torch.tensor([score for score, _, _ in rescaled]))
+    assert_close(actual.boxes, torch.stack([box for _, _, box in rescaled]))
+    assert actual.labels.tolist() == [label for _, label, _ in rescaled]
+
+
 def detections(opts: list, images: list[Tensor]) -> list[dict[str, Tensor]]:
     with torch.inference_mode():
         return with_detections(build(opts=opts))(images)

@@ -22,6 +22,7 @@ CASES = {
     "of no class": ("natural", [], {"classes": []}),
     "of a class": ("natural", [], {"classes": [2], "class_agnostic_nms": True}),
     "upscale": ("upscale_aligned", [], {}),
+    "mask IoU": ("bipyramid", ["MODEL.TENSOR_MASK.MASK_IOU_ON", True], {}),
     "no masks": ("natural", ["MODEL.MASK_ON", False], {}),
     "NMS on masks": ("natural", ON_MASKS, {}),
     "no boxes": ("bipyramid", [*ON_MASKS, "MODEL.TENSOR_MASK.BOX_ON", False], {}),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_loss
+from tensormask.modeling.losses import dice_loss, focal_loss_star, mask_ious, mask_loss
 
 
 def test_focal_loss_star_by_hand() -> None:
@@ -81,6 +81,15 @@ def test_mask_loss_equals_its_formula() -> None:
     expected = -(2.5 * t * p.log() + (1 - t) * (1 - p).log()).mean((1, 2)).sum()
     loss = mask_loss(logits, target, positive_weight=2.5)
     assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_mask_ious_by_hand() -> None:
+    """One pixel of three in common, two of two, none, and two empty masks."""
+    predicted = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    target = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    logits = torch.where(predicted > 0, 0.1, -0.1).view(4, 2, 2)
+    ious = mask_ious(logits, target.bool().view(4, 2, 2))
+    assert_close(ious, torch.tensor([1 / 3, 1, 0, 0]))
 
 
 def test_dice_loss_by_hand() -> None:

@@ -24,10 +24,14 @@ _THIS_FILE = "tests/modeling/test_pretended_cuda.py"
 _NO_BOXES = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "masks"]
 _CLIPPED = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", True]
 _BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
+_HEAD = "MODEL.TENSOR_MASK."
+_OVERLAP = [_HEAD + "BBOX_REG_LOSS_TYPE", "giou", _HEAD + "CLS_LOSS", "varifocal"]
+_OF_MASKS = [_HEAD + "DICE_LOSS_WEIGHT", 1.0, _HEAD + "MASK_IOU_ON", True]
 CASES = {
     "bipyramid": ("bipyramid", []),
     "aligned": ("aligned", []),
     "upscale_aligned": ("upscale_aligned", []),
+    "losses of overlap": ("bipyramid", [*_OVERLAP, *_OF_MASKS]),
     "no boxes": ("bipyramid", _NO_BOXES),
     "no masks": ("natural", ["MODEL.MASK_ON", False]),
     "batch norm, averages, clipped": (
@@ -145,7 +149,7 @@ def test_a_training_step_waits_once(case) -> None:
     assert record.waits.total() == (2 if case == "float16" else 1), record.waits
 
 
-@pytest.mark.parametrize("case", ["bipyramid", "no boxes"])
+@pytest.mark.parametrize("case", ["bipyramid", "losses of overlap", "no boxes"])
 def test_losses_equal_those_of_the_cpu(case) -> None:
     with pretend():
         samples = batch_of([(64, 64), (64, 100)])

@@ -89,17 +89,25 @@ def test_work_depends_on_the_number_of_locations() -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_deltas_at_windows_equal_the_dense_ones(checkpointed: bool) -> None:
+@pytest.mark.parametrize("mask_iou", [False, True])
+def test_outputs_at_windows_equal_the_dense_ones(checkpointed: bool, mask_iou: bool) -> None:
     torch.manual_seed(0)
-    head = ClassBoxHead(6, 2, 3, bbox_channels=5, init="he", checkpointed=checkpointed)
+    options = {"init": "he", "checkpointed": checkpointed, "mask_iou": mask_iou}
+    head = ClassBoxHead(6, 2, 3, bbox_channels=5, **options)
     x = torch.randn(2, 6, 40, 56)
     dense = DenseOutputs([x], *head([x]))
     n, size, row, column = torch.tensor([[1, 1, 3, 9], [0, 0, 39, 55], [1, 0, 3, 9]]).T
-    expected = dense.deltas[0].unflatten(1, (2, 4))[n, size, :, row, column]
+    expected = dense.deltas[0].unflatten(1, (2, -1))[n, size, :, row, column]
+    features = head.bbox_subnet(x)
+    deltas = head.bbox_pred(features).unflatten(1, (2, 4))[n, size, :, row, column]
+    assert_close(expected[:, :4], deltas)
+    if mask_iou:
+        assert_close(expected[:, 4], head.iou_pred(features)[n, size, row, column])
     at_windows = DenseOutputs([x], *head([x], dense_boxes=False))
     assert at_windows.deltas is None
     for outputs in (dense, at_windows):
-        assert_close(head.deltas_at(outputs, 0, n, size, row, column), expected)
+        assert_close(head.outputs_at(outputs, 0, n, size, row, column), expected)
+        assert_close(head.deltas_at(outputs, 0, n, size, row, column), deltas)
 
 
 @pytest.mark.parametrize("side", [8, 100])
