@@ -12,8 +12,7 @@ from benchmarks.models import OURS, THEIRS
 from tensormask.commands.benchmark import SMALL, make_samples, peak_memory, training_step
 from tensormask.commands.synthetic import make_target
 from tensormask.config import CfgNode
-from tensormask.modeling.assignment import assign
-from tensormask.modeling.build import build_windows
+from tensormask.modeling.build import build_assigner, build_windows
 from tensormask.utils.tables import format_records
 
 
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
     times = time_in_turn(calls, rounds=args.rounds)
     windows, boxes = build_windows(cfg), make_target(size, args.objects)["boxes"]
-    num_windows = len(assign([boxes], windows, windows.grids(size)).object)
+    num_windows = len(build_assigner(cfg)([boxes], windows, windows.grids(size)).object)
     # Windows of ours, and regions of torchvision's mask head.
     positives = {OURS: args.batch * num_windows, THEIRS: statistics.median(regions or [0])}
     rows = [{**compare(times, n, THEIRS), "positives": positives[n]} for n in times]

@@ -29,7 +29,7 @@ from tensormask.evaluation.coverage import (
     measure_coverage,
     propose_sizes,
 )
-from tensormask.modeling.build import build_windows
+from tensormask.modeling.build import build_assigner, build_windows
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
@@ -91,8 +91,9 @@ def check(
     statistics = count_contents(dataset)
     windows = build_windows(cfg)
     objects = input_objects(dataset, build_test_transform(cfg))
-    coverage = measure_coverage(objects, windows)
-    proposed, proposed_coverage = propose_sizes(objects, windows)
+    assigner = build_assigner(cfg)
+    coverage = measure_coverage(objects, windows, assigner)
+    proposed, proposed_coverage = propose_sizes(objects, windows, assigner)
     overrides = proposed_overrides(dataset, windows, proposed)
     lines = [
         *describe_diagnoses(diagnoses),
@@ -179,7 +180,11 @@ def describe_coverage(cfg: CfgNode, windows: Windows, coverage: Coverage) -> lis
                 f"  {name:5}  {side:4g} px  {matched:9d}  {share:14.1%}  {num_windows:10d}"
             )
     by_size = (f"{size} {_share(*counts)}" for size, counts in coverage.by_size.items())
-    lines.append("  An object can match several windows. Matched by size: " + ", ".join(by_size))
+    lines += [
+        f"  ASSIGNMENT {cfg.MODEL.TENSOR_MASK.ASSIGNMENT}: a matched object has "
+        f"{coverage.windows_per_object:.1f} windows on average. Matched by size: "
+        + ", ".join(by_size)
+    ]
     if coverage.num_matched < total:
         lines.append(f"  Unmatched objects: {total - coverage.num_matched}")
         lines += [f"  {count:7d}  {why}" for why, count in coverage.reasons.items() if count]

@@ -20,8 +20,9 @@ from tensormask.commands.common import (
 )
 from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
-from tensormask.modeling.assignment import Assignment, assign
-from tensormask.modeling.build import build_windows
+from tensormask.modeling.assigners import Assigner
+from tensormask.modeling.assignment import Assignment
+from tensormask.modeling.build import build_assigner, build_windows
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 from tensormask.visualization.grid import captioned, montage, shrink, side_by_side
@@ -65,14 +66,16 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def draw_sample(sample: dict[str, Any], windows: Windows, class_names: list[str]) -> np.ndarray:
+def draw_sample(
+    sample: dict[str, Any], windows: Windows, assigner: Assigner, class_names: list[str]
+) -> np.ndarray:
     """Draw a sample beside the windows that match its objects."""
     rgb = sample["image"].permute(1, 2, 0).numpy()
     boxes, labels, masks = (sample["target"][key] for key in ("boxes", "labels", "masks"))
     height, width = rgb.shape[:2]
     factor = max(magnification(height, width), 1 + (len(boxes) > CROWDED))
     objects = draw_instances(rgb, boxes, labels, masks, class_names=class_names, magnify=factor)
-    assignment = assign([boxes], windows, windows.grids((height, width)))
+    assignment = assigner([boxes], windows, windows.grids((height, width)))
     rows = windows_to_draw(assignment, boxes)
     drawn, matched = assignment.boxes[rows], assignment.object[rows]
     matches = draw_windows(rgb, boxes, drawn, matched, magnify=factor)
@@ -118,9 +121,10 @@ def draw(cfg: CfgNode, output: Path, num_images: int) -> int:
     """Draw the first images of a training, and return their number.
 
     Raises:
-        UserError: as of `build_train_loader` and `build_windows`, or an image cannot be read.
+        UserError: as of `build_train_loader`, `build_windows` and `build_assigner`, or an image
+            cannot be read.
     """
-    windows = build_windows(cfg)
+    windows, assigner = build_windows(cfg), build_assigner(cfg)
     batches = build_train_loader(cfg)
     samples = itertools.islice(itertools.chain.from_iterable(batches), num_images)
     class_names = get_dataset(cfg.DATASETS.TRAIN[0]).class_names
@@ -131,7 +135,7 @@ def draw(cfg: CfgNode, output: Path, num_images: int) -> int:
             print(f"{name}: {kind} {identity}")
         if sample["image"] is None:
             raise UserError("no image can be read: check the folder of images")
-        drawing = draw_sample(sample, windows, class_names)
+        drawing = draw_sample(sample, windows, assigner, class_names)
         stem = unique_stem(Path(sample["file_name"]).stem, taken)
         save_image(output / f"{stem}.png", drawing)
         thumbnails.append(shrink(drawing, MONTAGE_CELL_WIDTH))

@@ -18,6 +18,7 @@ from torch import Tensor
 from tensormask.data import CocoDataset
 from tensormask.data.statistics import AREA_LIMITS, area_size, mask_area
 from tensormask.data.transforms import Augmentation, transform_boxes
+from tensormask.modeling.assigners import Assigner
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.windows import Windows
 
@@ -30,7 +31,7 @@ BORDER = "at the image border, where the windows that fit are off the grid"
 AMBIGUOUS = "all windows that fit match several objects"
 REASONS = (TOO_LARGE, NO_FIT, BORDER, AMBIGUOUS)
 
-_OBJECTS_PER_CHUNK = 2048  # limits the memory of `assign`: about 2 KB per object, level and size
+_OBJECTS_PER_CHUNK = 2048  # limits the memory of an assigner: about 2 KB per object, level and size
 _COARSEST_LEVEL = 7  # of the feature pyramid
 # Sides, in strides, of the smallest proposed window; the paper has 11.
 _UNITS = range(7, 16, 2)
@@ -73,11 +74,17 @@ class Coverage:
         """The share of matched objects, 0..1; 1 without objects."""
         return self.num_matched / self.num_objects if self.num_objects else 1.0
 
+    @property
+    def windows_per_object(self) -> float:
+        """The mean number of windows of a matched object; 0 without one."""
+        return int(self.windows.sum()) / max(1, self.num_matched)
+
     def as_record(self) -> dict[str, Any]:
         """Return all numbers as a dict for JSON."""
         return {
             "objects": self.num_objects,
             "matched": self.num_matched,
+            "windows_per_matched_object": self.windows_per_object,
             "by_size": {s: {"matched": m, "objects": n} for s, (m, n) in self.by_size.items()},
             "matched_by_level_and_size": self.objects.tolist(),
             "windows_by_level_and_size": self.windows.tolist(),
@@ -108,15 +115,21 @@ def input_objects(dataset: CocoDataset, transform: Augmentation) -> InputObjects
     return InputObjects(boxes, input_sizes, coco_sizes)
 
 
-def measure_coverage(objects: InputObjects, windows: Windows) -> Coverage:
-    """Count the objects that match a window, and the reasons why others do not."""
+def measure_coverage(
+    objects: InputObjects, windows: Windows, assigner: Assigner = assign
+) -> Coverage:
+    """Count the objects that match a window, and the reasons why others do not.
+
+    Args:
+        assigner: of the model; one that needs predictions must also work without.
+    """
     shape = (windows.num_levels, windows.num_sizes)
     num_windows, num_objects = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     matched_sizes: Counter[str] = Counter()
     reasons: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
     for grids, indices in _chunks(objects, windows):
         boxes = [objects.boxes[index] for index in indices]
-        assignment = assign(boxes, windows, list(grids))
+        assignment = assigner(boxes, windows, list(grids))
         # Rows of the chunk's objects, one image after the other.
         starts = np.cumsum([0, *(len(b) for b in boxes[:-1])])
         rows = torch.from_numpy(starts)[assignment.image] + assignment.object
@@ -127,13 +140,15 @@ def measure_coverage(objects: InputObjects, windows: Windows) -> Coverage:
         matched[rows] = True
         sizes = [size for index in indices for size in objects.coco_sizes[index]]
         matched_sizes.update(itertools.compress(sizes, matched.tolist()))
-        reasons.update(_count_reasons(torch.cat(boxes)[~matched], windows, grids))
+        reasons.update(_count_reasons(torch.cat(boxes)[~matched], windows, grids, assigner))
     totals = Counter(size for sizes in objects.coco_sizes for size in sizes)
     by_size = {size: (matched_sizes[size], totals[size]) for size in AREA_LIMITS}
     return Coverage(num_windows, num_objects, by_size, dict(reasons))
 
 
-def propose_sizes(objects: InputObjects, windows: Windows) -> tuple[Windows, Coverage]:
+def propose_sizes(
+    objects: InputObjects, windows: Windows, assigner: Assigner = assign
+) -> tuple[Windows, Coverage]:
     """Propose windows that match at least as many objects as the given ones.
 
     They follow the paper's pattern (`scaled_windows`), with the finest level and the number of
@@ -146,7 +161,7 @@ def propose_sizes(objects: InputObjects, windows: Windows) -> tuple[Windows, Cov
         The windows and their coverage. The given windows are returned unless others match more
         objects, or the same number with fewer levels and masks that are not larger.
     """
-    given = measure_coverage(objects, windows)
+    given = measure_coverage(objects, windows, assigner)
     sides = objects.longer_sides()
     if not len(sides):
         return windows, given
@@ -154,7 +169,7 @@ def propose_sizes(objects: InputObjects, windows: Windows) -> tuple[Windows, Cov
     fitting = [u for u in _UNITS if u * windows.strides[0] >= small] or [_UNITS[-1]]
     for units in fitting:
         proposed = scaled_windows(units, windows.num_sizes, windows.strides[0], longest=longest)
-        coverage = measure_coverage(objects, proposed)
+        coverage = measure_coverage(objects, proposed, assigner)
         smaller_masks = proposed.mask_sizes[0] <= min(windows.mask_sizes)
         cheaper = smaller_masks and proposed.num_levels < windows.num_levels
         if coverage.num_matched >= given.num_matched + (not cheaper):
@@ -194,8 +209,10 @@ def _chunks(objects: InputObjects, windows: Windows) -> list[tuple[Grids, list[i
     return [(grids, indices) for (grids, _), indices in chunks.items()]
 
 
-def _count_reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, int]:
-    """Count why these boxes `(M, 4)` match no window, by relaxing the rules of `assign` in turn."""
+def _count_reasons(
+    boxes: Tensor, windows: Windows, grids: Grids, assigner: Assigner
+) -> dict[str, int]:
+    """Count why these boxes `(M, 4)` match no window, by relaxing the rules in turn."""
     largest = max(max(sizes) for sizes in windows.sizes)
     too_large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > largest
     # Far from the border, on grids that are larger on each side by whole strides of every level.
@@ -204,8 +221,8 @@ def _count_reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, i
         (height + 2 * shift // stride, width + 2 * shift // stride)
         for (height, width), stride in zip(grids, windows.strides, strict=True)
     ]
-    without_border = _matched_alone(boxes + shift, windows, wide)
-    on_the_grid = _matched_alone(boxes, windows, list(grids))
+    without_border = _matched_alone(boxes + shift, windows, wide, assigner)
+    on_the_grid = _matched_alone(boxes, windows, list(grids), assigner)
     return {
         TOO_LARGE: int(too_large.sum()),
         NO_FIT: int((~too_large & ~without_border).sum()),
@@ -214,9 +231,11 @@ def _count_reasons(boxes: Tensor, windows: Windows, grids: Grids) -> dict[str, i
     }
 
 
-def _matched_alone(boxes: Tensor, windows: Windows, grids: list[tuple[int, int]]) -> Tensor:
+def _matched_alone(
+    boxes: Tensor, windows: Windows, grids: list[tuple[int, int]], assigner: Assigner
+) -> Tensor:
     """Return which of the boxes `(M, 4)` match a window as the only object in an image, bool."""
     matched = torch.zeros(len(boxes), dtype=torch.bool)
     if len(boxes):
-        matched[assign([box[None] for box in boxes], windows, grids).image] = True
+        matched[assigner([box[None] for box in boxes], windows, grids).image] = True
     return matched

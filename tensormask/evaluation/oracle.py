@@ -21,7 +21,6 @@ from tensormask.evaluation.results import Detections, coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_regions
 from tensormask.modeling import TensorMask
-from tensormask.modeling.assignment import assign
 from tensormask.utils.errors import UserError
 
 
@@ -40,7 +39,8 @@ def evaluate_oracle(
     Several processes take `image_ids[rank::world_size]` each; all of them must call this function.
 
     Args:
-        model: only its windows and the mask sizes of its head are used, not its weights.
+        model: only its windows, its assigner and the mask sizes of its head are used, not its
+            weights.
         transform: the resize before inference.
         max_dets, rank, gather: as of `evaluate`.
         world_size: the number of processes.
@@ -98,7 +98,7 @@ def oracle_detections(
     """
     if model.mask_head is None:
         raise UserError("the oracle needs a model with masks; set MODEL.MASK_ON to True")
-    matched = assign([target["boxes"]], model.windows, model.windows.grids(input_size))
+    matched = model.criterion.assign([target["boxes"]], model.windows.grids(input_size))
     lambdas = torch.tensor(model.mask_head.lambdas)
     sides = lambdas[matched.level] * torch.tensor(model.windows.mask_sizes)[matched.size]
     objects = matched.object.unique()

@@ -61,10 +61,13 @@ def test_a_data_set_without_issues(drawn, tmp_path, capsys):
 def test_proposed_overrides_can_be_pasted(drawn, tmp_path, capsys):
     # Windows too small for half of the objects, and a wrong number of classes.
     small = ["MODEL.TENSOR_MASK.IN_FEATURES", "['p2']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[20,28]]"]
-    arguments = [name_of(drawn), *QUICKSTART, *small, "MODEL.TENSOR_MASK.NUM_CLASSES", "80"]
+    small += ["MODEL.TENSOR_MASK.ASSIGNMENT", "atss", "MODEL.TENSOR_MASK.NUM_CLASSES", "80"]
+    arguments = [name_of(drawn), *QUICKSTART, *small]
     code, records, printed = run(arguments, tmp_path, capsys)
     assert code == 0
     (found,) = records.values()
+    assert "ASSIGNMENT atss: a matched object has " in printed
+    assert 6 < found["coverage"]["windows_per_matched_object"] < 9
     assert found["coverage"]["unmatched"]["larger than the largest window"] > 0
     assert found["proposal"]["matched"] > found["coverage"]["matched"]
     assert f"  {found['proposal']['overrides']}\n" in printed

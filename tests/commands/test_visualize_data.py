@@ -90,17 +90,20 @@ def command(folder, output, *more):
 
 def test_command_draws_the_first_images_of_a_training(tmp_path, capsys):
     shapes.write_split("train", 4, tmp_path / "set")
-    for output, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+    nearest = ["MODEL.TENSOR_MASK.ASSIGNMENT", "nearest", "MODEL.TENSOR_MASK.ASSIGN_RADIUS", "2.0"]
+    for output, seed, opts in (("a", "1", []), ("b", "1", []), ("c", "2", []), ("d", "1", nearest)):
         words = command(tmp_path / "set", tmp_path / output, "--seed", seed)
-        assert visualize_data.main(words) == 0
+        assert visualize_data.main([*words, *opts]) == 0
     assert "3 images written" in capsys.readouterr().out
-    first, again, other = (
-        {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()} for output in "abc"
+    first, again, other, assigned = (
+        {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()}
+        for output in "abcd"
     )
     assert len(first) == 4
     assert "montage.png" in first
     assert first == again
     assert first != other
+    assert first != assigned
     image = cv2.imread(str(tmp_path / "a" / min(first)))
     # Two of 128 px, four times as large, beside each other.
     assert image.shape[0] > 512

@@ -16,6 +16,7 @@ from tensormask.evaluation.coverage import (
     propose_sizes,
     scaled_windows,
 )
+from tensormask.modeling.assigners import NearestAssigner
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.windows import Windows
 
@@ -64,6 +65,17 @@ def test_reasons():
     assert (at.num_matched, at.num_objects) == (1, 4)
     at = measure_coverage(objects_of(boxes), TWO_LEVELS)
     assert reasons(at) == [1, 0, 0, 2]
+
+
+def test_another_assigner():
+    # At the center of a window, which 8 others surround: 60 - 4 is more than twice 20.
+    twins = objects_of([square(48, 200, 20), square(48, 200, 20)])
+    paper, nearest = (
+        measure_coverage(twins, TWO_LEVELS, assigner) for assigner in (assign, NearestAssigner(1.5))
+    )
+    assert (reasons(paper), reasons(nearest)) == ([0, 0, 0, 2], [0, 0, 0, 1])
+    assert (paper.windows_per_object, nearest.windows_per_object) == (0, 9)
+    assert propose_sizes(twins, TWO_LEVELS, NearestAssigner(1.5))[1].num_matched == 1
 
 
 def test_the_border():

@@ -44,13 +44,14 @@ def test_a_thin_object_is_lost_to_the_mask_cells(unit: int, area: int) -> None:
 ONE_LEVEL = ["MODEL.TENSOR_MASK.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[44]]]
 
 
-def test_objects_without_a_window_are_not_detected() -> None:
+@pytest.mark.parametrize("assignment, num_equal", [("paper", 0), ("nearest", 1)])
+def test_objects_without_a_window_are_not_detected(assignment: str, num_equal: int) -> None:
     """Two equal boxes match the same windows, and one object is larger than every window."""
-    model = build(opts=ONE_LEVEL)
+    model = build(opts=[*ONE_LEVEL, "MODEL.TENSOR_MASK.ASSIGNMENT", assignment])
     boxes = [[20, 20, 40, 40], [20, 20, 40, 40], [50, 50, 110, 110], [80, 10, 100, 30]]
     found = oracle_detections(model, target(128, 128, boxes), (128, 128), (128, 128))
-    assert found["boxes"].tolist() == [[80, 10, 100, 30]]
-    assert len(found["window_masks"]) == 1
+    assert found["boxes"].tolist() == [[20, 20, 40, 40]] * num_equal + [[80, 10, 100, 30]]
+    assert len(found["window_masks"]) == num_equal + 1
     assert not len(oracle_detections(model, target(64, 64, []), (64, 64), (64, 64))["scores"])
 
 
