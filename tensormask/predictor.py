@@ -26,6 +26,7 @@ from tensormask.data.images import ImageError, read_image
 from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
 from tensormask.engine.anomaly import check_weights
+from tensormask.evaluation.tta import build_augmented_detector
 from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
 from tensormask.modeling.inputs import padded_size, size_of
@@ -106,6 +107,7 @@ class Predictor:
         check_complete(load_weights(self.model, path, content=content), path)
         check_weights(self.model, path)
         self.transform = build_test_transform(cfg)
+        self._augmented = build_augmented_detector(cfg, self.model)
         description = get_description(content)
         self.score_threshold: float | None = description.get("score_threshold")
         self.class_names, self.category_ids = _find_classes(cfg, description)
@@ -217,7 +219,7 @@ class Predictor:
         found: dict[int, dict[str, Tensor]] = {}
         for rows in rows_by_size.values():
             with torch.inference_mode():
-                detected = self.model.detect(
+                detected = (self._augmented or self.model.detect)(
                     [inputs[row] for row in rows], [sizes[row] for row in rows], **options
                 )
             # Outside of the inference mode, for tensors that can be changed in place.

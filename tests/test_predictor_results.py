@@ -12,17 +12,21 @@ import torch
 from bright import same
 from PIL import Image
 
+from tensormask.data import IssueReporter
 from tensormask.data.coco import CocoDataset
 from tensormask.data.loader import TestSet
+from tensormask.engine.evaluator import evaluate_all
 from tensormask.evaluation.coco import RESULTS_FILE, evaluate
 from tensormask.predictor import Predictor
+
+OPTIONS = ["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A predictor with a tiny model."""
     path = tmp_path_factory.mktemp("real") / "model.pth"
-    cfg = tiny.get_cfg(opts=["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5])
+    cfg = tiny.get_cfg(opts=OPTIONS)
     model = tiny.with_detections(tiny.build())
     torch.save({"model": model.state_dict(), "config": cfg.dump()}, path)
     return Predictor(path, device="cpu")
@@ -50,6 +54,28 @@ def test_numbers_of_evaluation(tmp_path, real, images):
     found.category_ids = dataset.category_ids
     assert found.num_detections == 5
     assert found.to_coco(1) == expected
+
+
+def test_numbers_of_evaluation_with_test_time_augmentation(tmp_path, real, images):
+    """Both detect in all sizes."""
+    names = ["0", "1", "2"]
+    entries = {"images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 50}]}
+    entries |= {"categories": [{"id": n, "name": name} for n, name in enumerate(names, start=1)]}
+    entries["annotations"] = []
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64)]
+    options += ["DATALOADER.NUM_WORKERS", 0]
+    options += ["DATASETS.TEST", (f"{tmp_path / 'a.json'}@{tmp_path}",), *OPTIONS]
+    model, cfg = tiny.with_detections(tiny.build()), tiny.get_cfg(opts=options)
+    model.num_detections = 5
+    torch.save({"model": model.state_dict(), "config": cfg.dump()}, tmp_path / "model.pth")
+    evaluate_all(cfg, model, tmp_path, IssueReporter({}, strict=False))
+    expected = json.loads((tmp_path / "inference" / RESULTS_FILE).read_text())
+    found = Predictor(tmp_path / "model.pth", device="cpu")(tmp_path / "a.png")
+    assert found.num_detections == 5
+    assert found.to_coco(1) == expected
+    assert not torch.equal(found["boxes"], real(images[0])["boxes"])
 
 
 def test_results_of_a_list_and_of_threads(real, images):

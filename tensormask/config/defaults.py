@@ -36,6 +36,10 @@ _DEFAULTS: dict[str, Any] = {
         "PIXEL_MEAN": [103.53, 116.28, 123.675],
         "PIXEL_STD": [1.0, 1.0, 1.0],
         "BACKBONE": {
+            # "" for a ResNet of RESNETS.DEPTH; or a backbone of torchvision, such as
+            # "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_large" or "convnext_tiny"; or "timm/"
+            # and a name of timm.
+            "TRUNK": "",
             # Number of stages that are not trained: 0 none, 1 the stem, 2 the stem and res2, ...,
             # 5 all.
             "FREEZE_AT": 2,
@@ -209,6 +213,13 @@ _DEFAULTS: dict[str, Any] = {
         "ASPECT_RATIO_GROUPING": True,
         # Train only on images with objects.
         "FILTER_EMPTY_ANNOTATIONS": True,
+        # How often an epoch shows an image: "TrainingSampler" (once), or
+        # "RepeatFactorTrainingSampler" (more often if it has a class that fewer than
+        # REPEAT_THRESHOLD of the images have, such as 0.001: by the square root of the ratio, or by
+        # the ratio itself).
+        "SAMPLER_TRAIN": "TrainingSampler",
+        "REPEAT_THRESHOLD": 0.0,
+        "REPEAT_SQRT": True,
     },
     "SOLVER": {
         # Optimizer: "SGD" or "AdamW".

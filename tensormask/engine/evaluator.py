@@ -47,6 +47,7 @@ from tensormask.engine.resume import (
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.evaluation.coco import evaluation_mode
 from tensormask.evaluation.metrics import evaluator_name, explain_zero
+from tensormask.evaluation.tta import build_augmented_detector, check_sizes
 from tensormask.modeling import TensorMask, build_model
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import expand_home
@@ -131,6 +132,7 @@ def check_evaluation(cfg: CfgNode, classes: Classes) -> None:
         UserError: an invalid test set or option, or a test set with other classes.
     """
     build_test_transform(cfg)
+    check_sizes(cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE)
     if cfg.TEST.MAX_DETS < 1:
         raise UserError(f"TEST.MAX_DETS is {cfg.TEST.MAX_DETS}; give 1 or more, such as 100")
     for name in cfg.DATASETS.TEST:
@@ -187,7 +189,7 @@ def _evaluate_one(
     logger.info("Evaluating on %s: %d images", dataset.name, len(dataset))
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     results = evaluate(
-        model,
+        build_augmented_detector(cfg, model) or model,
         reporter.wrap(build_test_loader(cfg, dataset, rank=rank, world_size=world_size)),
         dataset,
         folder,

@@ -34,9 +34,14 @@ def training_advice(cfg: CfgNode) -> str:
 def evaluation_advice(cfg: CfgNode) -> str:
     """Return the options that make an evaluation need less memory, without those that are used."""
     test, head = cfg.TEST, cfg.MODEL.TENSOR_MASK
+    sizes = (
+        f"TEST.AUG.MIN_SIZES up to {max(test.AUG.MIN_SIZES)}, MAX_SIZE {test.AUG.MAX_SIZE}"
+        if test.AUG.ENABLED
+        else f"INPUT.MIN_SIZE_TEST {cfg.INPUT.MIN_SIZE_TEST}, "
+        f"MAX_SIZE_TEST {cfg.INPUT.MAX_SIZE_TEST}"
+    )
     options = [
-        f"smaller images (INPUT.MIN_SIZE_TEST {cfg.INPUT.MIN_SIZE_TEST}, "
-        f"MAX_SIZE_TEST {cfg.INPUT.MAX_SIZE_TEST})",
+        f"smaller images ({sizes})",
         f"TEST.DETECTIONS_PER_IMAGE below {test.DETECTIONS_PER_IMAGE}",
     ]
     if head.NMS_ON == "masks":

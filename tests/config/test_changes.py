@@ -39,7 +39,7 @@ def saved_text(cfg, overrides):
 def test_every_change_is_refused_or_logged_with_both_values(caplog):
     cfg = get_cfg()
     solver = (cfg.SOLVER.AMP, cfg.SOLVER.EMA, cfg.SOLVER.CLIP_GRADIENTS)
-    for group in (*solver, cfg.TEST.AMP, cfg.INPUT.CROP):
+    for group in (*solver, cfg.TEST.AMP, cfg.TEST.AUG, cfg.INPUT.CROP):
         group.ENABLED = True  # else their other keys have no effect
     new = dict(leaves(yaml.safe_load(cfg.dump())))
     numbers = {"SOLVER.WARMUP_ITERS": 7, "SOLVER.WARMUP_SHARE": 0.5, "SOLVER.MAX_ITER": 90}
