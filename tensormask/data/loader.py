@@ -34,6 +34,7 @@ from tensormask.data.samplers import (
     BatchSampler,
     ShareSampler,
     random_stream,
+    repeat_factors,
 )
 from tensormask.data.transforms import image_to_tensor, transform_annotations
 from tensormask.utils.errors import UserError, shorten
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 Mapper = Callable[[Sample, np.random.Generator], Sample]
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 _MAX_REPLACEMENTS = 100  # of an image that cannot be read, before the sample is given up
 
 
@@ -98,7 +100,13 @@ def build_train_loader(
     )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = training_set.aspect_groups() if grouped else [0] * len(training_set)
-    sampler = BatchSampler(groups, batch_size=batch_size, seed=cfg.SEED, start=start_iteration)
+    sampler = BatchSampler(
+        groups,
+        batch_size=batch_size,
+        seed=cfg.SEED,
+        start=start_iteration,
+        repeats=_repeats(cfg, training_set),
+    )
     # A share of each accumulated part, because the loss of a part is normalized over all processes.
     size = batch_size // num_shares
     starts = range(rank * size, batch_size, world_size * size)
@@ -282,6 +290,15 @@ class TrainingSet(Dataset):
         target, too_small = transform_annotations(annotations, labels, geometry)
         return transform_image(rgb, geometry, recolor), target, too_small
 
+    def classes(self) -> list[set[int]]:
+        """Return the labels of the objects of each image."""
+        labels = []
+        for dataset_index, index in zip(self._set_of, self._index_in_set, strict=True):
+            dataset = self.datasets[dataset_index]
+            image, annotations = dataset.record(index)
+            labels.append({dataset.label_of(a) for a in annotations if is_trainable(a, image)})
+        return labels
+
     def aspect_groups(self) -> list[int]:
         """Return the group of each image: 0 if it is wider than high, else 1."""
         sizes = np.concatenate([dataset.sizes for dataset in self.datasets])
@@ -315,6 +332,30 @@ class TestSet(Dataset):
             return sample
         geometry = self.augmentation.draw(rgb.shape[:2], random_stream(0, AUGMENTATION, index))
         return {**sample, "image": image_to_tensor(transform_image(rgb, geometry))}
+
+
+def _repeats(cfg: CfgNode, training_set: TrainingSet) -> np.ndarray | None:
+    """Return how often each image is shown in an epoch, or None for once."""
+    options = cfg.DATALOADER
+    if options.SAMPLER_TRAIN not in SAMPLERS:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN is {options.SAMPLER_TRAIN!r}; it is one of {SAMPLERS}."
+        )
+    if options.REPEAT_THRESHOLD < 0:
+        raise UserError(
+            f"DATALOADER.REPEAT_THRESHOLD is {options.REPEAT_THRESHOLD}; it is a share of the "
+            "images, 0 or more."
+        )
+    if options.SAMPLER_TRAIN == "TrainingSampler":
+        return None
+    repeats = repeat_factors(
+        training_set.classes(), options.REPEAT_THRESHOLD, sqrt=options.REPEAT_SQRT
+    )
+    logger.info(
+        "%d of %d images are repeated for their rare classes, up to %.1f times an epoch",
+        *(np.count_nonzero(repeats > 1), len(repeats), repeats.max()),
+    )
+    return repeats
 
 
 def _describe(dataset: CocoDataset, image: ImageEntry) -> Sample:

@@ -150,6 +150,33 @@ def test_copy_paste_adds_objects_and_survives_a_broken_image(small_set, tmp_path
     assert any(("image_broken" in issue) for sample in samples for issue in sample["issues"])
 
 
+def test_images_of_a_rare_class_are_repeated(small_set, tmp_path, caplog):
+    data = json.loads((tmp_path / "set.json").read_text())
+    data["annotations"][0]["category_id"] = 1  # in 1 of the 6 images with objects
+    (tmp_path / "rare.json").write_text(json.dumps(data))
+    rare = {
+        "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
+        "DATALOADER.REPEAT_THRESHOLD": 2 / 3,  # 4 times its share
+    }
+    cfg = make_cfg(f"{tmp_path}/rare.json@{tmp_path}", **rare)
+    with caplog.at_level(logging.INFO, logger="tensormask"):
+        samples = samples_of(take(cfg, 70))
+    assert "1 of 6 images are repeated for their rare classes, up to 2.0 times" in caplog.text
+    assert Counter(s["image_id"] for s in samples) == {1: 40, 2: 20, 3: 20, 6: 20, 7: 20, 8: 20}
+    assert_same(take(cfg, 5, start=40), take(cfg, 45)[40:])
+    cfg.merge_from_list(["DATALOADER.REPEAT_SQRT", False])
+    shown = Counter(sample["image_id"] for sample in samples_of(take(cfg, 45)))
+    assert shown == {1: 40, 2: 10, 3: 10, 6: 10, 7: 10, 8: 10}
+
+
+@pytest.mark.parametrize(
+    "key, value", [("SAMPLER_TRAIN", "RandomSubset"), ("REPEAT_THRESHOLD", -1.0)]
+)
+def test_invalid_samplers_are_refused(small_set, key, value):
+    with pytest.raises(ValueError, match=f"DATALOADER.{key} is "):
+        take(make_cfg(small_set, **{f"DATALOADER.{key}": value}), 1)
+
+
 def test_the_global_random_state_is_neither_read_nor_changed(small_set):
     batches = take(make_cfg(small_set), 3)
     torch.manual_seed(123)
