@@ -41,8 +41,8 @@ from tensormask.utils.files import write_atomically
 MAX_BYTES = 5_000_000
 FILE_NAME = f"{zoo.PACKAGED}.safetensors"
 _ROW = re.compile(
-    r"(?<=    _packaged\(  # dev/make_nuclei_model.py writes these lines\n).*?(?=    \),)",
-    re.DOTALL,
+    r"(?<=    _packaged\(  # dev/make_nuclei_model.py writes these lines\n).*?(?=^    \),)",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -63,15 +63,21 @@ def describe_training(path: Path, cfg: CfgNode, content: dict[str, Any]) -> dict
     commands = re.findall(r"^command +(.+)$", text, re.MULTILINE)
     commits = re.findall(r"^git +([0-9a-f]{7,40})", text, re.MULTILINE)
     words = shlex.split(commands[0]) if commands else []
-    start = next((i for i, word in enumerate(words) if word == "train"), None)
-    command = shlex.join(words) if start is None else shlex.join(["tensormask", *words[start:]])
+    if "train" in words:  # not the paths of Python and of the command
+        words = ["tensormask", *words[words.index("train") :]]
     return {
-        "command": command or "unknown",
+        "command": " ".join(map(quote, words)) or "unknown",
         "commit": commits[-1] if commits else "unknown",
         "iterations": content.get("iteration", -1) + 1,
         "start": cfg.MODEL.WEIGHTS or "random weights",
         "parameters": sum(array.numel() for array in content["model"].values()),
     }
+
+
+def quote(word: str) -> str:
+    """Quote a word for a shell, such as "['a.json@images']"."""
+    plain = "'" in word and not re.search(r'["$`\\!]', word)
+    return f'"{word}"' if plain else shlex.quote(word)
 
 
 def published_config(cfg: CfgNode) -> str:
@@ -121,12 +127,11 @@ def make_content(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write the file to publish; an error if it is too large."""
-    write_atomically(path, writer_of(path, content))
-    size = path.stat().st_size
+    """Write the file to publish, unless it is too large."""
+    size = sum(array.nbytes for array in content["model"].values())
     if size > MAX_BYTES:
-        path.unlink()
         raise UserError(f"{path.name} has {size / 1e6:.2f} MB, the limit is {MAX_BYTES / 1e6:g}")
+    write_atomically(path, writer_of(path, content))
 
 
 def zoo_row(sha256: str, about: dict[str, Any]) -> str:

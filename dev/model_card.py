@@ -70,6 +70,7 @@ def resize(image: Tensor, scale: float) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
+CHANGED_SET = "nuclei_val"
 # Changes of an image, uint8 `(3, H, W)`, as the network gets it.
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "unchanged": lambda image: image,
@@ -106,7 +107,7 @@ def measure(weights: Path, nuclei: Path, photos: Path) -> tuple[dict[str, Any], 
     }
     changes = {}
     for name, change in CHANGES.items():
-        results, coco, _ = detect(weights, "nuclei_val", change)
+        results, coco, _ = detect(weights, CHANGED_SET, change)
         changes[name] = score(coco, results, sorted(coco.imgs), threshold)
     files = sorted(path for path in photos.iterdir() if path.suffix.lower() in image_suffixes())
     measured = {"val": val, "changes": changes}
@@ -117,7 +118,7 @@ def detect(
     weights: Path, name: str, change: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[list[dict[str, Any]], COCO, float]:
     """Return the detections of a data set in COCO's format, its annotations, and the threshold."""
-    cfg, path, content = find_trained_model(weights)
+    cfg, path, content = find_trained_model(weights, overrides=["DATALOADER.NUM_WORKERS", 0])
     model = build_model(cfg)
     load_weights(model, path, content=content)
     dataset = get_dataset(name)
