@@ -2,6 +2,7 @@
 // float32, see cpu_isa.h.
 
 #include "swap_align2nat_cpu.h"
+#include "window_masks.h"
 #include "winograd.h"
 
 #include <atomic>
@@ -23,9 +24,12 @@ namespace avx512 {
 
 #include "swap_align2nat_cpu_kernels.h"
 
+#include "window_masks_kernels.h"
+
 #include "winograd_kernels.h"
 
 TENSORMASK_INSTANTIATE(float)
+TENSORMASK_INSTANTIATE_WINDOW_MASKS(float)
 TENSORMASK_INSTANTIATE_WINOGRAD(float)
 
 }  // namespace avx512

@@ -13,7 +13,7 @@ from tensormask.layers import build
 
 BACKENDS = ("auto", "native", "reference")
 _OP = "tensormask::swap_align2nat"
-_NEWEST_OP = "paste_masks"
+_NEWEST_OP = "window_masks"
 
 
 def _load() -> tuple[Path | None, str]:

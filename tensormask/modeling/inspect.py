@@ -106,7 +106,7 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
     if mask_head.aligned:
         finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
         masks = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
-        (masks,) = mask_head.zoomed(masks)
+        (masks,) = mask_head.upsampled(masks)
         side = round(len(masks) ** 0.5)
         return masks.unflatten(0, (side, side)).float()
     grid = features[level].shape[-2:]

@@ -27,6 +27,7 @@ from tensormask.layers import (
 )
 from tensormask.layers.norm import LevelTower
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
+from tensormask.layers.window_masks import is_faster, upsample_locations, window_masks
 from tensormask.modeling.fpn import upsample
 from tensormask.modeling.head import apply_tower, conv_tower, init_convs, maybe_checkpoint
 from tensormask.modeling.tiles import Tiles, to_device_at_once
@@ -166,8 +167,17 @@ class MaskHead(nn.Module):
                 if tiles is not None:
                     untile = functools.partial(tiles.scatter, x=finest)
             x = self._call(self.level_features, features, level, finest, tiles)
+            whole: Tensor | None = None  # without tiles, in channels_last
             for (_, size, _), windows in zip(groups, windows_of_group, strict=False):
-                yield self._masks_at(x, level, size, windows, untile)
+                if finest is None or not self._reads_few_channels(x, finest, level, size, windows):
+                    yield self._masks_at(x, level, size, windows, untile)
+                    continue
+                if whole is None:
+                    whole = x if untile is None else untile(x)
+                    whole = whole.contiguous(memory_format=torch.channels_last)
+                pred: Any = self.mask_pred[size]
+                weight = pred.weight.flatten(1)
+                yield window_masks(whole, weight, pred.bias, windows, self.steps[level], self.zoom)
 
     def dense(self, features: list[Tensor]) -> list[list[Tensor]]:
         """Return mask logits at all windows: the definition that tests compare `forward` with.
@@ -181,7 +191,7 @@ class MaskHead(nn.Module):
             x = self.level_features(features, level, finest)
             masks = [self._upscale(_to_4d(pred(x))).flatten(1, 2) for pred in self.mask_pred]
             if self.aligned:
-                masks = [swap_align2nat(self.zoomed(m), lambda_val) for m in masks]
+                masks = [swap_align2nat(self.upsampled(m), lambda_val) for m in masks]
             masks_per_level.append(masks)
         return masks_per_level
 
@@ -248,7 +258,7 @@ class MaskHead(nn.Module):
             masks = masks if untile is None else untile(masks)
             if self.upscale > 1:
                 return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
-            return swap_align2nat_at(self.zoomed(masks), windows, self.lambdas[level])
+            return swap_align2nat_at(self.upsampled(masks), windows, self.lambdas[level])
         n, row, column = windows.unbind(1)
         if is_plain_conv(pred) and pred.kernel_size == (1, 1):
             masks = F.linear(x[n, :, row, column], pred.weight.flatten(1), pred.bias)
@@ -256,19 +266,35 @@ class MaskHead(nn.Module):
             masks = pred(x)[n, :, row, column]
         return self._upscale(_to_4d(masks[:, :, None, None])).flatten(-3)
 
-    def zoomed(self, masks: Tensor) -> Tensor:
-        """Upsample aligned masks (N, V*U, H, W) to the unit of masks: (N, V*U, zoom*H, zoom*W).
+    def upsampled(self, masks: Tensor) -> Tensor:
+        """Upsample aligned masks (N, V*U, H, W) to their unit: (N, V*U, zoom*H, zoom*W).
 
-        This commutes with the last convolutions, which have more channels to write than to read.
-        The location ``y`` of the finest level becomes ``zoom * y``, the center of the same window.
+        This commutes with the last convolutions, whose input is upsampled by definition.
         """
-        if self.zoom == 1:
-            return masks
-        height, width = (self.zoom * side for side in masks.shape[-2:])
-        # Beyond the last location, its values repeat.
-        masks = F.pad(masks, (0, 1, 0, 1), mode="replicate")
-        masks = F.interpolate(masks, (height + 1, width + 1), mode="bilinear", align_corners=True)
-        return masks[:, :, :height, :width]
+        return upsample_locations(masks, self.zoom)
+
+    def _reads_few_channels(
+        self, x: Tensor, finest: Tensor, level: int, size: int, windows: Tensor
+    ) -> bool:
+        """Return whether to compute only what windows read of the last convolution's result.
+
+        ``x`` is that of `level_features`.
+        """
+        pred: Any = self.mask_pred[size]
+        return (
+            self.zoom > 1
+            and x.device.type == "cpu"
+            and is_plain_conv(pred)
+            and (pred.kernel_size, pred.stride, pred.padding) == ((1, 1), (1, 1), (0, 0))
+            and pred.bias is not None
+            and is_faster(
+                x[:, 0].numel(),
+                (finest.shape[2], finest.shape[3]),
+                self.mask_sizes[size],
+                windows,
+                self.steps[level],
+            )
+        )
 
     def _upscale(self, masks: Tensor) -> Tensor:
         """Upscale predicted masks (N, v, u, H, W) to their final size (N, V, U, H, W)."""

@@ -78,7 +78,7 @@ def test_locations_of_finer_masks() -> None:
     """The locations of windows stay exact, those between are interpolated; values repeat beyond."""
     x = torch.tensor([[0.0, 4.0, 8.0], [2.0, 6.0, 10.0]])[None, None]
     rows = [[0.0, 2, 4, 6, 8, 8], [1, 3, 5, 7, 9, 9], [2, 4, 6, 8, 10, 10], [2, 4, 6, 8, 10, 10]]
-    assert_close(make_head("finer").zoomed(x)[0, 0], torch.tensor(rows))
+    assert_close(make_head("finer").upsampled(x)[0, 0], torch.tensor(rows))
 
 
 def test_levels_without_windows_are_not_computed() -> None:
