@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensormask.config import CfgNode
 from tensormask.config.changes import warmup_iterations
+from tensormask.layers.norm import LayerNorm2d
 from tensormask.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 NORM_MODULES = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm,
-    nn.LocalResponseNorm, nn.RMSNorm,
+    nn.LocalResponseNorm, nn.RMSNorm, LayerNorm2d,
 )  # fmt: skip
 
 _OPTIONS = (

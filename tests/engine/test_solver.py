@@ -23,6 +23,7 @@ from tensormask.engine.solver import (
     build_optimizer,
     parameter_groups,
 )
+from tensormask.modeling.backbone import get_norm
 
 DATA = Path(__file__).parents[1] / "assets"
 
@@ -97,7 +98,8 @@ def test_bias_rules_override_the_norm_rule():
 
 
 def test_norm_modules_are_recognized_by_type():
-    norms = [kind(2) for kind in (nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)]
+    kinds = (nn.BatchNorm1d, nn.LayerNorm, *map(get_norm, ("BN", "SyncBN", "GN", "LN")))
+    norms = [kind(2) for kind in kinds]
     for norm in (*norms, nn.GroupNorm(1, 2), nn.InstanceNorm2d(2, affine=True)):
         groups = parameter_groups(norm, lr=1.0, weight_decay=0.1, weight_decay_norm=0.0)
         assert [group["weight_decay"] for group in groups] == [0.0], norm
