@@ -46,9 +46,9 @@ def build_parser() -> CommandParser:
         "category_ids, config and score_threshold of a checkpoint are kept; its other entries are "
         "listed and left out.",
         epilog="What detectron2 does not have is refused with its names: upscale heads, finer "
-        "masks (MASK_UNIT), models without a box head, norms in the heads, other trunks. The "
-        "first two are recognized by the config in the checkpoint; weights without a config are "
-        "taken for another head. detectron2's names do not keep the order of the window "
+        "masks (MASK_UNIT), norms in the towers, models without a box head, other trunks. The "
+        "first three are recognized by the config in the checkpoint; weights without a config are "
+        "taken for a model without them. detectron2's names do not keep the order of the window "
         "sizes: a model whose sizes are not ascending is refused.",
         example="output/quickstart/model_final.pth model.pkl",
     )
@@ -161,12 +161,16 @@ def _check_supported(
         raise UserError(f"{path} has no box head, and every TensorMask of detectron2 has one")
     try:
         options = yaml.safe_load(content["config"])["MODEL"]["TENSOR_MASK"]
-        upscales, is_finer = options["UPSCALE_LAMBDA"] > 1, options.get("MASK_UNIT", 0) > 0
+        found = {
+            "an upscale head": options["UPSCALE_LAMBDA"] > 1,
+            "finer masks (MASK_UNIT)": options.get("MASK_UNIT", 0) > 0,
+            "norms in its towers (NORM)": bool(options.get("NORM")),
+        }
     except (KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return  # no config, or one that is older than the upscale heads
-    if upscales or is_finer:
-        what = "an upscale head" if upscales else "finer masks (MASK_UNIT)"
-        raise UserError(f"{path} has {what}, which detectron2 does not have")
+    for what, is_found in found.items():
+        if is_found:
+            raise UserError(f"{path} has {what}, which detectron2 does not have")
 
 
 def take_averages(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -234,9 +234,10 @@ def test_unsupported_models_are_refused(tmp_path, capsys) -> None:
     source = tmp_path / "kept.safetensors"
     assert "upscale head" in refused(capsys, source, tmp_path / "theirs.pkl")
 
-    finer = "MODEL: {TENSOR_MASK: {UPSCALE_LAMBDA: 0, MASK_UNIT: 2.0}}"
-    source = save(tmp_path / "finer.pth", small_state(), config=finer)
-    assert "finer masks" in refused(capsys, source, tmp_path / "theirs.pkl")
+    for option, what in (("MASK_UNIT: 2.0", "finer masks"), ("NORM: LN", "norms in its towers")):
+        config = f"MODEL: {{TENSOR_MASK: {{UPSCALE_LAMBDA: 0, {option}}}}}"
+        source = save(tmp_path / "v2.pth", small_state(), config=config)
+        assert what in refused(capsys, source, tmp_path / "theirs.pkl")
 
     state = small_state(opts=MODELS["large windows first"])
     source = save(tmp_path / "ours.pth", state)
