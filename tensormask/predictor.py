@@ -20,10 +20,12 @@ from tensormask.checkpoint.trained import find_trained_model
 from tensormask.config import CfgNode
 from tensormask.data import get_dataset
 from tensormask.data.arrays import image_to_rgb
+from tensormask.data.augmentation import build_test_transform
 from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import present_classes
+from tensormask.data.geometry import transform_image
 from tensormask.data.images import ImageError, read_image
-from tensormask.data.transforms import build_test_transform, image_to_tensor, transform_image
+from tensormask.data.transforms import image_to_tensor
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
 from tensormask.engine.anomaly import check_weights
 from tensormask.evaluation.tta import build_augmented_detector

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tensormask.data import IssueReporter
 from tensormask.data.coco import CocoDataset
-from tensormask.data.loader import TestSet
+from tensormask.data.samples import TestSet
 from tensormask.engine.evaluator import evaluate_all
 from tensormask.evaluation.coco import RESULTS_FILE, evaluate
 from tensormask.predictor import Predictor

@@ -21,9 +21,9 @@ from benchmarks import ROOT
 from benchmarks.measure import median_ratio, time_in_turn
 from tensormask.config import get_cfg
 from tensormask.data import CocoDataset, build_train_loader, get_dataset
-from tensormask.data.loader import TrainingSet
+from tensormask.data.augmentation import Augmentation
+from tensormask.data.samples import TrainingSet
 from tensormask.data.shapes import write_split
-from tensormask.data.transforms import Augmentation
 from tensormask.utils.tables import format_records
 
 _PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "coco_cc"

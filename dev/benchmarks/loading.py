@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from benchmarks.data import add_data_set
 from benchmarks.measure import median_ratio, time_in_turn
 from tensormask.data import get_dataset, transport
-from tensormask.data.loader import TrainingSet
+from tensormask.data.augmentation import Augmentation
 from tensormask.data.prefetch import BatchLoader
 from tensormask.data.samplers import BatchSampler
-from tensormask.data.transforms import Augmentation
+from tensormask.data.samples import TrainingSet
 from tensormask.utils.tables import format_records
 
 

@@ -19,9 +19,9 @@ from tensormask.commands.common import (
 )
 from tensormask.config import CfgNode
 from tensormask.data import CocoDataset, get_dataset
+from tensormask.data.augmentation import build_test_transform
 from tensormask.data.checks.diagnosis import Diagnosis
 from tensormask.data.statistics import AREA_LIMITS, Statistics, check_files, count_contents
-from tensormask.data.transforms import build_test_transform
 from tensormask.data.whole_set import diagnose_set, unusable_reason
 from tensormask.evaluation.coverage import (
     Coverage,

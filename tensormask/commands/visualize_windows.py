@@ -19,8 +19,9 @@ from tensormask.commands.common import (
     exits_on_user_error,
     read_config,
 )
+from tensormask.data.geometry import transform_image
 from tensormask.data.images import read_image
-from tensormask.data.transforms import image_to_tensor, transform_image
+from tensormask.data.transforms import image_to_tensor
 from tensormask.layers import paste_masks
 from tensormask.modeling.inference import masks_at_windows
 from tensormask.modeling.inspect import (

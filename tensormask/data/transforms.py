@@ -14,12 +14,6 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 
-from tensormask.data.augmentation import (
-    Augmentation,
-    build_test_transform,
-    build_train_transform,
-    resized_size,
-)
 from tensormask.data.checks.annotations import Annotation
 from tensormask.data.checks.segmentation import run_lengths, segmentation_to_rle, valid_polygons
 from tensormask.data.geometry import (
@@ -29,24 +23,7 @@ from tensormask.data.geometry import (
     leave_image,
     nearest_pixels,
     transform_boxes,
-    transform_image,
 )
-
-__all__ = [
-    "Augmentation",
-    "Geometry",
-    "box_of_mask",
-    "build_test_transform",
-    "build_train_transform",
-    "image_to_tensor",
-    "nearest_pixels",
-    "resized_size",
-    "transform_annotations",
-    "transform_boxes",
-    "transform_image",
-    "transform_polygons",
-    "transform_rle",
-]
 
 # In detectron2 a box of at most this many pixels in height or width is empty.
 _EMPTY_SIDE = 1e-5

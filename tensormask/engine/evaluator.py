@@ -20,6 +20,7 @@ from tensormask.data import (
     check_dataset,
     get_dataset,
 )
+from tensormask.data.augmentation import build_test_transform
 from tensormask.data.catalog import fixed_datasets
 from tensormask.data.classes import (
     UNKNOWN,
@@ -29,7 +30,6 @@ from tensormask.data.classes import (
     stored_classes,
 )
 from tensormask.data.statistics import check_files
-from tensormask.data.transforms import build_test_transform
 from tensormask.data.whole_set import check_sets
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import check_weights

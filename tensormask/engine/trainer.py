@@ -17,7 +17,8 @@ from tensormask.config import CfgNode
 from tensormask.data import build_train_loader, get_dataset
 from tensormask.data.catalog import fixed_datasets
 from tensormask.data.classes import UNKNOWN, matches_by_name, stored_classes, training_classes
-from tensormask.data.loader import Mapper, check_batch, repeat
+from tensormask.data.loader import check_batch, repeat
+from tensormask.data.samples import Mapper
 from tensormask.engine import distributed, events, solver
 from tensormask.engine.anomaly import check_weights, watch_modules
 from tensormask.engine.callbacks import Callback, EarlyStopping, Run, build_early_stopping

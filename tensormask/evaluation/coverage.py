@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tensormask.data import CocoDataset
+from tensormask.data.augmentation import Augmentation
+from tensormask.data.geometry import transform_boxes
 from tensormask.data.statistics import AREA_LIMITS, area_size, mask_area
-from tensormask.data.transforms import Augmentation, transform_boxes
 from tensormask.modeling.assigners import Assigner
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.windows import Windows
@@ -109,7 +110,7 @@ def input_objects(dataset: CocoDataset, transform: Augmentation) -> InputObjects
         corners = transform_boxes(corners, geometry)
         non_empty = (corners[:, 2:] > corners[:, :2]).all(axis=1)
         boxes.append(torch.from_numpy(corners[non_empty].astype(np.float32)))
-        input_sizes.append(geometry.new_size)
+        input_sizes.append(geometry.output_size)
         left = [annotations[row] for row in np.flatnonzero(non_empty)]
         coco_sizes.append([area_size(mask_area(annotation, image)) for annotation in left])
     return InputObjects(boxes, input_sizes, coco_sizes)

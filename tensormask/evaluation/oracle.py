@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tensormask.data import CocoDataset
+from tensormask.data.augmentation import Augmentation
 from tensormask.data.classes import present_classes
-from tensormask.data.transforms import Augmentation, transform_annotations
+from tensormask.data.transforms import transform_annotations
 from tensormask.evaluation.results import Detections, coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_regions
@@ -56,7 +57,7 @@ def evaluate_oracle(
         labels = [dataset.label_of(annotation) for annotation in annotations]
         geometry = transform.draw(size, rng)
         target, _ = transform_annotations(annotations, labels, geometry)
-        detections = oracle_detections(model, target, geometry.new_size, size)
+        detections = oracle_detections(model, target, geometry.output_size, size)
         results.append(coco_results(detections, image_id, dataset.category_ids, size))
     by_rank = gather(results)
     if rank > 0:

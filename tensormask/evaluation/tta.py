@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
 from tensormask.config import CfgNode
-from tensormask.data.transforms import Geometry, image_to_tensor, resized_size, transform_image
+from tensormask.data.augmentation import resized_size
+from tensormask.data.geometry import Geometry, transform_image
+from tensormask.data.transforms import image_to_tensor
 from tensormask.modeling import TensorMask
 from tensormask.modeling.inputs import check_length, size_of
 from tensormask.utils.errors import UserError

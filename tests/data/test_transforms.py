@@ -8,17 +8,16 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from tensormask.config import get_cfg
-from tensormask.data.transforms import (
+from tensormask.data.augmentation import (
     Augmentation,
-    Geometry,
     build_test_transform,
     build_train_transform,
-    image_to_tensor,
-    nearest_pixels,
     resized_size,
+)
+from tensormask.data.geometry import Geometry, nearest_pixels, transform_boxes, transform_image
+from tensormask.data.transforms import (
+    image_to_tensor,
     transform_annotations,
-    transform_boxes,
-    transform_image,
     transform_polygons,
     transform_rle,
 )

@@ -12,12 +12,9 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from tensormask.data import CocoDataset
-from tensormask.data.transforms import (
-    Geometry,
-    resized_size,
-    transform_annotations,
-    transform_image,
-)
+from tensormask.data.augmentation import resized_size
+from tensormask.data.geometry import Geometry, transform_image
+from tensormask.data.transforms import transform_annotations
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CASE = SHARED / "parity" / "cases" / "mapper.json"

@@ -13,8 +13,8 @@ from pycocotools.cocoeval import COCOeval
 from tiny import build
 
 from tensormask.config import get_cfg
+from tensormask.data.augmentation import Augmentation
 from tensormask.data.classes import Classes, match_dataset
-from tensormask.data.transforms import Augmentation
 from tensormask.evaluation import evaluate, evaluate_oracle
 
 CLASSES = Classes(CLASS_NAMES, source="model_final.pth")

@@ -6,8 +6,8 @@ import tiny
 import torch
 
 from tensormask.data import shapes
+from tensormask.data.augmentation import Augmentation
 from tensormask.data.catalog import get_dataset
-from tensormask.data.transforms import Augmentation
 from tensormask.evaluation.coverage import (
     REASONS,
     InputObjects,

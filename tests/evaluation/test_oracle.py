@@ -9,8 +9,8 @@ from tiny import build, target
 from torch.testing import assert_close
 
 from tensormask.data import shapes
+from tensormask.data.augmentation import Augmentation
 from tensormask.data.catalog import get_dataset
-from tensormask.data.transforms import Augmentation
 from tensormask.evaluation import evaluate_oracle, oracle, oracle_detections
 from tensormask.layers import crop_masks, paste_masks
 from tensormask.modeling.assignment import assign
