@@ -1,5 +1,6 @@
 """The model. `TensorMask.build` and `build_model` make it; its parts work without a config."""
 
+from tensormask.modeling.assigners import make_assigner
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.backbone import ResNet, freeze
 from tensormask.modeling.box_coder import decode_boxes, encode_boxes
@@ -34,6 +35,7 @@ __all__ = [
     "focal_loss_star",
     "freeze",
     "giou_loss",
+    "make_assigner",
     "mask_loss",
     "quality_focal_loss",
     "varifocal_loss",
