@@ -131,15 +131,15 @@ def own_backbone(example):
 def own_mask_loss(example):
     losses(example)["loss_mask"].backward()
     masks = torch.tensor([[[False, True], [True, True]]])
-    good, bad = (example.dice_and_bce(masks * sign - sign / 2, masks) for sign in (20.0, -20.0))
+    good, bad = (example.tversky_and_bce(masks * sign - sign / 2, masks) for sign in (20.0, -20.0))
     assert good < 1e-3
     assert bad > 10
-    assert example.dice_and_bce(torch.zeros(0, 2, 2), masks[:0]) == 0
+    assert example.tversky_and_bce(torch.zeros(0, 2, 2), masks[:0]) == 0
 
 
 def own_box_loss(example):
     windows = torch.tensor([[0.0, 0.0, 40.0, 40.0]])
-    assert example.giou_loss(torch.zeros(1, 4), torch.zeros(1, 4), windows).abs() < 1e-6
+    assert example.ciou_loss(torch.zeros(1, 4), torch.zeros(1, 4), windows).abs() < 1e-6
     losses(example)["loss_box_reg"].backward()
 
 

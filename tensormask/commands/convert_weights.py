@@ -165,6 +165,7 @@ def _check_supported(
             "an upscale head": options["UPSCALE_LAMBDA"] > 1,
             "finer masks (MASK_UNIT)": options.get("MASK_UNIT", 0) > 0,
             "norms in its towers (NORM)": bool(options.get("NORM")),
+            "predicted IoUs of masks (MASK_IOU_ON)": bool(options.get("MASK_IOU_ON")),
         }
     except (KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return  # no config, or one that is older than the upscale heads

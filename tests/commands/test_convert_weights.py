@@ -234,7 +234,11 @@ def test_unsupported_models_are_refused(tmp_path, capsys) -> None:
     source = tmp_path / "kept.safetensors"
     assert "upscale head" in refused(capsys, source, tmp_path / "theirs.pkl")
 
-    for option, what in (("MASK_UNIT: 2.0", "finer masks"), ("NORM: LN", "norms in its towers")):
+    for option, what in (
+        ("MASK_UNIT: 2.0", "finer masks"),
+        ("NORM: LN", "norms in its towers"),
+        ("MASK_IOU_ON: true", "predicted IoUs"),
+    ):
         config = f"MODEL: {{TENSOR_MASK: {{UPSCALE_LAMBDA: 0, {option}}}}}"
         source = save(tmp_path / "v2.pth", small_state(), config=config)
         assert what in refused(capsys, source, tmp_path / "theirs.pkl")
