@@ -36,45 +36,45 @@ def copy_paste(
     Returns:
         The image and its target, with the pasted objects at the end.
     """
-    pasted = torch.from_numpy(rng.random(len(source_target["labels"])) < 0.5)
-    source_target = _fit({key: value[pasted] for key, value in source_target.items()}, image)
-    if not len(source_target["labels"]):
+    chosen = torch.from_numpy(rng.random(len(source_target["labels"])) < 0.5)
+    pasted = _fit({key: value[chosen] for key, value in source_target.items()}, image.shape[:2])
+    if not len(pasted["labels"]):
         return image, target
-    covered = source_target["masks"].any(dim=0)
-    image = image.copy()
+    covered = np.logical_or.reduce(pasted["masks"].numpy(), axis=0)
+    mixed = image.copy()
     height, width = (min(sides) for sides in zip(image.shape[:2], source.shape[:2], strict=True))
-    part = covered[:height, :width].numpy()
-    image[:height, :width][part] = source[:height, :width][part]
-    target = _keep_pixels(target, ~covered)
-    return image, {key: torch.cat([target[key], source_target[key]]) for key in target}
+    part = covered[:height, :width]
+    mixed[:height, :width][part] = source[:height, :width][part]
+
+    result = {key: torch.cat([target[key], pasted[key]]) for key in target}
+    masks = result["masks"].numpy()
+    changed = np.zeros(len(masks), dtype=bool)
+    changed[: len(target["labels"])] = (target["masks"].numpy() & covered).any(axis=(1, 2))
+    masks[changed] &= ~covered
+    return mixed, _update(result, changed)
 
 
-def _fit(target: Target, image: np.ndarray) -> Target:
-    """Cut or pad the masks at the right and bottom to the size of an image."""
+def _fit(target: Target, size: tuple[int, ...]) -> Target:
+    """Cut or pad the masks at the right and bottom to `size` (height, width)."""
     masks = target["masks"]
-    size = image.shape[:2]
     if masks.shape[1:] == size:
         return target
     part = masks[:, : size[0], : size[1]]
     fitted = masks.new_zeros((len(masks), *size))
     fitted[:, : part.shape[1], : part.shape[2]] = part
-    num_lost = masks.flatten(1).sum(dim=1) - part.flatten(1).sum(dim=1)
-    return _update({**target, "masks": fitted}, num_lost > 0)
+    lost = masks.flatten(1).sum(dim=1) != part.flatten(1).sum(dim=1)
+    return _update({**target, "masks": fitted}, lost.numpy())
 
 
-def _keep_pixels(target: Target, kept: torch.Tensor) -> Target:
-    """Remove the pixels from the masks that are not `kept`, bool `(H, W)`."""
-    masks = target["masks"] & kept
-    changed = (masks != target["masks"]).flatten(1).any(dim=1)
-    return _update({**target, "masks": masks}, changed)
-
-
-def _update(target: Target, changed: torch.Tensor) -> Target:
+def _update(target: Target, changed: np.ndarray) -> Target:
     """Set the boxes of the changed objects from their masks, and leave out those without pixels."""
-    boxes, included = target["boxes"].clone(), torch.ones_like(changed)
-    for k in changed.nonzero().flatten().tolist():
-        mask = target["masks"][k].numpy()
-        included[k] = bool(mask.any())
+    boxes, masks = target["boxes"].clone(), target["masks"].numpy()
+    included = np.ones(len(masks), dtype=bool)
+    for k in np.flatnonzero(changed):
+        included[k] = masks[k].any()
         if included[k]:
-            boxes[k] = torch.tensor(box_of_mask(mask), dtype=boxes.dtype)
-    return {key: value[included] for key, value in {**target, "boxes": boxes}.items()}
+            boxes[k] = torch.tensor(box_of_mask(masks[k]), dtype=boxes.dtype)
+    target = {**target, "boxes": boxes}
+    if included.all():
+        return target
+    return {key: value[torch.from_numpy(included)] for key, value in target.items()}
