@@ -162,7 +162,7 @@ class ClassBoxHead(nn.Module):
 
         Args:
             features: of the pyramid, per level (N, C, H, W).
-            dense_boxes: whether to compute deltas; `deltas_at` computes those of chosen windows.
+            dense_boxes: whether to compute deltas; `outputs_at` computes those of chosen windows.
 
         Returns:
             - logits per level (N, num_sizes * num_classes, H, W), channel ``size * num_classes +
