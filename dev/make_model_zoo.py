@@ -94,7 +94,7 @@ def render() -> str:
     return TEXT.format(
         name=PACKAGED,
         packaged=_packaged_row(packaged),
-        command=f" Training:\n\n```\n{packaged.command}\n```" if packaged.command else "",
+        command=f"\nThe training was `{packaged.command}`." if packaged.command else "",
         models="\n".join(_row(model, ("box AP", "mask AP")) for model in models),
         evaluate="\n".join(_evaluation(model) for model in models if model.url is not None),
         backbones="\n".join(_row(model, ("top-1",)) for model in backbones),

@@ -69,7 +69,7 @@ def describe_training(path: Path, cfg: CfgNode, content: dict[str, Any]) -> dict
         "command": " ".join(map(quote, words)) or "unknown",
         "commit": commits[-1] if commits else "unknown",
         "iterations": content.get("iteration", -1) + 1,
-        "start": cfg.MODEL.WEIGHTS or "random weights",
+        "start": Path(cfg.MODEL.WEIGHTS).name or "random weights",
         "parameters": sum(array.numel() for array in content["model"].values()),
     }
 

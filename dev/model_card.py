@@ -234,9 +234,9 @@ from tensormask import Predictor
 detections = Predictor("tensormask_v2_nuclei")("image.png")
 ```
 
-It is meant for trying the library, and as the start of a training on your own microscopy images
-(`MODEL.WEIGHTS tensormask_v2_nuclei`). It finds nothing but nuclei. It is not for diagnosis: nobody
-has validated it for any medical use.
+It is meant for trying the library, and as the start of a training on your own microscopy images:
+`tensormask.model_zoo.get_config("tensormask_v2_nuclei")` is its config with these weights.
+It finds nothing but nuclei. It is not for diagnosis: nobody has validated it for any medical use.
 
 ## How good it is, and where it fails
 
@@ -276,12 +276,11 @@ def render(about: Mapping[str, Any] | None, threshold: float | None = None) -> s
     lines = [
         f"- {training['parameters'] / 1e6:.2f} M parameters, weights in float16, computed in "
         "float32",
-        f"- trained for {training['iterations']:,} iterations from {training['start']}, at commit "
-        f"`{training['commit']}`",
+        f"- trained for {training['iterations']:,} iterations from {training['start']}",
+        f"- by `{training['command']}`, at commit `{training['commit']}`",
         f"- threshold on scores, with the best F1 on val: {threshold:.2f}",
     ]
-    command = f"\nThe command of the training:\n\n```\n{training['command']}\n```\n"
-    return TEXT.format(about="\n".join(lines) + "\n" + command, tables=tables(about["measured"]))
+    return TEXT.format(about="\n".join(lines) + "\n", tables=tables(about["measured"]))
 
 
 def tables(measured: Mapping[str, Any]) -> str:

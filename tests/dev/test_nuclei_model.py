@@ -132,7 +132,7 @@ def test_content_of_the_file(run, tmp_path, monkeypatch):
         "command": f"tensormask {COMMAND}",
         "commit": "fedcba9876543210fedcba9876543210fedcba98",
         "iterations": 100,
-        "start": "/a/b.pth",
+        "start": "b.pth",
         "parameters": sum(p.numel() for p in build(opts=OPTS).state_dict().values()),
     }
     with pytest.raises(UserError, match=r"m\.safetensors has 22\.\d\d MB, the limit is 5"):
