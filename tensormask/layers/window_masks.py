@@ -18,8 +18,8 @@ from tensormask.layers.swap_align2nat import swap_align2nat_at
 
 # Channels that a window reads at a location, as the op computes them.
 _CHANNELS_READ = 16
-# Time of a product of the op, in that of a product of the convolution and what follows it.
-_TIME_OF_PRODUCT = 1.0
+# Time of a product of the op, over that of a product of the convolution and of what follows it.
+_TIME_OF_PRODUCT = 0.25
 
 
 def upsample_locations(x: Tensor, zoom: int) -> Tensor:

@@ -102,13 +102,13 @@ def test_no_windows_and_wrong_arguments() -> None:
         torch.ops.tensormask.window_masks_backward(grad, *arguments.values(), 1, 2)
 
 
-def test_when_the_op_is_faster() -> None:
+def test_when_the_op_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window of 15 locations reads at most 17 x 17 of them, and less at the border."""
+    monkeypatch.setattr(window_masks, "_TIME_OF_PRODUCT", 1.0)
     few, many = torch.tensor([[0, 50, 50]]), torch.tensor([[0, 50, 50]] * 500)
     assert is_faster(100 * 100, (100, 100), 15, few, 1)
     assert not is_faster(100 * 100, (100, 100), 15, many, 1)
-    assert not is_faster(16, (100, 100), 15, few, 1)  # of the tiles of the convolution
-    at_border = torch.tensor([[0, 0, 0]])
-    area, reads = 15 * 15, 17 * 17
-    assert not is_faster(16 * reads // area, (100, 100), 15, few, 1)
-    assert is_faster(16 * reads // area, (100, 100), 15, at_border, 1)
+    enough = 16 * 17 * 17 // 15**2 + 1  # locations of the convolution, or of its tiles
+    assert is_faster(enough, (100, 100), 15, few, 1)
+    assert not is_faster(enough - 1, (100, 100), 15, few, 1)
+    assert is_faster(enough - 1, (100, 100), 15, torch.tensor([[0, 0, 0]]), 1)

@@ -81,6 +81,32 @@ def test_locations_of_finer_masks() -> None:
     assert_close(make_head("finer").upsampled(x)[0, 0], torch.tensor(rows))
 
 
+@pytest.mark.parametrize("few_channels", [False, True])
+def test_both_ways_to_finer_masks(few_channels: bool, monkeypatch) -> None:
+    """Those of all channels, and of the channels that windows read; at tiles."""
+    monkeypatch.setattr(mask_head, "is_faster", lambda *args: few_channels)
+    monkeypatch.setattr(mask_head.Tiles, "are_faster", lambda *args: True)
+    head, features = make_head("finer"), make_features(13, 21)
+    called = []
+    monkeypatch.setattr(
+        head, "_masks_at", lambda *a: called.append(a) or type(head)._masks_at(head, *a)
+    )
+    groups = some_windows(features)
+    for masks, (level, size, windows) in zip(head(features, groups), groups, strict=True):
+        n, y, x = windows.unbind(1)
+        assert_close(masks.flatten(1), head.dense(features)[level][size][n, :, y, x])
+    assert len(called) == (0 if few_channels else len(groups))
+
+
+def test_last_convolutions_that_are_not_plain_are_called() -> None:
+    head, features = make_head("finer"), make_features(8, 8)
+    group = (0, 0, torch.tensor([[0, 4, 4]]))
+    (expected,), calls = head(features, [group]), []
+    head.mask_pred[0].register_forward_hook(lambda *args: calls.append(args))
+    assert_close(head(features, [group]), [expected])
+    assert len(calls) == 1
+
+
 def test_levels_without_windows_are_not_computed() -> None:
     head, features = make_head("bipyramid"), make_features(8, 8)
     (mask,) = head(features, [(1, 0, torch.tensor([[0, 0, 0]]))])
