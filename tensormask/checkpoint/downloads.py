@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 import pooch
 
 from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, PACKAGED, TORCHVISION_URL, ZooModel
+from tensormask.modeling.trunks import TORCHVISION_TRUNKS
 from tensormask.utils.errors import UserError, unknown_name
 from tensormask.utils.files import expand_home
 
@@ -41,8 +42,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
             - a URL: ``https://...``, ``http://...`` or ``file:///...``;
             - ``detectron2://...``, a file of detectron2's server;
             - ``torchvision://ResNet50_Weights.IMAGENET1K_V2``, weights by torchvision's names
-              (18, 34, 50 or 101 layers), or ``torchvision://resnet50`` for IMAGENET1K_V1, as in
-              torchvision's own detection models.
+              (ResNets of 18, 34, 50 or 101 layers, and backbones of `trunks.build_trunk`), or
+              ``torchvision://resnet50`` for IMAGENET1K_V1, as in torchvision's own detection
+              models.
 
     Raises:
         ValueError: the URL is malformed or of an unknown kind; or a bare name, without folder
@@ -116,12 +118,12 @@ def _torchvision_url(name: str) -> str:
     from torchvision.models import get_model_weights
 
     known = {}
-    for depth in _DEPTHS:
-        weights = get_model_weights(f"resnet{depth}")
-        known[f"resnet{depth}"] = weights.IMAGENET1K_V1
-        known |= {str(entry): entry for entry in weights}
+    for model in [*(f"resnet{depth}" for depth in _DEPTHS), *TORCHVISION_TRUNKS]:
+        entries = [*get_model_weights(model)]
+        known[model] = entries[0]
+        known |= {str(entry): entry for entry in entries}
     if name not in known:
-        raise UserError(unknown_name("one of torchvision's ResNets", name, known))
+        raise UserError(unknown_name("one of torchvision's backbones", name, known))
     return known[name].url
 
 

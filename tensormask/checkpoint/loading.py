@@ -21,6 +21,7 @@ from tensormask.checkpoint.names import find_kind, to_our_names
 from tensormask.data.classes import list_names, shared_labels, spelling_hint
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.tensormask import TensorMask
+from tensormask.modeling.trunks import TorchvisionTrunk
 from tensormask.utils.errors import UserError, shorten
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,11 @@ def load_weights(
     """Load weights from a file or a dict into a model.
 
     The file is a checkpoint of this library or of detectron2's TensorMask, or a backbone: an
-    ImageNet ResNet of detectron2 (with Caffe2's names or its own) or of torchvision. Its format is
-    that of a ``.pth``, ``.pkl`` or ``.safetensors``, whatever its suffix. A batch norm without
-    running statistics in the file gets mean 0 and variance 1. The weights can be in an entry
-    "state_dict", and their names can have the prefixes of wrappers: ``module.``, ``model.`` and
-    ``_orig_mod.``.
+    ImageNet ResNet of detectron2 (with Caffe2's names or its own), or one of torchvision's models
+    that MODEL.BACKBONE.TRUNK accepts. Its format is that of a ``.pth``, ``.pkl`` or
+    ``.safetensors``, whatever its suffix. A batch norm without running statistics in the file gets
+    mean 0 and variance 1. The weights can be in an entry "state_dict", and their names can have the
+    prefixes of wrappers: ``module.``, ``model.`` and ``_orig_mod.``.
 
     Args:
         model: gets the weights, in its own dtypes and on its own device.
@@ -118,6 +119,8 @@ def load_weights(
         check_all_arrays(others, path)
     if kind == "detectron2":
         left_out += [name for name in ours if _is_unused_level(ours[name], model)]
+    elif kind == "torchvision's features":
+        left_out += [name for name in ours if _is_for_classifier(ours[name], model)]
     if left_out:
         logger.info("%s: entries that are not used: %s", path, _list(left_out))
 
@@ -241,6 +244,17 @@ def _is_unused_level(name: str, model: TensorMask) -> bool:
     return level is not None and f"p{level[1]}" not in model.windows.level_names
 
 
+def _is_for_classifier(name: str, model: TensorMask) -> bool:
+    """Whether a parameter is of a last layer that a `TorchvisionTrunk` leaves out."""
+    layer = re.match(r"backbone\.features\.(\d+)\.", name)
+    trunk = model.backbone
+    return (
+        layer is not None
+        and isinstance(trunk, TorchvisionTrunk)
+        and int(layer[1]) == len(trunk.features)
+    )
+
+
 def _default_statistics(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return mean 0 and variance 1 for batch norms with only scale and shift in the file."""
     statistics = {}
@@ -256,7 +270,9 @@ def _check_images(model: TensorMask, kind: str, written_by: Any, path: str | Pat
     """Raise ValueError if ImageNet weights were trained with other images or strides."""
     if kind == "Caffe2":
         author = "MSRA"
-    elif kind == "torchvision" or (kind.startswith("detectron2's") and written_by == "torchvision"):
+    elif kind.startswith("torchvision") or (
+        kind.startswith("detectron2's") and written_by == "torchvision"
+    ):
         author = "torchvision"
     else:  # a whole model, or a backbone of an unknown author
         return
@@ -294,8 +310,8 @@ def _check_whole_backbone(result: LoadResult, path: str | PathLike[str]) -> None
     if wrong:
         raise UserError(
             f"{path} is a backbone, but not the model's: {len(wrong)} parameters are in only one "
-            f"of them or have another shape: {_list(wrong)}. Check MODEL.RESNETS.DEPTH and "
-            "MODEL.RESNETS.NORM"
+            f"of them or have another shape: {_list(wrong)}. Check MODEL.RESNETS.DEPTH, "
+            "MODEL.BACKBONE.TRUNK and MODEL.RESNETS.NORM"
         )
 
 

@@ -35,6 +35,7 @@ _TORCHVISION: Table = (
     ("layer3.{rest}", "backbone.res4.{rest}"),
     ("layer4.{rest}", "backbone.res5.{rest}"),
 )
+_FEATURES: Table = (("features.{rest}", "backbone.features.{rest}"),)
 _CAFFE2: Table = (
     ("conv1_w", "backbone.stem.conv1.weight"),
     ("res_conv1_bn_{affine}", "backbone.stem.bn1.{affine}"),
@@ -78,6 +79,8 @@ _KINDS: dict[str, tuple[str, Table, str]] = {
     ),
     "Caffe2": (r"conv1_w|res\d_\d+_branch\d.*", _CAFFE2, r".+"),
     "torchvision": (r"layer\d\.\d+\..+", _TORCHVISION, r"fc\..+"),
+    # MobileNets, ConvNeXts, ...
+    "torchvision's features": (r"features\.\d+\..+", _FEATURES, r"classifier\..+"),
     "detectron2's backbone": (r"stem\..+|res\d\.\d+\..+", _BACKBONE, r"(stem\.)?(fc|linear)\..+"),
 }
 OURS = "TensorMask"

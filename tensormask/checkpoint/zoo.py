@@ -42,10 +42,17 @@ def _msra(depth: int) -> ZooModel:
     return ZooModel(f"MSRA_R_{depth}", None, url, None, {}, "detectron2, a copy of MSRA's")
 
 
-def _torchvision(depth: int, sha256: str, top1: float) -> ZooModel:
-    url = f"{TORCHVISION_URL}resnet{depth}-{sha256}.pth"
-    source = f"torchvision, ResNet{depth}_Weights.IMAGENET1K_V1"
-    return ZooModel(f"torchvision_R_{depth}", None, url, sha256, {"top-1": top1}, source)
+def _torchvision(name: str, weights: str, file: str, top1: float) -> ZooModel:
+    """Return the row of weights of torchvision, of a file whose name has digits of its SHA-256."""
+    sha256, source = file.rpartition("-")[2], f"torchvision, {weights}"
+    url = f"{TORCHVISION_URL}{file}.pth"
+    return ZooModel(f"torchvision_{name}", None, url, sha256, {"top-1": top1}, source)
+
+
+def _torchvision_resnet(depth: int, sha256: str, top1: float, version: int = 1) -> ZooModel:
+    name = f"R_{depth}" if version == 1 else f"R_{depth}_V{version}"
+    weights = f"ResNet{depth}_Weights.IMAGENET1K_V{version}"
+    return _torchvision(name, weights, f"resnet{depth}-{sha256}", top1)
 
 
 _ROWS = (
@@ -69,9 +76,23 @@ _ROWS = (
     ),
     _msra(50),
     _msra(101),
-    _torchvision(18, "f37072fd", 69.758),
-    _torchvision(34, "b627a593", 73.314),
-    _torchvision(50, "0676ba61", 76.130),
-    _torchvision(101, "63fe2227", 77.374),
+    _torchvision_resnet(18, "f37072fd", 69.758),
+    _torchvision_resnet(34, "b627a593", 73.314),
+    _torchvision_resnet(50, "0676ba61", 76.130),
+    _torchvision_resnet(101, "63fe2227", 77.374),
+    _torchvision_resnet(50, "11ad3fa6", 80.858, version=2),
+    _torchvision_resnet(101, "cd907fc2", 81.886, version=2),
+    _torchvision(
+        "mobilenet_v2", "MobileNet_V2_Weights.IMAGENET1K_V2", "mobilenet_v2-7ebf99e0", 72.154
+    ),
+    _torchvision(
+        "mobilenet_v3_large",
+        "MobileNet_V3_Large_Weights.IMAGENET1K_V2",
+        "mobilenet_v3_large-5c1a4163",
+        75.274,
+    ),
+    _torchvision(
+        "convnext_tiny", "ConvNeXt_Tiny_Weights.IMAGENET1K_V1", "convnext_tiny-983f1562", 82.520
+    ),
 )
 MODELS: dict[str, ZooModel] = {model.name: model for model in _ROWS}

@@ -97,6 +97,7 @@ class ResNet(nn.Module):
         stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
             weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no
             bottlenecks and ignore it.
+        groups, width_per_group: of the 3x3 convolutions of a bottleneck, as in ResNeXts.
 
     Attributes:
         out_channels, strides: of the features, fine to coarse. `TensorMask` needs both of a
@@ -110,13 +111,26 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, *, norm: str = "FrozenBN", freeze_at: int = 2, stride_in_1x1: bool = True
+        self,
+        depth: int,
+        *,
+        norm: str = "FrozenBN",
+        freeze_at: int = 2,
+        stride_in_1x1: bool = True,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth}")
         block_type, layers = _BLOCKS[depth]
-        trunk = resnet.ResNet(block_type, layers, norm_layer=get_norm(norm))
+        trunk = resnet.ResNet(
+            block_type,
+            layers,
+            norm_layer=get_norm(norm),
+            groups=groups,
+            width_per_group=width_per_group,
+        )
         self.stem = nn.Sequential()
         for name in ("conv1", "bn1", "relu", "maxpool"):
             self.stem.add_module(name, getattr(trunk, name))

@@ -60,6 +60,7 @@ def build_model(
     device = resolve_device(model.DEVICE)
     tensormask = TensorMask.build(
         depth=model.RESNETS.DEPTH,
+        trunk=model.BACKBONE.TRUNK,
         norm=model.RESNETS.NORM,
         freeze_at=model.BACKBONE.FREEZE_AT,
         stride_in_1x1=model.RESNETS.STRIDE_IN_1X1,

@@ -14,6 +14,7 @@ from tensormask.modeling.head import ClassBoxHead
 from tensormask.modeling.inference import check_score_threshold
 from tensormask.modeling.inputs import SIZE_DIVISOR
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.trunks import build_trunk
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
 
@@ -21,6 +22,7 @@ from tensormask.utils.errors import UserError, unknown_name
 def build_parts(
     *,
     depth: int = 50,
+    trunk: str = "",
     num_classes: int = 80,
     head: str | None = "bipyramid",
     upscale: float = 1.0,
@@ -48,6 +50,7 @@ def build_parts(
 
     Args:
         depth, norm, freeze_at, stride_in_1x1: of the `ResNet`.
+        trunk: another backbone than a ResNet of this depth, see `trunks.build_trunk`.
         num_classes: without background.
         head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned" or
             "bipyramid"; None for a model without masks.
@@ -66,7 +69,9 @@ def build_parts(
         UserError: an option is invalid, or contradicts another.
     """
     if backbone is None:
-        backbone = ResNet(depth, norm=norm, freeze_at=freeze_at, stride_in_1x1=stride_in_1x1)
+        options: dict[str, Any] = {"norm": norm, "freeze_at": freeze_at}
+        options["stride_in_1x1"] = stride_in_1x1
+        backbone = build_trunk(trunk, **options) if trunk else ResNet(depth, **options)
     said: list[Any] = [getattr(backbone, name, None) for name in ("out_channels", "strides")]
     try:
         channels, strides = (list(map(int, numbers)) for numbers in said)

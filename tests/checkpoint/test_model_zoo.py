@@ -18,7 +18,7 @@ from torchvision.models import get_weight
 from tensormask.checkpoint import downloads
 from tensormask.checkpoint.downloads import cache_folder, cache_path, resolve
 from tensormask.commands import train
-from tensormask.model_zoo import MODELS, build, get_config
+from tensormask.model_zoo import MODELS, PACKAGED, build, get_config
 
 ROOT = Path(__file__).parents[2]
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -50,6 +50,14 @@ def test_document_is_of_the_table():
         assert model.url is None or f"({model.url})" in text
 
 
+def test_the_row_of_the_packaged_model(monkeypatch):
+    row = MODELS[PACKAGED]._replace(sha256="12ab", metrics={"mask AP": 1.25}, command="train ...")
+    monkeypatch.setitem(MODELS, PACKAGED, row)
+    text = make_model_zoo.render()
+    assert f"| `{PACKAGED}` | cell nuclei | 1.2 | – | nuclei_dsb2018 val | 12ab |" in text
+    assert "The training was `train ...`.\n" in text
+
+
 def test_commands_of_the_document():
     text = (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^tensormask (train|evaluate) (.+)$", text, re.MULTILINE)
@@ -68,7 +76,7 @@ def test_commands_of_the_document():
 
 def test_rows_of_torchvision_are_torchvisions():
     rows = [model for model in MODELS.values() if "torchvision" in model.name]
-    assert len(rows) == 4
+    assert len(rows) == 9
     for model in rows:
         weights = get_weight(model.source.split()[-1])
         assert model.url == weights.url
@@ -132,6 +140,8 @@ def test_urls(downloaded, name, url):
         ("torchvision://resnet50", "ResNet50_Weights.IMAGENET1K_V1"),
         ("torchvision://resnet101", "ResNet101_Weights.IMAGENET1K_V1"),
         ("torchvision_R_50", "ResNet50_Weights.IMAGENET1K_V1"),
+        ("torchvision_R_101_V2", "ResNet101_Weights.IMAGENET1K_V2"),
+        ("torchvision://mobilenet_v2", "MobileNet_V2_Weights.IMAGENET1K_V1"),
         ("torchvision://ResNet50_Weights.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"),
         (get_weight("ResNet50_Weights.IMAGENET1K_V2").url, "ResNet50_Weights.IMAGENET1K_V2"),
     ],
@@ -178,7 +188,7 @@ def test_file_urls(downloaded, tmp_path):
         ("htps://host/a.pkl", "'htps' is not a kind of URL; the nearest name is 'https'"),
         ("ftp://host/a.pkl", "Known: https, http, detectron2, torchvision, file"),
         ("torchvision://resnet51", "nearest name is 'resnet50'"),
-        ("torchvision://resnet152", "'resnet152' is not one of torchvision's ResNets"),
+        ("torchvision://resnet152", "'resnet152' is not one of torchvision's backbones"),
         ("torchvision://ResNet50_Weights.DEFAULT", "'ResNet50_Weights.DEFAULT' is not one of"),
         ("tensormask_R_101_FPN_6x", "no weights of tensormask_R_101_FPN_6x were released"),
         ("file://host/a.pth", "file:///folder/file"),
