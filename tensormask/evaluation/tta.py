@@ -29,7 +29,8 @@ class AugmentedDetector(nn.Module):
     There, each input gives a mask for every box that remains. Here masks belong to windows: see
     `merge`.
 
-    One input is in the model at a time, so memory is that of the largest one.
+    One input is in the model at a time, and merged with those before it: memory is that of the
+    largest input, and of twice the masks of one.
 
     Args:
         model: detects in each input.
@@ -66,20 +67,22 @@ class AugmentedDetector(nn.Module):
 
     def _detect(self, image: Tensor, size: tuple[int, int], options: dict[str, Any]) -> Detection:
         rgb, old_size = image.permute(1, 2, 0).cpu().numpy(), size_of(image)
-        parts = []
+        agnostic, limit = map(options.get, ("class_agnostic_nms", "num_detections"))
+        merged: Detection = {}
         for min_size in self.min_sizes:
             new_size = resized_size(old_size, min_size, self.max_size)
             for flip in self.flips:
                 augmented = transform_image(rgb, Geometry(old_size, new_size, flip))
                 (found,) = self.model.detect([image_to_tensor(augmented)], [size], **options)
-                parts.append(found if flip == "none" else mirrored(found, size[1]))
-        agnostic, limit = map(options.get, ("class_agnostic_nms", "num_detections"))
-        return merge(
-            parts,
-            self.model.nms_threshold,
-            class_agnostic=self.model.class_agnostic_nms if agnostic is None else agnostic,
-            num_detections=self.model.num_detections if limit is None else limit,
-        )
+                found = found if flip == "none" else mirrored(found, size[1])
+                merged = merge(
+                    [merged, found] if merged else [found],
+                    self.model.nms_threshold,
+                    class_agnostic=self.model.class_agnostic_nms if agnostic is None else agnostic,
+                    num_detections=self.model.num_detections if limit is None else limit,
+                )
+        del merged["weights"]
+        return merged
 
 
 def check_sizes(min_sizes: Sequence[int], max_size: int) -> None:
@@ -126,8 +129,12 @@ def merge(
     """Merge the detections of several inputs by NMS, best first.
 
     The mask of one that remains is the mean of its own and of those that NMS has removed for it,
-    resampled to its window and weighted by their scores.
+    resampled to its window and weighted by their scores, or if they are merged ones, by `weights`.
+
+    Returns:
+        Detections with `weights (K,)`, the sum of the weights in their masks, if these have masks.
     """
+    parts = [{**part, "weights": part.get("weights", part["scores"])} for part in parts]
     names = [name for name in parts[0] if name != "window_masks"]
     every = {name: torch.cat([part[name] for part in parts]) for name in names}
     boxes, scores, labels = every["boxes"], every["scores"], every["labels"]
@@ -141,17 +148,25 @@ def merge(
         overlap = box_iou(boxes[kept], boxes).where(groups[kept, None] == groups, 0.0)
         iou, owner = overlap.max(dim=0)
         owner = torch.where(iou > nms_threshold, owner, -1)
+        owner[kept] = torch.arange(len(kept), device=owner.device)
         masks = [mask for part in parts for mask in part["window_masks"]]
-        merged["window_masks"] = _mean_masks(masks, scores, every["windows"], kept, owner)
+        weights = every["weights"].where(owner >= 0, 0.0)
+        sums = torch.zeros_like(merged["weights"])
+        merged["weights"] = sums.index_add_(0, owner.clamp(min=0), weights)
+        shares = weights / merged["weights"][owner]
+        merged["window_masks"] = _weighted_sums(masks, every["windows"], kept, owner, shares)
     return merged
 
 
-def _mean_masks(
-    masks: list[Tensor], scores: Tensor, windows: Tensor, kept: Tensor, owner: Tensor
+def _weighted_sums(
+    masks: list[Tensor], windows: Tensor, kept: Tensor, owner: Tensor, shares: Tensor
 ) -> list[Tensor]:
-    """Return the mean masks of the detections `kept (N,)`, of K in all.
+    """Return the sums of masks, resampled to the windows of the detections `kept (N,)`.
 
-    `owner (K,)` is the index into `kept` that each counts for, or -1.
+    Args:
+        masks, windows: of all K detections.
+        owner: int64 (K,), the index into `kept` that each mask counts for, or -1.
+        shares: the factor (K,) of each mask.
     """
     sides = torch.tensor([mask.shape[::-1] for mask in masks], device=windows.device)
     low, high = windows.view(-1, 2, 2).unbind(1)
@@ -159,12 +174,10 @@ def _mean_masks(
     # The window of the owner in pixels of each mask; a sample at the center of each of its pixels.
     rois = ((onto - low[:, None]) * (sides / (high - low))[:, None]).view(-1, 4)
     shapes = [masks[row].shape for row in kept.tolist()]
-    sums = [torch.zeros(shape, dtype=scores.dtype, device=scores.device) for shape in shapes]
-    totals = torch.zeros_like(scores[kept])
-    totals.index_add_(0, owner.clamp(min=0), scores.where(owner >= 0, 0.0))
+    sums = [torch.zeros(shape, dtype=shares.dtype, device=shares.device) for shape in shapes]
     for row, index in enumerate(owner.tolist()):
         if index >= 0:
             mask, roi = masks[row][None, None], [rois[row : row + 1]]
             of_row = roi_align(mask, roi, shapes[index], sampling_ratio=1, aligned=True)[0, 0]
-            sums[index] += scores[row] / totals[index] * of_row
+            sums[index] += shares[row] * of_row
     return sums

@@ -102,6 +102,18 @@ def test_merged_masks_by_hand():
     torch.testing.assert_close(one, torch.tensor([[0.7, 0.4], [1.0, 0.1]]) / 1.7)
 
 
+def test_merging_one_input_after_the_other():
+    """Each mask counts once, whatever was merged before: (0.5 * 0 + 0.3 * 1 + 0.2 * 1) / 1."""
+    merged = None
+    for score, value in ((0.5, 0.0), (0.3, 1.0), (0.2, 1.0)):
+        found = detection([[0, 0, 8, 8]], [score], [0], [[[value]]])
+        parts = [found] if merged is None else [merged, found]
+        merged = merge(parts, 0.5, class_agnostic=False, num_detections=9)
+    assert merged["scores"].tolist() == [0.5]
+    assert merged["weights"].tolist() == pytest.approx([1.0])
+    assert merged["window_masks"][0].item() == pytest.approx(0.5)
+
+
 def test_a_mask_is_resampled_to_the_window_of_the_best():
     """The other window begins 2 px to the right: the right half lies there, the left is outside."""
     best = detection([[0, 0, 8, 8]], [0.5], [0], [torch.ones(4, 4)], [[0, 0, 8, 8]])
