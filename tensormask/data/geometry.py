@@ -154,7 +154,7 @@ def _visible_pixels(image: np.ndarray, geometry: Geometry) -> np.ndarray:
         rows, columns = shown.slices()
         left, right = (x * old_width / width for x in (columns.start, columns.stop))
         top, bottom = (y * old_height / height for y in (rows.start, rows.stop))
-        box = (left, top, min(right, old_width), min(bottom, old_height))
+        box = (left, top, right, bottom)
     resized = Image.fromarray(pixels).resize(
         (shown.width, shown.height), Image.Resampling.BILINEAR, box=box
     )
