@@ -45,7 +45,7 @@ _DEFAULTS: dict[str, Any] = {
             "FREEZE_AT": 2,
         },
         "RESNETS": {
-            # Number of layers: 18, 34, 50 or 101.
+            # Number of layers: 10, 18, 34, 50 or 101.
             "DEPTH": 50,
             # Normalization: "FrozenBN" (constant), "BN", "SyncBN" (over all processes) or "GN" (32
             # groups).

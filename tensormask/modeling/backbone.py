@@ -63,6 +63,7 @@ class Bottleneck(resnet.Bottleneck):
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    10: (BasicBlock, [1, 1, 1, 1]),  # for small models; nobody has pretrained weights
     18: (BasicBlock, [2, 2, 2, 2]),
     34: (BasicBlock, [3, 4, 6, 3]),
     50: (Bottleneck, [3, 4, 6, 3]),
@@ -91,11 +92,11 @@ class ResNet(nn.Module):
     """A ResNet without its classifier.
 
     Args:
-        depth: 18, 34, 50 or 101.
+        depth: 10, 18, 34, 50 or 101.
         norm: "FrozenBN", "BN", "SyncBN", "GN" or "LN" (see `get_norm`).
         freeze_at: number of stages that are not trained, 0..5: 1 the stem, 2 the stem and res2, ...
         stride_in_1x1: put the stride of a bottleneck into its first 1x1 convolution (as in MSRA's
-            weights), not into its 3x3 one (as in torchvision's). Depths 18 and 34 have no
+            weights), not into its 3x3 one (as in torchvision's). Depths 10, 18 and 34 have no
             bottlenecks and ignore it.
         groups, width_per_group: of the 3x3 convolutions of a bottleneck, as in ResNeXts.
 

@@ -13,7 +13,7 @@ from tensormask.modeling.fpn import FPN
 
 
 @pytest.mark.parametrize(
-    "depth, expansion, num_blocks", [(18, 1, 8), (34, 1, 16), (50, 4, 16), (101, 4, 33)]
+    "depth, expansion, num_blocks", [(10, 1, 4), (18, 1, 8), (34, 1, 16), (50, 4, 16), (101, 4, 33)]
 )
 def test_depths(depth: int, expansion: int, num_blocks: int) -> None:
     channels = [64 * expansion * 2**i for i in range(4)]

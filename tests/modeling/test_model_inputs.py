@@ -138,7 +138,7 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[44, 60]]], "6 levels"),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]]], "square"),
         (["MODEL.TENSOR_MASK.IN_FEATURES", ["p2", "p4"]], "consecutive"),
-        (["MODEL.RESNETS.DEPTH", 20], "18, 34, 50, 101"),
+        (["MODEL.RESNETS.DEPTH", 20], "10, 18, 34, 50, 101"),
         (["MODEL.RESNETS.NORM", "IN"], "FrozenBN"),
         (["MODEL.FPN.FUSE_TYPE", "max"], "fuse"),
         (["MODEL.TENSOR_MASK.INIT", "xavier"], "normal"),
