@@ -53,7 +53,8 @@ _DEFAULTS: dict[str, Any] = {
             # Put the stride of a block in its first 1x1 convolution (MSRA weights); if False, in
             # the 3x3 convolution (torchvision's weights).
             "STRIDE_IN_1X1": True,
-            # Stages that are outputs: "res2" to "res5", of strides 4 to 32.
+            # Stages that are outputs, "res2" to "res5" of strides 4 to 32, or the first of them:
+            # the others are not built. FPN.IN_FEATURES are the same.
             "OUT_FEATURES": ["res4"],
         },
         "FPN": {

@@ -99,6 +99,7 @@ class ResNet(nn.Module):
             weights), not into its 3x3 one (as in torchvision's). Depths 10, 18 and 34 have no
             bottlenecks and ignore it.
         groups, width_per_group: of the 3x3 convolutions of a bottleneck, as in ResNeXts.
+        num_stages: 4 for res2..res5; with fewer, the coarse ones do not exist.
 
     Attributes:
         out_channels, strides: of the features, fine to coarse. `TensorMask` needs both of a
@@ -120,6 +121,7 @@ class ResNet(nn.Module):
         stride_in_1x1: bool = True,
         groups: int = 1,
         width_per_group: int = 64,
+        num_stages: int = 4,
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
@@ -135,15 +137,16 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential()
         for name in ("conv1", "bn1", "relu", "maxpool"):
             self.stem.add_module(name, getattr(trunk, name))
-        self.res2, self.res3 = trunk.layer1, trunk.layer2
-        self.res4, self.res5 = trunk.layer3, trunk.layer4
-        self.out_channels = [64 * 2**i * block_type.expansion for i in range(4)]
-        self.strides = [4, 8, 16, 32]
+        self.stages = [f"res{i + 2}" for i in range(num_stages)]
+        for i, name in enumerate(self.stages):
+            self.add_module(name, getattr(trunk, f"layer{i + 1}"))
+        self.out_channels = [64 * 2**i * block_type.expansion for i in range(num_stages)]
+        self.strides = [4 * 2**i for i in range(num_stages)]
         if stride_in_1x1:
             for block in self.modules():
                 if isinstance(block, resnet.Bottleneck):
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-        freeze(self, ["stem", "res2", "res3", "res4", "res5"][:freeze_at])
+        freeze(self, ["stem", *self.stages][:freeze_at])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of res2..res5, strides 4 to 32, of normalized images (N, 3, H, W)."""
@@ -153,8 +156,8 @@ class ResNet(nn.Module):
         else:
             x = stem(x)
         features = []
-        for stage in (self.res2, self.res3, self.res4, self.res5):
-            x = stage(x)
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
             features.append(x)
         return features
 

@@ -50,16 +50,11 @@ def build_model(
             f"MODEL.META_ARCHITECTURE must be 'TensorMask', got {model.META_ARCHITECTURE!r}: start "
             "from configs/tensormask_R_50_FPN_1x.yaml, or set _BASE_ to Base-TensorMask.yaml"
         )
-    stages = ["res2", "res3", "res4", "res5"]
-    for key, value in (
-        ("MODEL.RESNETS.OUT_FEATURES", model.RESNETS.OUT_FEATURES),
-        ("MODEL.FPN.IN_FEATURES", model.FPN.IN_FEATURES),
-    ):
-        if list(value) != stages:
-            raise UserError(f"{key} must be {stages}, got {list(value)}")
+    num_stages = _num_stages(model)
     device = resolve_device(model.DEVICE)
     tensormask = TensorMask.build(
         depth=model.RESNETS.DEPTH,
+        num_stages=num_stages,
         trunk=model.BACKBONE.TRUNK,
         norm=model.RESNETS.NORM,
         freeze_at=model.BACKBONE.FREEZE_AT,
@@ -162,6 +157,28 @@ def autocast_dtype(key: str, options: CfgNode) -> torch.dtype | None:
     if options.DTYPE not in ("bfloat16", "float16"):
         raise UserError(f"{key}.DTYPE must be 'bfloat16' or 'float16', got {options.DTYPE!r}")
     return getattr(torch, options.DTYPE) if options.ENABLED else None
+
+
+def _num_stages(model: CfgNode) -> int:
+    """Return the number of stages of the backbone of ``cfg.MODEL``.
+
+    Raises:
+        UserError: they are not the first ones, or the pyramid has others.
+    """
+    stages = ["res2", "res3", "res4", "res5"]
+    given = list(model.RESNETS.OUT_FEATURES)
+    if not given or given != stages[: len(given)]:
+        raise UserError(f"MODEL.RESNETS.OUT_FEATURES must be {stages}, or its start, got {given}")
+    if model.BACKBONE.TRUNK and given != stages:
+        raise UserError(
+            f"MODEL.RESNETS.OUT_FEATURES must be {stages} with MODEL.BACKBONE.TRUNK, got {given}"
+        )
+    if list(model.FPN.IN_FEATURES) != given:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES must be those of MODEL.RESNETS.OUT_FEATURES, {given}, got "
+            f"{list(model.FPN.IN_FEATURES)}"
+        )
+    return len(given)
 
 
 def _head_name(options: CfgNode) -> str:

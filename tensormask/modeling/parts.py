@@ -22,6 +22,7 @@ from tensormask.utils.errors import UserError, unknown_name
 def build_parts(
     *,
     depth: int = 50,
+    num_stages: int = 4,
     trunk: str = "",
     num_classes: int = 80,
     head: str | None = "bipyramid",
@@ -49,7 +50,7 @@ def build_parts(
     """Return the first arguments of `TensorMask`. The defaults make the paper's R-50 with FPN.
 
     Args:
-        depth, norm, freeze_at, stride_in_1x1: of the `ResNet`.
+        depth, num_stages, norm, freeze_at, stride_in_1x1: of the `ResNet`.
         trunk: another backbone than a ResNet of this depth, see `trunks.build_trunk`.
         num_classes: without background.
         head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned" or
@@ -71,7 +72,10 @@ def build_parts(
     if backbone is None:
         options: dict[str, Any] = {"norm": norm, "freeze_at": freeze_at}
         options["stride_in_1x1"] = stride_in_1x1
-        backbone = build_trunk(trunk, **options) if trunk else ResNet(depth, **options)
+        if trunk:
+            backbone = build_trunk(trunk, **options)
+        else:
+            backbone = ResNet(depth, num_stages=num_stages, **options)
     said: list[Any] = [getattr(backbone, name, None) for name in ("out_channels", "strides")]
     try:
         channels, strides = (list(map(int, numbers)) for numbers in said)

@@ -27,6 +27,16 @@ def test_depths(depth: int, expansion: int, num_blocks: int) -> None:
     assert len(blocks) == num_blocks
 
 
+def test_the_first_stages_of_a_resnet() -> None:
+    whole, short = ResNet(10, freeze_at=0), ResNet(10, num_stages=3, freeze_at=0)
+    assert (short.out_channels, short.strides) == ([64, 128, 256], [4, 8, 16])
+    assert not hasattr(short, "res5")
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if "res5" not in k})
+    x = torch.randn(1, 3, 64, 64)
+    for expected, actual in zip(whole(x), short(x), strict=False):
+        assert torch.equal(expected, actual)
+
+
 @pytest.mark.parametrize(
     "norm, freeze_at", [("FrozenBN", 2), ("BN", 0), ("BN", 2), ("SyncBN", 3), ("GN", 5), ("GN", 1)]
 )
