@@ -281,9 +281,10 @@ def _check_images(model: TensorMask, kind: str, written_by: Any, path: str | Pat
         "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
         "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
     }
-    block = model.backbone.res3[0] if isinstance(model.backbone, ResNet) else None
-    if isinstance(block, Bottleneck):  # have no choice of the stride
-        given["MODEL.RESNETS.STRIDE_IN_1X1"] = block.conv1.stride != (1, 1)
+    is_resnet = isinstance(model.backbone, ResNet)
+    blocks = [b for b in model.backbone.modules() if is_resnet and isinstance(b, Bottleneck)]
+    if blocks:  # have no choice of the stride
+        given["MODEL.RESNETS.STRIDE_IN_1X1"] = any(b.conv1.stride != (1, 1) for b in blocks)
     wanted = _TRAINED_WITH[author]
     wrong = [key for key, value in given.items() if not _agree(value, wanted[key])]
     if wrong:
