@@ -276,7 +276,7 @@ def _check_images(model: TensorMask, kind: str, written_by: Any, path: str | Pat
         author = "torchvision"
     else:  # a whole model, or a backbone of an unknown author
         return
-    given = {
+    given: dict[str, object] = {
         "INPUT.FORMAT": model.channel_order,
         "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
         "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
