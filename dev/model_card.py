@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +35,7 @@ from tensormask.data import build_test_loader, get_dataset
 from tensormask.data.images import image_suffixes
 from tensormask.evaluation import evaluate, evaluate_results
 from tensormask.evaluation.coco import RESULTS_FILE
-from tensormask.evaluation.results import read_results
+from tensormask.evaluation.results import coco_results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -92,98 +92,98 @@ def measure(weights: Path, nuclei: Path, photos: Path) -> tuple[dict[str, Any], 
         photos: a folder of images without nuclei.
 
     Returns:
-        `{"val": {group: row}, "changes": {change: row}, "photos": row}`, see `score` and
-        `count_detections`, and the threshold on scores with the best F1 of masks on val.
+        By name `{"val": rows, "groups": rows, "changes": rows, "photos": row}`, and the threshold
+        on scores with the best F1 of masks on val. Rows are those of `count`; `val` has all images
+        and each kind of microscopy, with `average_precisions`, and `photos` is that of
+        `count_detections`.
     """
-    json_file = nuclei / "instances_val.json"
-    kinds = {
-        image["id"]: image["modality"]
-        for image in json.loads(json_file.read_text(encoding="utf-8"))["images"]
-    }
-    results, coco, threshold = detect(weights, f"{json_file}@{nuclei / 'val'}")
-    val = {
-        name: score(coco, results, image_ids, threshold)
-        for name, image_ids in find_groups(coco, kinds).items()
-    }
-    changes = {}
-    for name, change in CHANGES.items():
-        results, coco, _ = detect(weights, CHANGED_SET, change)
-        changes[name] = score(coco, results, sorted(coco.imgs), threshold)
-    files = sorted(path for path in photos.iterdir() if path.suffix.lower() in image_suffixes())
-    measured = {"val": val, "changes": changes}
-    return measured | {"photos": count_detections(weights, files, threshold)}, threshold
-
-
-def detect(
-    weights: Path, name: str, change: Callable[[Tensor], Tensor] | None = None
-) -> tuple[list[dict[str, Any]], COCO, float]:
-    """Return the detections of a data set in COCO's format, its annotations, and the threshold."""
     cfg, path, content = find_trained_model(weights, overrides=["DATALOADER.NUM_WORKERS", 0])
-    model = build_model(cfg)
+    model = build_model(cfg).eval()
     load_weights(model, path, content=content)
-    dataset = get_dataset(name)
-    loader: Iterable[list[dict[str, Any]]] = build_test_loader(cfg, dataset)
-    if change is not None:
-        loader = changed(loader, change)
+    json_file = nuclei / "instances_val.json"
+    dataset = get_dataset(f"{json_file}@{nuclei / 'val'}")
     with tempfile.TemporaryDirectory() as folder:
+        loader = build_test_loader(cfg, dataset)
         metrics = evaluate(model, loader, dataset, folder, max_dets=MAX_DETS)
         results = list(read_results(Path(folder) / RESULTS_FILE))
     threshold = metrics["segm"].get("best_f1_threshold", DEFAULT_THRESHOLD)
-    return results, dataset.to_coco(), threshold
+    coco, above = dataset.to_coco(), [r for r in results if r["score"] > threshold]
+    box_ap = {"box AP": round(metrics["bbox"]["AP"], 2)}
+    all_images = count(coco, above, dataset.image_ids)
+    val = {"all": all_images | average_precisions(metrics["segm"]) | box_ap}
+    for kind, image_ids in find_kinds(json_file).items():
+        metrics = evaluate_results(
+            coco,
+            results,
+            dataset.class_names,
+            image_ids=image_ids,
+            iou_types=("segm",),
+            max_dets=MAX_DETS,
+        )
+        val[kind] = count(coco, above, image_ids) | average_precisions(metrics["segm"])
+    groups = {name: count(coco, above, ids) for name, ids in find_groups(coco).items()}
+
+    dataset = get_dataset(CHANGED_SET)
+    coco, changes = dataset.to_coco(), {}
+    for name, change in CHANGES.items():
+        above = []
+        for samples in build_test_loader(cfg, dataset):
+            images = [change(sample["image"]) for sample in samples]
+            sizes = [(sample["height"], sample["width"]) for sample in samples]
+            with torch.inference_mode():
+                found = model.detect(images, sizes, score_threshold=threshold)
+            for sample, size, detections in zip(samples, sizes, found, strict=True):
+                above += coco_results(detections, sample["image_id"], dataset.category_ids, size)
+        changes[name] = count(coco, above, dataset.image_ids)
+    files = sorted(path for path in photos.iterdir() if path.suffix.lower() in image_suffixes())
+    measured = {"val": val, "groups": groups, "changes": changes}
+    return measured | {"photos": count_detections(weights, files, threshold)}, threshold
 
 
-def changed(
-    loader: Iterable[list[dict[str, Any]]], change: Callable[[Tensor], Tensor]
-) -> Iterator[list[dict[str, Any]]]:
-    for samples in loader:
-        yield [{**sample, "image": change(sample["image"])} for sample in samples]
+def average_precisions(metrics: Mapping[str, float]) -> Row:
+    return {name: round(metrics[name], 2) for name in ("AP", "AP50", "AP75", f"AP@{MAX_DETS}")}
 
 
-def find_groups(coco: COCO, kinds: Mapping[int, str]) -> dict[str, list[int]]:
-    """Return the ids of images by the name of a group; an image is in several.
+def find_kinds(json_file: Path) -> dict[str, list[int]]:
+    """Return the ids of the images of each kind of microscopy."""
+    content = json.loads(json_file.read_text(encoding="utf-8"))
+    ids: dict[str, list[int]] = defaultdict(list)
+    for image in content["images"]:
+        ids[image["modality"]].append(image["id"])
+    return {kind: ids[kind] for kind in ("fluorescence", "stained", "brightfield") if ids[kind]}
 
-    Args:
-        kinds: the kind of microscopy of each image, by its id.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
+
+def find_groups(coco: COCO) -> dict[str, list[int]]:
+    """Return the ids of images by how many nuclei they have, and of which median size."""
+    groups: dict[str, list[int]] = {name: [] for name in (*CROWDS, *SIZES)}
     for image_id in sorted(coco.imgs):
         sides = [math.sqrt(nucleus["area"]) for nucleus in coco.imgToAnns[image_id]]
         size = median(sides) if sides else 0
-        names = ["all", kinds[image_id]]
-        names += [name for name, (low, high) in CROWDS.items() if low <= len(sides) < high]
-        names += [name for name, (low, high) in SIZES.items() if low <= size < high]
-        for name in names:
-            groups[name].append(image_id)
-    order = ("all", "fluorescence", "stained", "brightfield", *CROWDS, *SIZES)
-    return {name: groups[name] for name in order if name in groups}
+        for value, ranges in ((len(sides), CROWDS), (size, SIZES)):
+            for name, (low, high) in ranges.items():
+                if low <= value < high:
+                    groups[name].append(image_id)
+    return {name: image_ids for name, image_ids in groups.items() if image_ids}
 
 
-def score(
-    coco: COCO, results: Sequence[Mapping[str, Any]], image_ids: Sequence[int], threshold: float
-) -> Row:
-    """Return metrics of some images, in percent.
+def count(coco: COCO, above: Sequence[Mapping[str, Any]], image_ids: Sequence[int]) -> Row:
+    """Compare the detections above the threshold with the nuclei of some images.
 
     Returns:
-        `images`, `nuclei`; `AP`, `AP50`, `AP75` of masks at 100 detections, `AP@400`, `box AP`; and
-        of the detections above the threshold, at a mask IoU of 0.5, `found`, the share of the
-        nuclei, and `right`, the share of the detections (100 without any).
+        `images` and `nuclei`, their numbers; `found`, the share of the nuclei that a detection
+        matches at a mask IoU of 0.5, and `right`, the share of the detections that match one, in
+        percent (100 without detections).
     """
-    categories = sorted(coco.cats)
-    names = [coco.cats[i]["name"] for i in categories]
-    metrics = evaluate_results(coco, results, names, image_ids=image_ids, max_dets=MAX_DETS)
-    segm = metrics["segm"]
     by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for result in results:
-        if result["score"] > threshold:
-            by_image[result["image_id"]].append(result)
-    matches = sum(count_matches(coco, by_image[i], coco.imgToAnns[i]) for i in image_ids)
+    for result in above:
+        by_image[result["image_id"]].append(result)
+    num_matches = sum(count_matches(coco, by_image[i], coco.imgToAnns[i]) for i in image_ids)
     num_nuclei = sum(len(coco.imgToAnns[i]) for i in image_ids)
     num_found = sum(len(by_image[i]) for i in image_ids)
-    row: Row = {"images": len(image_ids), "nuclei": num_nuclei}
-    row |= {name: segm[name] for name in ("AP", "AP50", "AP75", f"AP@{MAX_DETS}")}
-    row |= {"box AP": metrics["bbox"]["AP"], "found": 100 * matches / max(num_nuclei, 1)}
-    row |= {"right": 100 * matches / num_found if num_found else 100.0}
-    return {name: round(value, 2) for name, value in row.items()}
+    found = 100 * num_matches / max(num_nuclei, 1)
+    right = 100 * num_matches / num_found if num_found else 100.0
+    row = {"images": len(image_ids), "nuclei": num_nuclei}
+    return row | {"found": round(found, 2), "right": round(right, 2)}
 
 
 def count_matches(
@@ -264,7 +264,8 @@ Limits of the numbers:
   the config, so that a larger field of view has smaller nuclei: see "half the size". Cut large
   images into tiles.
 """
-COLUMNS = ("images", "nuclei", "AP", "AP50", "AP75", "AP@400", "box AP", "found", "right")
+COUNTS = ("images", "nuclei", "found", "right")
+COLUMNS = ("images", "nuclei", "AP", "AP50", "AP75", "AP@400", "found", "right")
 UNMEASURED = "Not measured: the file of the weights is not there yet.\n"
 
 
@@ -285,10 +286,11 @@ def render(about: Mapping[str, Any] | None, threshold: float | None = None) -> s
 
 def tables(measured: Mapping[str, Any]) -> str:
     """Return the tables of what `measure` returned, and what they say."""
-    val, changes, photos = measured["val"], measured["changes"], measured["photos"]
+    val, groups, changes = measured["val"], measured["groups"], measured["changes"]
+    photos = measured["photos"]
     failures = [
         f"{name} ({row['found']:.0f} % found, {row['right']:.0f} % right)"
-        for name, row in [*val.items(), *changes.items()]
+        for name, row in [*val.items(), *groups.items(), *changes.items()]
         if min(row["found"], row["right"]) < 50
     ]
     verdict = ", ".join(failures) or "no group of images below"
@@ -299,23 +301,28 @@ def tables(measured: Mapping[str, Any]) -> str:
             f"In {share} photographs without nuclei (coco_cc val) it finds some all the same, "
             f"{photos['detections']:.0f} in all.",
             "",
-            *table("images of nuclei_dsb2018 val", val),
+            *table("images of nuclei_dsb2018 val", val, COLUMNS),
             "",
-            "Of the size of nuclei, the median of an image counts: the square root of their area.",
+            f"The AP of boxes is {val['all']['box AP']:.1f}. By the number of nuclei in an image, "
+            "and by their median size (the square root of the area):",
             "",
-            *table("the 40 crops of nuclei_val, which are of val, changed", changes),
+            *table("images of nuclei_dsb2018 val", groups, COUNTS),
+            "",
+            "The 40 crops of `nuclei_val`, which are of val, as the network gets them:",
+            "",
+            *table("change", changes, COUNTS),
             "",
         ]
     )
 
 
-def table(title: str, rows: Mapping[str, Row]) -> list[str]:
+def table(title: str, rows: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
     """Return the lines of a table in Markdown."""
-    lines = [f"| {title} | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         cells = [
             f"{row[key]:,.0f}" if key in ("images", "nuclei") else f"{row[key]:.1f}"
-            for key in COLUMNS
+            for key in columns
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
