@@ -16,6 +16,7 @@ from tiny import build, get_cfg
 from tensormask import Predictor
 from tensormask.checkpoint import zoo
 from tensormask.checkpoint.files import read_checkpoint
+from tensormask.checkpoint.trained import find_trained_model
 from tensormask.data.catalog import _NUCLEI_ROOT
 from tensormask.utils.errors import UserError
 
@@ -137,6 +138,10 @@ def test_content_of_the_file(run, tmp_path, monkeypatch):
     for name, value in torch.load(run / "model_final.pth")["model"].items():
         expected = value.half().float() if value.dim() > 1 else value
         assert torch.equal(predictor.model.state_dict()[name], expected), name
+    trained, cfg = get_cfg(opts=OPTS), find_trained_model(path).cfg
+    assert (cfg.SOLVER, cfg.INPUT) == (trained.SOLVER, trained.INPUT)
+    for group in ("RESNETS", "FPN", "ANCHOR_GENERATOR", "TENSOR_MASK", "PIXEL_STD"):
+        assert cfg.MODEL[group] == trained.MODEL[group]
     config = read_checkpoint(path)["config"]
     assert "DETECTIONS_PER_IMAGE: 400" in config
     assert "SCORE_THRESH_TEST" not in config
