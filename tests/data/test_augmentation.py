@@ -35,6 +35,7 @@ def test_crops_by_hand(kind, size, heights, widths):
     crops = [RandomCrop(kind, size).draw(SIZE, np.random.default_rng(i)) for i in range(400)]
     for limits, sides in ((heights, [c.height for c in crops]), (widths, [c.width for c in crops])):
         assert (min(sides), max(sides)) == limits
+        assert np.mean(sides) == pytest.approx(np.mean(limits), abs=2)  # uniform
     # Each offset in the image is possible.
     assert min(crop.top for crop in crops) == min(crop.left for crop in crops) == 0
     assert max(crop.top + crop.height for crop in crops) == SIZE[0]
