@@ -1,5 +1,6 @@
-// Compiles the kernels of swap_align2nat_cpu_kernels.h and winograd_kernels.h for AVX2 and FMA.
+// Compiles the CPU kernels (*_kernels.h) for AVX2 and FMA.
 
+#include "layer_norm.h"
 #include "swap_align2nat_cpu.h"
 #include "window_masks.h"
 #include "winograd.h"
@@ -25,6 +26,8 @@ namespace avx2 {
 
 #include "winograd_kernels.h"
 
+#include "layer_norm_kernels.h"
+
 TENSORMASK_INSTANTIATE(float)
 TENSORMASK_INSTANTIATE(double)
 TENSORMASK_INSTANTIATE(Half)
@@ -32,7 +35,9 @@ TENSORMASK_INSTANTIATE(BFloat16)
 TENSORMASK_INSTANTIATE_WINDOW_MASKS(float)
 TENSORMASK_INSTANTIATE_WINDOW_MASKS(double)
 TENSORMASK_INSTANTIATE_WINOGRAD(float)
+TENSORMASK_INSTANTIATE_LAYER_NORM(float)
 TENSORMASK_INSTANTIATE_WINOGRAD(double)
+TENSORMASK_INSTANTIATE_LAYER_NORM(double)
 
 }  // namespace avx2
 }  // namespace tensormask

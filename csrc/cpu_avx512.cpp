@@ -1,6 +1,6 @@
-// Compiles the kernels of swap_align2nat_cpu_kernels.h and winograd_kernels.h for AVX-512: only
-// float32, see cpu_isa.h.
+// Compiles the CPU kernels (*_kernels.h) for AVX-512: only float32, see cpu_isa.h.
 
+#include "layer_norm.h"
 #include "swap_align2nat_cpu.h"
 #include "window_masks.h"
 #include "winograd.h"
@@ -28,9 +28,12 @@ namespace avx512 {
 
 #include "winograd_kernels.h"
 
+#include "layer_norm_kernels.h"
+
 TENSORMASK_INSTANTIATE(float)
 TENSORMASK_INSTANTIATE_WINDOW_MASKS(float)
 TENSORMASK_INSTANTIATE_WINOGRAD(float)
+TENSORMASK_INSTANTIATE_LAYER_NORM(float)
 
 }  // namespace avx512
 }  // namespace tensormask

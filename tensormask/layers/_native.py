@@ -13,7 +13,7 @@ from tensormask.layers import build
 
 BACKENDS = ("auto", "native", "reference")
 _OP = "tensormask::swap_align2nat"
-_NEWEST_OP = "window_masks"
+_NEWEST_OP = "layer_norm"
 
 
 def _load() -> tuple[Path | None, str]:
@@ -65,7 +65,7 @@ if torch.__version__ < "2.14":
 
 @contextlib.contextmanager
 def op_backend(backend: str) -> Iterator[None]:
-    """Choose what computes swap_align2nat and `winograd.conv2d` within a ``with`` block.
+    """Choose what computes swap_align2nat, convolutions and layer norms in a ``with`` block.
 
     The choice is that of the running thread and asyncio task; other threads keep their own. The
     environment variable ``TENSORMASK_OP`` chooses for the whole process, where nothing else does. A

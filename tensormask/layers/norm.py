@@ -1,9 +1,20 @@
 """Norms of the towers: over the channels of a location, or with statistics per feature level."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from tensormask.layers import _native
+from tensormask.layers._transforms import is_eager
+
+_recomputes = ContextVar("_recomputes", default=False)
+_PARTS = 16  # of a feature map, whose gradients of weight and bias are summed on their own
 
 
 class LayerNorm2d(nn.Module):
@@ -29,12 +40,56 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype, shape = x.dtype, self.weight.shape
-        y = F.layer_norm(x.permute(0, 2, 3, 1), shape, self.weight, self.bias, self.eps)
-        return y.to(dtype).permute(0, 3, 1, 2)
+        weight, bias = self.weight, self.bias
+        if is_eager(x, weight, bias) and _is_native(x, weight, bias):
+            return _ChannelsFirst.apply(x, weight, bias, self.eps)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, self.eps)
+        return y.to(x.dtype).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def _is_native(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Return whether the compiled op computes the norm: where PyTorch's copies the feature map.
+
+    PyTorch's reads the channels of a location in sequence. With channels first, the copies that it
+    makes for that take several times as long as the norm.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == weight.dtype == bias.dtype
+        and x.is_contiguous()
+        and not x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and _native.use_native("cpu")
+    )
+
+
+class _ChannelsFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, mean = torch.empty_like(x), x.new_empty(len(x), 1, *x.shape[2:])
+        rstd = torch.empty_like(mean)
+        torch.ops.tensormask.layer_norm(x, weight, bias, eps, out=out, mean=mean, rstd=rstd)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        # To be differentiated again, or a batch of gradients.
+        if torch.is_grad_enabled() or not is_eager(grad):
+            grad, x, mean, rstd = (t.permute(0, 2, 3, 1) for t in (grad, x, mean, rstd))
+            arguments = weight.shape, mean, rstd, weight, bias, (True, True, True)
+            grads = torch.ops.aten.native_layer_norm_backward(grad, x, *arguments)
+            return grads[0].permute(0, 3, 1, 2), *grads[1:], None
+        out, sums = torch.empty_like(x), x.new_empty(_PARTS, 2, len(weight))
+        backward = torch.ops.tensormask.layer_norm_backward
+        backward(grad.contiguous(), x, mean, rstd, weight, out=out, sums=sums)
+        return out, *sums.sum(0), None
 
 
 class LevelNorms(nn.ModuleList):
@@ -45,7 +100,21 @@ class LevelNorms(nn.ModuleList):
 
     def forward(self, x: Tensor, level: int) -> Tensor:
         """Return the normalized features (N, C, H, W) of a level."""
-        return self[level](x)
+        norm: Any = self[level]
+        if torch.compiler.is_compiling() or not (norm.training and _recomputes.get()):
+            return norm(x)
+        statistics = norm.running_mean.clone(), norm.running_var.clone()
+        return F.batch_norm(x, *statistics, norm.weight, norm.bias, True, eps=norm.eps)
+
+
+@contextlib.contextmanager
+def recomputation() -> Iterator[None]:
+    """Compute again what was computed before: `LevelNorms` count the statistics only once."""
+    token = _recomputes.set(True)
+    try:
+        yield
+    finally:
+        _recomputes.reset(token)
 
 
 class LevelTower(nn.Sequential):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
-from tensormask.layers.norm import LevelNorms, LevelTower
+from tensormask.layers.norm import LevelNorms, LevelTower, recomputation
 from tensormask.layers.plain import Kernel, PlainLayer, is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import get_norm
@@ -69,7 +70,12 @@ def init_convs(module: nn.Module, init: str) -> None:
 def maybe_checkpoint(function: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """Return ``function(*inputs)``; if ``checkpointed``, the backward pass computes it again."""
     if checkpointed and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
+        return checkpoint(
+            function,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), recomputation()),
+        )
     return function(*inputs)
 
 
