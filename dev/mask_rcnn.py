@@ -10,11 +10,23 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 _NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(32, channels)}
 # Channels of FPN, box head and mask head: torchvision's, and those of our quickstart, with a box
 # head that is smaller by the same factor.
 WIDTHS = {"maskrcnn": (256, 1024, 256), "maskrcnn_narrow": (64, 256, 64)}
+
+
+class KeepSize(GeneralizedRCNNTransform):
+    """Normalize and batch images, of the loader's sizes.
+
+    torchvision's `_skip_resize` is for training only: in inference it resizes to 800 px.
+    """
+
+    def resize(self, image: Tensor, target: Any = None) -> Any:
+        """Return both as they are."""
+        return image, target
 
 
 class MaskRCNNAdapter(nn.Module):
@@ -60,10 +72,9 @@ class MaskRCNNAdapter(nn.Module):
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
             box_score_thresh=score_threshold,
             box_detections_per_img=num_detections,
-            image_mean=[value / 255 for value in pixel_mean],
-            image_std=[value / 255 for value in pixel_std],
-            _skip_resize=True,  # the loader has resized them
         )
+        mean, std = ([value / 255 for value in values] for values in (pixel_mean, pixel_std))
+        self.model.transform = KeepSize(0, 0, mean, std)
 
     def forward(
         self,

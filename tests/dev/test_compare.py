@@ -115,6 +115,19 @@ def mask_rcnn():
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_mask_rcnn_does_not_resize_images(mask_rcnn, training):
+    sizes = []
+    hook = mask_rcnn.model.backbone.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape)
+    )
+    image, target = tiny.make_image(64, 96), tiny.target(64, 96, [[8, 8, 40, 40]])
+    with torch.no_grad():
+        mask_rcnn.train(training)([image], [target] if training else None)
+    hook.remove()
+    assert sizes == [(1, 3, 64, 96)]
+
+
 def test_mask_rcnn_has_losses_also_without_objects(mask_rcnn):
     images = [tiny.make_image(64, 96), tiny.make_image(64, 64)]
     targets = [tiny.target(64, 96, [[8, 8, 40, 40], [50, 20, 80, 60]]), tiny.target(64, 64, [])]
@@ -127,7 +140,7 @@ def test_mask_rcnn_has_losses_also_without_objects(mask_rcnn):
     assert len(losses) == 5
     assert all(loss.isfinite() for loss in losses.values())
     assert seen[0][0]["labels"].tolist() == [1, 2]  # 0 is the background
-    assert torch.equal(seen[0][0]["boxes"], targets[0]["boxes"])  # nothing is resized
+    assert torch.equal(seen[0][0]["boxes"], targets[0]["boxes"])
 
 
 def test_mask_rcnn_detections_are_torchvisions_in_our_form(mask_rcnn):
