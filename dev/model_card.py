@@ -171,8 +171,8 @@ def count(coco: COCO, above: Sequence[Mapping[str, Any]], image_ids: Sequence[in
 
     Returns:
         `images` and `nuclei`, their numbers; `found`, the share of the nuclei that a detection
-        matches at a mask IoU of 0.5, and `right`, the share of the detections that match one, in
-        percent (100 without detections).
+        matches at a mask IoU of 0.5, and if there are detections `right`, the share of them that
+        match one, in percent.
     """
     by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for result in above:
@@ -180,10 +180,11 @@ def count(coco: COCO, above: Sequence[Mapping[str, Any]], image_ids: Sequence[in
     num_matches = sum(count_matches(coco, by_image[i], coco.imgToAnns[i]) for i in image_ids)
     num_nuclei = sum(len(coco.imgToAnns[i]) for i in image_ids)
     num_found = sum(len(by_image[i]) for i in image_ids)
-    found = 100 * num_matches / max(num_nuclei, 1)
-    right = 100 * num_matches / num_found if num_found else 100.0
-    row = {"images": len(image_ids), "nuclei": num_nuclei}
-    return row | {"found": round(found, 2), "right": round(right, 2)}
+    row: Row = {"images": len(image_ids), "nuclei": num_nuclei}
+    row["found"] = round(100 * num_matches / max(num_nuclei, 1), 2)
+    if num_found:
+        row["right"] = round(100 * num_matches / num_found, 2)
+    return row
 
 
 def count_matches(
@@ -289,9 +290,9 @@ def tables(measured: Mapping[str, Any]) -> str:
     val, groups, changes = measured["val"], measured["groups"], measured["changes"]
     photos = measured["photos"]
     failures = [
-        f"{name} ({row['found']:.0f} % found, {row['right']:.0f} % right)"
+        f"{name} ({row['found']:.0f} % found, {row.get('right', 0):.0f} % right)"
         for name, row in [*val.items(), *groups.items(), *changes.items()]
-        if min(row["found"], row["right"]) < 50
+        if min(row["found"], row.get("right", 0)) < 50
     ]
     verdict = ", ".join(failures) or "no group of images below"
     share = f"{photos['any']:.0f} of {photos['images']:.0f}"
@@ -316,14 +317,15 @@ def tables(measured: Mapping[str, Any]) -> str:
     )
 
 
+def digits(column: str) -> int:
+    return 0 if column in ("images", "nuclei") else 1
+
+
 def table(title: str, rows: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
     """Return the lines of a table in Markdown."""
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [
-            f"{row[key]:,.0f}" if key in ("images", "nuclei") else f"{row[key]:.1f}"
-            for key in columns
-        ]
+        cells = [f"{row[key]:,.{digits(key)}f}" if key in row else "–" for key in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
