@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from tensormask.layers import _native
 from tensormask.layers._transforms import is_eager
 
+_AFFINE = ("weight", "bias")
 _recomputes = ContextVar("_recomputes", default=False)
 _PARTS = 16  # of a feature map, whose gradients of weight and bias are summed on their own
 
@@ -101,10 +102,19 @@ class LevelNorms(nn.ModuleList):
     def forward(self, x: Tensor, level: int) -> Tensor:
         """Return the normalized features (N, C, H, W) of a level."""
         norm: Any = self[level]
-        if torch.compiler.is_compiling() or not (norm.training and _recomputes.get()):
+        is_plain = type(norm) is nn.BatchNorm2d
+        if torch.compiler.is_compiling() or not (norm.training and is_plain):
             return norm(x)
-        statistics = norm.running_mean.clone(), norm.running_var.clone()
-        return F.batch_norm(x, *statistics, norm.weight, norm.bias, True, eps=norm.eps)
+        # Levels that are not computed, because they have no windows, get gradients of 0:
+        # DistributedDataParallel waits for those of all parameters.
+        norms = [norm, *(n for n in self if n is not norm and type(n) is nn.BatchNorm2d)]
+        weight, bias = (torch.stack([getattr(n, name) for n in norms])[0] for name in _AFFINE)
+        mean, var = norm.running_mean, norm.running_var
+        if _recomputes.get():
+            mean, var = mean.clone(), var.clone()
+        else:
+            norm.num_batches_tracked.add_(1)
+        return F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
 
 
 @contextlib.contextmanager

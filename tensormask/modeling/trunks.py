@@ -142,10 +142,10 @@ class TimmTrunk(nn.Module):
                 "pip install 'tensormask[timm]'"
             ) from None
         try:
-            self.body: Any = timm.create_model(name, pretrained=False, features_only=True)
+            self.body = timm.create_model(name, pretrained=False, features_only=True)
         except (RuntimeError, AttributeError) as error:  # an unknown name; no features
             raise UserError(f"timm cannot create {name!r} with features_only: {error}") from error
-        info = self.body.feature_info
+        info: Any = self.body.feature_info
         strides = info.reduction()
         self.first = sum(stride < STRIDES[0] for stride in strides)
         self.out_channels = list(info.channels())[self.first :]
