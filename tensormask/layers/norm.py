@@ -75,22 +75,33 @@ class _ChannelsFirst(torch.autograd.Function):
         out, mean = torch.empty_like(x), x.new_empty(len(x), 1, *x.shape[2:])
         rstd = torch.empty_like(mean)
         torch.ops.tensormask.layer_norm(x, weight, bias, eps, out=out, mean=mean, rstd=rstd)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias = ctx.saved_tensors
+        x, mean, rstd, weight = ctx.saved_tensors
         # To be differentiated again, or a batch of gradients.
         if torch.is_grad_enabled() or not is_eager(grad):
-            grad, x, mean, rstd = (t.permute(0, 2, 3, 1) for t in (grad, x, mean, rstd))
-            arguments = weight.shape, mean, rstd, weight, bias, (True, True, True)
-            grads = torch.ops.aten.native_layer_norm_backward(grad, x, *arguments)
-            return grads[0].permute(0, 3, 1, 2), *grads[1:], None
+            return *_backward(grad, x, weight, ctx.eps), None
         out, sums = torch.empty_like(x), x.new_empty(_PARTS, 2, len(weight))
         backward = torch.ops.tensormask.layer_norm_backward
         backward(grad.contiguous(), x, mean, rstd, weight, out=out, sums=sums)
         return out, *sums.sum(0), None
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weight and bias, in operations that have all derivatives.
+
+    PyTorch's own operator has them up to the second.
+    """
+    centered = x - x.mean(1, keepdim=True)
+    rstd = (centered.square().mean(1, keepdim=True) + eps).rsqrt()
+    x = centered * rstd
+    scaled = grad * weight[:, None, None]
+    of_x = scaled - scaled.mean(1, keepdim=True) - x * (scaled * x).mean(1, keepdim=True)
+    return rstd * of_x, (grad * x).sum((0, 2, 3)), grad.sum((0, 2, 3))
 
 
 class LevelNorms(nn.ModuleList):

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormask import layers
 from tensormask.layers import representation, winograd
-from tensormask.modeling import losses
+from tensormask.layers.norm import LayerNorm2d
+from tensormask.layers.window_masks import window_masks
+from tensormask.modeling import box_losses, losses, quality_losses
 
 Function = Callable[[Tensor], Tensor]
 
@@ -40,6 +42,16 @@ def convolution_of_weights(weight: Tensor) -> Tensor:
     return winograd.conv2d(IMAGE.to(weight), weight, padding=(0, 0))
 
 
+def masks_at_windows(x: Tensor) -> Tensor:
+    weight, bias = torch.linspace(-1, 1, 9 * 4).view(9, 4), torch.linspace(0, 1, 9)
+    return window_masks(x, weight.to(x), bias.to(x), WINDOWS, 1, 2)
+
+
+def normalized(x: Tensor) -> Tensor:
+    centered = x - x.mean(1, keepdim=True)
+    return centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
+
+
 def as_4d(function: Function) -> Function:
     return lambda x: function(x.unflatten(1, (2, 2)))
 
@@ -50,6 +62,7 @@ BOTH_BACKENDS = {
     "swap_align2nat_at": (lambda x: layers.swap_align2nat_at(x, WINDOWS, 2), LOGITS),
     "conv2d": (convolution, IMAGE.shape),
     "conv2d, weight": (convolution_of_weights, WEIGHT.shape),
+    "window_masks": (masks_at_windows, LOGITS),
 }
 ONE_BACKEND = {
     "align2nat": (as_4d(lambda x: layers.align2nat(x, 0.5)), LOGITS),
@@ -64,6 +77,10 @@ ONE_BACKEND = {
 }
 # Others: name, function, the formula, shape of x.
 TARGET = torch.zeros(LOGITS, dtype=torch.bool).index_put(INDEX, torch.tensor(True))
+NORMS = {
+    dtype: LayerNorm2d(4).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+}
+QUALITY = torch.zeros(LOGITS).index_put(INDEX, torch.tensor([0.25, 0.5]))
 LOSSES = {
     "focal_loss_star": (
         lambda x: losses.focal_loss_star([x, x[:, 1]], [INDEX, tuple(i[:0] for i in INDEX[:3])]),
@@ -73,10 +90,26 @@ LOSSES = {
         ),
         LOGITS,
     ),
+    "quality_focal_loss": (
+        lambda x: quality_losses.quality_focal_loss([x], [INDEX], [torch.tensor([0.25, 0.5])]),
+        lambda x: (
+            (x.sigmoid() - QUALITY.to(x)).square()
+            * F.binary_cross_entropy_with_logits(x, QUALITY.to(x), reduction="none")
+        ).sum(),
+        LOGITS,
+    ),
+    "layer_norm": (lambda x: NORMS[x.dtype](x), normalized, LOGITS),
     "box_loss": (
-        lambda x: losses.box_loss(x, torch.ones(2, 4).to(x)),
+        lambda x: box_losses.box_loss(x, torch.ones(2, 4).to(x)),
         lambda x: (x - 1).abs().sum(),
         (2, 4),
+    ),
+    "dice_loss": (
+        lambda x: losses.dice_loss(x, MASKS),
+        lambda x: sum(
+            1 - (2 * m[MASKS[0]].sum() + 1) / (m.sum() + MASKS[0].sum() + 1) for m in x.sigmoid()
+        ),
+        (2, 2, 2),
     ),
     "mask_loss": (
         lambda x: losses.mask_loss(x, MASKS),
