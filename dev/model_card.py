@@ -290,7 +290,7 @@ def tables(measured: Mapping[str, Any]) -> str:
     val, groups, changes = measured["val"], measured["groups"], measured["changes"]
     photos = measured["photos"]
     failures = [
-        f"{name} ({row['found']:.0f} % found, {row.get('right', 0):.0f} % right)"
+        f"{name} ({shares(row)})"
         for name, row in [*val.items(), *groups.items(), *changes.items()]
         if min(row["found"], row.get("right", 0)) < 50
     ]
@@ -315,6 +315,10 @@ def tables(measured: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def shares(row: Row) -> str:
+    return ", ".join(f"{row[key]:.0f} % {key}" for key in ("found", "right") if key in row)
 
 
 def digits(column: str) -> int:
