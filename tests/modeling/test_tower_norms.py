@@ -86,6 +86,8 @@ def test_towers_with_norms_learn(norm: str, checkpointed: bool) -> None:
     model = tiny.build(opts=[NORM, norm, "MODEL.FPN.NORM", norm, key, checkpointed]).train()
     losses = model([tiny.make_image(SIZE, SIZE)], [tiny.target(SIZE, SIZE, BOXES)])
     sum(losses.values()).backward()
+    # Also on levels without windows.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     norms = [m for m in model.head.modules() if isinstance(m, LayerNorm2d | nn.GroupNorm)]
     norms += [m[0] for m in model.head.modules() if isinstance(m, LevelNorms)]
     assert len(norms) == 2
