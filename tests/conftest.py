@@ -13,6 +13,12 @@ from tensormask.engine import evaluator, run, trainer
 from tensormask.utils.random import preserved_random_states
 
 
+@pytest.fixture(autouse=True)
+def quiet_log():
+    """Undo the log level that a training of an earlier test, or of a fixture, has set."""
+    logging.getLogger("tensormask").setLevel(logging.NOTSET)
+
+
 @pytest.fixture
 def nothing_left_behind():
     """Restore the number of threads, random states and the log after a test that trains."""

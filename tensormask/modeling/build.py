@@ -65,7 +65,7 @@ def build_model(
         windows=build_windows(cfg),
         num_classes=head.NUM_CLASSES,
         with_boxes=head.BOX_ON,
-        mask_iou=head.MASK_IOU_ON,
+        mask_iou=head.MASK_IOU_ON and model.MASK_ON,
         head=_head_name(head) if model.MASK_ON else None,
         upscale=head.UPSCALE_LAMBDA,
         upscale_mode=head.UPSCALE_MODE,
