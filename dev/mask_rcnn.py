@@ -40,7 +40,7 @@ class MaskRCNNAdapter(nn.Module):
         width: a key of `WIDTHS`.
         norm: of the trunk, "BN" or "GN".
         num_classes: without background.
-        anchor_sizes: sides in pixels on p2 to p6, each with the aspect ratios 0.5, 1 and 2.
+        anchor_sizes: sides in pixels, for each of p2 to p6, with the aspect ratios 0.5, 1 and 2.
         pixel_mean, pixel_std: per channel, on the scale 0..255.
         score_threshold, num_detections: of an image.
     """
@@ -51,7 +51,7 @@ class MaskRCNNAdapter(nn.Module):
         *,
         norm: str,
         num_classes: int,
-        anchor_sizes: tuple[int, ...],
+        anchor_sizes: tuple[tuple[int, ...], ...],
         pixel_mean: list[float],
         pixel_std: list[float],
         score_threshold: float,
@@ -64,7 +64,7 @@ class MaskRCNNAdapter(nn.Module):
         self.model = MaskRCNN(
             BackboneWithFPN(trunk, stages, [64, 128, 256, 512], channels),
             rpn_anchor_generator=AnchorGenerator(
-                tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)
+                anchor_sizes, ((0.5, 1.0, 2.0),) * len(anchor_sizes)
             ),
             box_head=TwoMLPHead(channels * 7 * 7, hidden),
             box_predictor=FastRCNNPredictor(hidden, num_classes + 1),

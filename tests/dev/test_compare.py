@@ -107,7 +107,7 @@ def mask_rcnn():
         "maskrcnn_narrow",
         norm="GN",
         num_classes=3,
-        anchor_sizes=(8, 16, 32, 64, 128),
+        anchor_sizes=((8, 12), (16, 24), (32, 48), (64, 96), (128, 192)),
         pixel_mean=[127.5] * 3,
         pixel_std=[57.0] * 3,
         score_threshold=0.02,
