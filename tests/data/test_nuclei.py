@@ -54,7 +54,7 @@ def test_the_check_finds_no_issues_and_windows_for_nearly_all(capsys):
     config = ["--config-file", str(ROOT / "configs" / "nuclei.yaml"), "--fast"]
     assert check.main(["nuclei_train", "nuclei_val", *config]) == 0
     printed = capsys.readouterr().out
-    for matched in ("3522 of 3524 (99.94%)", "848 of 848 (100.00%)"):
+    for matched in ("3514 of 3524 (99.72%)", "848 of 848 (100.00%)"):
         assert f"{matched} of the objects match a window" in printed
 
 
