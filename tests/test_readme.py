@@ -52,7 +52,7 @@ def test_readme_from_top_to_bottom(tmp_path):
                 short = SHORT.get(command, [])
                 run(tmp_path, sys.executable, "-m", program, command, *words, *short)
                 num_run += 1
-    assert num_run == 8
+    assert num_run == 9
 
     assert len(list((tmp_path / "output/drawings").glob("*.png"))) == len(val)
     assert (tmp_path / "output/predict/image.png").is_file()

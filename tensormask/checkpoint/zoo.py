@@ -70,9 +70,9 @@ _ROWS = (
     ),
     _tensormask("tensormask_R_101_FPN_6x", None, {"mask AP": 37.1}, "the paper, COCO test-dev"),
     _packaged(  # dev/make_nuclei_model.py writes these lines
-        sha256=None,
-        metrics={},
-        command="",
+        sha256="6d14d8a8b80604b96ee6b33453833ea4558929de7d038d94d21f8fa58123e0a9",
+        metrics={"mask AP": 52.93, "mask AP@400": 56.63, "box AP": 54.25},
+        command="tensormask train --config-file dev/nuclei_model.yaml DATALOADER.NUM_WORKERS 0",
     ),
     _msra(50),
     _msra(101),
