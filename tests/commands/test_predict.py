@@ -234,7 +234,7 @@ def test_mistakes_are_short(tmp_path, run, capsys):
     path = save(tmp_path / "a.png")
     assert run(path, "MODEL.DEVISE", "cpu") == 2
     assert capsys.readouterr().err.startswith("error: ")
-    for words in ([], [str(path)], [str(path), "--weights", "w.pth", "--save", "jpg"]):
+    for words in ([], [str(path), "--weights", "w.pth", "--save", "jpg"]):
         with pytest.raises(SystemExit, match="2"):
             predict.main(words)
         assert "example: " in capsys.readouterr().err
