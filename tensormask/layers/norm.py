@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers import _native
-from tensormask.layers._transforms import is_eager
+from tensormask.layers._transforms import is_eager, is_transformed
 
 _AFFINE = ("weight", "bias")
 _recomputes = ContextVar("_recomputes", default=False)
@@ -44,6 +44,9 @@ class LayerNorm2d(nn.Module):
         weight, bias = self.weight, self.bias
         if is_eager(x, weight, bias) and _is_native(x, weight, bias):
             return _ChannelsFirst.apply(x, weight, bias, self.eps)
+        if is_transformed(x, weight, bias):  # PyTorch's operator lacks higher derivatives
+            y, _ = _normalize(x.to(weight.dtype), self.eps)
+            return (y * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
         y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, self.eps)
         return y.to(x.dtype).permute(0, 3, 1, 2)
 
@@ -91,14 +94,19 @@ class _ChannelsFirst(torch.autograd.Function):
         return out, *sums.sum(0), None
 
 
+def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x (N, C, H, W) with mean 0 and variance 1 at each location, and the factor for it."""
+    centered = x - x.mean(1, keepdim=True)
+    rstd = (centered.square().mean(1, keepdim=True) + eps).rsqrt()
+    return centered * rstd, rstd
+
+
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
     """Return the gradients of x, weight and bias, in operations that have all derivatives.
 
     PyTorch's own operator has them up to the second.
     """
-    centered = x - x.mean(1, keepdim=True)
-    rstd = (centered.square().mean(1, keepdim=True) + eps).rsqrt()
-    x = centered * rstd
+    x, rstd = _normalize(x, eps)
     scaled = grad * weight[:, None, None]
     of_x = scaled - scaled.mean(1, keepdim=True) - x * (scaled * x).mean(1, keepdim=True)
     return rstd * of_x, (grad * x).sum((0, 2, 3)), grad.sum((0, 2, 3))
