@@ -25,6 +25,7 @@ from benchmarks.measure import in_fresh_process
 from runs import append_run, find_run, group_seeds, markdown, read_runs, score, summarize
 
 import tensormask
+from tensormask.commands.common import exits_on_user_error
 from tensormask.config import CfgNode, get_cfg
 from tensormask.data import get_dataset
 from tensormask.engine import trainer
@@ -151,26 +152,23 @@ def print_table(records: list[dict[str, Any]], data: str, variants: Mapping[str,
         print(markdown(rows))
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code: 2 for an error of the user."""
     args = parse_arguments(arguments)
     torch.set_num_threads(1)  # as in the processes of the runs
-    try:
-        if ROOT not in Path(tensormask.__file__).parents:
-            raise UserError(f"tensormask was imported from {tensormask.__file__}, not from {ROOT}")
-        variants = read_variants(args.variants, args.data, args.variant)
-        for seed, name in itertools.product(args.seed, [] if args.table else variants):
-            settings = {"variant": name, "data": args.data, **variants[name]}
-            settings |= {"opts": args.opts, "seed": seed}
-            if find_run(args.results, settings):
-                continue
-            print(f"{args.data} {name}, seed {seed}", flush=True)
-            folder = args.results.parent / "runs" / f"{args.data}_{name}_{seed}"
-            append_run(args.results, settings, in_fresh_process(run, settings, args.nuclei, folder))
-        print_table(read_runs(args.results), args.data, variants)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if ROOT not in Path(tensormask.__file__).parents:
+        raise UserError(f"tensormask was imported from {tensormask.__file__}, not from {ROOT}")
+    variants = read_variants(args.variants, args.data, args.variant)
+    for seed, name in itertools.product(args.seed, [] if args.table else variants):
+        settings = {"variant": name, "data": args.data, **variants[name]}
+        settings |= {"opts": args.opts, "seed": seed}
+        if find_run(args.results, settings):
+            continue
+        print(f"{args.data} {name}, seed {seed}", flush=True)
+        folder = args.results.parent / "runs" / f"{args.data}_{name}_{seed}"
+        append_run(args.results, settings, in_fresh_process(run, settings, args.nuclei, folder))
+    print_table(read_runs(args.results), args.data, variants)
     return 0
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.ops import masks_to_boxes
 
+from tensormask.commands.common import exits_on_user_error
 from tensormask.config import CfgNode, get_cfg
 from tensormask.data import build_test_loader, build_train_loader, get_dataset
 from tensormask.engine.precision import build_autocast
@@ -294,30 +295,27 @@ def draw_best(args: argparse.Namespace) -> None:
     draw_comparison(dataset, models, args.draw)
 
 
+@exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code: 2 for an error of the user."""
     args = parse_arguments(arguments)
     torch.set_num_threads(1)  # as in the processes of the runs
-    try:
-        if args.draw:
-            draw_best(args)
-        elif not args.table:
-            for choice in itertools.product(args.seed, args.lr, args.model):
-                seed, lr, model = choice
-                settings = settings_of(args, model, lr, seed)
-                name = f"{args.data}_{model}_{lr}_{args.steps or args.cpu_seconds:g}_{seed}"
-                if find_run(args.results, settings):
-                    print(f"{name}: is there")
-                    continue
-                print(name, flush=True)
-                folder = args.results.parent / "runs" / name
-                results = in_fresh_process(run, settings, args.nuclei, folder)
-                append_run(args.results, settings, results)
-        if not args.draw:
-            print_table(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.draw:
+        draw_best(args)
+    elif not args.table:
+        for choice in itertools.product(args.seed, args.lr, args.model):
+            seed, lr, model = choice
+            settings = settings_of(args, model, lr, seed)
+            name = f"{args.data}_{model}_{lr}_{args.steps or args.cpu_seconds:g}_{seed}"
+            if find_run(args.results, settings):
+                print(f"{name}: is there")
+                continue
+            print(name, flush=True)
+            folder = args.results.parent / "runs" / name
+            results = in_fresh_process(run, settings, args.nuclei, folder)
+            append_run(args.results, settings, results)
+    if not args.draw:
+        print_table(args)
     return 0
 
 

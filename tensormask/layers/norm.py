@@ -45,7 +45,7 @@ class LayerNorm2d(nn.Module):
         if is_eager(x, weight, bias) and _is_native(x, weight, bias):
             return _ChannelsFirst.apply(x, weight, bias, self.eps)
         if is_transformed(x, weight, bias):  # PyTorch's operator lacks higher derivatives
-            y, _ = _normalize(x.to(weight.dtype), self.eps)
+            y, _ = _normalize(x.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
             return (y * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
         y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, self.eps)
         return y.to(x.dtype).permute(0, 3, 1, 2)

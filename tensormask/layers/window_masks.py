@@ -105,17 +105,10 @@ def is_faster(
 class _WindowMasks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        windows: Tensor,
-        steps: int,
-        zoom: int,
-        pad_val: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, *rest: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, windows)
-        ctx.rest = steps, zoom, pad_val
+        ctx.rest = rest  # steps, zoom, pad_val
         tensors = _contiguous(x, weight, bias, windows)
         return torch.ops.tensormask.window_masks(*tensors, *ctx.rest)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensormask.modeling.box_coder import BOX_WEIGHTS, decode_boxes
+from tensormask.modeling.losses import at_least_float32
 
 # Square pixels: a union of boxes without area divides by it.
 _TINY = 1e-7
@@ -24,9 +25,7 @@ def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor | None = Non
         >>> box_loss(torch.zeros(1, 4), torch.ones(1, 4))
         tensor(4.)
     """
-    if deltas.dtype in (torch.float16, torch.bfloat16):
-        deltas = deltas.float()
-    return F.l1_loss(deltas, target_deltas, reduction="sum")
+    return F.l1_loss(at_least_float32(deltas), target_deltas, reduction="sum")
 
 
 def giou_loss(

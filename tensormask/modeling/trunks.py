@@ -46,13 +46,16 @@ def build_trunk(
         stride_in_1x1: of a ResNeXt or wide ResNet, see `ResNet`.
 
     Raises:
-        UserError: there is no such backbone, it does not have these strides, or timm is missing.
+        UserError: there is no such backbone, it does not have these strides, timm is missing, or
+            ``freeze_at`` is out of range.
 
     Example:
         >>> trunk = build_trunk("mobilenet_v3_small", norm="BN")
         >>> trunk.out_channels, trunk.strides
         ([16, 24, 48, 96], [4, 8, 16, 32])
     """
+    if not 0 <= freeze_at <= 5:
+        raise UserError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) must be 0..5, got {freeze_at}")
     if name in _RESNETS:
         depth, groups, width = _RESNETS[name]
         return ResNet(

@@ -148,6 +148,11 @@ def test_targets_are_needed_in_train_mode() -> None:
         (["MODEL.TENSOR_MASK.IN_FEATURES", []], "consecutive"),
         (["MODEL.FPN.IN_FEATURES", ["res3"]], "MODEL.FPN.IN_FEATURES must be"),
         (["MODEL.RESNETS.OUT_FEATURES", ["res3"]], "MODEL.RESNETS.OUT_FEATURES must be"),
+        (
+            ["MODEL.BACKBONE.TRUNK", "mobilenet_v2", "MODEL.RESNETS.OUT_FEATURES", ["res2"]],
+            "with MODEL.BACKBONE.TRUNK",
+        ),
+        (["MODEL.BACKBONE.TRUNK", "mobilenet_v2", "MODEL.BACKBONE.FREEZE_AT", 6], "0..5, got 6"),
         (["MODEL.COMPILE", "fast"], "default, reduce-overhead, max-autotune"),
         (["MODEL.SIZE_DIVISOR", 48], "multiple of 32"),
         (["TEST.AMP.DTYPE", "float32"], r"TEST\.AMP\.DTYPE must be 'bfloat16' or 'float16'"),
