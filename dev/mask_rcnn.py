@@ -32,15 +32,15 @@ class KeepSize(GeneralizedRCNNTransform):
 class MaskRCNNAdapter(nn.Module):
     """Mask R-CNN with a ResNet-18: images, targets, losses and detections are those of our model.
 
-    All layers train. What is not an argument has torchvision's default: 256 anchors and 512 regions
-    of an image in the losses, 2000 proposals in training and 1000 in inference, the layers' initial
-    values.
+    All layers train. What is not an argument has torchvision's default: 256 anchors of an image in
+    the loss, 2000 proposals in training and 1000 in inference, the layers' initial values.
 
     Args:
         width: a key of `WIDTHS`.
         norm: of the trunk, "BN" or "GN".
         num_classes: without background.
         anchor_sizes: sides in pixels, for each of p2 to p6, with the aspect ratios 0.5, 1 and 2.
+        num_regions: of an image in the losses of the second stage (torchvision's default is 512).
         pixel_mean, pixel_std: per channel, on the scale 0..255.
         score_threshold, num_detections: of an image.
     """
@@ -52,6 +52,7 @@ class MaskRCNNAdapter(nn.Module):
         norm: str,
         num_classes: int,
         anchor_sizes: tuple[tuple[int, ...], ...],
+        num_regions: int,
         pixel_mean: list[float],
         pixel_std: list[float],
         score_threshold: float,
@@ -70,6 +71,7 @@ class MaskRCNNAdapter(nn.Module):
             box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
             mask_head=MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
+            box_batch_size_per_image=num_regions,
             box_score_thresh=score_threshold,
             box_detections_per_img=num_detections,
         )

@@ -108,6 +108,7 @@ def mask_rcnn():
         norm="GN",
         num_classes=3,
         anchor_sizes=((8, 12), (16, 24), (32, 48), (64, 96), (128, 192)),
+        num_regions=64,
         pixel_mean=[127.5] * 3,
         pixel_std=[57.0] * 3,
         score_threshold=0.02,
