@@ -101,6 +101,7 @@ setup(
     package_data={
         "tensormask": ["py.typed", "weights/*"],
         "tensormask.data": ["nuclei/**"],
+        "tensormask.visualization.html": ["templates/*"],
         "tensormask.configs": ["*.yaml"],
         "tensormask.configs.ablations": ["*.yaml"],
         "tensormask.csrc": ["*.h", "*.cpp", "*.cu"],

@@ -1,0 +1,1 @@
+"""Pages of HTML that open from a file, without a network."""
