@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: each runs after the setup, with a small model."""
+"""The examples of docs/extending*.md: each runs after the setup, with a small model."""
 
 import copy
 import re
@@ -18,11 +18,13 @@ from tensormask.data.shapes import write_split
 from tensormask.engine.resume import load_checkpoint
 from tensormask.modeling import backbone
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("extending*.md"))
 EXAMPLES = {
     section.partition("\n")[0]: section.partition("```python\n")[2].partition("```")[0]
-    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+    for page in PAGES
+    for section in re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
 }
+del EXAMPLES["Reference"]  # tests/engine/test_callbacks.py
 SMALL = {"fpn_channels": 16, "cls_channels": 16, "bbox_channels": 16, "mask_channels": 16}
 SMALL |= {"num_convs": 1, "score_threshold": 0.3}
 

@@ -250,7 +250,7 @@ def test_every_diagnosis_has_a_meaning_and_a_mend():
 
 
 def test_the_documentation_has_the_table_of_diagnoses():
-    text = (Path(__file__).parents[2] / "docs" / "custom_data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "data_issues.md").read_text(encoding="utf-8")
     rows = [f"| `{name}` | {meaning} | {mend} |" for name, (meaning, mend) in DIAGNOSES.items()]
     assert "\n".join(rows) in text
 

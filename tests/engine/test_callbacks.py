@@ -221,8 +221,8 @@ def test_a_state_that_could_not_be_read_is_not_saved(tmp_path, fakes):
 
 
 def test_the_example_of_the_docs(tmp_path, fakes):
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    (code,) = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs" / "extending_trainer.md").read_text()
+    (code,) = re.findall(r"## Reference.*?```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "coco_instances_results.json").write_text("[1, 2]")
     exec(code, {"cfg": make_cfg(tmp_path, "SOLVER.MAX_ITER", 2)})
