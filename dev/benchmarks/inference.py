@@ -31,20 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print tables, and return their numbers."""
-    cfg = models.configure(args)
-    eager = cfg.clone()
-    eager.MODEL.COMPILE = ""
+    configs, base = models.configure(args), models.base_of(args)
     size, built, calls, products = tuple(args.size), {}, {}, {}
-    for name in args.models:
+    for name, cfg in configs.items():
         built[name] = build(cfg, name, size, args.batch)
         calls[name] = make_call(cfg, name, built[name], size, args.batch)
         check_detections(cfg, name, calls[name]())
         if "floor" not in args.without:  # recorded from a model that is not compiled
+            eager = cfg.clone()
+            eager.MODEL.COMPILE = ""
             model = build(eager, name, size, args.batch)
             products[name] = record_products(make_call(eager, name, model, size, args.batch))
     floors = {f"{_FLOOR}{name}": replay(p, cfg.MODEL.DEVICE) for name, p in products.items()}
     times = time_in_turn(calls | floors, rounds=args.rounds)
-    rows = [compare(times, name, THEIRS) for name in calls]
+    rows = [compare(times, name, base) for name in calls]
     for row, name in zip(rows, products, strict=False):
         floor = times[f"{_FLOOR}{name}"]["wall"]
         row["its convolutions s"] = sorted(floor)[len(floor) // 2]
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_of_detection(args: argparse.Namespace, name: str) -> float | None:
     """Return the peak memory of one model in MiB, above the model's."""
-    cfg, size = models.configure(args), tuple(args.size)
+    cfg, size = models.configure(args)[name], tuple(args.size)
     model = build(cfg, name, size, args.batch)
     call = make_call(cfg, name, model, size, args.batch)
     call()  # makes up the scores, which are no memory of the model

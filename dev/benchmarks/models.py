@@ -6,6 +6,7 @@ candidates and detections as on a photograph, on levels as for objects of COCO's
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ _CANDIDATES = 500  # above Mask R-CNN's score threshold
 def add_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: int) -> None:
     """Add the options of `inference` and `train`."""
     parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE", help="our model")
+    parser.add_argument(
+        "--versus",
+        metavar="FILE",
+        help="instead of torchvision's model, the base is a model of ours with this config",
+    )
     parser.add_argument("--rounds", type=int, default=rounds, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     names = [OURS, THEIRS]
@@ -42,13 +48,26 @@ def add_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: 
     parser.set_defaults(size=size)
 
 
-def configure(args: argparse.Namespace) -> CfgNode:
-    """Return the config of our model; set the threads and the precision of this process."""
+def configure(args: argparse.Namespace) -> dict[str, CfgNode]:
+    """Return a config for each model; set the threads and the precision of this process.
+
+    The one of torchvision's model is ours, for what it says of precision and detections. With
+    `--versus` the base is named after its file.
+    """
     for name in ("rounds", "threads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     torch.set_num_threads(args.threads)
-    return model_config(args)
+    cfg = model_config(args)
+    if not args.versus:
+        return dict.fromkeys(args.models, cfg)
+    versus = argparse.Namespace(**{**vars(args), "config_file": args.versus})
+    return {OURS: cfg, Path(args.versus).stem: model_config(versus)}
+
+
+def base_of(args: argparse.Namespace) -> str:
+    """Return the name of the model that the others are compared with."""
+    return Path(args.versus).stem if args.versus else THEIRS
 
 
 def describe(args: argparse.Namespace, cfg: CfgNode) -> str:
@@ -56,7 +75,8 @@ def describe(args: argparse.Namespace, cfg: CfgNode) -> str:
     height, width = args.size
     where = cfg.MODEL.DEVICE if cfg.MODEL.DEVICE != "cpu" else f"cpu, {args.threads} threads"
     words = [f"{args.batch} x {height} x {width} px", args.dtype, where, *args.opts]
-    return f"{', '.join(words)}; {args.rounds} rounds in turn; `/ base`: torchvision's time"
+    base = f"the time of {base_of(args)}"
+    return f"{', '.join(words)}; {args.rounds} rounds in turn; `/ base`: {base}"
 
 
 def build_model(cfg: CfgNode, name: str, size: tuple[int, int], **options: Any) -> Any:
@@ -131,7 +151,8 @@ def measure_memory(
     args: argparse.Namespace, peak_of: Callable[[argparse.Namespace, str], float | None]
 ) -> list[dict[str, Any]]:
     """Print and return the peak memory of each model; `peak_of` is a function of a module."""
-    rows = [{"model": n, "peak MiB": in_fresh_process(peak_of, args, n)} for n in args.models]
+    names = configure(args)
+    rows = [{"model": n, "peak MiB": in_fresh_process(peak_of, args, n)} for n in names]
     print("\npeak memory above that after a call of 128 x 128 px, each in a fresh process")
     print(format_records(rows))
     return rows

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import models
 from benchmarks.measure import compare, time_in_turn
-from benchmarks.models import OURS, THEIRS
+from benchmarks.models import THEIRS
 from tensormask.commands.benchmark import SMALL, make_samples, peak_memory, training_step
 from tensormask.commands.synthetic import make_target
 from tensormask.config import CfgNode
@@ -32,23 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print tables, and return their numbers."""
-    cfg, size = models.configure(args), tuple(args.size)
+    configs, size = models.configure(args), tuple(args.size)
     regions: list[int] = []
-    calls = {}
-    for name in args.models:
+    calls, positives = {}, {}
+    for name, cfg in configs.items():
         model, step = make_step(args, cfg, name)
         calls[name] = functools.partial(step, size)
         if name == THEIRS:
             model.roi_heads.mask_head.register_forward_pre_hook(
                 lambda _, inputs: regions.append(len(inputs[0]))
             )
+        else:
+            windows, boxes = build_windows(cfg), make_target(size, args.objects)["boxes"]
+            assignment = build_assigner(cfg)([boxes], windows, windows.grids(size))
+            positives[name] = args.batch * len(assignment.object)
     times = time_in_turn(calls, rounds=args.rounds)
-    windows, boxes = build_windows(cfg), make_target(size, args.objects)["boxes"]
-    num_windows = len(build_assigner(cfg)([boxes], windows, windows.grids(size)).object)
     # Windows of ours, and regions of torchvision's mask head.
-    positives = {OURS: args.batch * num_windows, THEIRS: statistics.median(regions or [0])}
-    rows = [{**compare(times, n, THEIRS), "positives": positives[n]} for n in times]
-    print(models.describe(args, cfg))
+    positives[THEIRS] = statistics.median(regions or [0])
+    base = models.base_of(args)
+    rows = [{**compare(times, n, base), "positives": positives[n]} for n in times]
+    print(models.describe(args, next(iter(configs.values()))))
     print(format_records(rows))
     memory = "memory" not in args.without
     return {"times": rows, "memory": models.measure_memory(args, peak_of_step) if memory else []}
@@ -65,7 +68,7 @@ def make_step(
     @functools.cache
     def samples(size: tuple[int, int]) -> list[dict]:
         batch = make_samples(cfg, size, args.batch, args.objects)
-        return batch if name == OURS else [_for_torchvision(batch[0])] * args.batch
+        return [_for_torchvision(batch[0])] * args.batch if name == THEIRS else batch
 
     def run_step(size: tuple[int, int]) -> dict[str, float]:
         if name == THEIRS:
@@ -84,7 +87,7 @@ def _for_torchvision(sample: dict) -> dict:
 
 def peak_of_step(args: argparse.Namespace, name: str) -> float | None:
     """Return the peak memory of a step in MiB, above the model's and its optimizer's."""
-    cfg = models.configure(args)
+    cfg = models.configure(args)[name]
     _, step = make_step(args, cfg, name)
     step(SMALL)
     return peak_memory(lambda: step(tuple(args.size)), cfg.MODEL.DEVICE)

@@ -138,7 +138,8 @@ def test_products_keep_dtype_and_memory_format():
 
 @pytest.mark.slow
 def test_both_models_train_as_much_of_the_backbone():
-    cfg = models.configure(benchmark.parse_arguments(["inference", "--device", "cpu"]))
+    args = benchmark.parse_arguments(["inference", "--device", "cpu"])
+    cfg = models.configure(args)[models.THEIRS]
     theirs = models.build_model(cfg, "torchvision", (64, 96))
     ours = models.build_model(cfg, "tensormask", (64, 96))
     frozen = {n for n, p in theirs.named_parameters() if not p.requires_grad}
@@ -178,6 +179,18 @@ def test_training(config, tmp_path):
     assert ours["/ base"] == pytest.approx(ours["s"] / theirs["s"])
     assert ours["positives"] > 0
     assert theirs["positives"] >= 3  # the objects themselves are among the proposals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["inference", "train"])
+def test_another_config_as_base(command, config, tmp_path):
+    other = tmp_path / "paper.yaml"
+    other.write_text(get_cfg(opts=["TEST.DETECTIONS_PER_IMAGE", 10]).dump())
+    _, record = run_command([command, *config, "--versus", str(other)], tmp_path)
+    results = record["results"]
+    assert [row["model"] for row in results["times"]] == ["tensormask", "paper"]
+    assert results["times"][1]["/ base"] == 1
+    assert [row["model"] for row in results["memory"]] == ["tensormask", "paper"]
 
 
 def test_samples_for_torchvision():
