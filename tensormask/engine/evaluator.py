@@ -46,6 +46,7 @@ from tensormask.engine.resume import (
 )
 from tensormask.evaluation import evaluate, evaluate_oracle, results_table, verify_results
 from tensormask.evaluation.coco import evaluation_mode
+from tensormask.evaluation.evaluators import check_evaluator
 from tensormask.evaluation.metrics import evaluator_name, explain_zero
 from tensormask.evaluation.tta import build_augmented_detector, check_sizes
 from tensormask.modeling import TensorMask, build_model
@@ -139,6 +140,8 @@ def check_evaluation(cfg: CfgNode, classes: Classes) -> None:
         dataset = get_dataset(name)
         matched = match_dataset(cfg, dataset, classes)
         check_dataset(cfg, matched)
+        sizes = map(dataset.image_size, dataset.image_ids)
+        check_evaluator(cfg.TEST.EVALUATOR, boundary=cfg.TEST.BOUNDARY_AP, sizes=sizes)
         log_match(dataset, matched, classes)
 
 
@@ -194,6 +197,8 @@ def _evaluate_one(
         dataset,
         folder,
         max_dets=cfg.TEST.MAX_DETS,
+        evaluator=cfg.TEST.EVALUATOR,
+        boundary=cfg.TEST.BOUNDARY_AP,
         num_visualized=cfg.TEST.NUM_VISUALIZED,
         submission_name=Path(cfg.OUTPUT_DIR).resolve().name,
         rank=rank,
@@ -209,6 +214,7 @@ def _evaluate_one(
             dataset,
             build_test_transform(cfg),
             max_dets=cfg.TEST.MAX_DETS,
+            evaluator=cfg.TEST.EVALUATOR,
             rank=rank,
             world_size=world_size,
             gather=distributed.gather_objects,

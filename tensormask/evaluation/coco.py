@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import present_classes
+from tensormask.evaluation.evaluators import PYCOCOTOOLS
 from tensormask.evaluation.predictions import DRAWN_SCORE, evenly_spread, write_images
 from tensormask.evaluation.results import ResultsWriter, coco_results, merge_results, read_results
 from tensormask.evaluation.scoring import Metrics, metrics_and_curves
@@ -38,6 +39,8 @@ def evaluate(
     output_dir: str | Path | None = None,
     *,
     max_dets: int = 100,
+    evaluator: str = PYCOCOTOOLS,
+    boundary: bool = False,
     num_visualized: int = 0,
     submission_name: str = "tensormask",
     rank: int = 0,
@@ -68,14 +71,18 @@ def evaluate(
             written.
         max_dets: detections per image and class for `AP@<max_dets>` and `AR@<max_dets>`, which
             are added when it is not 100.
+        evaluator: "pycocotools" or "faster_coco_eval".
+        boundary: score masks also by the IoU of their boundaries (see `run_evaluator`); needs
+            "faster_coco_eval".
         num_visualized: how many images are drawn, spread evenly over the data set.
         submission_name: the name of the method in the files for COCO's server.
         rank: the number of this process, from 0.
         gather: returns the values that all processes have passed to it, ordered by rank.
 
     Returns:
-        `{"bbox": metrics, "segm": metrics}` as of `evaluate_results`; without "segm" for a model
-        without masks; `{}` when the data set has no annotations (test-dev), and above rank 0.
+        `{"bbox": metrics, "segm": metrics}` as of `evaluate_results`, and with `boundary` also
+        "boundary"; only "bbox" for a model without masks; `{}` when the data set has no annotations
+        (test-dev), and above rank 0.
 
     Raises:
         ValueError: a label that the data set has no category for; boxes or scores that are not
@@ -110,9 +117,11 @@ def evaluate(
             return {}
         coco_gt, (names, category_ids) = dataset.to_coco(), present_classes(dataset)
         metrics, curves = {}, {}
-        for iou_type in ("bbox", "segm") if all(s.has_masks for s in summaries) else ("bbox",):
+        iou_types = ("bbox", "segm", *(["boundary"] if boundary else []))
+        for iou_type in iou_types if all(s.has_masks for s in summaries) else ("bbox",):
+            results = read_results(path)
             metrics[iou_type], curves[iou_type] = metrics_and_curves(
-                coco_gt, read_results(path), iou_type, names, category_ids, image_ids, max_dets
+                *(coco_gt, results, iou_type, names, category_ids, image_ids, max_dets, evaluator)
             )
         if output_dir is not None:
             (folder / CURVES_FILE).write_text(json.dumps(curves), encoding="utf-8")

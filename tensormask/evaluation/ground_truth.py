@@ -1,5 +1,7 @@
 """Convert COCO annotations to the form that pycocotools' evaluation needs."""
 
+import contextlib
+import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,8 +37,9 @@ def build_ground_truth(
     """Build the ground truth for COCOeval, which writes into it: training can share the original.
 
     It contains the images and categories that have an index, with this index as id, and their
-    annotations that have a mask (`iou_type` "segm"), or a box or a mask ("bbox"). The number of
-    other annotations is logged.
+    annotations that have a mask (`iou_type` "segm" or "boundary"), or a box or a mask ("bbox"). The
+    number of other annotations is logged. Only the keys that evaluators need are taken: some read
+    others too, such as "ignore" or "lvis_mark".
 
     Annotations are numbered from 1: COCOeval reads the id 0 as "not matched", and two annotations
     with the same id as one object.
@@ -66,7 +69,8 @@ def build_ground_truth(
         "categories": [{"id": index} for index in category_indices.values()],
         "annotations": annotations,
     }
-    ground_truth.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        ground_truth.createIndex()
     return ground_truth
 
 
@@ -89,17 +93,19 @@ def is_finite_number(value: Any) -> bool:
 def _complete(
     annotation: Mapping[str, Any], image: Mapping[str, Any], iou_type: str
 ) -> dict[str, Any] | None:
-    """Return a shallow copy with the keys that COCOeval needs and hand-made files can lack.
+    """Return the keys that COCOeval needs, also those that hand-made files can lack.
 
-    For "segm" its mask is a run-length code. The result is None if no region can be scored.
+    But for "bbox" it has a mask, as a run-length code. The result is None if no region can be
+    scored.
     """
-    completed = {**annotation, "iscrowd": int(bool(annotation.get("iscrowd", 0)))}
+    completed = {key: annotation[key] for key in ("bbox", "area") if key in annotation}
+    completed["iscrowd"] = int(bool(annotation.get("iscrowd", 0)))
     box, area = has_box(annotation), is_finite_number(annotation.get("area"))
     if iou_type == "bbox" and box and area:
         return completed
     code = _mask_code(annotation, (image["height"], image["width"]))
     if code is None:
-        if iou_type == "segm" or not box:
+        if iou_type != "bbox" or not box:
             return None
         completed["area"] = completed["bbox"][2] * completed["bbox"][3]
         return completed

@@ -78,6 +78,7 @@ def _metrics_of_set(cfg: CfgNode, dataset: CocoDataset, own_model: bool) -> Iter
         names.append(f"AP-{name}" if counts[name] == 1 else f"AP-{name} (id {category})")
     tasks = ["bbox"]
     tasks += ["segm"] * (cfg.MODEL.MASK_ON or own_model)
+    tasks += ["boundary"] * (cfg.TEST.BOUNDARY_AP and "segm" in tasks)
     tasks += ["oracle"] * (cfg.MODEL.MASK_ON and cfg.TEST.ORACLE_ON)
     for task in tasks:
         yield from (f"{task}/{name}" for name in names)
@@ -94,6 +95,7 @@ def _reason(cfg: CfgNode, name: str, known: Sequence[str]) -> str:
     for part, key, switched_on in (
         ("ema", "SOLVER.EMA.ENABLED", cfg.SOLVER.EMA.ENABLED),
         ("segm", "MODEL.MASK_ON", cfg.MODEL.MASK_ON),
+        ("boundary", "TEST.BOUNDARY_AP", cfg.TEST.BOUNDARY_AP),
         ("oracle", "TEST.ORACLE_ON", cfg.TEST.ORACLE_ON),
     ):
         if part in parts and not switched_on:

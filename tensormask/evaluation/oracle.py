@@ -18,6 +18,7 @@ from tensormask.data import CocoDataset
 from tensormask.data.augmentation import Augmentation
 from tensormask.data.classes import present_classes
 from tensormask.data.transforms import transform_annotations
+from tensormask.evaluation.evaluators import PYCOCOTOOLS
 from tensormask.evaluation.results import Detections, coco_results
 from tensormask.evaluation.scoring import Metrics, evaluate_results
 from tensormask.layers import crop_masks, paste_regions
@@ -31,6 +32,7 @@ def evaluate_oracle(
     transform: Augmentation,
     *,
     max_dets: int = 100,
+    evaluator: str = PYCOCOTOOLS,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] = lambda results: [results],
@@ -43,7 +45,7 @@ def evaluate_oracle(
         model: only its windows, its assigner and the mask sizes of its head are used, not its
             weights.
         transform: the resize before inference.
-        max_dets, rank, gather: as of `evaluate`.
+        max_dets, evaluator, rank, gather: as of `evaluate`.
         world_size: the number of processes.
 
     Returns:
@@ -72,6 +74,7 @@ def evaluate_oracle(
         image_ids=dataset.image_ids,
         iou_types=("segm",),
         max_dets=max_dets,
+        evaluator=evaluator,
     )
 
 

@@ -26,7 +26,8 @@ from tensormask.utils.errors import UserError
 
 Detections = Mapping[str, Any]
 Result = dict[str, Any]
-REGION_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # of a result, by IoU type
+# Of a result, by IoU type.
+REGION_KEYS = {"bbox": "bbox", "segm": "segmentation", "boundary": "segmentation"}
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +234,8 @@ def checked_results(
             f"the results are of another data set: this one has no images with the ids "
             f"{sorted(unknown, key=str)[:5]}"
         )
-    for iou_type in iou_types:
-        region = REGION_KEYS[iou_type]
+    regions = {REGION_KEYS[iou_type]: iou_type for iou_type in iou_types}
+    for region, iou_type in regions.items():
         if any(region not in result for result in results):
             raise UserError(f"scoring {iou_type!r} needs a {region!r} in every result")
     categories = {result["category_id"] for result in results} - coco_gt.cats.keys()
@@ -251,13 +252,13 @@ def checked_results(
         name = f"result {index}, of image {result['image_id']}"
         if not is_finite_number(result["score"]):
             raise UserError(f"{name}: the score must be a finite number, got {result['score']!r}")
-        if "bbox" in iou_types and not has_box(result):
+        if "bbox" in regions and not has_box(result):
             raise UserError(
                 f"{name}: the bbox must be four finite numbers, x, y, width and height in pixels, "
                 f"got {result['bbox']!r}"
             )
         checked.append(dict(result))
-        if "segm" in iou_types:
+        if "segmentation" in regions:
             size = (image["height"], image["width"])
             try:
                 check_rle(result["segmentation"], size)

@@ -1,17 +1,15 @@
-"""Score detections in COCO's results format with pycocotools, and summarize COCO's metrics."""
+"""Score detections in COCO's results format, and summarize COCO's metrics."""
 
-import contextlib
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
+from tensormask.evaluation.evaluators import PYCOCOTOOLS, find_matches, run_evaluator
 from tensormask.evaluation.ground_truth import build_ground_truth, contiguous_ids
 from tensormask.evaluation.results import REGION_KEYS, Result, checked_results
 from tensormask.utils.errors import UserError
@@ -32,6 +30,7 @@ def evaluate_results(
     image_ids: Sequence[Identity] | None = None,
     iou_types: Sequence[str] = ("bbox", "segm"),
     max_dets: int = 100,
+    evaluator: str = PYCOCOTOOLS,
 ) -> dict[str, Metrics]:
     """Score detections in COCO's results format, without changing `coco_gt` or `results`.
 
@@ -39,8 +38,9 @@ def evaluate_results(
         class_names: name of each category, in the order of `category_ids`.
         category_ids: the categories to score; None for all, by ascending id.
         image_ids: the images to score; None for all.
-        iou_types: "bbox", "segm" or both; "segm" needs a `segmentation` in each result.
-        max_dets: as of `evaluate`.
+        iou_types: some of "bbox", "segm" and "boundary" (see `run_evaluator`); the last two need a
+            `segmentation` in each result.
+        max_dets, evaluator: as of `evaluate`.
 
     Returns:
         Per IoU type, in percent, NaN without ground-truth objects: `AP`, `AP50`, `AP75`, `APs`,
@@ -67,7 +67,7 @@ def evaluate_results(
     results = checked_results(results, coco_gt, iou_types)
     return {
         iou_type: metrics_and_curves(
-            coco_gt, results, iou_type, class_names, category_ids, image_ids, max_dets
+            coco_gt, results, iou_type, class_names, category_ids, image_ids, max_dets, evaluator
         )[0]
         for iou_type in iou_types
     }
@@ -81,6 +81,7 @@ def metrics_and_curves(
     category_ids: Sequence[Identity],
     image_ids: Sequence[Identity],
     max_dets: int,
+    evaluator: str = PYCOCOTOOLS,
 ) -> tuple[Metrics, Curves]:
     """Return the metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
 
@@ -102,14 +103,9 @@ def metrics_and_curves(
         for result in results
         if result["image_id"] in images and result["category_id"] in categories
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        ground_truth = build_ground_truth(coco_gt, images, categories, iou_type)
-        coco_eval = COCOeval(ground_truth, _load_results(ground_truth, renumbered), iou_type)
-        coco_eval.params.imgIds = list(images.values())
-        coco_eval.params.catIds = list(categories.values())
-        coco_eval.params.maxDets = sorted({*STANDARD_MAX_DETS, max_dets})
-        coco_eval.evaluate()
-        coco_eval.accumulate()
+    ground_truth = build_ground_truth(coco_gt, images, categories, iou_type)
+    limits = [*{*STANDARD_MAX_DETS, max_dets}]
+    coco_eval = run_evaluator(evaluator, ground_truth, renumbered, iou_type, limits)
     counts = Counter(class_names)
     category_index = {
         name if counts[name] == 1 else f"{name} (id {category})": categories[category]
@@ -119,17 +115,7 @@ def metrics_and_curves(
     return metrics, precision_curves(coco_eval)
 
 
-def _load_results(ground_truth: COCO, results: list[Result]) -> COCO:
-    """Convert results to a COCO object; they are changed."""
-    if results:
-        return ground_truth.loadRes(results)
-    empty = COCO()  # loadRes reads the first result
-    empty.dataset = ground_truth.dataset | {"annotations": []}
-    empty.createIndex()
-    return empty
-
-
-def _summarize(coco_eval: COCOeval, category_index: Mapping[str, int], max_dets: int) -> Metrics:
+def _summarize(coco_eval: Any, category_index: Mapping[str, int], max_dets: int) -> Metrics:
     """Return the metrics of `evaluate_results` from an accumulated evaluation.
 
     COCOeval's own summary supports only three limits of detections, and reads the third for most
@@ -155,7 +141,7 @@ def _summarize(coco_eval: COCOeval, category_index: Mapping[str, int], max_dets:
     return metrics
 
 
-def precision_curves(coco_eval: COCOeval) -> Curves:
+def precision_curves(coco_eval: Any) -> Curves:
     """Return precision over recall, from 0 to 1; the mean of a curve is the AP of its name.
 
     Returns:
@@ -174,33 +160,25 @@ def precision_curves(coco_eval: COCOeval) -> Curves:
     }
 
 
-def best_f1(coco_eval: COCOeval, max_dets: int) -> Metrics:
+def best_f1(coco_eval: Any, max_dets: int) -> Metrics:
     """Find the threshold on scores with the best F1 over all classes together, at an IoU of 0.5.
 
     F1 is 2 TP / (2 TP + FP + FN), of the detections whose score is above the threshold. Detections
     of crowds, which COCO ignores, do not count.
 
     Args:
-        coco_eval: has matched detections to objects, by `evaluate`.
+        coco_eval: of `run_evaluator`.
         max_dets: detections per image and class.
 
     Returns:
         `best_f1` in percent, and `best_f1_threshold` in 0..1, halfway between two scores (or just
         below the lowest one); the highest of several. `{}` if no detection matches an object.
     """
-    all_areas = coco_eval.params.areaRng[0]
-    images = [e for e in coco_eval.evalImgs if e is not None and e["aRng"] == all_areas]
-    if not images:
-        return {}
-    num_objects = sum(np.count_nonzero(e["gtIgnore"] == 0) for e in images)
-    score = np.concatenate([e["dtScores"][:max_dets] for e in images])
-    # The first row is of the lowest IoU threshold, 0.5.
-    is_counted = np.concatenate([e["dtIgnore"][0, :max_dets] == 0 for e in images])
-    is_match = np.concatenate([e["dtMatches"][0, :max_dets] > 0 for e in images]) & is_counted
+    score, is_match, num_objects = find_matches(coco_eval, max_dets)
     if not is_match.any():
         return {}
-    order = np.argsort(-score[is_counted])
-    score, num_matches = score[is_counted][order], np.cumsum(is_match[is_counted][order])
+    order = np.argsort(-score)
+    score, num_matches = score[order], np.cumsum(is_match[order])
     # A threshold cannot separate equal scores.
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))
     f1 = 2 * num_matches[ends] / (ends + 1 + num_objects)
