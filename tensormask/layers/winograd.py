@@ -64,6 +64,42 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+def convolve_patches(rows: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve P patches of 6x6 locations to 4x4 results, a tile of Winograd's algorithm each.
+
+    Args:
+        rows (Tensor[M, C]): the features of M locations.
+        index: int64 (36 * P,), the locations of the patches, row by row; -1 for one of zeros.
+        weight (Tensor[C', C, 3, 3]), bias (Tensor[C']): of the convolution.
+
+    Returns:
+        Tensor[P, C', 4, 4], in channels_last.
+    """
+    side = _TILE + 2
+    size = len(index) // side**2, len(weight), _TILE, _TILE
+    inputs = (rows, weight) if bias is None else (rows, weight, bias)
+
+    def patches(start: int, stop: int) -> Tensor:
+        part = index[start * side**2 : stop * side**2]
+        gathered, outside = rows.index_select(0, part.clamp(min=0)), part < 0
+        if part.device.type != "cpu":  # the host does not wait
+            gathered.masked_fill_(outside[:, None], 0)
+        elif outside.any():
+            gathered.index_fill_(0, torch.where(outside)[0], 0)
+        return gathered.view(-1, side, side, rows.shape[1]).permute(0, 3, 1, 2)
+
+    like = rows[:1, :, None, None].expand(size[0], -1, side, side)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if needs_grad or not (is_eager(*inputs) and _is_faster(like, weight, (1, 1), (0, 0))):
+        return conv2d(patches(0, size[0]), weight, bias)
+    kernels = _transformed(weight)
+    result = torch.empty(size, dtype=rows.dtype, memory_format=torch.channels_last)
+    for start in range(0, size[0], _TILES_AT_ONCE):  # a chunk stays in the caches
+        x = patches(start, min(start + _TILES_AT_ONCE, size[0]))
+        _multiply(x, kernels, bias, 0, (len(x), 1, 1), [(0, 0)], result[start : start + len(x)])
+    return result
+
+
 def _is_faster(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: str | Sequence[int]
 ) -> bool:
@@ -111,20 +147,36 @@ class _Winograd(torch.autograd.Function):
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Convolve (N, C, H, W) with (C', C, 3, 3), add a bias (C'): (N, C', H', W'), channels_last."""
-    num, channels, height, width = x.shape
+    num, _, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    g = x.new_tensor(_G)
-    kernels = torch.einsum("ia,jb,dcab->ijcd", g, g, weight).flatten(0, 1).contiguous()
     size = (num, len(weight), height + 2 * padding - 2, width + 2 * padding - 2)
     result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid, chunks = _chunks(size)
-    inputs = x.new_empty(36, *grid, channels)
-    products = x.new_empty(36, *grid, len(weight))
+    _multiply(x, _transformed(weight), bias, padding, *_chunks(size), result)
+    return result
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """Return the 36 matrices (36, C, C') of a kernel (C', C, 3, 3)."""
+    g = weight.new_tensor(_G)
+    return torch.einsum("ia,jb,dcab->ijcd", g, g, weight).flatten(0, 1).contiguous()
+
+
+def _multiply(
+    x: Tensor,
+    kernels: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    grid: tuple[int, int, int],
+    chunks: list[tuple[int, int]],
+    result: Tensor,
+) -> None:
+    """Write the results of the chunks of `_chunks`; feature maps are in channels_last."""
+    inputs = x.new_empty(36, *grid, kernels.shape[1])
+    products = x.new_empty(36, *grid, kernels.shape[2])
     for image, row in chunks:
         torch.ops.tensormask.winograd_input(x, padding, image, row, out=inputs)
         torch.bmm(inputs.flatten(1, 3), kernels, out=products.flatten(1, 3))
         torch.ops.tensormask.winograd_output(products, bias, image, row, out=result)
-    return result
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, padding: int) -> Tensor:
