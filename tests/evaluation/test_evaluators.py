@@ -200,9 +200,9 @@ def test_the_keys_reach_the_evaluation_and_the_oracle(tmp_path, monkeypatch):
     for name in ("evaluate", "evaluate_oracle"):
         monkeypatch.setattr(evaluator, name, lambda *_, **options: given.append(options) or {})
     cfg = tensormask.get_cfg()
-    cfg.merge_from_list(
-        ["TEST.EVALUATOR", FASTER, "TEST.BOUNDARY_AP", True, "TEST.ORACLE_ON", True]
-    )
+    for key, value in {"EVALUATOR": FASTER, "BOUNDARY_AP": True, "ORACLE_ON": True}.items():
+        cfg.merge_from_list([f"TEST.{key}", value])
+    cfg.merge_from_list(["MODEL.TENSOR_MASK.NUM_CLASSES", 1, "MODEL.MASK_ON", True])
     dataset, reporter = get_dataset("nuclei_val"), IssueReporter({}, strict=False)
     model = object.__new__(tensormask.TensorMask)
     evaluator._evaluate_one(cfg, model, dataset, tmp_path, reporter, ())
