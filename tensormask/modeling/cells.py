@@ -18,9 +18,11 @@ from torch import Tensor
 
 from tensormask.layers.plain import PlainLayer
 from tensormask.layers.winograd import convolve_patches
-from tensormask.modeling.tiles import to_device_at_once
+from tensormask.modeling.tiles import MIN_LOCATIONS, MIN_SAVED_ON_GPU, to_device_at_once
 
 SIDE = 4
+# Of the multiplications of the whole feature map. Gathered patches take about 1.2 of the time.
+_MAX_WORK = 0.8
 
 
 class Cells(NamedTuple):
@@ -36,7 +38,8 @@ class Cells(NamedTuple):
         """Return the cells with a True value in ``wanted``, bool (N, H, W), on the CPU."""
         any_in_cell = F.max_pool2d(wanted[:, None].float(), SIDE, ceil_mode=True)[:, 0] > 0
         num, height, width = wanted.shape
-        return cls(*any_in_cell.nonzero().unbind(1), (num, height, width))
+        n, row, column = any_in_cell.nonzero().unbind(1)
+        return cls(n, row, column, (num, height, width))
 
     def locations(self, border: int = 0) -> Tensor:
         """Return the numbers of the locations of each cell, row by row.
@@ -59,39 +62,56 @@ def dilate(wanted: Tensor, reach: int) -> Tensor:
     return F.max_pool2d(wanted[:, None].float(), 2 * reach + 1, 1, reach)[:, 0] > 0
 
 
-def convolve_cells(layers: Sequence[PlainLayer], x: Tensor, wanted: Tensor) -> tuple[Tensor, Cells]:
+def convolve_cells(
+    layers: Sequence[PlainLayer], rows: Tensor, wanted: Tensor, below: Cells | None = None
+) -> tuple[Tensor, Cells]:
     """Apply layers, with ReLUs in between, at chosen locations of a feature map.
 
     Args:
         layers: of a `plain_tower`.
-        x: the feature map (N, C, H, W). It is read at the chosen locations and as far around them
-            as the convolutions reach; elsewhere it must be finite.
+        rows: the features of all locations (N * H * W, C), as of `as_rows`, or of those of the
+            cells ``below`` (16 * P, C). They are read at the chosen locations and as far around
+            them as the convolutions reach; elsewhere they must be finite.
         wanted: bool (N, H, W), on the CPU.
 
     Returns:
-        - Tensor[16 * P, C'], the results at the locations of the cells, in order. They are those of
-          the whole feature map at the chosen locations, up to the order of sums.
-        - the P cells with a chosen location.
+        - Tensor[16 * P', C'], the results at the locations of the cells, in order. They are those
+          of the whole feature map at the chosen locations, up to the order of sums.
+        - the P' cells with a chosen location.
     """
-    regions = [Cells.touching(dilate(wanted, len(layers) - 1 - i)) for i in range(len(layers))]
-    num, _, height, width = x.shape
-    number, indices = torch.full((num * height * width + 1,), -1), []
-    for below, cells in zip([None, *regions], regions, strict=False):
+    regions = cells_of_layers(len(layers), wanted)
+    number, indices = torch.full((wanted.numel() + 1,), -1), []
+    for source, cells in zip([below, *regions], regions, strict=False):
         index = cells.locations(border=1).flatten()
-        if below is not None:  # from numbers of locations to rows of the layer below
-            of_below = below.locations().flatten()
+        if source is not None:  # from numbers of locations to rows of the layer below
+            at = source.locations().flatten()
             number.fill_(-1)
-            number[of_below] = torch.arange(len(of_below))
+            number[at] = torch.arange(len(at))
             number[-1] = -1
             index = number[index]
         indices.append(index)
-    rows = as_rows(x)
-    on_device = to_device_at_once(indices, x.device)
+    on_device = to_device_at_once(indices, rows.device)
     for i, ((conv, norm), index) in enumerate(zip(layers, on_device, strict=True)):
         x = convolve_patches(rows, index, conv.weight, conv.bias)
         x = x if norm is None else norm(x)
         rows = as_rows(F.relu(x, inplace=True) if i < len(layers) - 1 else x)
     return rows, regions[-1]
+
+
+def cells_of_layers(num_layers: int, wanted: Tensor) -> list[Cells]:
+    """Return the cells that each layer of `convolve_cells` computes, the first layer's first."""
+    return [Cells.touching(dilate(wanted, reach)) for reach in reversed(range(num_layers))]
+
+
+def are_faster(layers: Sequence[PlainLayer], wanted: Tensor, device: torch.device) -> bool:
+    """Return whether `convolve_cells` takes less time than convolutions of the feature map."""
+    sizes = [layer.conv.weight.numel() for layer in layers]
+    regions = cells_of_layers(len(layers), wanted)
+    work = sum(size * SIDE**2 * len(cells.n) for size, cells in zip(sizes, regions, strict=True))
+    whole = sum(sizes) * wanted.numel()
+    if device.type != "cpu" and whole - work < MIN_SAVED_ON_GPU:
+        return False
+    return wanted.numel() >= MIN_LOCATIONS and work <= _MAX_WORK * whole
 
 
 def as_rows(x: Tensor) -> Tensor:

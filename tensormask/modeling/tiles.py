@@ -21,10 +21,10 @@ from tensormask.layers.winograd import conv2d
 _SIDE = 8  # of a tile: the least work for clusters of a few locations, as windows form them
 # Many small convolutions take longer than a few large ones with as many operations.
 _MAX_WORK = 0.7  # of that of the whole feature map
-_MIN_CELLS = 1500  # of a feature map: on smaller ones tiles save no time on a CPU
+MIN_LOCATIONS = 1500  # of a feature map: on smaller ones tiles save no time on a CPU
 # On a GPU, tiles take about 60 more launches in training, 0.1 ms or more. This many multiplications
 # take as long at 400 TFLOP/s. This is a count, not a measurement.
-_MIN_SAVED_ON_GPU = 25e9
+MIN_SAVED_ON_GPU = 25e9
 
 
 class Tiles(NamedTuple):
@@ -82,10 +82,10 @@ class Tiles(NamedTuple):
         work = sum(conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=False))
         whole_work = sum(conv.weight.numel() for conv in convs) * x[:, 0].numel()
         if x.device.type == "cpu":
-            large = x.shape[2] * x.shape[3] >= _MIN_CELLS
+            large = x.shape[2] * x.shape[3] >= MIN_LOCATIONS
         else:
             passes = 3 if torch.is_grad_enabled() else 1  # forward, and backward for two gradients
-            large = passes * (whole_work - len(self.n) * work) >= _MIN_SAVED_ON_GPU
+            large = passes * (whole_work - len(self.n) * work) >= MIN_SAVED_ON_GPU
         return large and len(self.n) * work <= _MAX_WORK * whole_work
 
     def scatter(self, tiles: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from tensormask.layers.plain import plain_tower
 from tensormask.layers.winograd import convolve_patches
-from tensormask.modeling.cells import Cells, convolve_cells, dilate
+from tensormask.modeling.cells import Cells, as_rows, convolve_cells, dilate
 from tensormask.modeling.head import conv_tower
 
 _PLACES = {
@@ -40,7 +40,7 @@ def test_values_and_gradients(num_convs: int, norm: str, places) -> None:
     tower = make_tower([3, 5, num_convs], norm)
     x = torch.randn(2, 3, 22, 18, dtype=torch.float64, requires_grad=True)
     wanted = choose(places, (2, 22, 18))
-    rows, cells = convolve_cells(plain_tower([*tower][:-1]), x, wanted)
+    rows, cells = convolve_cells(plain_tower([*tower][:-1]), as_rows(x), wanted)
     y = nn.Sequential(*[*tower][:-1])(x).permute(0, 2, 3, 1).flatten(0, 2)
     at = cells.locations().flatten()
     chosen = (at >= 0) & wanted.flatten()[at]

@@ -19,7 +19,7 @@ from tensormask.modeling.mask_head import MaskHead
 def always_tiles(monkeypatch) -> None:
     """Use tiles whatever the work, also on small feature maps."""
     monkeypatch.setattr(tiles, "_MAX_WORK", 1e9)
-    monkeypatch.setattr(tiles, "_MIN_CELLS", 0)
+    monkeypatch.setattr(tiles, "MIN_LOCATIONS", 0)
 
 
 def make_layers(num_convs: int, norm: str = "") -> list[PlainLayer]:
@@ -179,7 +179,7 @@ def test_tiles_on_a_gpu_wait_for_nothing(always_tiles, monkeypatch) -> None:
     monkeypatch.setattr(tiles.Tiles, "convolve", convolve)
     results = []
     for min_saved in (1e18, -1e18):
-        monkeypatch.setattr(tiles, "_MIN_SAVED_ON_GPU", min_saved)
+        monkeypatch.setattr(tiles, "MIN_SAVED_ON_GPU", min_saved)
         with pretend() as record:
             model = tiny.build(opts=["MODEL.DEVICE", "cuda"]).train()
             targets = [{name: value.pin_memory() for name, value in truth.items()}]

@@ -69,7 +69,7 @@ def test_local_norms_are_computed_at_tiles(
         masks = []
         for max_work in (-1, 1e9):
             monkeypatch.setattr(tiles, "_MAX_WORK", max_work)
-            monkeypatch.setattr(tiles, "_MIN_CELLS", 0)
+            monkeypatch.setattr(tiles, "MIN_LOCATIONS", 0)
             masks.append(model.mask_head(features, groups))
             assert bool(convolve.call_args_list) == (tiled and max_work > 0)
         for level in range(2):
