@@ -6,7 +6,9 @@ Letters: K detections or objects.
 import contextlib
 import json
 import logging
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +20,12 @@ from tqdm import tqdm
 from tensormask.data.checks.annotations import sort_key
 from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import present_classes
+from tensormask.evaluation.details import DETAILS_FILE, describe_evaluation, write_details
 from tensormask.evaluation.evaluators import PYCOCOTOOLS
+from tensormask.evaluation.ground_truth import contiguous_ids
 from tensormask.evaluation.predictions import DRAWN_SCORE, evenly_spread, write_images
 from tensormask.evaluation.results import ResultsWriter, coco_results, merge_results, read_results
-from tensormask.evaluation.scoring import Metrics, metrics_and_curves
+from tensormask.evaluation.scoring import Metrics, score
 from tensormask.evaluation.submission import write_submission
 from tensormask.modeling import TensorMask
 from tensormask.utils.files import expand_home, wait_for_file
@@ -66,9 +70,9 @@ def evaluate(
             `image_ids` count, also those that the loader omits. Detections of classes that it does
             not have are left out.
         output_dir: the folder for `coco_instances_results.json`, `precision_recall.json` (see
-            `precision_curves`), `images/` and `montage.png`, and the files for COCO's server
-            (`write_submission`) if the data set has no annotations. None: only a temporary file is
-            written.
+            `precision_curves`), `evaluation.json` (see `describe_evaluation`), `images/` and
+            `montage.png`, and the files for COCO's server (`write_submission`) if the data set has
+            no annotations. None: only a temporary file is written.
         max_dets: detections per image and class for `AP@<max_dets>` and `AR@<max_dets>`, which
             are added when it is not 100.
         evaluator: "pycocotools" or "faster_coco_eval".
@@ -117,14 +121,29 @@ def evaluate(
             return {}
         coco_gt, (names, category_ids) = dataset.to_coco(), present_classes(dataset)
         metrics, curves = {}, {}
+        details: dict[str, Any] = {
+            "dataset": dataset.name,
+            "seconds_per_image": _seconds_per_image(summaries),
+        }
         iou_types = ("bbox", "segm", *(["boundary"] if boundary else []))
         for iou_type in iou_types if all(s.has_masks for s in summaries) else ("bbox",):
             results = read_results(path)
-            metrics[iou_type], curves[iou_type] = metrics_and_curves(
+            scores = score(
                 *(coco_gt, results, iou_type, names, category_ids, image_ids, max_dets, evaluator)
             )
+            metrics[iou_type], curves[iou_type] = scores.metrics, scores.curves
+            details[iou_type] = {"metrics": scores.metrics}
+            if output_dir is not None and iou_type != "boundary":
+                threshold = scores.metrics.get("best_f1_threshold", DRAWN_SCORE)
+                details[iou_type] |= describe_evaluation(
+                    *(scores.coco_eval, iou_type, scores.class_names),
+                    list(contiguous_ids(image_ids)),
+                    threshold,
+                )
+            del scores  # matches of the whole set
         if output_dir is not None:
             (folder / CURVES_FILE).write_text(json.dumps(curves), encoding="utf-8")
+            write_details(folder / DETAILS_FILE, details)
             best = metrics.get("segm", metrics["bbox"])
             threshold = best.get("best_f1_threshold", DRAWN_SCORE)
             write_images(folder, dataset, drawn, path, threshold)
@@ -138,6 +157,7 @@ class _Summary(NamedTuple):
     num_bytes: int
     has_masks: bool
     processed: list[Identity]  # ids of the images that the model has run on
+    seconds: float  # of the model, with the conversion to results
     unreadable: list[Identity]
 
 
@@ -151,7 +171,7 @@ def _write_detections(
     """Run the model on all images of a loader and write the detections to a file."""
     # `detect` returns masks in their windows, which take less memory.
     detect = model.detect if isinstance(model, TensorMask) else model
-    has_masks, expected = True, set(dataset.image_ids)
+    has_masks, seconds, expected = True, 0.0, set(dataset.image_ids)
     processed: list[Identity] = []
     unreadable: list[Identity] = []
     # disable=None: on a terminal only.
@@ -170,14 +190,22 @@ def _write_detections(
             if not samples:
                 continue
             sizes = [(sample["height"], sample["width"]) for sample in samples]
+            start = time.perf_counter()
             batch = detect([sample["image"] for sample in samples], output_sizes=sizes)
             for sample, size, detections in zip(samples, sizes, batch, strict=True):
                 has_masks &= bool({"masks", "window_masks"} & detections.keys())
                 image_id = sample["image_id"]
                 writer.add(coco_results(detections, image_id, dataset.category_ids, size))
                 processed.append(image_id)
+            seconds += time.perf_counter() - start
     num_bytes = path.stat().st_size
-    return _Summary(writer.num_results, num_bytes, has_masks, processed, unreadable)
+    return _Summary(writer.num_results, num_bytes, has_masks, processed, seconds, unreadable)
+
+
+def _seconds_per_image(summaries: Sequence[_Summary]) -> float:
+    """Return the mean time of a process for an image; NaN without images."""
+    num_images = sum(len(summary.processed) for summary in summaries)
+    return sum(summary.seconds for summary in summaries) / num_images if num_images else math.nan
 
 
 def _part_path(folder: Path, rank: int) -> Path:

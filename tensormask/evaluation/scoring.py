@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -19,6 +19,15 @@ Curves = dict[str, list[float]]
 
 STANDARD_MAX_DETS = (1, 10, 100)
 AREA_RANGES = {"APs": 1, "APm": 2, "APl": 3}  # metric -> index on COCOeval's area axis; 0 is all
+
+
+class Scores(NamedTuple):
+    """The scores of results by one kind of IoU."""
+
+    metrics: Metrics  # as of `evaluate_results`
+    curves: Curves  # `precision_curves`
+    class_names: list[str]  # unique, as in the metrics
+    coco_eval: Any  # of `run_evaluator`, with images and classes numbered from 0
 
 
 def evaluate_results(
@@ -66,14 +75,14 @@ def evaluate_results(
         raise ValueError(f"{len(class_names)} class names for {len(category_ids)} categories")
     results = checked_results(results, coco_gt, iou_types)
     return {
-        iou_type: metrics_and_curves(
+        iou_type: score(
             coco_gt, results, iou_type, class_names, category_ids, image_ids, max_dets, evaluator
-        )[0]
+        ).metrics
         for iou_type in iou_types
     }
 
 
-def metrics_and_curves(
+def score(
     coco_gt: COCO,
     results: Iterable[Result],
     iou_type: str,
@@ -82,8 +91,8 @@ def metrics_and_curves(
     image_ids: Sequence[Identity],
     max_dets: int,
     evaluator: str = PYCOCOTOOLS,
-) -> tuple[Metrics, Curves]:
-    """Return the metrics of `evaluate_results` for one IoU type, and its `precision_curves`.
+) -> Scores:
+    """Score results by one kind of IoU.
 
     The results must be valid (see `checked_results`). The order of the categories does not change
     with their ids, so neither does the rounding of the means.
@@ -112,7 +121,7 @@ def metrics_and_curves(
         for name, category in zip(class_names, category_ids, strict=True)
     }
     metrics = _summarize(coco_eval, category_index, max_dets) | best_f1(coco_eval, max_dets)
-    return metrics, precision_curves(coco_eval)
+    return Scores(metrics, precision_curves(coco_eval), list(category_index), coco_eval)
 
 
 def _summarize(coco_eval: Any, category_index: Mapping[str, int], max_dets: int) -> Metrics:

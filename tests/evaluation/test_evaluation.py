@@ -140,7 +140,8 @@ def test_no_images_by_default_and_no_output_of_pycocotools(tmp_path, capsys):
     evaluate_found(found, dataset, tmp_path / "out")
     assert capsys.readouterr().out == ""
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"coco_instances_results.json", "precision_recall.json"}
+    results = {"coco_instances_results.json", "precision_recall.json", "evaluation.json"}
+    assert names == results
 
 
 def test_images_that_cannot_be_read_count_as_missed(tmp_path, caplog):
