@@ -10,13 +10,14 @@ INSTALLED := $(VENV)/.installed
 MUST_COMPILE := $(if $(filter Linux,$(shell uname)),TENSORMASK_WITH_EXT=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format quickstart clean gpu-prepare gpu-build gpu-test gpu-bench gpu-check
+.PHONY: help install test lint format docs quickstart clean gpu-prepare gpu-build gpu-test gpu-bench gpu-check
 
 help:
 	@echo "make quickstart   train, evaluate and draw a small TensorMask (OPTS=\"KEY VALUE ...\")"
 	@echo "make test         run the tests, except the slow ones (PYTEST_ARGS=\"-k name\")"
 	@echo "make lint         check style, formatting and types"
 	@echo "make format       correct style and formatting"
+	@echo "make docs         build the documents as a site in site/; dead links are errors"
 	@echo "make install      make $(VENV); the others do it if it is missing"
 	@echo "make gpu-prepare  make what gpu-check needs on a machine without network (.gpu/, the CUDA library)"
 	@echo "make gpu-check    test and measure on a GPU, in minutes: gpu-test, gpu-bench"
@@ -47,6 +48,10 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Needs no network. Its search needs a server: $(VENV)/bin/python -m http.server -d site
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 # Without OPTS, results beyond the usual spread of a full run are an error.
 quickstart: EXPECTED = TEST.EXPECTED_RESULTS "[['bbox', 'AP', 48.0, 4.0], ['segm', 'AP', 45.0, 4.0]]"
 quickstart: install
@@ -72,5 +77,5 @@ gpu-check:
 	$(MAKE) gpu-bench
 
 clean:
-	rm -rf build dist *.egg-info .gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -2,19 +2,22 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import re
 import shlex
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tensormask.cli import COMMANDS
 from tensormask.config import get_cfg
+from tensormask.config.detectron2 import _IGNORED, _SWITCHED_OFF
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+PAGES = {str(p.relative_to(ROOT)): p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
 COMMAND_LINE = re.compile(
     r"^(?:\w+=\S* )*(?:\S*python3? |torchrun .*?)?"
     r"(-m tensormask|tensormask|(?:tools|dev)/\w+\.py) (.*)",
@@ -25,7 +28,8 @@ EACH_PAGE = pytest.mark.parametrize("page", PAGES)
 
 def read(page: str) -> str:
     text = PAGES[page].read_text(encoding="utf-8")
-    if page == "CHANGELOG.md":  # the first column of its tables has names that no longer exist
+    if page in ("CHANGELOG.md", "docs/migration.md"):
+        # The first column of their tables has names that no longer exist, or those of detectron2.
         text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
     return text
 
@@ -84,15 +88,35 @@ def test_paths_of_the_repository(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def named(name: str) -> Any:
+    """Return a module, or what it has under a name."""
+    parts = name.split(".")
+    value = importlib.import_module(parts[0])
+    for i, part in enumerate(parts[1:], start=2):
+        if not hasattr(value, part):
+            importlib.import_module(".".join(parts[:i]))
+        value = getattr(value, part)
+    return value
+
+
 @EACH_PAGE
 def test_modules_and_their_names(page):
     for name in set(re.findall(r"(?<![\w/.-])tensormask(?:\.[A-Za-z]\w*)+", read(page))):
-        parts = name.split(".")
-        value = importlib.import_module(parts[0])
-        for i, part in enumerate(parts[1:], start=2):
-            if not hasattr(value, part):
-                importlib.import_module(".".join(parts[:i]))
-            value = getattr(value, part)
+        named(name)
+
+
+def test_migration_from_detectron2():
+    """Our calls have these arguments, and no key of detectron2's that we treat is missing."""
+    text = PAGES["docs/migration.md"].read_text(encoding="utf-8")
+    calls = re.findall(r"`(tensormask(?:\.\w+)+)\(([^`]*)\)", text)
+    assert len(calls) > 10
+    for name, arguments in calls:
+        parameters = inspect.signature(named(name)).parameters
+        if "options" not in parameters:  # of build: tests/test_extending.py has them
+            assert set(re.findall(r"(\w+)=", arguments)) <= set(parameters), name
+    assert [key for key in (*_IGNORED, *_SWITCHED_OFF) if f"`{key}`" not in text] == []
+    commands = re.findall(r"`tensormask ([a-z-]+(?: (?:data|windows)\b)?)", text)
+    assert set(commands) <= set(COMMANDS)
 
 
 @EACH_PAGE
