@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensormask.layers.plain import is_plain
+from tensormask.layers.masks import to_device
+from tensormask.layers.norm import is_local
+from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import PLAIN_NORMS, get_norm
+from tensormask.modeling.cells import Cells, convolve_cells, dilate
 from tensormask.utils.errors import UserError
 
 
@@ -98,23 +102,71 @@ class FPN(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Return the features of the levels, fine to coarse, from those of res2..res5."""
+        coarse, above = self.coarse(features)
+        return [self.finest(features[self.first - self.first_in], above), *coarse]
+
+    def coarse(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """Return the features of all levels but the finest, and what the finest is merged with.
+
+        The latter is None if no level of the backbone is coarser.
+        """
         pyramid: list[Tensor] = []
         above: Tensor | None = None
-        for k in range(self.last_in, self.first - 1, -1):
-            lateral = self.lateral[f"p{k}"]
-            x = lateral(features[k - self.first_in])
-            if above is not None:
-                last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
-                if not is_plain(last, Conv2d, *PLAIN_NORMS):
-                    x = x.clone()  # a hook may keep it
-                x += upsample(above, 2.0, mode="nearest")
-                if self.fuse == "avg":
-                    x /= 2
-            above = x
+        for k in range(self.last_in, self.first, -1):
+            above = self._merge(features[k - self.first_in], k, above)
             if k <= self.last:
-                pyramid.insert(0, self.output[f"p{k}"](x))
+                pyramid.insert(0, self.output[f"p{k}"](above))
         x = features[-1]
         for k in range(self.last_in + 1, self.last + 1):
             pyramid.append(self.get_submodule(f"p{k}")(x))
             x = F.relu(pyramid[-1])
-        return pyramid
+        return pyramid, above
+
+    def finest(self, x: Tensor, above: Tensor | None) -> Tensor:
+        """Return the features of the finest level, from those of the backbone."""
+        return self.output[f"p{self.first}"](self._merge(x, self.first, above))
+
+    def _merge(self, x: Tensor, level: int, above: Tensor | None) -> Tensor:
+        lateral = self.lateral[f"p{level}"]
+        x = lateral(x)
+        if above is not None:
+            last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
+            if not is_plain(last, Conv2d, *PLAIN_NORMS):
+                x = x.clone()  # a hook may keep it
+            x += upsample(above, 2.0, mode="nearest")
+            if self.fuse == "avg":
+                x /= 2
+        return x
+
+    def finest_at(
+        self, x: Tensor, above: Tensor | None, wanted: Tensor
+    ) -> tuple[Tensor, Cells] | None:
+        """Return the features of the finest level at chosen locations, as `convolve_cells`.
+
+        None if they are not plain convolutions with norms that are local.
+
+        Args:
+            x, above: of `finest`.
+            wanted: bool (N, H, W), on the CPU.
+        """
+        lateral, output = (_conv_and_norm(d[f"p{self.first}"]) for d in (self.lateral, self.output))
+        layers = plain_tower(output)
+        if layers is None or not is_plain_conv(lateral[0]) or not all(map(is_local, lateral[1:])):
+            return None
+        cells = Cells.touching(dilate(wanted, len(layers)))
+        at = cells.locations().flatten()
+        height, width = x.shape[2:]
+        place = torch.stack([at // (height * width), at // width % height, at % width])
+        n, row, column = to_device(place.clamp(min=0), x.device)
+        conv: Any = lateral[0]
+        rows = F.linear(x[n, :, row, column], conv.weight.flatten(1), conv.bias)
+        for norm in lateral[1:]:
+            rows = norm(rows[:, :, None, None])[:, :, 0, 0]
+        if above is not None:
+            rows = rows + above[n, :, row // 2, column // 2]
+            rows = rows / 2 if self.fuse == "avg" else rows
+        return convolve_cells(layers, rows, wanted, below=cells)
+
+
+def _conv_and_norm(layer: nn.Module) -> list[nn.Module]:
+    return [*layer] if isinstance(layer, nn.Sequential) else [layer]
