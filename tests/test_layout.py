@@ -11,7 +11,7 @@ FLOORS = (
     {"data", "modeling"},
     {"checkpoint", "evaluation", "visualization"},
     {"engine", "model_zoo"},
-    {"predictor", "detections"},
+    {"predictor", "detections", "report", "hub"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tensormask.commands.common import CommandParser, exits_on_user_error
-from tensormask.engine.events import read_metrics
+from tensormask.engine.events import METRICS
+from tensormask.report.curves import (
+    CHOSEN,
+    Curves,
+    choose_metrics,
+    read_curves,
+    short_names,
+    smoothed,
+)
 from tensormask.utils.errors import UserError
+from tensormask.utils.extras import require
 
 COLUMNS = 3
-TIMES = ("time", "data_time", "forward_time", "backward_time", "optimizer_time", "eta_seconds")
-
-Curve = tuple[list[int], list[float]]
 
 
 def build_parser() -> CommandParser:
@@ -29,7 +35,7 @@ def build_parser() -> CommandParser:
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="names in metrics.json (default: all except times and AP by class)",
+        help=f"names in metrics.json (default: {' '.join(CHOSEN)})",
     )
     parser.add_argument(
         "--smooth",
@@ -49,65 +55,23 @@ def main(arguments: list[str] | None = None) -> int:
     if args.smooth < 1:
         raise UserError(f"--smooth is {args.smooth}; give 1 or more")
     curves = {run: read_curves(run) for run in dict.fromkeys(args.runs)}
-    metrics = choose_metrics(curves, args.metrics)
+    for run, of_run in curves.items():
+        if not of_run:
+            raise UserError(f"no metrics in {run / METRICS}: give the OUTPUT_DIR of a run")
+    metrics = choose_metrics(curves.values(), args.metrics)
     draw(curves, metrics, args.smooth, args.output)
     print(f"{len(metrics)} metrics of {len(curves)} runs: {args.output}")
     return 0
 
 
-def read_curves(run: Path) -> dict[str, Curve]:
-    """Return iterations, counted from 1, and values of each metric of a run, by name.
-
-    Raises:
-        UserError: the folder has no `metrics.json`, or one without metrics.
-    """
-    curves: dict[str, Curve] = {}
-    for record in read_metrics(run / "metrics.json"):
-        for name, value in record.items():
-            if name != "iteration" and isinstance(value, int | float):
-                iterations, values = curves.setdefault(name, ([], []))
-                iterations.append(record["iteration"] + 1)
-                values.append(value)
-    if not curves:
-        raise UserError(f"no metrics in {run / 'metrics.json'}: give the OUTPUT_DIR of a run")
-    return curves
-
-
-def choose_metrics(curves: dict[Path, dict[str, Curve]], wanted: Sequence[str] | None) -> list[str]:
-    """Return the metrics to draw: `wanted`, or all except times and AP by class.
-
-    Raises:
-        UserError: no run has a wanted metric.
-    """
-    known = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
-    if wanted is None:
-        return [name for name in known if name not in TIMES and "/AP-" not in name]
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"no run has a metric {name!r}; available: {', '.join(known)}")
-    return list(wanted)
-
-
-def smoothed(values: Sequence[float], num: int) -> list[float]:
-    """Return the mean of each value and of up to `num - 1` before it."""
-    parts = (values[max(0, end - num) : end] for end in range(1, len(values) + 1))
-    return [math.fsum(part) / len(part) for part in parts]
-
-
-def draw(
-    curves: dict[Path, dict[str, Curve]], metrics: Sequence[str], smooth: int, output: Path
-) -> None:
+def draw(curves: dict[Path, Curves], metrics: Sequence[str], smooth: int, output: Path) -> None:
     """Draw a panel for each metric to a PNG, or in another format by the suffix of `output`.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'tensormask[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    require("matplotlib", extra="report").use("Agg")
+    plt = require("matplotlib.pyplot", extra="report")
 
     columns = min(COLUMNS, len(metrics))
     rows = math.ceil(len(metrics) / columns)
@@ -137,13 +101,3 @@ def draw(
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     plt.close(figure)
-
-
-def short_names(runs: Sequence[Path]) -> list[str]:
-    """Return the last parts of the paths, as many as needed to tell them apart."""
-    parts = [run.resolve().parts for run in runs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(of_run[-length:]) for of_run in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
