@@ -27,6 +27,7 @@ COMMANDS = {
     "plot-metrics": ("plot_metrics", "draw the curves of one or several runs"),
     "benchmark": ("benchmark", "measure the latency and memory of a model"),
     "analyze": ("analyze", "count parameters, FLOPs and activations of a model"),
+    "convert-data": ("convert_data", "convert a data set of another format to COCO's"),
     "convert-weights": ("convert_weights", "write weights for detectron2, or in another format"),
     "run-ablations": ("ablations", "train the rows of the paper's tables on one config"),
     "build-ops": ("build_ops", "compile the operators for the installed PyTorch"),

@@ -165,7 +165,17 @@ def read_config(config_file: str | Path, overrides: list) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_file(str(config_file))
     cfg.merge_from_list(overrides)
+    name_splits(cfg)
     return cfg
+
+
+def name_splits(cfg: CfgNode) -> None:
+    """Write into a config which split each `data.yaml` of YOLO stands for."""
+    from tensormask.data.catalog import with_splits  # not for commands without a config
+
+    sets = cfg.DATASETS
+    train, test = with_splits(sets.TRAIN, sets.TEST)
+    sets.TRAIN, sets.TEST = tuple(train), tuple(test)
 
 
 def write_json(path: str, content: object) -> None:

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from tensormask.commands import EXIT_MISTAKE
-from tensormask.commands.common import CommandParser, add_config_file, add_overrides
+from tensormask.commands.common import CommandParser, add_config_file, add_overrides, name_splits
 from tensormask.config import CfgNode, get_cfg
 from tensormask.engine import distributed
 from tensormask.engine.anomaly import NonFiniteError
@@ -89,6 +89,7 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    name_splits(cfg)
     if args.num_gpus == 0 and cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()

@@ -16,6 +16,8 @@ from typing import Any
 from tensormask.data import shapes
 from tensormask.data.classes import shared_labels
 from tensormask.data.coco import CocoDataset
+from tensormask.data.formats.convert import ensure_converted
+from tensormask.data.formats.yolo import SPLITS
 from tensormask.utils.errors import UserError, nearest_name
 from tensormask.utils.files import expand_home
 
@@ -38,6 +40,8 @@ _SHAPES = {f"shapes_{split}": split for split in shapes.NUM_IMAGES}
 _NUCLEI_ROOT = Path(__file__).parent / "nuclei"
 _NUCLEI_FILES = {f"nuclei_{split}": (f"{split}.json", split) for split in ("train", "val")}
 _JSON_AT = re.compile(r"\.json@", re.IGNORECASE)  # of annotations.json@images
+# data.yaml of YOLO, or a split of it, as data.yaml@val
+_YAML_AT = re.compile(rf".+\.ya?ml(@(?P<split>{'|'.join(SPLITS)}))?", re.IGNORECASE)
 _registered: dict[str, tuple[dict[str, Any], str, str]] = {}
 
 _Key = tuple[str, str, str]  # name, annotations, folder of images
@@ -86,8 +90,9 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
 
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train` or `shapes_val`
-            (generated at first use), `nuclei_train` or `nuclei_val` (in the package), or
-            `path/to/annotations.json@path/to/images`.
+            (generated at first use), `nuclei_train` or `nuclei_val` (in the package),
+            `path/to/annotations.json@path/to/images`, or a split of YOLO's `path/to/data.yaml@val`,
+            which is converted beside the file, again when its labels have changed.
         root: the folder of COCO and shapes; default `$TENSORMASK_DATASETS`, else
             `$DETECTRON2_DATASETS`, else `./datasets`.
 
@@ -125,7 +130,28 @@ def fixed_datasets() -> Iterator[None]:
 
 def is_dataset_name(name: str) -> bool:
     """Return whether `get_dataset` knows the name; the files of the set may be missing."""
-    return name in _registered or name in _built_in_names() or bool(_JSON_AT.search(name))
+    known = name in _registered or name in _built_in_names()
+    return known or bool(_JSON_AT.search(name)) or _yaml_split(name) is not None
+
+
+def with_splits(train: Iterable[str], test: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names of training and test sets; a `data.yaml` gets the split that it stands for.
+
+    Example:
+        >>> with_splits(["a/data.yaml"], ["a/data.yaml", "b/data.yaml@test", "shapes_val"])
+        (['a/data.yaml@train'], ['a/data.yaml@val', 'b/data.yaml@test', 'shapes_val'])
+    """
+    train, test = (
+        [f"{name}@{split}" if _yaml_split(name) == "" else name for name in names]
+        for names, split in ((train, "train"), (test, "val"))
+    )
+    return train, test
+
+
+def _yaml_split(name: str) -> str | None:
+    """Return the split that a name ends with, "" for a `data.yaml` alone, None for other names."""
+    match = None if name in _registered or _JSON_AT.search(name) else _YAML_AT.fullmatch(name)
+    return None if match is None else match["split"] or ""
 
 
 def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Path]:
@@ -135,6 +161,8 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
     if name in _NUCLEI_FILES:
         json_name, folder = _NUCLEI_FILES[name]
         return {}, _NUCLEI_ROOT / json_name, _NUCLEI_ROOT / folder
+    if (split := _yaml_split(name)) is not None:
+        return {}, *_locate_split(name, split)
     json_file: str | Path
     image_root: str | Path
     metadata: dict[str, Any] = {}
@@ -156,7 +184,7 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
         raise UserError(
             f"unknown data set {name!r}; the nearest known name is {nearest_name(name, known)!r}. "
             f"Use one of {', '.join(known)}, or path/to/annotations.json@path/to/images, "
-            "or a name given to register_coco_instances."
+            "or a data.yaml of YOLO, or a name given to register_coco_instances."
         )
     for path, part in ((json_file, "annotations"), (image_root, "images")):
         if not Path(path).exists():
@@ -164,6 +192,18 @@ def _locate(name: str, root: Path) -> tuple[dict[str, Any], str | Path, str | Pa
                 f"the {part} of {name} are not at {Path(path).absolute()}.{hint}"
             )
     return metadata, json_file, image_root
+
+
+def _locate_split(name: str, split: str) -> tuple[str | Path, str | Path]:
+    if not split:
+        raise UserError(f"say which split of {name}: {', '.join(f'{name}@{s}' for s in SPLITS)}")
+    for known, json_file, image_root in _fixed.get() or ():
+        if known == name:  # not converted again during a run
+            return json_file, image_root
+    yaml_file = Path(expand_home(name.rpartition("@")[0]))
+    if not yaml_file.is_file():
+        raise FileNotFoundError(f"{yaml_file.absolute()} does not exist")
+    return ensure_converted(yaml_file, split.lower())
 
 
 def _built_in_names() -> list[str]:

@@ -12,7 +12,9 @@ import errno
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +25,16 @@ from tensormask.data.decoding.pixels import stretch_to_8_bits, values_to_rgb
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import expand_home
 
-__all__ = ["ImageError", "image_suffixes", "read_image", "stretch_to_8_bits", "to_rgb"]
+__all__ = [
+    "ImageError",
+    "image_suffixes",
+    "read_image",
+    "stretch_to_8_bits",
+    "to_rgb",
+    "upright_size",
+]
+
+_T = TypeVar("_T")
 
 # EXIF's orientation, and the transpose that turns such an image upright.
 _ORIENTATION_TAG = 0x0112
@@ -75,6 +86,24 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             ("image_broken").
         MemoryError, OSError: the process has no memory or no open file left.
     """
+    return _read(path, to_rgb)
+
+
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the (height, width) that `read_image` would give, from the header of the file.
+
+    Raises:
+        ImageError, MemoryError, OSError: as `read_image`, for what the header shows.
+    """
+    return _read(path, _upright_size)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _read(path: str | os.PathLike[str], read: Callable[[Image.Image], _T]) -> _T:
     path = expand_home(path)
     try:
         # A pipe or device could block the reader for ever.
@@ -85,7 +114,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             Image.init()  # fills Image.OPEN with the formats that this PIL was built with
             formats = [name for name in _FORMATS if name in Image.OPEN]
             with Image.open(path, formats=formats) as image:
-                return to_rgb(image)
+                return read(image)
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -145,8 +174,13 @@ def image_suffixes() -> frozenset[str]:
 
 def _upright(rgb: np.ndarray, image: Image.Image) -> np.ndarray:
     """Rotate the pixels `(H, W, 3)` of an image by its EXIF orientation."""
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # the metadata are broken, but not the image
-        return rgb
+    turn = _UPRIGHT.get(_orientation(image))
     return rgb if turn is None else np.asarray(Image.fromarray(rgb).transpose(turn))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # the metadata are broken, but not the image
+        return 1
+    return found if found in _UPRIGHT else 1

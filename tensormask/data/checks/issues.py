@@ -109,6 +109,9 @@ def current_kind(name: str) -> str:
 class IssueLog:
     """Count the issues of a data set by kind.
 
+    Args:
+        kinds: the kinds that exist; those of COCO files by default.
+
     Attributes:
         counts: number of issues of each kind.
         first_ids: the first few ids of each kind.
@@ -120,7 +123,8 @@ class IssueLog:
         1  mask_empty: mask without a pixel; not trained on. Ids: 7
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Mapping[str, IssueKind] = ISSUES) -> None:
+        self.kinds = kinds
         self.counts: Counter[str] = Counter()
         self.first_ids: dict[str, list[Identity]] = {}
         self._reasons: dict[tuple[str, Identity], str] = {}  # of the first ids only
@@ -132,7 +136,7 @@ class IssueLog:
         Raises:
             KeyError: the kind does not exist.
         """
-        ISSUES[kind]
+        self.kinds[kind]
         self.counts[kind] += 1
         first = self.first_ids.setdefault(kind, [])
         if len(first) < NUM_FIRST_IDS:
@@ -151,10 +155,10 @@ class IssueLog:
         return sum(self.counts.values())
 
     def as_record(self) -> dict[str, dict[str, Any]]:
-        """Return `{kind: {"count": n, "first_ids": [...]}}` for JSON, in the order of `ISSUES`."""
+        """Return `{kind: {"count": n, "first_ids": [...]}}` for JSON, in the order of the kinds."""
         return {
             kind: {"count": self.counts[kind], "first_ids": list(self.first_ids[kind])}
-            for kind in ISSUES
+            for kind in self.kinds
             if self.counts[kind]
         }
 
@@ -167,12 +171,12 @@ class IssueLog:
         first = self.first_ids[kind]
         ids = ", ".join(_described(i, self._reasons.get((kind, i), "")) for i in first)
         more = ", ..." if self.counts[kind] > len(first) else ""
-        issue = ISSUES[kind]
+        issue = self.kinds[kind]
         return f"{self.counts[kind]:7d}  {kind}: {issue.meaning}; {issue.outcome}. Ids: {ids}{more}"
 
     def check_strict(self, name: str) -> None:
         """Raise UserError if the set `name` has an issue that `DATASETS.STRICT` does not allow."""
-        if any(ISSUES[kind].strict for kind in self.counts):
+        if any(self.kinds[kind].strict for kind in self.counts):
             raise UserError(
                 f"{name} has issues, and DATASETS.STRICT is on; correct them or switch it off:\n"
                 f"{self.table()}"

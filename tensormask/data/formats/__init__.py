@@ -1,0 +1,1 @@
+"""Data sets in other formats than COCO's, and their conversion."""
