@@ -89,6 +89,54 @@ def _gather(x: Tensor, windows: Tensor, lambda_val: int, pad_val: float) -> Tens
     return torch.cat(chunks)
 
 
+def gather_region(
+    x: Tensor,
+    windows: Tensor,
+    lambda_val: int,
+    corners: Tensor,
+    size: tuple[int, int],
+    pad_val: float = -6.0,
+) -> Tensor:
+    """Compute a region of each mask of `swap_align2nat_at`, for exported graphs.
+
+    The number of windows may be unknown in a graph, and they are not divided into chunks.
+
+    Args:
+        corners (Tensor[K, 2]): int64, first mask row and column of each region, within the mask.
+        size: rows and columns of the regions.
+
+    Returns:
+        Tensor[K, *size].
+    """
+    _, channels, height, width = x.shape
+    side, area = side_of(channels), height * width
+    taps = _axis_taps(side, lambda_val, x.dtype, x.device)
+    location, channel, weight = (torch.stack(part) for part in zip(*taps, strict=True))  # (T, side)
+
+    def along(axis: int, extent: int, strides: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return index and weight of each tap of each line of the regions, (K, T, n)."""
+        line = corners[:, axis, None] + torch.arange(size[axis], device=x.device)
+        start = windows[:, axis + 1, None, None] * lambda_val
+        place = start + location[:, line].movedim(0, 1)
+        inside = (place >= 0) & (place < extent)
+        index = (
+            place.clamp(0, extent - 1) * strides[0] + channel[:, line].movedim(0, 1) * strides[1]
+        )
+        return index, weight[:, line].movedim(0, 1) * inside
+
+    values = x.contiguous().view(-1)
+    row_index, row_weight = along(0, height, (width, side * area))
+    column_index, column_weight = along(1, width, (1, area))
+    row_index = row_index + (windows[:, :1] * (channels * area))[:, :, None]
+    masks = x.new_full((windows.shape[0], *size), pad_val)
+    # All taps of a row at once, (K, rows, T, columns): a graph has an operation for each tap.
+    for tap in range(len(taps)):
+        index = row_index[:, tap, :, None, None] + column_index[:, None]
+        line = ((values[index] - pad_val) * column_weight[:, None]).sum(2)
+        masks = masks + line * row_weight[:, tap, :, None]
+    return masks
+
+
 def _scatter(grad: Tensor, windows: Tensor, lambda_val: int, shape: torch.Size) -> Tensor:
     out = grad.new_zeros(shape)
     values = out.view(-1)
@@ -143,7 +191,10 @@ def _linear(
 
 
 def _window_taps(
-    shape: torch.Size, dtype: torch.dtype, windows: Tensor, lambda_val: int
+    shape: torch.Size,
+    dtype: torch.dtype,
+    windows: Tensor,
+    lambda_val: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each tap's index into the flattened input and its weight, (K, lambda*V, lambda*U).
 

@@ -67,11 +67,7 @@ def find_candidates(
         mask_iou: whether the outputs have IoUs.
         classes: labels of the candidates; None for all.
     """
-    lowest = score_threshold
-    if mask_iou:  # sqrt(score * IoU) above the threshold needs a score above its square
-        lowest = max(score_threshold**2, min(score_threshold, _ENOUGH))
-    odds = lowest / (1 - lowest)
-    threshold = math.log(odds) if odds > 0 else -math.inf
+    threshold = logit_threshold(score_threshold, mask_iou=mask_iou)
     device = logits_per_level[0].device
     num_labels = len(logits_per_level[0]) // windows.num_sizes
     if classes is not None:
@@ -98,13 +94,7 @@ def find_candidates(
     scores, order = scores.sort(descending=True, stable=True)
     scores, index = scores[:num_candidates], index[order[:num_candidates]]
 
-    table = torch.tensor([*zip(*grids, strict=True), starts[:-1]])
-    heights, widths, first = to_device(table, device)
-    level = torch.bucketize(index, first[1:], right=True)
-    rest, width, height = index - first[level], widths[level], heights[level]
-    rest, x = rest // width, rest % width
-    rest, y = rest // height, rest % height
-    size, label = (rest // num_labels, rest % num_labels) if num_labels else (rest, rest)
+    level, size, label, y, x = locate(index, grids, windows.num_sizes, num_labels)
     if classes is not None:
         label = labels_of[label]
     window_boxes = boxes = windows.boxes(level, size, y, x)
@@ -120,6 +110,54 @@ def find_candidates(
     if device.type == "cpu":
         order = order[scores[order] >= 0]
     return candidates._replace(scores=scores).select(order)
+
+
+def logit_threshold(score_threshold: float, *, mask_iou: bool) -> float:
+    """Return the class logit that candidates exceed, see `find_candidates`."""
+    lowest = score_threshold
+    if mask_iou:  # sqrt(score * IoU) above the threshold needs a score above its square
+        lowest = max(score_threshold**2, min(score_threshold, _ENOUGH))
+    odds = lowest / (1 - lowest)
+    return math.log(odds) if odds > 0 else -math.inf
+
+
+def locate(
+    index: Tensor, grids: Sequence[tuple[int, ...]], num_sizes: int, num_labels: int
+) -> tuple[Tensor, ...]:
+    """Return level, size, label, y and x of (window, class) pairs, int64 of the shape of ``index``.
+
+    Args:
+        index: positions in the logits of all levels, fine to coarse, each flattened from
+            (num_sizes, num_labels, height, width).
+        grids: (height, width) of each level.
+    """
+    counts = (num_sizes * num_labels * height * width for height, width in grids)
+    starts = [*itertools.accumulate(counts, initial=0)][:-1]
+    table = torch.tensor([*zip(*grids, strict=True), starts])
+    heights, widths, first = to_device(table, index.device)
+    level = torch.bucketize(index, first[1:], right=True)
+    rest, width, height = index - first[level], widths[level], heights[level]
+    rest, x = rest // width, rest % width
+    rest, y = rest // height, rest % height
+    size, label = (rest // num_labels, rest % num_labels) if num_labels else (rest, rest)
+    return level, size, label, y, x
+
+
+def rows_of_windows(
+    grids: Sequence[tuple[int, ...]],
+    num_sizes: int,
+    level: Tensor,
+    size: Tensor,
+    y: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """Return the positions of windows among all of (num_sizes, height, width) of all levels."""
+    counts = (num_sizes * height * width for height, width in grids)
+    table = [
+        (*grid, n) for grid, n in zip(grids, itertools.accumulate(counts, initial=0), strict=False)
+    ]
+    height, width, first = to_device(torch.tensor(table), level.device)[level].unbind(-1)
+    return first + (size * height + y) * width + x
 
 
 def _above(logits: Tensor, threshold: float, largest: int) -> tuple[Tensor, Tensor]:
@@ -151,14 +189,10 @@ def outputs_of_candidates(
         outputs[torch.cat(rows)] = torch.cat(parts)
         return outputs
     grids = [d.shape[-2:] for d in image.deltas]
-    counts = (head.num_sizes * height * width for height, width in grids)
-    table = [
-        (*grid, n) for grid, n in zip(grids, itertools.accumulate(counts, initial=0), strict=False)
-    ]
-    height, width, first = to_device(torch.tensor(table), level.device)[level].unbind(1)
+    windows = rows_of_windows(grids, head.num_sizes, level, size, y, x)
     # (num_sizes * H * W, num_outputs) of each level
     rows_per_level = [
         d[0].unflatten(0, (-1, head.num_outputs)).movedim(1, -1).flatten(0, -2)
         for d in image.deltas
     ]
-    return cat(rows_per_level)[first + (size * height + y) * width + x]
+    return cat(rows_per_level)[windows]

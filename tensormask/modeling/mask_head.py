@@ -10,7 +10,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,10 +151,15 @@ class MaskHead(nn.Module):
         return list(self.iter_masks(features, windows_per_group))
 
     def iter_masks(
-        self, features: list[Tensor], windows_per_group: list[tuple[int, int, Tensor]]
+        self,
+        features: list[Tensor],
+        windows_per_group: list[tuple[int, int, Tensor]],
+        finest: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the mask logits of `forward` group by group: only one group is in memory."""
-        finest: Tensor | None = None
+        """Yield the mask logits of `forward` group by group: only one group is in memory.
+
+        ``finest``: the features of the tower on the finest level of a bipyramid, if known.
+        """
         given = [windows for *_, windows in windows_per_group]
         windows_of_group = iter(to_device_at_once(given, features[0].device))
         for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
@@ -170,7 +175,7 @@ class MaskHead(nn.Module):
             whole: Tensor | None = None  # without tiles, in channels_last
             for (_, size, _), windows in zip(groups, windows_of_group, strict=False):
                 if finest is None or not self._reads_few_channels(x, finest, level, size, windows):
-                    yield self._masks_at(x, level, size, windows, untile)
+                    yield self.masks_at(x, level, size, windows, untile)
                     continue
                 if whole is None:
                     whole = x if untile is None else untile(x)
@@ -233,25 +238,36 @@ class MaskHead(nn.Module):
         layers = plain_tower([*self.mask_fuse], groups[0][0]) if plain else None
         if layers is None or len(layers) != 1 or type(self.mask_fuse[-1]) is not nn.ReLU:
             return None
+        tiles = Tiles.touching(finest, *self.boxes_read(groups))
+        return tiles.to(finest.device) if tiles.are_faster(layers, finest) else None
+
+    def boxes_read(self, groups: Sequence[tuple[int, int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return what windows read of the finest level of a bipyramid.
+
+        Returns:
+            the image (K,) of each window, and first and last row and column (K, 4), ``(y0, x0, y1,
+            x1)``, which may be outside of the feature map.
+        """
         boxes = []
         for level, size, windows in groups:
             center = windows[:, 1:] * self.steps[level]
             # Half a mask, and a cell for the interpolation.
             reach = -(-self.mask_sizes[size] * self.steps[level] // 2) + 1
             boxes.append(torch.cat([center - reach, center + reach], dim=1))
-        n = torch.cat([windows[:, 0] for _, _, windows in groups])
-        tiles = Tiles.touching(finest, n, torch.cat(boxes))
-        return tiles.to(finest.device) if tiles.are_faster(layers, finest) else None
+        return torch.cat([windows[:, 0] for _, _, windows in groups]), torch.cat(boxes)
 
-    def _masks_at(
+    def masks_at(
         self,
         x: Tensor,
         level: int,
         size: int,
         windows: Tensor,
-        untile: Callable[[Tensor], Tensor] | None,
+        untile: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return masks of windows from `level_features`; ``untile`` makes tiles a feature map."""
+        """Return mask logits of windows of a level from `level_features`: (K, side, side).
+
+        With ``untile``, ``x`` has tiles, of which it makes a feature map.
+        """
         pred: Any = self.mask_pred[size]
         if self.aligned:
             masks = _predict(pred, x)

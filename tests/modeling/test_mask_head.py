@@ -89,7 +89,7 @@ def test_both_ways_to_finer_masks(few_channels: bool, monkeypatch) -> None:
     head, features = make_head("finer"), make_features(13, 21)
     called = []
     monkeypatch.setattr(
-        head, "_masks_at", lambda *a: called.append(a) or type(head)._masks_at(head, *a)
+        head, "masks_at", lambda *a: called.append(a) or type(head).masks_at(head, *a)
     )
     groups = some_windows(features)
     for masks, (level, size, windows) in zip(head(features, groups), groups, strict=True):
