@@ -1,10 +1,14 @@
-"""Writes small data sets in the formats that `tensormask convert-data` reads."""
+"""Writes small data sets in the formats that `tensormask convert-data` reads, and reads them."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tensormask.data.checks.segmentation import segmentation_to_rle
+from tensormask.data.formats.regions import mask_utils
+from tensormask.data.formats.source import Source
 
 SIZE = (8, 12)  # height, width
 SQUARE = [[2.0, 2.0], [6.0, 2.0], [6.0, 6.0], [2.0, 6.0]]  # 4 x 4 px
@@ -76,3 +80,32 @@ def write_voc(folder: Path, objects, classes, palette=None, label_map="") -> Pat
     if label_map:
         (folder / "labelmap.txt").write_text(label_map, encoding="utf-8")
     return folder
+
+
+def read(reader, path, *, class_names=(), traced=False):
+    path = Path(path)
+    source = Source(path if path.is_dir() else path.parent, class_names, traced=traced)
+    reader(path, source)
+    source.finish()
+    return source
+
+
+def masks(source):
+    """The mask of each object, bool (H, W), by image."""
+    return [
+        [
+            mask_utils.decode(segmentation_to_rle(o.segmentation, image.size)).astype(bool)
+            for o in image.objects
+        ]
+        for image in source.images
+    ]
+
+
+def names(source):
+    return [found.name for image in source.images for found in image.objects]
+
+
+def square(x0=2, y0=2, x1=6, y1=6):
+    mask = np.zeros(SIZE, bool)
+    mask[y0:y1, x0:x1] = True
+    return mask

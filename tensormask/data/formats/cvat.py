@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from tensormask.data.formats.labelme import ellipse, pasted_rle
-from tensormask.data.formats.source import (
-    Polygon,
-    Source,
-    SourceImage,
-    files_below,
-    split_named,
-)
+from tensormask.data.formats.regions import Polygon, Rle, ellipse, pasted_rle
+from tensormask.data.formats.source import Source, SourceImage, files_below, split_named
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import read_text
 
@@ -91,7 +86,7 @@ def parse_xml(path: Path) -> ElementTree.Element:
 def _read_shapes(
     source: Source, image: SourceImage, entry: ElementTree.Element, where: str
 ) -> None:
-    groups: dict[tuple[str | None, int], tuple[list[Polygon], str]] = {}
+    objects: dict[Any, tuple[str | None, list[Polygon | Rle], str]] = {}  # by label and group
     for number, shape in enumerate(entry):
         at, label = f"{where}:{shape.tag}[{number}]", shape.get("label")
         if shape.tag not in _REGIONS:
@@ -100,25 +95,21 @@ def _read_shapes(
         try:
             group = int(shape.get("group_id") or 0)
             rotation = _number(shape, "rotation", "0")
-            if shape.tag == "mask":
-                source.add_mask(image, label, _mask(shape, image.size), at)
-                continue
             if shape.tag == "box" and not rotation:
                 sides = [_number(shape, key) for key in ("xtl", "ytl", "xbr", "ybr")]
                 source.add_box(image, label, sides, at)
                 continue
-            polygon = _polygon(shape, rotation)
+            part = _mask(shape, image.size) if shape.tag == "mask" else _polygon(shape, rotation)
         except (ValueError, OverflowError) as error:
             source.issues.add("shape_malformed", at, shorten(str(error)))
             continue
-        if polygon is None:
+        if part is None:
             source.issues.add("shape_unsupported", at, "a rotated box")
-        elif group:
-            groups.setdefault((label, group), ([], at))[0].append(polygon)
         else:
-            source.add_polygons(image, label, [polygon], at)
-    for (label, _), (polygons, at) in groups.items():
-        source.add_polygons(image, label, polygons, at)
+            key = (label, group) if group else number
+            objects.setdefault(key, (label, [], at))[1].append(part)
+    for label, parts, at in objects.values():
+        source.add_object(image, label, parts, at)
 
 
 def _polygon(shape: ElementTree.Element, rotation: float) -> Polygon | None:
@@ -133,7 +124,7 @@ def _polygon(shape: ElementTree.Element, rotation: float) -> Polygon | None:
     return [float(value) for point in points for value in point]
 
 
-def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> dict[str, object]:
+def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> Rle:
     """Return the RLE of a mask: its runs go along the rows of its box, background first."""
     left, top, width, height = (int(_number(shape, k)) for k in ("left", "top", "width", "height"))
     runs = np.array([int(run) for run in shape.get("rle", "").split(",")], np.int64)

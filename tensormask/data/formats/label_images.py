@@ -6,16 +6,15 @@ or PNG of 16 bits.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from tensormask.data.formats.source import (
-    Source,
-    images_below,
-    number_image_to_rles,
-    read_numbers,
-    split_of,
-)
-from tensormask.utils.errors import UserError
+import numpy as np
+from PIL import Image
+
+from tensormask.data.formats.regions import number_image_to_rles
+from tensormask.data.formats.source import Source, images_below, split_of
+from tensormask.utils.errors import UserError, shorten
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _ENDINGS = (
@@ -102,8 +101,33 @@ def read_label_images(path: Path, source: Source) -> None:
             source.issues.add("shape_malformed", where, "negative numbers, taken for background")
             numbers = numbers.clip(min=0)
         for number, rle in number_image_to_rles(numbers):
-            source.add_mask(image, names[0], rle, f"{where}:{number}")
+            source.add_object(image, names[0], [rle], f"{where}:{number}")
     for label_path in labels:
         source.issues.add("image_missing", source.where(label_path), "no image for these labels")
     for image_path in rest:
         source.issues.add("image_unlabeled", source.where(image_path))
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """Read an image whose values are numbers: int64 `(H, W)`, of a palette the indices.
+
+    Raises:
+        UserError: it cannot be read, or has colors, several pages, or values that are not whole.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=["PNG", "TIFF", "BMP", "GIF"]) as image:
+                if (num_pages := getattr(image, "n_frames", 1)) > 1:
+                    raise UserError(f"has {num_pages} pages, not one")
+                if image.mode not in ("1", "L", "P", "I", "F") and image.mode[:2] != "I;":
+                    raise UserError(f"has colors ({image.mode}), not one number a pixel")
+                values = np.asarray(image)
+    except UserError:
+        raise
+    except Exception as error:  # PIL fails in many ways on broken files
+        raise UserError(f"cannot be read: {shorten(str(error))}") from None
+    numbers = values.astype(np.int64)
+    if values.dtype.kind == "f" and not np.array_equal(numbers, values):
+        raise UserError("has values that are not whole numbers")
+    return numbers

@@ -11,20 +11,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 
-from tensormask.data.formats.source import (
-    Polygon,
-    Source,
-    SourceImage,
-    files_below,
-    images_below,
-    split_of,
-)
+from tensormask.data.formats.regions import Polygon, Rle, ellipse, pasted_rle
+from tensormask.data.formats.source import Source, SourceImage, files_below, images_below, split_of
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import read_text
 
-_NUM_CORNERS = 72  # of the polygon of a circle: 0.1 % less area
 _REGIONS = ("polygon", "rectangle", "circle", "mask", "oriented_rectangle")
 
 
@@ -73,7 +65,7 @@ def read_labelme(path: Path, source: Source) -> None:
 
 
 def _read_shapes(source: Source, image: SourceImage, shapes: list[Any], where: str) -> None:
-    groups: dict[tuple[str, int], tuple[list[Polygon], str]] = {}
+    objects: dict[Any, tuple[Any, list[Polygon | Rle], str]] = {}  # by label and group
     for number, shape in enumerate(shapes):
         at = f"{where}:shapes[{number}]"
         shape = shape if isinstance(shape, dict) else {}
@@ -83,23 +75,18 @@ def _read_shapes(source: Source, image: SourceImage, shapes: list[Any], where: s
             continue
         try:
             points = [(float(x), float(y)) for x, y in shape.get("points", [])]
-            rle = _mask(shape, points, image.size) if kind == "mask" else None
-            polygon = [] if rle else _polygon(kind, points)
+            part = _mask(shape, points, image.size) if kind == "mask" else _polygon(kind, points)
         except (TypeError, ValueError, OverflowError) as error:
             source.issues.add("shape_malformed", at, str(error))
             continue
         if isinstance(label, int | float):
             label = str(label)
-        if rle is not None:
-            source.add_mask(image, label, rle, at)
-            continue
         group = shape.get("group_id")
-        if isinstance(group, int) and isinstance(label, str):
-            groups.setdefault((label, group), ([], at))[0].append(polygon)
-        else:
-            source.add_polygons(image, label, [polygon], at)
-    for (label, _), (polygons, at) in groups.items():
-        source.add_polygons(image, label, polygons, at)
+        is_part = isinstance(group, int) and isinstance(label, str)
+        key = (label, group) if is_part else number
+        objects.setdefault(key, (label, [], at))[1].append(part)
+    for label, parts, at in objects.values():
+        source.add_object(image, label, parts, at)
 
 
 def _polygon(kind: str, points: list[tuple[float, float]]) -> Polygon:
@@ -115,22 +102,6 @@ def _polygon(kind: str, points: list[tuple[float, float]]) -> Polygon:
     return [value for point in points for value in point]
 
 
-def ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0) -> Polygon:
-    """Return the polygon of an ellipse around (x, y), rotated clockwise on the image.
-
-    Example:
-        >>> [round(v) for v in ellipse(5, 5, 4, 2)[:2]], len(ellipse(5, 5, 4, 2)) // 2
-        ([9, 5], 72)
-    """
-    angles = np.arange(_NUM_CORNERS) * (2 * np.pi / _NUM_CORNERS)
-    turn = math.radians(degrees)
-    along, across = radius_x * np.cos(angles), radius_y * np.sin(angles)
-    xs = x + along * math.cos(turn) - across * math.sin(turn)
-    ys = y + along * math.sin(turn) + across * math.cos(turn)
-    result: list[float] = np.stack([xs, ys], axis=1).ravel().tolist()
-    return result
-
-
 def _mask(
     shape: dict[str, Any], points: list[tuple[float, float]], size: tuple[int, int]
 ) -> dict[str, Any]:
@@ -142,16 +113,6 @@ def _mask(
     except Exception as error:  # PIL fails in many ways on broken files
         raise UserError(f"its mask is not a PNG: {shorten(str(error))}") from None
     return pasted_rle(part, round(x0), round(y0), size)
-
-
-def pasted_rle(part: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the RLE of a mask `(h, w)` at a location of an image of `size`, clipped to it."""
-    mask = np.zeros(size, np.uint8)
-    inside = part[max(0, -top) :, max(0, -left) :]
-    target = mask[max(0, top) :, max(0, left) :]
-    rows, columns = (min(a, b) for a, b in zip(inside.shape, target.shape, strict=True))
-    target[:rows, :columns] = inside[:rows, :columns]
-    return mask_utils.encode(np.asfortranarray(mask))
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from pycocotools import mask as mask_utils
 
 from tensormask.data.checks.annotations import is_text
 from tensormask.data.checks.issues import IssueKind, IssueLog
 from tensormask.data.checks.segmentation import polygon_issue, segmentation_to_rle
+from tensormask.data.formats.regions import Polygon, Rle, as_json
 from tensormask.data.images import ImageError, image_suffixes, upright_size
-from tensormask.utils.errors import UserError, shorten
-
-Polygon = list[float]  # x0, y0, x1, y1, ... in pixels
+from tensormask.utils.errors import shorten
 
 _LEFT_OUT = "left out"
 KINDS = {
@@ -56,7 +53,7 @@ class SourceObject:
     """An object: its class, and its mask in COCO's form, or its box `[x, y, width, height]`."""
 
     name: str
-    segmentation: list[Polygon] | dict[str, Any] | None
+    segmentation: list[Polygon] | Rle | None
     box: list[float]
 
 
@@ -148,12 +145,20 @@ class Source:
         self.images.append(image)
         return image
 
-    def add_polygons(
-        self, image: SourceImage, name: Any, polygons: Sequence[Any], where: str
+    def add_object(
+        self, image: SourceImage, name: Any, parts: Sequence[Polygon | Rle], where: str
     ) -> None:
-        """Add an object of one or several polygons, whose union is its mask."""
+        """Add an object of one or several parts, whose union is its mask.
+
+        Args:
+            name: its class, of any type.
+            parts: polygons, valid or not, and valid RLEs of the image's size.
+        """
         (height, width), valid = image.size, []
-        for polygon in polygons:
+        masks = [segmentation_to_rle(part, image.size) for part in parts if isinstance(part, dict)]
+        for polygon in parts:
+            if isinstance(polygon, dict):
+                continue
             if reason := polygon_issue(polygon, image.size):
                 self.issues.add("shape_malformed", where, reason)
                 continue
@@ -167,27 +172,22 @@ class Source:
             self._num_vertices += len(polygon) // 2
             whole = all(abs(x - round(x)) < _WHOLE for x in polygon)
             self._all_whole &= whole and x1 < width - 0.5 and y1 < height - 0.5
-        if not valid:
+        if not valid and not masks:
             return
-        code = self._rasterize(valid, image.size)
+        as_mask = bool(masks) or self.traced
+        masks += [self._rasterize(polygons, image.size) for polygons in [valid] if polygons]
+        code = mask_utils.merge(masks)
         x0, y0, w, h = mask_utils.toBbox(code).tolist()
-        if not self.traced:
+        if not as_mask:
             xs, ys = (np.concatenate([p[axis::2] for p in valid]) for axis in (0, 1))
             (x0, x1), (y0, y1) = (
                 (max(v.min(), 0), min(v.max(), side)) for v, side in ((xs, width), (ys, height))
             )
             w, h = x1 - x0, y1 - y0
-        if self._is_new(image, name, valid, code, where):
+        mask = as_json(code) if as_mask else valid
+        if self._is_new(image, name, mask, code, where):
             box = [float(v) for v in (x0, y0, w, h)]
-            mask = as_json(code) if self.traced else valid
             image.objects.append(SourceObject(name, mask, box))
-
-    def add_mask(self, image: SourceImage, name: Any, rle: dict[str, Any], where: str) -> None:
-        """Add an object by a valid RLE of the image's size."""
-        code = segmentation_to_rle(rle, image.size)
-        if self._is_new(image, name, str(code["counts"]), code, where):
-            box = mask_utils.toBbox(code).tolist()
-            image.objects.append(SourceObject(name, as_json(code), box))
 
     def add_box(self, image: SourceImage, name: Any, corners: Sequence[float], where: str) -> None:
         """Add an object that has only a box, of which (x0, y0, x1, y1) are given in pixels."""
@@ -222,7 +222,7 @@ class Source:
             )
 
     def _is_new(
-        self, image: SourceImage, name: Any, shape: Any, code: dict[str, Any] | None, where: str
+        self, image: SourceImage, name: Any, shape: Any, code: Rle | None, where: str
     ) -> bool:
         if not is_text(name):
             self.issues.add("class_unknown", where, f"a {type(name).__name__}")
@@ -238,7 +238,7 @@ class Source:
         keys.add(key)
         return is_new
 
-    def _rasterize(self, polygons: list[Polygon], size: tuple[int, int]) -> dict[str, Any]:
+    def _rasterize(self, polygons: list[Polygon], size: tuple[int, int]) -> Rle:
         if not self.traced:
             return segmentation_to_rle(polygons, size)
         mask = np.zeros(size, np.uint8)
@@ -283,64 +283,6 @@ def split_of(path: Path, folder: Path) -> str:
 def split_named(name: str) -> str:
     """Return the split of a name such as "Validation", or ""."""
     return _SPLITS.get(name.lower(), "")
-
-
-def as_json(code: dict[str, Any]) -> dict[str, Any]:
-    """Return a compressed RLE whose counts are text."""
-    counts = code["counts"]
-    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
-    return {"size": [int(side) for side in code["size"]], "counts": text}
-
-
-def number_image_to_rles(numbers: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and the RLE, its counts a list, of each object of a label image.
-
-    Its cost does not grow with the number of objects, as that of a mask for each would.
-
-    Args:
-        numbers: integers `(H, W)`; 0 is background.
-
-    Example:
-        >>> list(number_image_to_rles(np.array([[0, 7], [2, 7]])))
-        [(2, {'size': [2, 2], 'counts': [1, 1, 2]}), (7, {'size': [2, 2], 'counts': [2, 2]})]
-    """
-    flat = numbers.ravel(order="F")
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ends = np.append(starts[1:], flat.size)
-    values = flat[starts]
-    order = np.argsort(values, kind="stable")
-    found, first = np.unique(values[order], return_index=True)
-    for number, runs in zip(found.tolist(), np.split(order, first[1:]), strict=True):
-        if number == 0:
-            continue
-        borders = np.stack([starts[runs], ends[runs]], axis=1).ravel()
-        counts = np.diff(borders, prepend=0, append=flat.size).tolist()
-        yield number, {"size": list(numbers.shape), "counts": counts[: None if counts[-1] else -1]}
-
-
-def read_numbers(path: Path) -> np.ndarray:
-    """Read an image whose values are numbers: int64 `(H, W)`, of a palette the indices.
-
-    Raises:
-        UserError: it cannot be read, or has colors, several pages, or values that are not whole.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=["PNG", "TIFF", "BMP", "GIF"]) as image:
-                if (num_pages := getattr(image, "n_frames", 1)) > 1:
-                    raise UserError(f"has {num_pages} pages, not one")
-                if image.mode not in ("1", "L", "P", "I", "F") and image.mode[:2] != "I;":
-                    raise UserError(f"has colors ({image.mode}), not one number a pixel")
-                values = np.asarray(image)
-    except UserError:
-        raise
-    except Exception as error:  # PIL fails in many ways on broken files
-        raise UserError(f"cannot be read: {shorten(str(error))}") from None
-    numbers = values.astype(np.int64)
-    if values.dtype.kind == "f" and not np.array_equal(numbers, values):
-        raise UserError("has values that are not whole numbers")
-    return numbers
 
 
 def _lowest(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tensormask.data.formats.source import Source, number_image_to_rles
+from tensormask.data.formats.regions import number_image_to_rles
+from tensormask.data.formats.source import Source
 from tensormask.data.images import image_suffixes
 from tensormask.utils.errors import UserError, shorten
 from tensormask.utils.files import read_text
@@ -85,7 +86,7 @@ def read_voc(path: Path, source: Source) -> None:
                 reason = "no class there" if number == 0 else f"{number}; give --classes"
                 source.issues.add("class_unknown", at, reason)
                 continue
-            source.add_mask(image, names[number - 1], rle, at)
+            source.add_object(image, names[number - 1], [rle], at)
 
 
 def voc_color(number: int) -> int:

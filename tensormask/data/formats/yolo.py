@@ -190,7 +190,7 @@ def _read_line(
         # Normalized to a few decimals, coordinates of COCO (2 decimals) are not exact any more, and
         # a tie in rasterizing is decided the other way.
         scaled = [round(value * (width, height)[i % 2], 2) for i, value in enumerate(values)]
-        source.add_polygons(image, name, [scaled], where)
+        source.add_object(image, name, [scaled], where)
 
 
 def _read_names(folder: Path, source: Source) -> dict[int, str]:
