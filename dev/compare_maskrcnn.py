@@ -79,6 +79,14 @@ V1_OVERRIDES: dict[str, list[Any]] = {
     ],
 }
 
+# Of v2: the augmentation of the others, where its config has its own.
+V2_OVERRIDES: dict[str, list[Any]] = {
+    "shapes": [],
+    "nuclei": [
+        *("INPUT.SCALE_JITTER", [], "INPUT.RANDOM_FLIP", "horizontal", "INPUT.ROTATE_90", False)
+    ],
+}
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -94,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--config-file",
         metavar="NAME",
         help="of v2; v1 and Mask R-CNN: data, optimizer and norm of the trunk "
-        "(default: quickstart_paper, of v2 quickstart)",
+        "(default: quickstart_paper; of v2 quickstart, on nuclei nuclei)",
     )
     add("--lr", nargs="+", type=float, default=[0.001])
     add("--seed", nargs="+", type=int, default=[1])
@@ -118,8 +126,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def settings_of(args: argparse.Namespace, model: str, lr: float, seed: int) -> dict[str, Any]:
     """Return all that a run depends on."""
-    config = args.config_file or ("quickstart" if model == "v2" else "quickstart_paper")
-    overrides = [*DATA_OVERRIDES[args.data], *(V1_OVERRIDES[args.data] if model != "v2" else [])]
+    own_config = "nuclei" if args.data == "nuclei" else "quickstart"
+    config = args.config_file or (own_config if model == "v2" else "quickstart_paper")
+    own = V2_OVERRIDES if model == "v2" else V1_OVERRIDES
+    overrides = [*DATA_OVERRIDES[args.data], *own[args.data]]
     return {
         "model": model,
         "data": args.data,
