@@ -6,6 +6,7 @@ import inspect
 import io
 import re
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read(page: str) -> str:
     if page in ("CHANGELOG.md", "docs/migration.md"):
         # The first column of their tables has names that no longer exist, or those of detectron2.
         text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
-    return text
+    return re.sub("^::: .*$", "", text, flags=re.MULTILINE)  # mkdocstrings checks these names
 
 
 def commands(text: str) -> list[list[str]]:
@@ -144,6 +145,13 @@ def test_command_lines(page):
                 del arguments[-1]
             parser = importlib.import_module(f"tensormask.commands.{module}").build_parser()
             get_cfg().merge_from_list(getattr(parser.parse_args(arguments), "opts", []))
+
+
+@EACH_PAGE
+def test_extras(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"(?:tensormask|\.)\[([a-z-]+)\]", read(page)))
+    assert extras <= set(project["optional-dependencies"])
 
 
 @EACH_PAGE

@@ -40,5 +40,5 @@ def page_of(notebook, name: str) -> tuple[str, dict[str, bytes]]:
                 images[image] = base64.b64decode(data[kind])
                 parts.append(f"![Output of the cell above]({image})")
             elif text := output.get("text") or data.get("text/plain"):
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                parts.append(f"```{{.text .output}}\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n", images

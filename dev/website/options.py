@@ -62,13 +62,15 @@ def tables(options: list[Options]) -> str:
     groups = sorted({o.group for o in options}, key=[o.group for o in options].index)
     parts = []
     for group in sorted(groups, key=bool):
-        parts.append(f"\n## {group or 'General'}\n\n| key | default | meaning |\n|---|---|---|")
+        parts.append(f"\n## {group or 'General'}\n\n<div class='options' markdown>\n")
+        parts.append("| key, default | meaning |\n|---|---|")
         for row in (o for o in options if o.group == group):
-            names = "<br>".join(
-                f'<span id="{key}"></span>`{key.rpartition(".")[2]}`' for key in row.keys
+            keys = "<br>".join(
+                f'<code id="{key}">{key.rpartition(".")[2]}</code> `{text_of(defaults[key])}`'
+                for key in row.keys
             )
-            values = "<br>".join(f"`{text_of(defaults[key])}`" for key in row.keys)
-            parts.append(f"| {names} | {values} | {formatted(row.comment, group, defaults)} |")
+            parts.append(f"| {keys} | {formatted(row.comment, group, defaults)} |")
+        parts.append("\n</div>")
     return "\n".join(parts) + "\n"
 
 

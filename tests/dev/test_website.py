@@ -10,6 +10,8 @@ from mkdocs.exceptions import Abort
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from website import notebooks, offline, options, repository
 
+import tensormask
+from tensormask import data, evaluation, layers, modeling
 from tensormask.config import get_cfg
 from tensormask.config.node import leaves
 
@@ -20,10 +22,11 @@ def test_every_option_has_its_default_and_its_comment():
     """Once each, in the group that it belongs to, and no text is of another key's."""
     page = options.tables(options.read_options(options.SOURCE.read_text(encoding="utf-8")))
     for key, default in leaves(get_cfg()):
-        (row,) = (line for line in page.splitlines() if f'<span id="{key}"></span>' in line)
-        names, defaults, meaning = re.match(r"\| (.*?) \| (.*?) \| (.*) \|$", row).groups()
-        position = re.findall(r'id="([^"]*)"', names).index(key)
-        assert defaults.split("<br>")[position] == f"`{options.text_of(default)}`"
+        (row,) = (line for line in page.splitlines() if f'<code id="{key}">' in line)
+        keys, meaning = re.match(r"\| (.*?) \| (.*) \|$", row).groups()
+        name = key.rpartition(".")[2]
+        text = f'<code id="{key}">{name}</code> `{options.text_of(default)}`'
+        assert text in keys.split("<br>")
         assert len(meaning) > 10, key
         group = key.rpartition(".")[0] or "General"
         assert page.index(f"\n## {group}\n") < page.index(row), key
@@ -84,8 +87,8 @@ def test_a_notebook_is_a_page_with_its_outputs():
     cells = [new_markdown_cell("# Title"), new_code_cell("f()", outputs=outputs)]
     page, images = notebooks.page_of(new_notebook(cells=cells), "tour")
     assert page == (
-        "# Title\n\n```python\nf()\n```\n\n```text\none\n```\n\n"
-        "![Output of the cell above](tour_1.jpg)\n\n```text\n3\n```\n"
+        "# Title\n\n```python\nf()\n```\n\n```{.text .output}\none\n```\n\n"
+        "![Output of the cell above](tour_1.jpg)\n\n```{.text .output}\n3\n```\n"
     )
     assert images == {"tour_1.jpg": b"\xff\xd8\xff"}
 
@@ -98,8 +101,11 @@ def test_the_site_is_built_without_warnings(tmp_path):
     build(config)
     options_page = (tmp_path / "site" / "configuration.html").read_text(encoding="utf-8")
     assert 'id="SOLVER.BASE_LR"' in options_page
-    reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
-    assert 'id="tensormask.Predictor"' in reference
+    pages = (tmp_path / "site" / "reference").glob("*.html")
+    reference = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for module in (tensormask, layers, modeling, data, evaluation):
+        for name in {*module.__all__} - {"UPSCALE_MODES"}:  # a constant, which has no docstring
+            assert re.search(rf'id="tensormask\.[\w.]*\b{name}"', reference), name
     assert (tmp_path / "site" / "repository" / "tensormask" / "checkpoint" / "zoo.py.html").exists()
 
 
