@@ -36,6 +36,7 @@ from tensormask.data.images import image_suffixes
 from tensormask.evaluation import evaluate, evaluate_results
 from tensormask.evaluation.coco import RESULTS_FILE
 from tensormask.evaluation.results import coco_results, read_results
+from tensormask.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -327,11 +328,11 @@ def digits(column: str) -> int:
 
 def table(title: str, rows: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
     """Return the lines of a table in Markdown."""
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [f"{row[key]:,.{digits(key)}f}" if key in row else "–" for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    cells = [
+        [name, *(f"{row[key]:,.{digits(key)}f}" if key in row else "–" for key in columns)]
+        for name, row in rows.items()
+    ]
+    return markdown_table([title, *columns], cells)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

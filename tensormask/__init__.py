@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tensormask.detections import Detections
     from tensormask.engine.evaluator import evaluate_only as evaluate
     from tensormask.engine.trainer import train
+    from tensormask.hub import from_pretrained, push_to_hub, save_pretrained
     from tensormask.model_zoo import build
     from tensormask.modeling import TensorMask, build_model
     from tensormask.predictor import Predictor
@@ -25,8 +26,11 @@ __all__ = [
     "build",
     "build_model",
     "evaluate",
+    "from_pretrained",
     "get_cfg",
     "load_weights",
+    "push_to_hub",
+    "save_pretrained",
     "train",
 ]
 
@@ -37,8 +41,11 @@ _MODULES = {
     "build": "model_zoo",
     "build_model": "modeling",
     "evaluate": "engine.evaluator",
+    "from_pretrained": "hub",
     "get_cfg": "config",
     "load_weights": "checkpoint.loading",
+    "push_to_hub": "hub",
+    "save_pretrained": "hub",
     "train": "engine.trainer",
 }
 _OTHER_NAMES = {"evaluate": "evaluate_only"}

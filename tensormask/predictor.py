@@ -1,8 +1,9 @@
 """`Predictor`: images in, detections out."""
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -25,9 +26,11 @@ from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import present_classes
 from tensormask.data.geometry import transform_image
 from tensormask.data.images import ImageError, read_image
+from tensormask.data.large_images import LargeImage, open_large_image
 from tensormask.data.transforms import image_to_tensor
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
 from tensormask.engine.anomaly import check_weights
+from tensormask.evaluation.seams import TileGrid, TileJoiner
 from tensormask.evaluation.tta import build_augmented_detector
 from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
@@ -35,6 +38,8 @@ from tensormask.modeling.inputs import padded_size, size_of
 from tensormask.utils.errors import UserError
 from tensormask.utils.files import expand_home
 from tensormask.visualization.instances import class_name
+
+logger = logging.getLogger(__name__)
 
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -64,8 +69,9 @@ class Predictor:
     Several threads can use one predictor.
 
     Args:
-        cfg: a checkpoint of this library, by path or URL, or the name of a model of the zoo,
-            such as "tensormask_R_50_FPN_6x". With `weights`, a config: a tree, which is not
+        cfg: a checkpoint of this library, by path or URL, a folder of `save_pretrained`,
+            "hf://user/model" on the Hugging Face Hub, or the name of a model of the zoo, such as
+            "tensormask_R_50_FPN_6x". With `weights`, a config: a tree, which is not
             changed, the path of a YAML file, or a name.
         weights: of a config: path, name or URL of a checkpoint (`downloads.resolve`); None
             takes MODEL.WEIGHTS.
@@ -110,6 +116,8 @@ class Predictor:
         check_weights(self.model, path)
         self.transform = build_test_transform(cfg)
         self._augmented = build_augmented_detector(cfg, self.model)
+        self._num_detections: int = cfg.TEST.DETECTIONS_PER_IMAGE
+        self._class_agnostic_nms: bool = cfg.TEST.CLASS_AGNOSTIC_NMS
         description = get_description(content)
         self.score_threshold: float | None = description.get("score_threshold")
         self.class_names, self.category_ids = _find_classes(cfg, description)
@@ -174,6 +182,71 @@ class Predictor:
         (detections,) = self._detect([read_input(image, channel_order)], options)
         return detections
 
+    def predict_tiled(
+        self,
+        image: Any,
+        *,
+        tile: int = 1024,
+        overlap: int = 128,
+        threshold: float | None = None,
+        classes: ClassChoice | None = None,
+        max_detections: int | None = None,
+        class_agnostic_nms: bool | None = None,
+        channel_order: str = "RGB",
+        batch_size: int = 1,
+        on_tiles: Callable[[int, int], object] | None = None,
+    ) -> Detections:
+        """Detect the objects in an image that is larger than memory, in overlapping tiles.
+
+        Each tile is an image for the model: it is resized by INPUT.MIN_SIZE_TEST (0: not at all),
+        and normalized, on its own. `evaluation.seams` says how detections are joined across tiles.
+
+        Args:
+            image: the path of a TIFF or .npy file, which is read by parts, or an array or
+                `numpy.memmap`; other images, as of a call, are read whole; or a `LargeImage`.
+            tile: side of the tiles in pixels. All have this size, or that of a smaller image.
+            overlap: of neighboring tiles in pixels, at least. Objects that are not longer are whole
+                in one tile; longer ones are joined from their parts.
+            threshold, classes, max_detections, class_agnostic_nms: as of a call, per tile.
+            channel_order: of arrays and tensors: "RGB" or "BGR".
+            batch_size: tiles that go through the model together.
+            on_tiles: called with the number of tiles that are done, and of all.
+
+        Returns:
+            `Detections` on the CPU, with `windows` and `window_masks` in place of `masks`.
+
+        Raises:
+            UserError: an image or an option that is not valid.
+            ImageError: a file does not exist or is not an image.
+        """
+        given = self._options(threshold, classes, max_detections, class_agnostic_nms)
+        options = {**self._defaults, **given}
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        if isinstance(image, str) and "://" in image:
+            image = read_input(image)
+        is_open = isinstance(image, LargeImage)
+        large = image if is_open else open_large_image(image, channel_order)
+        grid = TileGrid(large.size, tile, overlap)
+        agnostic = options.get("class_agnostic_nms", self._class_agnostic_nms)
+        joiner = TileJoiner(grid, class_agnostic=agnostic)
+        limit, num_full = options.get("num_detections", self._num_detections), 0
+        for start in range(0, len(grid.tiles), batch_size):
+            tiles = grid.tiles[start : start + batch_size]
+            rgbs = [large.read(y0, y1, x0, x1) for x0, y0, x1, y1 in tiles]
+            for number, detection in enumerate(self._detect_windows(rgbs, options), start):
+                joiner.add(number, detection)
+                num_full += len(detection["scores"]) >= limit
+            if on_tiles is not None:
+                on_tiles(start + len(tiles), len(grid.tiles))
+        if num_full:
+            logger.warning(
+                "%s: %d of %d tiles have the maximum of %d detections: set max_detections or "
+                "TEST.DETECTIONS_PER_IMAGE higher, or take smaller tiles",
+                *(large.name, num_full, len(grid.tiles), limit),
+            )
+        return self._as_detections(joiner.join(), large.size, large)
+
     def _options(
         self,
         threshold: float | None,
@@ -208,6 +281,13 @@ class Predictor:
             yield from self._detect(rgbs, options)
 
     def _detect(self, rgbs: list[np.ndarray], options: dict[str, Any]) -> list[Detections]:
+        detected = self._detect_windows(rgbs, options)
+        return [self._pasted(*pair) for pair in zip(detected, rgbs, strict=True)]
+
+    def _detect_windows(
+        self, rgbs: list[np.ndarray], options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the results of `TensorMask.detect` in pixels of the images."""
         inputs, sizes = [], [rgb.shape[:2] for rgb in rgbs]
         rows_by_size: dict[tuple[int, int], list[int]] = {}
         for row, (rgb, size) in enumerate(zip(rgbs, sizes, strict=True)):
@@ -218,30 +298,36 @@ class Predictor:
             rows_by_size.setdefault(
                 padded_size(*size_of(inputs[-1]), self.model.size_divisor), []
             ).append(row)
-        found: dict[int, dict[str, Tensor]] = {}
+        found: dict[int, dict[str, Any]] = {}
         for rows in rows_by_size.values():
             with torch.inference_mode():
                 detected = (self._augmented or self.model.detect)(
                     [inputs[row] for row in rows], [sizes[row] for row in rows], **options
                 )
-            # Outside of the inference mode, for tensors that can be changed in place.
-            with torch.no_grad():
-                for row, detection in zip(rows, detected, strict=True):
-                    pasted = paste_detection(detection, sizes[row])
-                    found[row] = {
-                        name: value.clone() if value.is_inference() else value
-                        for name, value in pasted.items()
-                    }
-        return [
-            Detections(
-                found[row],
-                size=sizes[row],
-                all_class_names=self.class_names,
-                category_ids=self.category_ids,
-                image=rgb,
-            )
-            for row, rgb in enumerate(rgbs)
-        ]
+            found.update(zip(rows, detected, strict=True))
+        return [found[row] for row in range(len(rgbs))]
+
+    def _pasted(self, detection: dict[str, Any], rgb: np.ndarray) -> Detections:
+        size = rgb.shape[:2]
+        # Outside of the inference mode, for tensors that can be changed in place.
+        with torch.no_grad():
+            pasted = paste_detection(detection, size)
+            fields = {
+                name: value.clone() if value.is_inference() else value
+                for name, value in pasted.items()
+            }
+        return self._as_detections(fields, size, rgb)
+
+    def _as_detections(
+        self, fields: dict[str, Any], size: tuple[int, int], image: np.ndarray | LargeImage
+    ) -> Detections:
+        return Detections(
+            fields,
+            size=size,
+            all_class_names=self.class_names,
+            category_ids=self.category_ids,
+            image=image,
+        )
 
 
 def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:

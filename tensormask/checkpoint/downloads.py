@@ -17,6 +17,7 @@ from urllib.request import url2pathname
 
 import pooch
 
+from tensormask.checkpoint.hub import find_in_folder, find_on_hub
 from tensormask.checkpoint.zoo import DETECTRON2_URL, MODELS, PACKAGED, TORCHVISION_URL, ZooModel
 from tensormask.modeling.trunks import TORCHVISION_TRUNKS
 from tensormask.utils.errors import UserError, unknown_name
@@ -24,7 +25,7 @@ from tensormask.utils.files import expand_home
 
 logger = logging.getLogger(__name__)
 
-_SCHEMES = ("https", "http", "detectron2", "torchvision", "file")
+_SCHEMES = ("https", "http", "hf", "detectron2", "torchvision", "file")
 _DEPTHS = (18, 34, 50, 101)  # of MODEL.RESNETS.DEPTH
 _RETRIES = 2  # pooch pauses for 1 s, then for 2 s
 _CHUNK = 1 << 20  # bytes
@@ -38,6 +39,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         name: one of
 
             - the path of a file, which is returned even if no such file exists;
+            - the path of a folder of `save_pretrained`;
+            - ``hf://user/model`` or ``hf://user/model@revision``, a model of `push_to_hub`;
             - a name in `model_zoo.MODELS`; a file that comes with the package is checked;
             - a URL: ``https://...``, ``http://...`` or ``file:///...``;
             - ``detectron2://...``, a file of detectron2's server;
@@ -47,7 +50,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
               models.
 
     Raises:
-        ValueError: the URL is malformed or of an unknown kind; or a bare name, without folder
+        ValueError: the URL is malformed or of an unknown kind; or a folder or a model on the Hub is
+            not of this library; or a bare name, without folder
             and suffix, is neither a file nor in the zoo; or the package's file is damaged or
             missing.
         OSError: the download failed.
@@ -58,6 +62,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """
     is_path = isinstance(name, os.PathLike)
     name = expand_home(name)
+    if os.path.isdir(name) and (is_path or name not in MODELS):
+        return find_in_folder(name)
     if is_path or os.path.isfile(name):
         return Path(name)
     scheme, separator, rest = name.partition("://")
@@ -70,6 +76,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return _checked_path(name)
     elif scheme == "file":
         return _path_of_file_url(name, rest)
+    elif scheme == "hf":
+        return find_on_hub(rest)
     elif scheme in ("https", "http"):
         url = name
     elif scheme == "detectron2":

@@ -9,13 +9,15 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tensormask.utils.errors import UserError, shorten
@@ -58,6 +60,20 @@ def read_checkpoint(path: str | PathLike[str], *, mmap: bool = True) -> dict[str
     if not isinstance(content, dict):
         raise UserError(f"{path}: it contains {type(content).__name__}, not a dict of weights")
     return content
+
+
+def read_metadata(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return `DESCRIPTION` from the metadata of a safetensors file, without reading its weights.
+
+    Raises:
+        ValueError: it is another or a damaged file, which is not read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _described(file)
+    except (SafetensorError, OSError) as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path} is damaged, or not a safetensors file ({reason})") from None
 
 
 def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -129,6 +145,25 @@ def get_description(content: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
+def safetensors_bytes(weights: dict[str, Tensor], description: Mapping[str, Any]) -> bytes:
+    """Return a file of safetensors, always with the same bytes.
+
+    Args:
+        weights: contiguous tensors that share no memory.
+        description: its entries of `DESCRIPTION` become the metadata.
+    """
+    metadata = {key: json.dumps(description[key]) for key in DESCRIPTION if key in description}
+    data = safetensors.torch.save(weights, metadata)
+    # The order of the metadata that the library writes is random.
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays are aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor consists of real numbers in memory, as every parameter of a model."""
     is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -159,9 +194,12 @@ def _read(file: BinaryIO, path: Path, mmap: bool) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = file.metadata() or {}
-    described = {key: _from_json(metadata[key]) for key in DESCRIPTION if key in metadata}
-    return {"model": weights, **described}
+        return {"model": weights, **_described(file)}
+
+
+def _described(file: Any) -> dict[str, Any]:
+    metadata = file.metadata() or {}
+    return {key: _from_json(metadata[key]) for key in DESCRIPTION if key in metadata}
 
 
 def _from_json(text: str) -> Any:

@@ -35,8 +35,9 @@ def find_trained_model(
     """Return config and weights of a model to predict with.
 
     Args:
-        source: a checkpoint of this library, as a path, a URL, or the name of the one that comes
-            with the package, whose own config is taken;
+        source: a checkpoint of this library, as a path, a URL, a folder of `save_pretrained`,
+            `hf://user/model`, or the name of the one that comes with the package, whose own config
+            is taken;
             or a config: a tree, which is not changed, the path of a YAML file, or a name, whose
             weights are those of the model zoo if there are any. The device and MODEL.COMPILE of a
             checkpoint's config are those of its training, and are reset.
@@ -81,7 +82,7 @@ def _read_config(source: CfgNode | str | PathLike[str]) -> CfgNode | None:
     if text in MODELS and text not in names and not os.path.isfile(text):
         raise UserError(f"{text} is a backbone, to train from; expected a trained model")
     if os.path.isdir(text) and text not in names:
-        raise UserError(f"{text} is a folder: give a checkpoint, such as {text}/model_final.pth")
+        return None
     is_config = suffix in _YAML_SUFFIXES or text in names
     if os.path.isfile(text) and suffix not in (*_YAML_SUFFIXES, *_CHECKPOINT_SUFFIXES):
         is_config = _is_text(text)

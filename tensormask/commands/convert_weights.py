@@ -4,7 +4,6 @@ A file with our names gets detectron2's, and the other way around. `--to tensorm
 writes a file of half the size for this library.
 """
 
-import json
 import math
 import pickle
 import re
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
@@ -22,6 +20,7 @@ from tensormask.checkpoint.files import (
     DESCRIPTION,
     check_all_arrays,
     read_checkpoint,
+    safetensors_bytes,
     split_weights,
 )
 from tensormask.checkpoint.names import OURS, find_kind, to_detectron2_names, to_our_names
@@ -220,8 +219,7 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
     if path.suffix == ".pth":
         return lambda file: torch.save(content, file)
     if path.suffix == ".safetensors":
-        described = {key: json.dumps(content[key]) for key in DESCRIPTION if key in content}
-        data = _with_sorted_metadata(safetensors.torch.save(content["model"], described))
+        data = safetensors_bytes(content["model"], content)
         return lambda file: file.write(data)
     if path.suffix == ".pkl":
         try:
@@ -237,17 +235,6 @@ def writer_of(path: Path, content: dict[str, Any]) -> Callable[[BinaryIO], objec
         f"{path.name}: the suffix sets the format: give .pth, .pkl or .safetensors, not "
         f"{path.suffix or 'none'}"
     )
-
-
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Return a safetensors file with its metadata in a fixed order: the library's is random."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # arrays are aligned
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 @exits_on_user_error

@@ -27,3 +27,14 @@ def format_table(rows: Sequence[Sequence[object]]) -> str:
 def format_records(records: Sequence[Mapping[str, object]]) -> str:
     """Return dicts with the same keys as a table with the keys above."""
     return format_table([list(records[0]), *(list(record.values()) for record in records)])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown.
+
+    Example:
+        >>> markdown_table(["set", "AP"], [["val", "35.4"]])
+        ['| set | AP |', '|---|---|', '| val | 35.4 |']
+    """
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]

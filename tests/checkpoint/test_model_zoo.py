@@ -186,7 +186,7 @@ def test_file_urls(downloaded, tmp_path):
         ("tensormask_R50_6x", "nearest name is 'tensormask_R_50_FPN_6x'"),
         ("", "'' is not a file or a model of the zoo"),
         ("htps://host/a.pkl", "'htps' is not a kind of URL; the nearest name is 'https'"),
-        ("ftp://host/a.pkl", "Known: https, http, detectron2, torchvision, file"),
+        ("ftp://host/a.pkl", "Known: https, http, hf, detectron2, torchvision, file"),
         ("torchvision://resnet51", "nearest name is 'resnet50'"),
         ("torchvision://resnet152", "'resnet152' is not one of torchvision's backbones"),
         ("torchvision://ResNet50_Weights.DEFAULT", "'ResNet50_Weights.DEFAULT' is not one of"),
