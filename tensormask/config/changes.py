@@ -55,6 +55,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *("MODEL.SIZE_DIVISOR", "MODEL.CHANNELS_LAST", "MODEL.COMPILE", "SOLVER.EMA.ENABLED"),
         *(f"{_HEAD}.SCORE_THRESH_TEST", f"{_HEAD}.TOPK_CANDIDATES_TEST"),
         *(f"{_HEAD}.NMS_THRESH_TEST", f"{_HEAD}.NMS_ON", f"{_HEAD}.MASK_UNIT"),
+        f"{_HEAD}.QUERY_THRESH",
         *("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "DATASETS.TEST", "DATASETS.STRICT"),
         *("DATASETS.MATCH_CLASSES", "SOLVER.CHECKPOINT_BEST", "TEST"),
         *("CUDNN_BENCHMARK", "DETERMINISTIC", "FLOAT32_PRECISION"),
@@ -67,6 +68,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         *(f"{_HEAD}.BBOX_REG_WEIGHTS", f"{_HEAD}.HEAD", f"{_HEAD}.ALIGNED_ON"),
         *(f"{_HEAD}.BIPYRAMID_ON", f"{_HEAD}.UPSCALE_LAMBDA", f"{_HEAD}.UPSCALE_MODE"),
         *(f"{_HEAD}.NORM", f"{_HEAD}.BOX_ON", f"{_HEAD}.MASK_IOU_ON"),
+        *(f"{_HEAD}.QUERY_ON", f"{_HEAD}.QUERY_LEVELS"),
         *("INPUT.FORMAT", "SOLVER.OPTIMIZER"),
     ),
     Effect.UNUSED: (

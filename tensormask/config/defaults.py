@@ -143,6 +143,14 @@ _DEFAULTS: dict[str, Any] = {
             # Boxes that NMS compares: the regressed "boxes", or those of the "masks", which needs
             # the masks of all candidates.
             "NMS_ON": "boxes",
+            # Let a coarse level say where the finest one is computed in inference: a query predicts
+            # which of its locations have positive windows.
+            "QUERY_ON": False,
+            # Levels whose class towers the query reads: ["p3"], or ["p3", "p4"].
+            "QUERY_LEVELS": ["p3"],
+            # Scores of the query must be above this; 0 for all locations, and -1 for the threshold
+            # in the checkpoint, which `tensormask analyze --query` chooses.
+            "QUERY_THRESH": -1.0,
             # Initialization of the towers: "normal" (std 0.01, detectron2's) or "he" (for towers of
             # few channels).
             "INIT": "normal",

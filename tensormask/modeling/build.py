@@ -77,6 +77,8 @@ def build_model(
         head_norm=head.NORM,
         init=head.INIT,
         checkpointed=head.CHECKPOINT_ACTIVATIONS,
+        query_levels=head.QUERY_LEVELS if head.QUERY_ON else (),
+        query_threshold=_query_threshold(head.QUERY_THRESH),
         pixel_mean=model.PIXEL_MEAN,
         pixel_std=model.PIXEL_STD,
         channel_order=cfg.INPUT.FORMAT,
@@ -207,6 +209,16 @@ def _head_name(options: CfgNode) -> str:
             )
         )
     return head
+
+
+def _query_threshold(value: float) -> float | None:
+    """Return QUERY_THRESH, None for -1; UserError if it is no score."""
+    if value != -1 and not 0 <= value < 1:
+        raise UserError(
+            "MODEL.TENSOR_MASK.QUERY_THRESH must be a score in 0..1, below 1, or -1 for the one in "
+            f"the checkpoint, got {value}"
+        )
+    return None if value == -1 else value
 
 
 def _quality_loss(name: str) -> QualityLoss | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensormask.layers.masks import to_device
 from tensormask.layers.norm import is_local
-from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
+from tensormask.layers.plain import PlainLayer, is_plain, is_plain_conv, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import PLAIN_NORMS, get_norm
 from tensormask.modeling.cells import Cells, convolve_cells, dilate
@@ -138,6 +138,10 @@ class FPN(nn.Module):
                 x /= 2
         return x
 
+    def plain_output(self) -> list[PlainLayer] | None:
+        """Return the last layer of the finest level if it is plain, with a norm that is local."""
+        return plain_tower(_conv_and_norm(self.output[f"p{self.first}"]))
+
     def finest_at(
         self, x: Tensor, above: Tensor | None, wanted: Tensor
     ) -> tuple[Tensor, Cells] | None:
@@ -149,8 +153,8 @@ class FPN(nn.Module):
             x, above: of `finest`.
             wanted: bool (N, H, W), on the CPU.
         """
-        lateral, output = (_conv_and_norm(d[f"p{self.first}"]) for d in (self.lateral, self.output))
-        layers = plain_tower(output)
+        lateral = _conv_and_norm(self.lateral[f"p{self.first}"])
+        layers = self.plain_output()
         if layers is None or not is_plain_conv(lateral[0]) or not all(map(is_local, lateral[1:])):
             return None
         cells = Cells.touching(dilate(wanted, len(layers)))

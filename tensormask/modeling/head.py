@@ -14,6 +14,7 @@ from tensormask.layers.norm import LevelNorms, LevelTower, recomputation
 from tensormask.layers.plain import Kernel, PlainLayer, is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import get_norm
+from tensormask.modeling.query import Query
 from tensormask.modeling.tiles import convolve_at
 from tensormask.utils.errors import UserError
 
@@ -67,7 +68,7 @@ def init_convs(module: nn.Module, init: str) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def maybe_checkpoint(function: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
+def maybe_checkpoint(function: Callable[..., Any], *inputs: Any, checkpointed: bool) -> Any:
     """Return ``function(*inputs)``; if ``checkpointed``, the backward pass computes it again."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(
@@ -85,12 +86,14 @@ class DenseOutputs(NamedTuple):
     features: list[Tensor]  # (N, C, H, W)
     logits: list[Tensor]  # (N, num_sizes * num_classes, H, W)
     deltas: list[Tensor] | None  # (N, num_sizes * num_outputs, H, W), of the box head
+    query: Tensor | None = None  # logits (N, 1, H, W) of `query.Query`, of the second level
 
     def image(self, n: int) -> "DenseOutputs":
         """Return the outputs of one image, as those of a batch of one."""
         features, logits = ([x[n : n + 1] for x in levels] for levels in self[:2])
         deltas = None if self.deltas is None else [x[n : n + 1] for x in self.deltas]
-        return DenseOutputs(features, logits, deltas)
+        query = None if self.query is None else self.query[n : n + 1]
+        return DenseOutputs(features, logits, deltas, query)
 
 
 class ClassBoxHead(nn.Module):
@@ -108,6 +111,8 @@ class ClassBoxHead(nn.Module):
         init: "normal" or "he", for the towers; the last convolutions are normal with std 0.01.
         checkpointed: recompute activations in the backward pass instead of saving them.
         prior: the initial score of every window.
+        query, query_threshold: number of levels and threshold of its `query.Query`; 0 levels for
+            none.
 
     Example:
         >>> head = ClassBoxHead(16, num_sizes=2, num_classes=3, cls_channels=16, bbox_channels=16)
@@ -132,6 +137,8 @@ class ClassBoxHead(nn.Module):
         init: str = "normal",
         checkpointed: bool = False,
         prior: float = 0.01,
+        query: int = 0,
+        query_threshold: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -160,10 +167,9 @@ class ClassBoxHead(nn.Module):
             init_convs(module, init if name.endswith("_subnet") else "normal")
         assert self.cls_score.bias is not None
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior) / prior))
+        self.query = Query(cls_channels, query, threshold=query_threshold) if query else None
 
-    def forward(
-        self, features: list[Tensor], *, dense_boxes: bool = True
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
+    def forward(self, features: list[Tensor], *, dense_boxes: bool = True) -> tuple[Any, ...]:
         """Return class logits and box deltas of all windows.
 
         Args:
@@ -175,12 +181,34 @@ class ClassBoxHead(nn.Module):
               class``;
             - deltas per level (N, num_sizes * 4, H, W), channel ``size * 4 + (dx, dy, dw, dh)``,
               or with ``mask_iou`` (N, num_sizes * 5, H, W), with the logit of the IoU after them;
-              None without a box head, or unless ``dense_boxes``.
+              None without a box head, or unless ``dense_boxes``;
+            - with a query, its logits (N, 1, H, W), of the second level. In eval mode the logits
+              of the finest level are then -inf where the query does not ask for them.
         """
-        logits = [self._call(self._logits, x, level) for level, x in enumerate(features)]
-        if not (self.with_boxes and dense_boxes):
-            return logits, None
-        return logits, [self.deltas(x, level) for level, x in enumerate(features)]
+        logits, towers = [], []
+        for level, x in enumerate(features):
+            logits_of_level, tower = self.classes(x, level)
+            logits.append(logits_of_level)
+            towers.append(tower)
+        deltas = None
+        if self.with_boxes and dense_boxes:
+            deltas = [self.deltas(x, level) for level, x in enumerate(features)]
+        if self.query is None:
+            return logits, deltas
+        query = self.query_logits(towers)
+        if not self.training:
+            asked = self.query.asked(query, logits[0].shape[2:])
+            logits[0] = logits[0].where(asked[:, None], -math.inf)
+        return logits, deltas, query
+
+    def classes(self, x: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+        """Return the class logits of a level, and of the tower's features those the query reads."""
+        return self._call(self._classes, x, level)
+
+    def query_logits(self, towers: list[Tensor | None]) -> Tensor:
+        """Return the logits of the query, from the features of `classes` of all levels."""
+        assert self.query is not None
+        return self.query([tower for tower in towers if tower is not None])
 
     def deltas(self, x: Tensor, level: int) -> Tensor:
         """Return the deltas of all windows of a level, as `forward`."""
@@ -203,10 +231,7 @@ class ClassBoxHead(nn.Module):
             n, size, y, x: K windows of the level, int64 (K,) each.
         """
         features = dense.features[level]
-        plain = dense.deltas is None and is_plain(self.bbox_subnet, nn.Sequential, LevelTower)
-        layers = plain_tower([*self.bbox_subnet, self.bbox_pred], level) if plain else None
-        if layers is not None and self.mask_iou:
-            layers = self._with_ious(layers)
+        layers = self.plain_box_tower(level) if dense.deltas is None else None
         if layers is None:
             of_level = self.deltas(features, level) if dense.deltas is None else dense.deltas[level]
             n, size, y, x = to_device(torch.stack([n, size, y, x]), features.device)
@@ -216,8 +241,17 @@ class ClassBoxHead(nn.Module):
         rows = torch.arange(len(size), device=size.device)
         return outputs.unflatten(1, (-1, self.num_outputs))[rows, size]
 
-    def _logits(self, x: Tensor, level: int) -> Tensor:
-        return self.cls_score(apply_tower(self.cls_subnet, x, level))
+    def plain_box_tower(self, level: int) -> list[PlainLayer] | None:
+        """Return the layers that compute the outputs of the box head, if they are plain."""
+        if not is_plain(self.bbox_subnet, nn.Sequential, LevelTower):
+            return None
+        layers = plain_tower([*self.bbox_subnet, self.bbox_pred], level)
+        return self._with_ious(layers) if layers is not None and self.mask_iou else layers
+
+    def _classes(self, x: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+        x = apply_tower(self.cls_subnet, x, level)
+        is_read = self.query is not None and 1 <= level <= self.query.num_levels
+        return self.cls_score(x), x if is_read else None
 
     def _deltas(self, x: Tensor, level: int) -> Tensor:
         x = apply_tower(self.bbox_subnet, x, level)
@@ -236,7 +270,7 @@ class ClassBoxHead(nn.Module):
         kernel = Kernel(weight, _interleave(deltas.bias, iou.bias, dim=0))
         return [*layers[:-1], PlainLayer(kernel)]
 
-    def _call(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
         return maybe_checkpoint(function, *inputs, checkpointed=self.checkpointed)
 
 

@@ -15,6 +15,7 @@ from tensormask.layers.plain import is_plain
 from tensormask.modeling.candidates import Candidates, cat, find_candidates, outputs_of_candidates
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.sparse import Finest, mask_features
 from tensormask.modeling.tiles import to_device_at_once
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -159,12 +160,16 @@ def _drop(
 
 
 def masks_at_windows(
-    mask_head: MaskHead, features: list[Tensor], detections_per_image: list[Candidates]
+    mask_head: MaskHead,
+    features: list[Tensor],
+    detections_per_image: list[Candidates],
+    finest: Finest | None = None,
 ) -> list[list[Tensor]]:
     """Return the mask probabilities of the detections of a batch: per image K Tensor[V, U].
 
-    ``features`` are those of the pyramid, per level (N, C, H, W). The host waits for a GPU unless
-    the detections are from `rescale_and_clip`.
+    ``features`` are those of the pyramid, per level (N, C, H, W); with ``finest``, those of the
+    finest level may be incomplete. The host waits for a GPU unless the detections are from
+    `rescale_and_clip`.
     """
     columns = [
         torch.stack([d.level, d.size, torch.full_like(d.level, n), d.y, d.x], dim=1)
@@ -172,7 +177,8 @@ def masks_at_windows(
     ]
     groups, positions = _group_windows(cat(columns).cpu())
     masks: dict[int, Tensor] = {}
-    for logits, position in zip(_iter_masks(mask_head, features, groups), positions, strict=True):
+    masks_per_group = _iter_masks(mask_head, features, groups, finest)
+    for logits, position in zip(masks_per_group, positions, strict=True):
         masks.update(zip(position.tolist(), logits.float().sigmoid(), strict=True))
     in_order = (masks[i] for i in range(len(masks)))
     return [list(itertools.islice(in_order, len(d.scores))) for d in detections_per_image]
@@ -204,11 +210,18 @@ def boxes_from_masks(
 
 
 def _iter_masks(
-    mask_head: nn.Module, features: list[Tensor], groups: list[tuple[int, int, Tensor]]
+    mask_head: nn.Module,
+    features: list[Tensor],
+    groups: list[tuple[int, int, Tensor]],
+    finest: Finest | None = None,
 ) -> Iterable[Tensor]:
     """Return the masks of `MaskHead.forward`, group by group unless it has to be called."""
     if is_plain(mask_head, MaskHead):
-        return cast(MaskHead, mask_head).iter_masks(features, groups)
+        plain = cast(MaskHead, mask_head)
+        of_finest = None
+        if finest is not None and plain.bipyramid and groups:
+            of_finest = mask_features(plain, finest, groups)
+        return plain.iter_masks(features, groups, of_finest)
     windows = to_device_at_once([group[2] for group in groups], features[0].device)
     return mask_head(features, [(*group[:2], w) for group, w in zip(groups, windows, strict=True)])
 

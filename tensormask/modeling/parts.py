@@ -14,6 +14,7 @@ from tensormask.modeling.head import ClassBoxHead
 from tensormask.modeling.inference import check_score_threshold
 from tensormask.modeling.inputs import SIZE_DIVISOR
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.query import num_query_levels
 from tensormask.modeling.trunks import build_trunk
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
@@ -46,6 +47,8 @@ def build_parts(
     head_norm: str = "",
     init: str = "normal",
     checkpointed: bool = False,
+    query_levels: Sequence[str] = (),
+    query_threshold: float | None = None,
 ) -> tuple[nn.Module, FPN, ClassBoxHead, MaskHead | None, Windows]:
     """Return the first arguments of `TensorMask`. The defaults make the paper's R-50 with FPN.
 
@@ -65,6 +68,9 @@ def build_parts(
             `ClassBoxHead`; the last three also of the `MaskHead`.
         head_norm: of the towers of both heads, see `head.conv_tower`.
         mask_channels: of the tower of the `MaskHead`.
+        query_levels: names of levels, such as ("p3",), whose class towers say where the finest
+            level is computed in inference, see `query.Query`; () for no query.
+        query_threshold: of the `Query`; None for the one in its weights.
 
     Raises:
         UserError: an option is invalid, or contradicts another.
@@ -109,6 +115,8 @@ def build_parts(
         cls_channels=cls_channels,
         bbox_channels=bbox_channels,
         num_levels=len(windows.strides),
+        query=num_query_levels(query_levels, windows, head_norm) if query_levels else 0,
+        query_threshold=query_threshold,
         **towers,
     )
     mask_head = None

@@ -18,11 +18,12 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import Parameter, signature
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
+from tensormask.layers.plain import is_plain
 from tensormask.modeling.candidates import Candidates
 from tensormask.modeling.criterion import (
     Criterion,
@@ -30,6 +31,7 @@ from tensormask.modeling.criterion import (
     Normalizer,
     foreground_normalizer,
 )
+from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs
 from tensormask.modeling.inference import (
     find_detections,
@@ -47,6 +49,7 @@ from tensormask.modeling.inputs import (
 from tensormask.modeling.inspect import Inspection
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.parts import as_levels, build_parts, check_model
+from tensormask.modeling.sparse import Finest, find_sparsely, finds_sparsely
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
 
@@ -328,7 +331,7 @@ class TensorMask(nn.Module):
             check_length("output_sizes", output_sizes, images)
         dtype = self.autocast_dtype  # without one, the caller's autocast stays active
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            dense = self.dense(images)
+            dense, finest = self._detection_outputs(images)
             options = score_threshold, num_detections, classes, class_agnostic_nms
             detections = self.find_detections(dense, *options)
             sizes = [size_of(image) for image in images]
@@ -337,10 +340,23 @@ class TensorMask(nn.Module):
                 {"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in detections
             ]
             if self.mask_head is not None:
-                masks = masks_at_windows(self.mask_head, dense.features, detections)
+                masks = masks_at_windows(self.mask_head, dense.features, detections, finest)
                 for result, d, window_masks in zip(results, detections, masks, strict=True):
                     result.update(windows=d.windows, window_masks=window_masks)
         return results
+
+    def _detection_outputs(self, images: list[Tensor]) -> tuple[DenseOutputs, Finest | None]:
+        """Return the outputs of `dense`, with a query those of `sparse.find_sparsely`."""
+        if not finds_sparsely(self.fpn, self.head):
+            return self.dense(images), None
+        batch = self.preprocess(images)
+        features = as_levels(self, "backbone", self.backbone(batch), batch)
+        on_gpu, whole = batch.device.type != "cpu", False
+        if self.mask_head is not None:  # else it reads the finest features of all locations
+            by_boxes = self.nms_on == "boxes" and is_plain(self.mask_head, MaskHead)
+            whole = not (by_boxes and self.mask_head.bipyramid)
+        fpn, head = cast(FPN, self.fpn), self.head
+        return find_sparsely(fpn, head, features, dense_boxes=on_gpu, whole=whole)
 
     def find_detections(
         self,

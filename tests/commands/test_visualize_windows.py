@@ -182,7 +182,7 @@ def test_command_counts_and_draws(head, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "score_threshold", THRESHOLD)
     image = tiny.make_image(HEIGHT, WIDTH)
     inspection = model.inspect(image, score_threshold=THRESHOLD)
-    _, logits, _ = model.dense([image])
+    _, logits, *_ = model.dense([image])
     (found,) = model.detect([image])
     dense = model.mask_head.dense(inspection.features)
     sides = (found["windows"][:, 2] - found["windows"][:, 0]).tolist()

@@ -214,7 +214,7 @@ def test_nms_on_the_boxes_of_masks(box_on: bool) -> None:
         torch.nn.init.constant_(pred.bias, -4.0)  # some masks are empty
     with torch.inference_mode():
         (detection,) = model([make_image(64, 96)])
-        features, logits, _ = model.dense([make_image(64, 96)])
+        features, logits, *_ = model.dense([make_image(64, 96)])
         dense = model.mask_head.dense(features)
     boxes, scores, labels, num_empty = [], [], [], 0
     for level, x in enumerate(logits):
