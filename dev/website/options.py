@@ -1,6 +1,10 @@
-"""A hook of MkDocs: docs/configuration.md gets its tables, from the comments in the source."""
+"""A hook of MkDocs: docs/configuration.md gets its tables, from the comments in the source.
+
+On other pages, the names of options become links to them.
+"""
 
 import ast
+import posixpath
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +14,11 @@ from tensormask.config.node import leaves
 
 SOURCE = Path(__file__).parents[2] / "tensormask" / "config" / "defaults.py"
 MARK = "<!-- options -->"
+# A fenced block, code as the text of a link, or a full key in code, perhaps with a value.
+FULL_KEY = re.compile(
+    r"^(```+).*?^\1$|\[`[^`]*`\]|`(?P<key>[A-Z][A-Z\d_]+(?:\.[A-Z][A-Z\d_]+)+)\b[^`\n]*`",
+    re.MULTILINE | re.DOTALL,
+)
 KEY = re.compile(r"\b[A-Z][A-Z\d_]+(?:\.[A-Z][A-Z\d_]+)*\b")
 
 
@@ -21,14 +30,25 @@ class Options(NamedTuple):
     comment: str
 
 
-def on_page_markdown(markdown: str, page, **_) -> str | None:
-    """Put the tables in place of the mark."""
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Put the tables in place of the mark, or links to them."""
     if page.file.src_uri != "configuration.md":
-        return None
+        folder = posixpath.dirname(page.file.src_uri)
+        return linked(markdown, posixpath.relpath("configuration.md", folder or "."))
     before, mark, after = markdown.partition(MARK)
     if not mark:
         raise ValueError(f"docs/configuration.md: no {MARK}")
     return before + tables(read_options(SOURCE.read_text(encoding="utf-8"))) + after
+
+
+def linked(markdown: str, target: str) -> str:
+    """Return a page with links from the names of options to their rows in the tables."""
+    keys = dict(leaves(get_cfg()))
+
+    def link(match: re.Match) -> str:
+        return f"[{match[0]}]({target}#{match['key']})" if match["key"] in keys else match[0]
+
+    return FULL_KEY.sub(link, markdown)
 
 
 def read_options(source: str) -> list[Options]:

@@ -51,6 +51,16 @@ def test_comments_of_options():
         options.read_options(source.replace("        # Of MAX_ITER.\n", ""))
 
 
+def test_names_of_options_are_links():
+    text = (
+        "`SEED` `SOLVER.STEPS` `TEST.AUG.FLIP True` [`TEST.AMP.DTYPE`](a.md) `MODEL.RPN.IN`\n"
+        "``` text\n`SOLVER.GAMMA`\n```\n"
+    )
+    assert options.linked(text, "../configuration.md") == text.replace(
+        "`SOLVER.STEPS`", "[`SOLVER.STEPS`](../configuration.md#SOLVER.STEPS)"
+    ).replace("`TEST.AUG.FLIP True`", "[`TEST.AUG.FLIP True`](../configuration.md#TEST.AUG.FLIP)")
+
+
 def test_links_lead_to_pages_of_the_site():
     text = (
         "[a](predict.md#results) [b](../MODEL_ZOO.md) [c](../tensormask/cli.py) [d](tour.ipynb)\n"
