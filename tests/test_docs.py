@@ -147,11 +147,21 @@ def test_command_lines(page):
             get_cfg().merge_from_list(getattr(parser.parse_args(arguments), "opts", []))
 
 
+def optional_dependencies() -> dict[str, list[str]]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["optional-dependencies"]
+
+
 @EACH_PAGE
 def test_extras(page):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = set(re.findall(r"(?:tensormask|\.)\[([a-z-]+)\]", read(page)))
-    assert extras <= set(project["optional-dependencies"])
+    extras = re.findall(r"(?:tensormask|\.)\[([a-z,-]+)\]", read(page))
+    assert set(",".join(extras).split(",")) - {""} <= set(optional_dependencies())
+
+
+def test_tables_of_commands_and_extras():
+    rows = {page: re.findall(r"^\| `([^`]*)` ", read(page), re.MULTILINE) for page in PAGES}
+    assert set(COMMANDS) <= set(rows["docs/commands.md"])
+    assert set(optional_dependencies()) <= set(rows["docs/install.md"])
 
 
 @EACH_PAGE
