@@ -1,7 +1,7 @@
 """The curves of a run: metrics over its iterations, from `metrics.json`."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tensormask.engine.events import METRICS, read_metrics
@@ -55,11 +55,6 @@ def smoothed(values: Sequence[float], num: int) -> list[float]:
     """Return the mean of each value and of up to `num - 1` before it."""
     parts = (values[max(0, end - num) : end] for end in range(1, len(values) + 1))
     return [math.fsum(part) / len(part) for part in parts]
-
-
-def last_values(curves: Mapping[str, Curve]) -> dict[str, float]:
-    """Return the last value of each metric."""
-    return {name: values[-1] for name, (_, values) in curves.items()}
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

@@ -75,7 +75,7 @@ def draw_precision(
             axis.plot(recalls, precision, label=name, **_line(number))
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         if legend and curves:
-            axis.legend(loc="lower left")
+            figure.legend(loc="outside lower left", ncols=3, handlelength=1.2)
         return _to_svg(figure, f"{title}: precision over recall")
 
 
