@@ -5,7 +5,7 @@ Letters: K detections, (H, W) the image, P points of a polygon.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ import torch
 
 from tensormask.data.arrays import image_to_rgb
 from tensormask.data.checks.issues import Identity
+from tensormask.data.large_images import LargeImage, open_large_image
 from tensormask.evaluation import coco_results
+from tensormask.evaluation.cropped import mask_regions
 from tensormask.utils.errors import UserError, unknown_name
 from tensormask.utils.files import expand_home, write_atomically
+from tensormask.visualization.colors import instance_color
 from tensormask.visualization.instances import class_name, draw_instances, save_image
+from tensormask.visualization.large import draw_boxes, draw_cropped
 
 ClassChoice = str | int | Iterable[str | int]
+LARGE_DRAWN_SIDE = 4096  # pixels, of the drawing of a large image
 _NUM_LISTED = 6  # classes in a repr
 
 
@@ -31,12 +36,17 @@ class Detections(dict[str, Any]):
     (K, H, W)` bool if the model has a mask head, and `class_names`, a list of K str. The tensors
     can be changed in place. ``len`` is the number of keys, as of every dict.
 
+    Of a large image (`Predictor.predict_tiled`), `masks` would not fit into memory. The keys are
+    `windows (K, 4)` int64, the boxes around the masks, and `window_masks`, in which row k is the
+    mask inside of its window, bool `(h, w)`.
+
     Args:
         fields: the keys above; the names are added.
         size: `(H, W)` of the image in pixels.
         all_class_names: the name of each label of the model.
         category_ids: the COCO category id of each label.
-        image: uint8 RGB `(H, W, 3)`, for `draw`; None saves its memory.
+        image: uint8 RGB `(H, W, 3)`, or of a large image what reads it, for `draw`; None saves its
+            memory.
     """
 
     def __init__(
@@ -46,7 +56,7 @@ class Detections(dict[str, Any]):
         size: tuple[int, int],
         all_class_names: Sequence[str],
         category_ids: Sequence[Identity],
-        image: np.ndarray | None = None,
+        image: np.ndarray | LargeImage | None = None,
     ) -> None:
         super().__init__(fields)
         self.size = size
@@ -132,7 +142,12 @@ class Detections(dict[str, Any]):
 
         Raises:
             ImportError: the package is not installed.
+            UserError: the detections are those of a large image.
         """
+        if "window_masks" in self:
+            raise UserError(
+                "to_supervision needs masks of the whole image: use polygons or to_coco"
+            )
         try:
             import supervision
         except ImportError as error:
@@ -155,19 +170,26 @@ class Detections(dict[str, Any]):
         Raises:
             UserError: the model has no masks.
         """
-        return list(map(_outlines, _to_numpy(self._masks())))
+        return [_outlines(region, x0, y0) for x0, y0, region in self._regions()]
 
     def label_image(self) -> np.ndarray:
         """Return `(H, W)` uint16: 0 is background, n is row n - 1; the better score is on top.
 
         Raises:
-            UserError: the model has no masks.
+            UserError: the model has no masks, or there are more than 65,535 detections.
         """
+        if self.num_detections > np.iinfo(np.uint16).max:
+            raise UserError(
+                f"a label image has 16 bits, and there are {self.num_detections} detections: use "
+                "to_coco, or filter them"
+            )
         labels = np.zeros(self.size, np.uint16)
         order = self["scores"].argsort(stable=True).tolist()
-        masks = _to_numpy(self._masks())
+        regions = list(self._regions())
         for row in order:
-            labels[masks[row]] = row + 1
+            x0, y0, region = regions[row]
+            part = labels[y0 : y0 + region.shape[0], x0 : x0 + region.shape[1]]
+            part[region] = row + 1
         return labels
 
     def draw(self, image: Any = None, **options: Any) -> np.ndarray:
@@ -176,7 +198,11 @@ class Detections(dict[str, Any]):
         Args:
             image: a PIL image, an array or a tensor, as of `data.arrays.image_to_rgb`; None takes
                 the image that was given to the predictor.
-            options: of `visualization.instances.draw_instances`, such as ``magnify=1``.
+            options: of `visualization.instances.draw_instances`, such as ``magnify=1``; of a large
+                image only ``color_by``.
+
+        Of a large image, masks are drawn on a copy whose longer side is at most 4,096 pixels,
+        without texts.
 
         Raises:
             UserError: there is no image.
@@ -184,6 +210,10 @@ class Detections(dict[str, Any]):
         rgb = self.image if image is None else image_to_rgb(image)
         if rgb is None:
             raise UserError("these detections have no image: give it, as in draw(image)")
+        if isinstance(rgb, LargeImage):
+            return self._draw_small(rgb, **options)
+        if "window_masks" in self:
+            return self._draw_small(open_large_image(rgb), **options)
         return draw_instances(
             rgb,
             self["boxes"],
@@ -211,10 +241,20 @@ class Detections(dict[str, Any]):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
 
-    def _masks(self) -> torch.Tensor:
-        if "masks" not in self:
+    def _draw_small(self, image: LargeImage, *, color_by: str = "instance") -> np.ndarray:
+        small, factor = image.thumbnail(LARGE_DRAWN_SIDE)
+        labels = self["labels"].tolist()
+        colors = map(instance_color, labels if color_by == "class" else range(len(labels)))
+        if "window_masks" not in self:
+            return draw_boxes(small, factor, _to_numpy(self["boxes"]), colors)
+        return draw_cropped(small, factor, self._regions(), colors)
+
+    def _regions(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield `(x0, y0, region)` per mask: bool `(h, w)`, outside of which it is empty."""
+        if "masks" not in self and "window_masks" not in self:
             raise UserError("these detections have no masks: the model has none (MODEL.MASK_ON)")
-        return self["masks"]
+        fields = self if "masks" not in self else {"masks": self["masks"].detach().cpu()}
+        return ((x0, y0, region.numpy()) for x0, y0, region in mask_regions(fields, self.size))
 
 
 def check_limits(threshold: float | None, max_detections: int | None) -> None:
@@ -259,8 +299,8 @@ def _to_numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
 
 
-def _outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Return the outer outlines of a bool mask `(H, W)` along the edges of its pixels."""
+def _outlines(mask: np.ndarray, x0: int, y0: int) -> list[np.ndarray]:
+    """Return the outer outlines of a bool mask along the edges of its pixels, moved by x0, y0."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return []
@@ -270,7 +310,8 @@ def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     # contours turn at 2i on a left or upper edge and at 2i + 1 on others: the edges i and i + 1.
     doubled = cropped.repeat(2, axis=0).repeat(2, axis=1)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [_corners((contour[:, 0] + 1) // 2 + (x, y)) for contour in contours]
+    corner = (x0 + x, y0 + y)
+    return [_corners((contour[:, 0] + 1) // 2 + corner) for contour in contours]
 
 
 def _corners(points: np.ndarray) -> np.ndarray:

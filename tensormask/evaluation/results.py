@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tensormask.data.checks.issues import Identity
 from tensormask.data.checks.segmentation import check_rle, segmentation_to_rle
+from tensormask.evaluation.cropped import mask_regions
 from tensormask.evaluation.ground_truth import has_box, is_finite_number
-from tensormask.layers import paste_regions
 from tensormask.modeling.inference import read_detection
 from tensormask.utils.errors import UserError
 
@@ -43,7 +43,7 @@ def coco_results(
     Args:
         detections: `boxes (K, 4)` float xyxy in pixels, `scores (K,)`, `labels (K,)` int64 from 0,
             on any device; for masks `masks (K, H, W)` bool, or `windows (K, 4)` and `window_masks`,
-            K tensors `(V, U)`, as of `TensorMask.detect`.
+            K tensors `(V, U)`, as of `TensorMask.detect`, or `CroppedMasks`.
         category_ids: the COCO category id of each label; None for a class that the data set does
             not have, whose detections are left out.
         size: `(height, width)` of the image in pixels: required with `window_masks`, optional with
@@ -281,7 +281,7 @@ def _encoded_masks(
         return None
     if size is None:
         raise ValueError("window_masks need the size of the image")
-    regions = paste_regions(detections["window_masks"], detections["windows"], size)
+    regions = mask_regions(detections, size)
     return (encode_region(region, x0, y0, size) for x0, y0, region in regions)
 
 

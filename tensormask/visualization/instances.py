@@ -111,10 +111,11 @@ def draw_instances(
         areas = {row: _area(masks[row], extents[row]) for row in drawn}
         for row in sorted(drawn, key=lambda row: -areas[row]):
             width = line_width(OUTLINE_WIDTH, scale)
-            _draw_mask(canvas, masks[row], extents[row], factor, color_of[row], width)
+            x0, y0, x1, y1 = extents[row]
+            draw_region(canvas, masks[row, y0:y1, x0:x1], (x0, y0), color_of[row], width, factor)
     for row in drawn:
         if has_box[row] and (draw_boxes or masks is None):
-            _draw_rectangle(canvas, corners[row], color_of[row], line_width(BOX_WIDTH, scale))
+            draw_rectangle(canvas, corners[row], color_of[row], line_width(BOX_WIDTH, scale))
     if class_names is not None and len(class_names) == 1:
         names = [""] * num_objects
     else:
@@ -170,12 +171,12 @@ def draw_windows(
             region = canvas[max(y0, 0) : y1, max(x0, 0) : x1]
             region[:] = _tint(region, instance_color(index))
         else:
-            _draw_rectangle(canvas, boxes[index], WHITE, thick)
+            draw_rectangle(canvas, boxes[index], WHITE, thick)
             cv2.line(canvas, (x0, y0), (x1 - 1, y1 - 1), WHITE, thin, cv2.LINE_AA)
             cv2.line(canvas, (x0, y1 - 1), (x1 - 1, y0), WHITE, thin, cv2.LINE_AA)
     for index, window in zip(matched.tolist(), windows, strict=True):
         color, (x0, y0, x1, y1) = instance_color(index), window.tolist()
-        _draw_rectangle(canvas, window, color, thin)
+        draw_rectangle(canvas, window, color, thin)
         cv2.circle(canvas, ((x0 + x1) // 2, (y0 + y1) // 2), thick, color, cv2.FILLED)
     return canvas
 
@@ -247,18 +248,31 @@ def _colors(labels: np.ndarray, color_by: str, colors: Any | None) -> list[Color
     return [(red, green, blue) for red, green, blue in given.reshape(-1, 3).tolist()]
 
 
-def _draw_mask(
-    canvas: np.ndarray, mask: np.ndarray, extent: np.ndarray, factor: int, color: Color, width: int
+def draw_region(
+    canvas: np.ndarray,
+    mask: np.ndarray,
+    corner: tuple[int, int],
+    color: Color,
+    width: int,
+    factor: int = 1,
 ) -> None:
-    """Tint `mask`, given before magnification, in `canvas`, and draw its outline inside of it."""
-    x0, y0, x1, y1 = extent
-    inside = enlarge(mask[y0:y1, x0:x1].view(np.uint8), factor)
+    """Tint a mask in `canvas`, and draw its outline inside of it.
+
+    Args:
+        canvas: `(H, W, 3)` uint8 RGB, which is changed.
+        mask: bool `(h, w)`, before magnification.
+        corner: x and y of the mask, before magnification.
+        width: of the outline in pixels.
+        factor: by which the canvas is magnified.
+    """
+    inside = enlarge(mask.view(np.uint8), factor)
     if not inside.size:
         return
     # Outlines are inside the masks: those of touching objects are next to each other.
     padded = cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1]
-    region = canvas[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
+    x, y = corner[0] * factor, corner[1] * factor
+    region = canvas[y : y + inside.shape[0], x : x + inside.shape[1]]
     cv2.copyTo(_tint(region, color), inside, region)
     region[inside.astype(bool) & (depth <= width)] = color
 
@@ -274,7 +288,7 @@ def _tint(region: np.ndarray, color: Color) -> np.ndarray:
     return cv2.LUT(region, levels.round().astype(np.uint8)) if region.size else region
 
 
-def _draw_rectangle(canvas: np.ndarray, corners: np.ndarray, color: Color, width: int) -> None:
+def draw_rectangle(canvas: np.ndarray, corners: np.ndarray, color: Color, width: int) -> None:
     """Draw lines of `width` pixels inside of a box, int xyxy."""
     x0, y0, x1, y1 = corners.tolist()
     for step in range(max(1, min(width, (x1 - x0) // 2, (y1 - y0) // 2))):

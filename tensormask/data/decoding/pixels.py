@@ -4,6 +4,8 @@ bool is False 0 and True 255, uint8 is taken as it is, all other integers are st
 range for all channels of an image, and floating values are 0..1. Alpha is dropped.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from tensormask.utils.errors import UserError
@@ -48,14 +50,32 @@ def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _stretch_by_table(values: np.ndarray) -> np.ndarray:
     """Return the same for a large image of up to 16 bits, from the number of pixels per value."""
-    first = int(values.min())
-    counts = np.bincount(values.ravel().astype(np.int64) - first)
+    lowest, table = stretching_table([values], values.dtype)
+    return table[values.astype(np.int64) - lowest]
+
+
+def stretching_table(parts: Iterable[np.ndarray], dtype: np.dtype) -> tuple[int, np.ndarray]:
+    """Return what `stretch_to_8_bits` makes of each value of an image that is read by parts.
+
+    Args:
+        parts: of the image, each of its pixels once.
+        dtype: of the values, integers of up to 16 bits.
+
+    Returns:
+        - the lowest value of the dtype;
+        - uint8, from this value on: item `value - lowest` is the value in 8 bits.
+    """
+    limits = np.iinfo(dtype)
+    first = int(limits.min)
+    counts = np.zeros(int(limits.max) - first + 1, np.int64)
+    for part in parts:
+        counts += np.bincount(part.ravel().astype(np.int64) - first, minlength=len(counts))
     levels = np.arange(first, first + len(counts), dtype=np.float64)
     ends = counts.cumsum()
 
     def percentile(percent: float) -> float:
         """As np.percentile, which interpolates between two of the sorted values."""
-        position = percent / 100 * (values.size - 1)
+        position = percent / 100 * (int(ends[-1]) - 1)
         index = int(position)
         lower, upper = levels[np.searchsorted(ends, (index, index + 1), side="right")]
         share = position - index
@@ -65,8 +85,9 @@ def _stretch_by_table(values: np.ndarray) -> np.ndarray:
 
     low, high = percentile(_DARK_PERCENTILE), percentile(_BRIGHT_PERCENTILE)
     if low == high:
-        low, high = levels[0], levels[-1]
-    return _stretch(levels, low, high)[values.astype(np.int64) - first]
+        present = levels[counts > 0]
+        low, high = present[0], present[-1]
+    return first, _stretch(levels, low, high)
 
 
 def values_to_rgb(
