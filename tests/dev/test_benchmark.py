@@ -232,6 +232,20 @@ def test_every_subcommand_has_help(capsys):
         assert "--json" in capsys.readouterr().out
 
 
+# ---- evaluation ----
+
+
+def test_evaluators_are_timed_on_the_same_set(tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval")
+    words = ["evaluation", "--images", "3", "--detections", "20", "--iou-types", "bbox", "segm"]
+    assert benchmark.main([*words, "--json", str(tmp_path / "a.json")]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [row["evaluator"] for row in rows] == 2 * ["pycocotools", "faster_coco_eval"]
+    for ours, theirs in (rows[:2], rows[2:]):
+        assert theirs["AP"] == pytest.approx(ours["AP"])
+        assert 5 < ours["AP"] < 95
+
+
 # ---- reading data ----
 
 
