@@ -26,6 +26,7 @@ from tensormask.data import catalog, get_dataset
 from tensormask.data.checks.segmentation import segmentation_to_rle
 from tensormask.data.formats import convert as conversion
 from tensormask.data.formats.convert import convert, guess_format
+from tensormask.data.formats.source import KINDS
 from tensormask.utils.errors import UserError
 
 NUM_IMAGES, NUM_TRAIN = 8, 6
@@ -250,3 +251,11 @@ def test_a_data_yaml_is_converted_again_when_its_labels_change(tmp_path, monkeyp
     (tmp_path / "data_train.coco.json").write_text("{}")
     with pytest.raises(UserError, match="not from TensorMask"):
         get_dataset(name)
+
+
+def test_the_docs_have_all_kinds():
+    text = (Path(__file__).parents[3] / "docs" / "data_issues.md").read_text(encoding="utf-8")
+    rows = text.partition("## In a conversion")[2].splitlines()
+    assert [row for row in rows if row.startswith("| `")] == [
+        f"| `{kind}` | {issue.meaning} | {issue.outcome} |" for kind, issue in KINDS.items()
+    ]

@@ -29,6 +29,8 @@ def test_yolo(tmp_path, prefix, end):
     assert names(source) == [NAMES[1]] * 2
     np.testing.assert_array_equal(masks(source)[0], [square()])
     assert source.images[0].objects[0].box == [2, 2, 4, 4]
+    # The six decimals of the file are not enough for exact coordinates.
+    assert source.images[0].objects[0].segmentation == [np.ravel(SQUARE).tolist()]
     assert not source.issues
 
 
