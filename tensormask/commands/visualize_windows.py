@@ -1,7 +1,7 @@
-"""Draw a model's windows: `tensormask visualize windows --config-file FILE --input IMAGE`.
+"""Draw a model's windows: `tensormask visualize windows IMAGE --weights FILE`.
 
 Shows which windows fire, and the masks of all windows as two views of one 4D tensor; see
-docs/representation.md.
+docs/representation.md. With `--html`, it is a page on which every window can be looked at.
 """
 
 import logging
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensormask.checkpoint.downloads import packaged_file
+from tensormask.checkpoint.zoo import PACKAGED
 from tensormask.commands.common import (
     CommandParser,
     add_config_file,
     add_overrides,
     exits_on_user_error,
-    read_config,
 )
 from tensormask.data.geometry import transform_image
 from tensormask.data.images import read_image
@@ -34,6 +35,8 @@ from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.windows import Windows
 from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
+from tensormask.utils.extras import require
+from tensormask.visualization.explorer import write_explorer
 from tensormask.visualization.grid import WHITE, captioned, fit, montage, side_by_side, titled
 from tensormask.visualization.instances import (
     DIMMED,
@@ -54,6 +57,7 @@ from tensormask.visualization.windows import (
 )
 
 LEVEL_FILE, OVERVIEW = "level_{}.png", "windows.png"
+DEFAULT_OUTPUT, DEFAULT_PAGE = "output/windows", "output/windows.html"
 PANEL_SIDE = 512  # pixels: of images and of score maps
 TILE_SIDE, MAX_TILES = 64, 8  # of the natural view
 SLICE_SIDE, MAX_SLICES = 112, 5  # of the aligned view
@@ -70,20 +74,31 @@ def build_parser() -> CommandParser:
         "view.",
         epilog="Memory: one level at a time; its aligned tensor takes 4 V U H W bytes, 60 MB for "
         "masks of 15 x 15 on p2 of an image of 800 x 1344 pixels. For such an image the command "
-        "takes about 2 GB.",
-        example="--config-file quickstart --weights output/quickstart/model_final.pth "
-        "--input image.jpg",
+        "takes about 2 GB. A page of --html contains all windows: INPUT.MIN_SIZE_TEST and --levels "
+        "make it smaller.",
+        example="image.jpg --weights output/quickstart/model_final.pth",
     )
-    add_config_file(parser)
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image")
+    parser.add_argument("--input", metavar="FILE", help="the same")
+    add_config_file(parser, default="")
     parser.add_argument(
-        "--weights", default="", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)"
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="a checkpoint, by path, URL or name (default: MODEL.WEIGHTS of --config-file, or "
+        f"without one {PACKAGED}, which finds cell nuclei)",
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help="an image")
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="write one page of HTML, on which the scores, masks and both views of every window "
+        "can be looked at (needs the extra 'report')",
+    )
     parser.add_argument(
         "--output",
-        default="output/windows",
         metavar="DIR",
-        help=f"folder for level_p2.png, ... and {OVERVIEW} (default: %(default)s)",
+        help=f"folder for level_p2.png, ... and {OVERVIEW}, or the file of --html (default: "
+        f"{DEFAULT_OUTPUT}, {DEFAULT_PAGE})",
     )
     parser.add_argument(
         "--threshold",
@@ -274,16 +289,42 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 <= args.threshold < 1:
         raise UserError(f"--threshold is {args.threshold}; give a score in 0..1, below 1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    output = Path(args.output)
-    predictor = Predictor(read_config(args.config_file, args.opts), args.weights or None)
+    image = args.image or args.input
+    if not image or (args.image and args.input):
+        raise UserError("give one image, as IMAGE or by --input")
+    if args.html:
+        require("jinja2", extra="report")
+    output = Path(args.output or (DEFAULT_PAGE if args.html else DEFAULT_OUTPUT))
+    source = args.config_file or args.weights
+    weights = args.weights if args.config_file and args.weights else None
+    predictor = Predictor(source or packaged_file(), weights, overrides=args.opts)
     names = predictor.model.windows.level_names
     levels = chosen_levels(names, args.levels)
-    for name in (OVERVIEW, *(LEVEL_FILE.format(name) for name in names)):
-        if (output / name).resolve() == Path(args.input).resolve():
-            raise UserError(f"{args.input} would be overwritten: give another --output")
-    rgb = read_image(args.input)
+    files = [output / name for name in (OVERVIEW, *(LEVEL_FILE.format(name) for name in names))]
+    if any(path.resolve() == Path(image).resolve() for path in [output, *files]):
+        raise UserError(f"{image} would be overwritten: give another --output")
+    if args.html and output.is_dir():
+        raise UserError(f"{output} is a folder: --html writes one file, --output {output}.html")
+    rgb = read_image(image)
     geometry = predictor.transform.draw(rgb.shape[:2], np.random.default_rng(0))
+    rgb = transform_image(rgb, geometry)
     with torch.inference_mode():
-        draw(predictor, transform_image(rgb, geometry), levels, args.threshold, output)
+        if args.html:
+            model_name = Path(weights or source or PACKAGED).name
+            inspection = predictor.model.inspect(
+                image_to_tensor(rgb), score_threshold=args.threshold
+            )
+            write_explorer(
+                output,
+                inspection,
+                rgb,
+                levels,
+                class_names=predictor.class_names,
+                model_name=model_name,
+                image_name=Path(image).name,
+            )
+            print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, open it in a browser")
+            return 0
+        draw(predictor, rgb, levels, args.threshold, output)
     print(f"{len(levels)} levels and {OVERVIEW} written to {output}")
     return 0

@@ -104,14 +104,23 @@ def aligned_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size
     natural view.
     """
     if mask_head.aligned:
-        finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
-        masks = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
-        (masks,) = mask_head.upsampled(masks)
-        side = round(len(masks) ** 0.5)
-        return masks.unflatten(0, (side, side)).float()
+        masks = predicted_tensor(mask_head, features, level, size)
+        (upsampled,) = mask_head.upsampled(masks.flatten(0, 1)[None])
+        return upsampled.unflatten(0, masks.shape[:2])
     grid = features[level].shape[-2:]
     masks = natural_masks(mask_head, features, level, size, torch.ones(grid).nonzero())
     return nat2align(masks.permute(1, 2, 0).unflatten(2, grid))
+
+
+def predicted_tensor(mask_head: MaskHead, features: list[Tensor], level: int, size: int) -> Tensor:
+    """Return what the last convolution of the mask head predicts on a level, Tensor[V, U, H, W].
+
+    It is aligned or natural, like the head, before it is upsampled, upscaled or swapped.
+    """
+    finest = mask_head.mask_subnet(features[0]) if mask_head.bipyramid else None
+    (masks,) = mask_head.mask_pred[size](mask_head.level_features(features, level, finest))
+    side = round(len(masks) ** 0.5)
+    return masks.unflatten(0, (side, side)).float()
 
 
 def aligned_units(mask_head: MaskHead, level: int) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""The command `tools/visualize_windows.py`: its counts and views are those of the model."""
+"""The command `visualize windows`: its counts and views are those of the model."""
 
 import functools
 import itertools
@@ -246,12 +246,26 @@ def test_windows_that_fire_are_drawn(saved_run):
     assert (changed[0].min(), changed[0].max()) == (10 * scale, 54 * scale - 1)
 
 
+def test_a_page_of_all_windows(saved_run, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    folder, command = saved_run
+    page, words = tmp_path / "new" / "a.html", command[:-4]
+    words += ["--html", str(folder / "image.png"), "--levels", "p3,p5"]
+    assert visualize_windows.main([*words, "--output", str(page)]) == 0
+    assert capsys.readouterr().out.strip().endswith("MB, open it in a browser")
+    html = page.read_text(encoding="utf-8")
+    assert "model.pth on image.png</h1>" in html
+    assert [f"{name}, " in html for name in ("p2", "p3", "p4", "p5")] == [False, True, False, True]
+
+
 def test_mistakes_are_one_line(saved_run, tmp_path, capsys):
     command = [*saved_run[1], "--output", str(tmp_path)]
     for more, message in (
         (["--threshold", "1.5"], "score in 0..1"),
         (["--levels", "p2,p9"], "unknown level p9; the model's levels are p2, p3"),
         (["--input", str(tmp_path / "no.png")], "no.png"),
+        (["image.png"], "give one image, as IMAGE or by --input"),
+        (["--html"], "is a folder: --html writes one file"),
         (["MODEL.TENSOR_MASK.HAED", "bipyramid"], "HEAD"),
     ):
         assert visualize_windows.main([*command, *more]) == 2
