@@ -16,7 +16,8 @@ SOURCE = Path(__file__).parents[2] / "tensormask" / "config" / "defaults.py"
 MARK = "<!-- options -->"
 # A fenced block, code as the text of a link, or a full key in code, perhaps with a value.
 FULL_KEY = re.compile(
-    r"^(```+).*?^\1$|\[`[^`]*`\]|`(?P<key>[A-Z][A-Z\d_]+(?:\.[A-Z][A-Z\d_]+)+)\b[^`\n]*`",
+    r"^(```+|~~~+).*?^\1$|\[`[^`]*`\]"
+    r"|(?<!`)`(?P<key>[A-Z][A-Z\d_]+(?:\.[A-Z][A-Z\d_]+)+)\b[^`\n]*`(?!`)",
     re.MULTILINE | re.DOTALL,
 )
 KEY = re.compile(r"\b[A-Z][A-Z\d_]+(?:\.[A-Z][A-Z\d_]+)*\b")

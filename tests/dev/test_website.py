@@ -54,7 +54,7 @@ def test_comments_of_options():
 def test_names_of_options_are_links():
     text = (
         "`SEED` `SOLVER.STEPS` `TEST.AUG.FLIP True` [`TEST.AMP.DTYPE`](a.md) `MODEL.RPN.IN`\n"
-        "``` text\n`SOLVER.GAMMA`\n```\n"
+        "``` text\n`SOLVER.GAMMA`\n```\n~~~~\n`SOLVER.GAMMA`\n~~~~\n``SOLVER.GAMMA``\n"
     )
     assert options.linked(text, "../configuration.md") == text.replace(
         "`SOLVER.STEPS`", "[`SOLVER.STEPS`](../configuration.md#SOLVER.STEPS)"
