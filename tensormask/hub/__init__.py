@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tensormask.checkpoint.hub import find_in_folder, find_on_hub
+from tensormask.checkpoint.downloads import resolve
+from tensormask.checkpoint.hub import find_on_hub
 from tensormask.modeling import TensorMask
 from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
@@ -35,7 +36,8 @@ def from_pretrained(
     `Predictor("hf://user/model")` has the class names and the threshold too, and reads images.
 
     Args:
-        source: a folder, or "user/model" (also "user/model@revision" and "hf://user/model").
+        source: a folder or a checkpoint, or "user/model" (also "user/model@revision" and
+            "hf://user/model").
         revision: a branch, a tag or a commit; None: that of the name, or the default branch.
         token: of the Hub; None: the one of `hf auth login` or HF_TOKEN.
         device, overrides: as of `Predictor`.
@@ -48,8 +50,8 @@ def from_pretrained(
         OSError: the download failed.
     """
     name = expand_home(source)
-    if os.path.isdir(name):
-        path = find_in_folder(name)
+    if os.path.exists(name):
+        path = resolve(name)
     else:
         path = find_on_hub(name.removeprefix("hf://"), revision=revision, token=token)
     return Predictor(path, device=device, overrides=overrides).model

@@ -77,9 +77,10 @@ def test_a_folder_has_the_weights_in_their_precision_and_predicts_the_same(folde
 
 
 def test_from_pretrained_returns_a_model_to_predict_with(folder):
-    model = tensormask.from_pretrained(folder, device="cpu", overrides=["TEST.MAX_DETS", 7])
-    assert isinstance(model, tensormask.TensorMask)
-    assert not model.training
+    for source in (folder, str(folder / "model.safetensors")):
+        model = tensormask.from_pretrained(source, device="cpu", overrides=["TEST.MAX_DETS", 7])
+        assert isinstance(model, tensormask.TensorMask)
+        assert not model.training
 
 
 def test_config_json_is_a_copy_for_people(folder):
