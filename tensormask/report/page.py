@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensormask.config import get_cfg
+from tensormask.config.node import leaves
 from tensormask.evaluation.error_kinds import KINDS
 from tensormask.report.curves import choose_metrics
 from tensormask.report.figures import NUM_COLORS, draw_curves, draw_precision
@@ -34,7 +36,7 @@ def write_report(runs: Sequence[Run], path: Path, *, num_images: int = NUM_IMAGE
         speed=compare([run.speed() for run in runs]),
         curves=_draw_metrics(runs),
         sets=[_describe_set(name, runs, num_images) for name in sets],
-        options=compare([run.changed_options() for run in runs]),
+        options=changed_options(runs),
         differ=len(runs) > 1,
     )
 
@@ -48,6 +50,16 @@ def compare(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]
     """
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name) for column in columns]) for name in names]
+
+
+def changed_options(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Return the rows of `compare` of the options that a run does not leave at its default."""
+    defaults = {key: str(value) for key, value in leaves(get_cfg())}
+    return [
+        (key, values)
+        for key, values in compare([run.options() for run in runs])
+        if {*values} - {None, defaults.get(key)}
+    ]
 
 
 def _svg(markup: str) -> Any:

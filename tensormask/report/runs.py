@@ -87,17 +87,17 @@ class Run:
         for name, evaluation in self.evaluations.items():
             yield f"{name}: " if len(self.evaluations) > 1 else "", evaluation
 
-    def changed_options(self) -> dict[str, str]:
-        """Return the options of the config that differ from the defaults, with their values.
+    def options(self) -> dict[str, str]:
+        """Return the values of all options by key.
 
         It is empty for a config of another version of TensorMask, which cannot be read any more.
         """
-        defaults, cfg = dict(leaves(get_cfg())), get_cfg()
+        cfg, path = get_cfg(), self.folder / CONFIG
         try:
-            cfg.merge_from_file(str(self.folder / CONFIG))
+            cfg.merge_from_file(str(path))
         except (ValueError, OSError, KeyError):
             return {}
-        return {key: str(value) for key, value in leaves(cfg) if value != defaults.get(key)}
+        return {key: str(value) for key, value in leaves(cfg)}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

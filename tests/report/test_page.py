@@ -12,7 +12,7 @@ from run_folders import write_run
 
 from tensormask import cli
 from tensormask.report.images import choose_images
-from tensormask.report.page import _confusion
+from tensormask.report.page import _confusion, changed_options
 from tensormask.report.runs import Evaluation, read_runs
 
 pytest.importorskip("jinja2")
@@ -63,7 +63,19 @@ def test_runs_beside_each_other(folders, tmp_path):
     first, second = map(float, re.findall(r"<td>(.*?)</td>", row))
     assert first > second > 0
     assert re.search(r"iterations</th><td>–</td><td>980</td>", table)
-    assert 'class="differs"><th scope="row">SOLVER.MAX_ITER' in html
+
+
+def test_options_that_differ(tmp_path):
+    """Also from a run that leaves them at the default, but not from one without a config."""
+    folders = [write_run(tmp_path / name) for name in "abc"]
+    for folder, seed in zip(folders, (7, -1), strict=False):
+        (folder / "config.yaml").write_text(f"SOLVER:\n  MAX_ITER: 77\nSEED: {seed}\n")
+    assert changed_options(read_runs(folders)) == [
+        ("SOLVER.MAX_ITER", ["77", "77", None]), ("SEED", ["7", "-1", None]),
+    ]  # fmt: skip
+    html = make([*map(str, folders)], tmp_path / "abc.html")
+    assert 'class="differs"><th scope="row">SEED' in html
+    assert '<tr><th scope="row">SOLVER.MAX_ITER' in html
 
 
 def test_without_the_data_set_there_are_no_images(folders, tmp_path):
@@ -113,7 +125,7 @@ def test_a_config_that_cannot_be_read_any_more(tmp_path):
     folder = write_run(tmp_path / "a")
     (folder / "config.yaml").write_text("NOT_A_KEY: 1\n")
     (run,) = read_runs([folder])
-    assert run.changed_options() == {}
+    assert run.options() == {}
     assert run.config == "NOT_A_KEY: 1\n"
 
 
