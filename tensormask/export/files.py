@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+import tensormask
 from tensormask.export.graph import DetectionGraph
 from tensormask.layers import op_backend
+from tensormask.predictor import Predictor
 from tensormask.utils.extras import require
 from tensormask.utils.files import write_atomically
 
@@ -63,3 +65,22 @@ def write_onnx(program: ExportedProgram, path: Path, description: dict[str, Any]
 def _names(program: ExportedProgram) -> list[str]:
     """Return the names of the outputs, which are a dict."""
     return list(program.call_spec.out_spec.context)
+
+
+def describe(predictor: Predictor, graph: DetectionGraph) -> dict[str, Any]:
+    """Return what a user of the file has to know, as numbers, texts and lists of them."""
+    model, transform = predictor.model, predictor.transform
+    mean = model.pixel_mean.flatten().tolist()
+    mean = mean[::-1] if model.channel_order == "BGR" else mean
+    return {
+        "class_names": predictor.class_names,
+        "category_ids": predictor.category_ids,
+        "score_threshold": predictor.score_threshold,
+        "lowest_score": model.score_threshold,
+        "input_size": list(graph.size),
+        "pixel_order": "RGB",
+        "min_size": transform.min_sizes[0],
+        "max_size": transform.max_size,
+        "padding_color": [min(max(round(value), 0), 255) for value in mean],
+        "tensormask_version": tensormask.__version__,
+    }

@@ -261,4 +261,5 @@ def _in_order(rows: list[Tensor], values: list[Tensor], like: Tensor) -> Tensor:
     """Return the values of all rows (M, ...) from those of parts of the rows; 0 for others."""
     row = torch.cat(rows)
     place = torch.full_like(like, row.shape[0]).scatter(0, row, torch.arange(row.shape[0]))
-    return torch.cat([*values, torch.zeros_like(values[0][:1])])[place]
+    zero = values[0].new_zeros(1, *values[0].shape[1:])
+    return torch.cat([*values, zero])[place]
