@@ -10,6 +10,7 @@ from torchvision.models.resnet import Bottleneck
 
 from tensormask.modeling import TensorMask
 from tensormask.modeling.head import DenseOutputs
+from tensormask.modeling.inputs import padded_size
 
 # COCO's small, medium and large objects: their share, and the range of their longer side in
 # pixels, in an image whose shorter side is 480 px.
@@ -120,22 +121,35 @@ def make_up_scores(model: TensorMask) -> None:
     """
     dense = model.dense
     made: dict[tuple[int, int], list[Tensor]] = {}  # per level, by image size
+
+    def dense_with_scores(images: list[Tensor]) -> DenseOutputs:
+        outputs = dense(images)
+        size = (max(x.shape[1] for x in images), max(x.shape[2] for x in images))
+        if size not in made:
+            made[size] = [x.to(outputs.logits[0]) for x in make_up_logits(model, size)]
+        logits = [x.expand(len(images), *x.shape) for x in made[size]]
+        return outputs._replace(logits=logits)
+
+    vars(model)["dense"] = dense_with_scores
+
+
+def make_up_logits(
+    model: TensorMask, size: tuple[int, int], *, finest_only: bool = False
+) -> list[Tensor]:
+    """Return the logits of `make_up_scores` for images of a size, per level (C, H, W).
+
+    With ``finest_only``, all detections are on the finest level.
+    """
     # Half of the strong ones may be suppressed by others.
     num_strong = 2 * model.num_detections
     lowest = math.log(model.score_threshold / (1 - model.score_threshold)) + 0.1
     strong = torch.linspace(4.0, 0.0, num_strong)
     weak = torch.linspace(lowest, -0.1, max(0, model.num_candidates - num_strong))
     largest = [max(sides) for sides in model.windows.sizes]
-
-    def dense_with_scores(images: list[Tensor]) -> DenseOutputs:
-        outputs = dense(images)
-        size = (max(x.shape[1] for x in images), max(x.shape[2] for x in images))
-        if size not in made:
-            counts = objects_per_level(largest, size, model.num_detections)
-            shapes = [x.shape[1:] for x in outputs.logits]
-            logits = scatter_logits(shapes, counts, strong, weak)
-            made[size] = [x.to(outputs.logits[0]) for x in logits]
-        logits = [x.expand(len(images), *x.shape) for x in made[size]]
-        return outputs._replace(logits=logits)
-
-    vars(model)["dense"] = dense_with_scores
+    counts = objects_per_level(largest, size, model.num_detections)
+    if finest_only:
+        counts = [model.num_detections] + [0] * (len(counts) - 1)
+    channels = model.windows.num_sizes * model.num_classes
+    height, width = padded_size(*size, model.size_divisor)
+    shapes = [(channels, -(-height // s), -(-width // s)) for s in model.windows.strides]
+    return scatter_logits(shapes, counts, strong, weak)

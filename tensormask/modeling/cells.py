@@ -103,15 +103,26 @@ def cells_of_layers(num_layers: int, wanted: Tensor) -> list[Cells]:
     return [Cells.touching(dilate(wanted, reach)) for reach in reversed(range(num_layers))]
 
 
-def are_faster(layers: Sequence[PlainLayer], wanted: Tensor, device: torch.device) -> bool:
-    """Return whether `convolve_cells` takes less time than convolutions of the feature map."""
+def are_faster(
+    layers: Sequence[PlainLayer],
+    wanted: Tensor,
+    device: torch.device,
+    max_work: float | None = None,
+) -> bool:
+    """Return whether `convolve_cells` takes less time than convolutions of the feature map.
+
+    ``max_work``: the largest share of the multiplications.
+    """
     sizes = [layer.conv.weight.numel() for layer in layers]
     regions = cells_of_layers(len(layers), wanted)
     work = sum(size * SIDE**2 * len(cells.n) for size, cells in zip(sizes, regions, strict=True))
     whole = sum(sizes) * wanted.numel()
     if device.type != "cpu" and whole - work < MIN_SAVED_ON_GPU:
         return False
-    return wanted.numel() >= MIN_LOCATIONS and work <= _MAX_WORK * whole
+    return (
+        wanted.numel() >= MIN_LOCATIONS
+        and work <= (_MAX_WORK if max_work is None else max_work) * whole
+    )
 
 
 def as_rows(x: Tensor) -> Tensor:

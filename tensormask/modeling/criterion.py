@@ -27,6 +27,7 @@ from tensormask.modeling.losses import (
     mask_loss,
 )
 from tensormask.modeling.mask_head import MaskHead
+from tensormask.modeling.query import query_loss, query_targets
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 
@@ -189,6 +190,9 @@ class Criterion(nn.Module):
                 qualities = [ious[rows] for rows in levels]
                 result["loss_cls"] = self.quality_loss(dense.logits, positives, qualities) / divisor
             result["loss_box_reg"] = self.box_loss_weight * loss_box / divisor
+        if dense.query is not None:
+            targets_of_query = to_device(query_targets(assignment), device)
+            result["loss_query"] = query_loss(dense.query, targets_of_query) / divisor
         if mask_head is not None:
             masks = [t["masks"] for t in targets]
             losses = self._mask_losses(

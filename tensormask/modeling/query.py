@@ -126,6 +126,9 @@ def query_targets(assignment: Assignment) -> Tensor:
 def query_loss(logits: Tensor, positives: Tensor) -> Tensor:
     """Return FL* of the query, summed over locations.
 
+    The classes' loss has the same form, constants and divisor, so that the query counts like one
+    more class of a level, and its loss needs no weight.
+
     Args:
         logits: (N, 1, H, W).
         positives: of `query_targets`, on the device of the logits.

@@ -22,6 +22,10 @@ from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead, DenseOutputs, apply_tower
 from tensormask.modeling.mask_head import MaskHead
 
+# Of the features of the finest level. Where more are needed at once, it is likely that the masks
+# need the rest, too, and in two parts they take longer.
+_MAX_FEATURES = 0.4
+
 
 class Finest:
     """The features of the finest level of a batch, computed on demand.
@@ -46,7 +50,7 @@ class Finest:
         if not missing.any() and self.features is not None:
             return self.features
         layers = self.fpn.plain_output()
-        if layers is not None and are_faster(layers, missing, self.x.device):
+        if layers is not None and are_faster(layers, missing, self.x.device, _MAX_FEATURES):
             found = self.fpn.finest_at(self.x, self.above, missing)
             if found is not None:
                 if self.features is None:

@@ -197,7 +197,8 @@ class TensorMask(nn.Module):
               ``masks`` (K, height, width) bool, best first.
 
             ``loss_mask`` and ``masks`` need a mask head, ``loss_box_reg`` needs a box head.
-            ``dice_loss_weight`` adds a ``loss_dice``, and ``mask_iou`` a ``loss_mask_iou``.
+            ``dice_loss_weight`` adds a ``loss_dice``, ``mask_iou`` a ``loss_mask_iou``, and a query
+            a ``loss_query``.
 
         Raises:
             UserError: an image or target has an invalid shape, dtype or range, their numbers

@@ -33,6 +33,7 @@ CASES = {
     "upscale_aligned": ("upscale_aligned", []),
     "losses of overlap": ("bipyramid", [*_OVERLAP, *_OF_MASKS]),
     "assignment by predictions": ("bipyramid", [_HEAD + "ASSIGNMENT", "aligned"]),
+    "query": ("bipyramid", [_HEAD + "QUERY_ON", True]),
     "no boxes": ("bipyramid", _NO_BOXES),
     "no masks": ("natural", ["MODEL.MASK_ON", False]),
     "batch norm, averages, clipped": (

@@ -6,7 +6,7 @@ import torch
 from pretended_cuda import pretend
 from torch.testing import assert_close
 
-from tensormask.modeling import cells, tensormask
+from tensormask.modeling import cells, sparse, tensormask
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.query import Query, query_loss, query_targets
 from tensormask.modeling.windows import Windows
@@ -33,6 +33,7 @@ def always_cells(monkeypatch) -> None:
     """Compute parts whatever the work, also of small feature maps."""
     for name, value in ("_MAX_WORK", 1e9), ("MIN_LOCATIONS", 0), ("MIN_SAVED_ON_GPU", -1e18):
         monkeypatch.setattr(cells, name, value)
+    monkeypatch.setattr(sparse, "_MAX_FEATURES", 1e9)
 
 
 def build(case: str, device: str = "cpu"):
@@ -52,7 +53,7 @@ def test_detections_equal_those_of_the_whole_level(case: str, always_cells, monk
     model = build(case).double()
     images = [tiny.make_image(96, 160), tiny.make_image(80, 100, seed=1)]
     with torch.inference_mode():
-        sparse = model.detect(images)
+        actual = model.detect(images)
         whole = model.dense(images)
         share = whole.logits[0].isfinite().double().mean()
         assert 0.05 < share < 0.4
@@ -64,8 +65,8 @@ def test_detections_equal_those_of_the_whole_level(case: str, always_cells, monk
         assert_close(parts.features[0][read], whole.features[0][read], rtol=1e-9, atol=1e-9)
         monkeypatch.setattr(tensormask, "finds_sparsely", lambda *parts: False)
         expected = model.detect(images)
-    assert len(sparse[0]["scores"]) > 10
-    assert_close(sparse, expected, rtol=1e-6, atol=1e-6)
+    assert len(actual[0]["scores"]) > 10
+    assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_threshold_of_0_asks_for_everything(monkeypatch) -> None:
@@ -119,6 +120,22 @@ def test_targets_are_locations_with_a_positive_window_below() -> None:
     assert loss.item() == pytest.approx(3 * 0.3 * 20, rel=1e-3)
 
 
+def test_the_loss_trains_the_query_and_the_tower_of_p3() -> None:
+    """FL* of the locations, over the number of positive windows, as the other losses."""
+    model = tiny.build(opts=_ON).train()
+    image, target = tiny.make_image(64, 96), tiny.target(64, 96, [[20.0, 20.0, 40.0, 44.0]])
+    losses = model([image], [target])
+    dense = model.dense([image])
+    grids = [x.shape[2:] for x in dense.logits]
+    assignment = model.criterion.assign([target["boxes"]], grids)
+    expected = query_loss(dense.query, query_targets(assignment)) / len(assignment.object)
+    assert_close(losses["loss_query"], expected)
+    losses["loss_query"].backward()
+    weights = model.head.query.convs[0].weight, model.head.cls_subnet[0].weight
+    assert all(w.grad.abs().sum() > 0 for w in weights)
+    assert model.head.cls_score.weight.grad is None
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -137,10 +154,10 @@ def test_on_a_gpu_the_host_waits_once_more(always_cells) -> None:
     images = [tiny.make_image(64, 96), tiny.make_image(64, 96, seed=1)]
     waits = []
     with torch.no_grad(), pretend() as record:
-        for sparse in (False, True):
+        for with_query in (False, True):
             model = (
                 build("paper's", "cuda")
-                if sparse
+                if with_query
                 else tiny.with_detections(tiny.build(opts=["MODEL.DEVICE", "cuda", *_ON[2:]]))
             )
             inputs = [image.pin_memory() for image in images]
