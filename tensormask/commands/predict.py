@@ -43,6 +43,7 @@ logger = logging.getLogger("tensormask.commands.predict")
 
 DETECTIONS_FILE = "detections.json"
 DEFAULT_THRESHOLD = 0.5
+DEFAULT_OVERLAP = 128
 SMALL_SIDE = 640  # pixels, of the network's input
 KINDS = ("image", "video", "json", "labels")
 DEFAULT_KINDS = "image,video,json"
@@ -103,6 +104,19 @@ def build_parser() -> CommandParser:
         f"last evaluation, {DEFAULT_THRESHOLD} if it has none)",
     )
     add("--classes", metavar="A,B", help="names or labels of the classes (default: all)")
+    add(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="detect in overlapping tiles of this side in larger images; TIFF and .npy are then "
+        "read by parts, and need not fit into memory",
+    )
+    add(
+        "--overlap",
+        type=int,
+        metavar="PIXELS",
+        help=f"of neighboring tiles, at least (default: {DEFAULT_OVERLAP})",
+    )
     add("--device", metavar="DEVICE", help="cpu, cuda:0, ... (default: the GPU if there is one)")
     add_overrides(parser)
     return parser
@@ -140,6 +154,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.inputs += ["0"] if args.webcam else []
     if not args.inputs:
         parser.error("name images, folders, videos or URLs")
+    if args.overlap is not None and args.tile is None:
+        parser.error("--overlap needs --tile")
+    args.overlap = DEFAULT_OVERLAP if args.overlap is None else args.overlap
+    if args.tile is not None and not 0 <= args.overlap < args.tile:
+        parser.error(f"--overlap {args.overlap} must be smaller than --tile {args.tile}")
     has_default = has_packaged_file() and "MODEL.WEIGHTS" not in args.opts
     if not (args.weights or args.config_file or has_default):
         parser.error("name a model: --weights, with a checkpoint or tensormask_R_50_FPN_6x")
@@ -211,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = None
         if "json" in args.save:
             results = stack.enter_context(ResultsWriter(output / DETECTIONS_FILE))
-        processor = InputProcessor(predictor, options, output, args.save, results, progress, stop)
+        processor = InputProcessor(
+            predictor, options, output, args.save, results, progress, stop, args.tile, args.overlap
+        )
         processor.process(inputs, stems)
         if not processor.num_read:
             raise _NothingReadError("no input could be read")

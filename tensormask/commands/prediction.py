@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tensormask.commands.inputs import Input
+from tensormask.data.large_images import open_large_image
 from tensormask.detections import Detections
 from tensormask.evaluation.results import ResultsWriter
 from tensormask.predictor import Predictor, read_input
@@ -44,13 +45,19 @@ def output_stems(inputs: list[Input], output: Path, kinds: set[str]) -> list[str
     return stems
 
 
+class _StoppedError(Exception):
+    """Ctrl-C between two tiles of an image, which is left out."""
+
+
 @dataclass
 class InputProcessor:
     """Detects objects in inputs one after the other, and writes what is to be saved.
 
     Attributes:
         results: the writer of the COCO results, or None.
-        stop: set to stop after the images that have been read.
+        stop: set to stop after the images that have been read, or the tile of a large one.
+        tile: larger images are cut into tiles of this side in pixels; None for whole images.
+        overlap: of neighboring tiles in pixels.
     """
 
     predictor: Predictor
@@ -60,6 +67,8 @@ class InputProcessor:
     results: ResultsWriter | None
     progress: tqdm
     stop: threading.Event
+    tile: int | None = None
+    overlap: int = 0
     num_images: int = 0  # and frames, also those that cannot be read: the next image_id
     num_read: int = 0
     num_detections: int = 0
@@ -70,7 +79,8 @@ class InputProcessor:
         pairs = zip(inputs, stems, strict=True)
         for is_video, group in groupby(pairs, key=lambda pair: pair[0].is_video):
             if not is_video:
-                self._process_images(group)
+                process = self._process_images if self.tile is None else self._process_tiled
+                process(group)
                 continue
             for source, stem in group:
                 if not self.stop.is_set():
@@ -93,10 +103,46 @@ class InputProcessor:
                 yield rgb
 
         for detections in self.predictor(images(), **self.options):
-            image_id, source, stem = read.popleft()
-            if "image" in self.kinds:
-                detections.save(self.output / f"{stem}.png")
-            self._save(detections, image_id, {"file_name": str(source.location)}, stem)
+            self._save_image(detections, *read.popleft())
+
+    def _process_tiled(self, pairs: Iterator[tuple[Input, str]]) -> None:
+        for source, stem in pairs:
+            if self.stop.is_set():
+                return
+            self.num_images += 1
+            try:
+                detections = self._detect_tiled(source)
+            except _StoppedError:
+                return
+            except (UserError, OSError) as error:
+                self._report(error)
+                continue
+            self._save_image(detections, self.num_images - 1, source, stem)
+
+    def _detect_tiled(self, source: Input) -> Detections:
+        assert self.tile is not None
+        is_file = isinstance(source.location, Path)
+        image = open_large_image(source.location if is_file else read_input(source.location))
+        height, width = image.size
+        if max(height, width) <= self.tile:
+            (detections,) = self.predictor([image.read(0, height, 0, width)], **self.options)
+            return detections
+        side = (min(self.tile, height), min(self.tile, width))
+        resized = self.predictor.transform.draw(side, np.random.default_rng(0)).new_size
+        logger.info(
+            "%s: %d x %d pixels in tiles of %d x %d, for the model resized to %d x %d "
+            "(INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST)",
+            *(source.location, *image.size, *side, *resized),
+        )
+
+        def on_tiles(num_done: int, num_tiles: int) -> None:
+            self.progress.set_postfix(tiles=f"{num_done}/{num_tiles}")
+            if self.stop.is_set() and num_done < num_tiles:
+                raise _StoppedError
+
+        return self.predictor.predict_tiled(
+            image, tile=self.tile, overlap=self.overlap, on_tiles=on_tiles, **self.options
+        )
 
     def _process_video(self, source: Input, stem: str) -> None:
         def frames() -> Iterator[np.ndarray]:
@@ -135,6 +181,11 @@ class InputProcessor:
         """Name an input that cannot be read."""
         logger.error(error)
         self.num_unread += 1
+
+    def _save_image(self, detections: Detections, image_id: int, source: Input, stem: str) -> None:
+        if "image" in self.kinds:
+            detections.save(self.output / f"{stem}.png")
+        self._save(detections, image_id, {"file_name": str(source.location)}, stem)
 
     def _save(
         self, detections: Detections, image_id: int, about: dict[str, Any], name: str

@@ -177,7 +177,8 @@ def _read_whole(path: Path) -> LargeImage:
                 "deflate`",
             ) from None
         raise
-    logger.info("%s is read whole, with %d MB; TIFF is read by parts", path, rgb.nbytes >> 20)
+    if rgb.nbytes > _CACHED_BYTES:
+        logger.info("%s is read whole, with %d MB; TIFF is read by parts", path, rgb.nbytes >> 20)
     return _of_rgb(str(path), rgb)
 
 
