@@ -20,7 +20,7 @@ from tensormask.data.checks.issues import IssueKind, IssueLog
 from tensormask.data.checks.segmentation import polygon_issue, segmentation_to_rle
 from tensormask.data.formats.regions import Polygon, Rle, as_json
 from tensormask.data.images import ImageError, image_suffixes, upright_size
-from tensormask.utils.errors import shorten
+from tensormask.utils.errors import UserError, shorten
 
 _LEFT_OUT = "left out"
 KINDS = {
@@ -45,6 +45,7 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_SHORTEST = 0.001  # side of a box in pixels; the file has three decimals
 _WHOLE = 0.02  # distance in pixels of a coordinate from a whole number that rounding explains
 
 
@@ -180,10 +181,10 @@ class Source:
         x0, y0, w, h = mask_utils.toBbox(code).tolist()
         if not as_mask:
             xs, ys = (np.concatenate([p[axis::2] for p in valid]) for axis in (0, 1))
-            (x0, x1), (y0, y1) = (
-                (max(v.min(), 0), min(v.max(), side)) for v, side in ((xs, width), (ys, height))
-            )
-            w, h = x1 - x0, y1 - y0
+            left, right = max(xs.min(), 0), min(xs.max(), width)
+            top, bottom = max(ys.min(), 0), min(ys.max(), height)
+            if min(right - left, bottom - top) >= _SHORTEST:  # else the pixels are the box
+                x0, y0, w, h = left, top, right - left, bottom - top
         mask = as_json(code) if as_mask else valid
         if self._is_new(image, name, mask, code, where):
             box = [float(v) for v in (x0, y0, w, h)]
@@ -202,14 +203,22 @@ class Source:
             self.issues.add("shape_beyond", where)
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
         box = [float(v) for v in (x0, y0, x1 - x0, y1 - y0)]
-        if self._is_new(image, name, box, None, where):
+        if min(box[2:]) < _SHORTEST:
+            self.issues.add("shape_empty", where)
+        elif self._is_new(image, name, box, None, where):
             self.issues.add("box_only", where)
             image.objects.append(SourceObject(name, None, box))
 
     def finish(self) -> None:
-        """Sort the images and classes, such that the result does not depend on the file system."""
+        """Sort images and classes, such that the result does not depend on the file system.
+
+        Raises:
+            UserError: a class has no valid name.
+        """
         self.images.sort(key=lambda image: image.path.as_posix())
         used = {found.name for image in self.images for found in image.objects}
+        if invalid := [name for name in self.class_names if not is_text(name)]:
+            raise UserError(f"{shorten(repr(invalid[0]))} is not a name of a class")
         if repeated := sorted(n for n, num in Counter(self.class_names).items() if num > 1):
             self.notes.append(f"Several classes of one name become one: {', '.join(repeated)}.")
             self.class_names = [*dict.fromkeys(self.class_names)]

@@ -66,5 +66,8 @@ def test_voc_that_is_wrong(tmp_path):
     (tmp_path / "labelmap.txt").write_text("a:1;2;3")
     with pytest.raises(UserError, match="labelmap"):
         read(read_voc, tmp_path)
+    (tmp_path / "labelmap.txt").write_text(":1,2,3::")
+    with pytest.raises(UserError, match="'' is not a name"):
+        read(read_voc, tmp_path)
     with pytest.raises(UserError, match="SegmentationObject"):
         read(read_voc, tmp_path / "JPEGImages")

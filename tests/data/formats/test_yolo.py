@@ -95,6 +95,7 @@ def write_yolo_names(yaml_file, text):
         ("0 0.1 0.1 0.1 0.1 0.1 0.1", "shape_empty", ""),
         ("0 0.5 0.5 0.2 0.2", "box_only", ""),
         ("0 0.5 0.5 -0.2 0.2", "shape_malformed", "not a box"),
+        ("0 0.5 0.5 0 0.2", "shape_empty", ""),
         (yolo_line(SQUARE) + yolo_line(SQUARE), "shape_duplicate", ""),
     ],
 )
