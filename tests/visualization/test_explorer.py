@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tensormask.modeling.inspect import predicted_tensor
 from tensormask.visualization import explorer
+from tensormask.visualization.html.page import TEMPLATES
 
 pytest.importorskip("jinja2")
 
@@ -66,3 +68,11 @@ def test_scores_and_detections_are_the_models():
     assert 0 < len(kept.y) < len(found.y)
     assert [d["y"] for d in data["detections"]] == kept.y.tolist()
     assert [[1, 3][d["level"]] for d in data["detections"]] == kept.level.tolist()
+
+
+def test_the_page_of_the_docs_is_up_to_date():
+    """If it is not, make it again: docs/representation.md has the command."""
+    page = (Path(__file__).parents[2] / "docs" / "representation_windows.html").read_text("utf-8")
+    assert len(page) < 500_000
+    for name in ("windows_tensors.js", "windows_views.js", "windows.js"):
+        assert (TEMPLATES / name).read_text("utf-8").strip() in page

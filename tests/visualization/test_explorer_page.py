@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -150,7 +151,7 @@ def test_every_number_is_reached_by_keys(opened):
     spoken = page.locator("#spoken").inner_text()
     assert "p3, 88 px: the window in row 4 and column 6" in spoken
     best = float(inspection.scores[1][0][4, 6])
-    assert f"{100 * best:.0f} %" in spoken
+    assert f"{100 * best:.0f}\xa0%" in spoken
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")
     assert page.evaluate(state.replace("state.pixel", "state.held")) == [1, 0, 4, 6]
@@ -208,3 +209,13 @@ def test_without_masks_there_are_scores(opened):
     page.get_by_role("button", name="Next of").click()
     assert "%" in page.locator("#scores").inner_text()
     assert page.locator("#natural").count() == 0
+
+
+def test_the_page_of_the_docs_opens(browser):
+    page = browser.new_page()
+    page.goto((Path(__file__).parents[2] / "docs" / "representation_windows.html").as_uri())
+    page.wait_for_selector("body[data-ready]")
+    page.locator("#image").hover()
+    drawn(page)
+    assert "centered at pixel x 128, y 128" in page.locator("#window").inner_text()
+    page.close()
