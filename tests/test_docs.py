@@ -103,7 +103,8 @@ def named(name: str) -> Any:
 @EACH_PAGE
 def test_modules_and_their_names(page):
     for name in set(re.findall(r"(?<![\w/.-])tensormask(?:\.[A-Za-z]\w*)+", read(page))):
-        named(name)
+        if name != "tensormask.json":  # a file in an archive
+            named(name)
 
 
 def test_migration_from_detectron2():
