@@ -151,6 +151,9 @@ _DEFAULTS: dict[str, Any] = {
             # Scores of the query must be above this; 0 for all locations, and -1 for the threshold
             # in the checkpoint, which `tensormask analyze --query` chooses.
             "QUERY_THRESH": -1.0,
+            # Share of the finest level's blocks of background (128 px wide) whose class loss is
+            # computed in a training step, beside what the query asks for; 0 for all of them.
+            "QUERY_SAMPLE": 0.0,
             # Initialization of the towers: "normal" (std 0.01, detectron2's) or "he" (for towers of
             # few channels).
             "INIT": "normal",
@@ -202,7 +205,7 @@ _DEFAULTS: dict[str, Any] = {
     },
     "DATASETS": {
         # Names of data sets: registered ones, coco_2017_train, shapes_train,
-        # annotations.json@images, ...
+        # annotations.json@images, data.yaml of YOLO, ...
         "TRAIN": (),
         "TEST": (),
         # Make an issue of a data set (data/checks/issues.py) an error. If False, issues are counted

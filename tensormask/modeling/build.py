@@ -103,6 +103,7 @@ def build_model(
         nms_threshold=head.NMS_THRESH_TEST,
         class_agnostic_nms=cfg.TEST.CLASS_AGNOSTIC_NMS,
         num_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        query_sample=head.QUERY_SAMPLE,
         sum_over_ranks=sum_over_ranks,
     ).to(device)
     if model.COMPILE:

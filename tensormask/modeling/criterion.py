@@ -174,7 +174,7 @@ class Criterion(nn.Module):
         result: dict[str, Tensor] = {}
         iou_logits: Tensor | None = None
         if self.quality_loss is None:
-            result["loss_cls"] = self.cls_loss(dense.logits, positives) / divisor
+            result["loss_cls"] = _loss_of_classes(self.cls_loss, dense, positives) / divisor
         if head.with_boxes:
             columns = assignment.image, assignment.size, assignment.y, assignment.x
             outputs_per_level = [
@@ -188,7 +188,8 @@ class Criterion(nn.Module):
             if self.quality_loss is not None:
                 ious = self._ious(deltas.detach(), target_deltas, boxes)
                 qualities = [ious[rows] for rows in levels]
-                result["loss_cls"] = self.quality_loss(dense.logits, positives, qualities) / divisor
+                loss = _loss_of_classes(self.quality_loss, dense, positives, qualities)
+                result["loss_cls"] = loss / divisor
             result["loss_box_reg"] = self.box_loss_weight * loss_box / divisor
         if dense.query is not None:
             targets_of_query = to_device(query_targets(assignment), device)
@@ -314,6 +315,22 @@ class Criterion(nn.Module):
             name: weights[name] * functools.reduce(torch.add, per_group)
             for name, per_group in losses.items()
         }
+
+
+def _loss_of_classes(
+    loss: Callable[..., Tensor],
+    dense: DenseOutputs,
+    positives: list[tuple[Tensor, ...]],
+    *qualities: list[Tensor],
+) -> Tensor:
+    """Return a `ClsLoss` or `QualityLoss`, with a sample of the finest level its estimate."""
+    sample = dense.sample
+    if sample is None:
+        return loss(dense.logits, positives, *qualities)
+    index = sample.rows_of(positives[0])
+    of_all = loss([sample.certain, *dense.logits[1:]], [index, *positives[1:]], *qualities)
+    none = [[x[0][:0]] for x in qualities]
+    return of_all + sample.factor * loss([sample.drawn], [tuple(i[:0] for i in index)], *none)
 
 
 def _to_crop(masks: Tensor, dtype: torch.dtype) -> Tensor:

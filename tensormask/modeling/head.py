@@ -87,6 +87,7 @@ class DenseOutputs(NamedTuple):
     logits: list[Tensor]  # (N, num_sizes * num_classes, H, W)
     deltas: list[Tensor] | None  # (N, num_sizes * num_outputs, H, W), of the box head
     query: Tensor | None = None  # logits (N, 1, H, W) of `query.Query`, of the second level
+    sample: Any = None  # `sampling.Sample` of the finest level, whose logits are then meaningless
 
     def image(self, n: int) -> "DenseOutputs":
         """Return the outputs of one image, as those of a batch of one."""
@@ -240,6 +241,12 @@ class ClassBoxHead(nn.Module):
         size = to_device(size, features.device)
         rows = torch.arange(len(size), device=size.device)
         return outputs.unflatten(1, (-1, self.num_outputs))[rows, size]
+
+    def plain_class_tower(self, level: int) -> list[PlainLayer] | None:
+        """Return the layers that compute the class logits, if they are plain."""
+        if not is_plain(self.cls_subnet, nn.Sequential, LevelTower):
+            return None
+        return plain_tower([*self.cls_subnet, self.cls_score], level)
 
     def plain_box_tower(self, level: int) -> list[PlainLayer] | None:
         """Return the layers that compute the outputs of the box head, if they are plain."""

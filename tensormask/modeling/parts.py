@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormask.config.detectron2 import HEAD_SWITCHES
+from tensormask.layers.norm import LevelNorms
 from tensormask.modeling.backbone import ResNet
 from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead
@@ -215,6 +216,8 @@ def check_model(model: Any) -> None:
             "the assigner (MODEL.TENSOR_MASK.ASSIGNMENT 'aligned') needs boxes, but the model has "
             "no box head (BOX_ON is False): set ASSIGNMENT to 'nearest' or BOX_ON to True"
         )
+    if model.query_sample:
+        _check_query_sample(model)
     coarsest = max(_said(model, "backbone.strides") or [1])
     if model.size_divisor % coarsest:
         raise UserError(
@@ -226,6 +229,25 @@ def check_model(model: Any) -> None:
         if any(value != next(iter(said.values())) for value in said.values()):
             texts = " and ".join(f"{place} is {value}" for place, value in said.items())
             raise UserError(f"the parts of the model differ in the {fact}: {texts}")
+
+
+def _check_query_sample(model: Any) -> None:
+    key = "query_sample (MODEL.TENSOR_MASK.QUERY_SAMPLE)"
+    if not 0 < model.query_sample <= 1:
+        raise UserError(f"{key} must be a share in 0..1, got {model.query_sample}")
+    if getattr(model.head, "query", None) is None:
+        raise UserError(f"{key} needs a query: set MODEL.TENSOR_MASK.QUERY_ON to True, or it to 0")
+    if any(isinstance(module, LevelNorms) for module in model.head.cls_subnet):
+        raise UserError(
+            f"{key} trains on a part of the finest level, but the batch norm of the towers "
+            "(MODEL.TENSOR_MASK.NORM 'BN') needs all of it: set NORM to '' or 'LN', or it to 0"
+        )
+    if model.criterion.needs_predictions:
+        raise UserError(
+            f"{key} trains on a part of the finest level, but the assigner "
+            "(MODEL.TENSOR_MASK.ASSIGNMENT 'aligned') needs all of it: set ASSIGNMENT to "
+            "'nearest', or it to 0"
+        )
 
 
 def _said(model: Any, place: str) -> Any:

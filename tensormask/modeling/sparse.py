@@ -113,7 +113,7 @@ def find_sparsely(
 
 def _logits(head: ClassBoxHead, finest: Finest, asked: Tensor) -> Tensor:
     """Return the class logits of the finest level, -inf where they are not asked for."""
-    layers = _plain([*head.cls_subnet, head.cls_score], head.cls_subnet)
+    layers = head.plain_class_tower(0)
     if layers is not None and are_faster(layers, asked, finest.x.device):
         return _at(layers, finest, asked, -math.inf)
     logits, _ = head.classes(finest.compute(), 0)
@@ -142,9 +142,11 @@ def mask_features(
     for image, (y0, x0, y1, x1) in zip(n.tolist(), boxes.clamp(min=0).tolist(), strict=True):
         reads[image, y0 : y1 + 1, x0 : x1 + 1] = True
     reads = dilate(reads, 1)  # of `mask_fuse`
-    layers = _plain([*mask_head.mask_subnet], mask_head.mask_subnet)
+    tower = mask_head.mask_subnet
+    plain = is_plain(tower, nn.Sequential, LevelTower) and type(tower[-1]) is nn.ReLU
+    layers = plain_tower([*tower], 0) if plain else None
     if layers is None or not are_faster(layers, reads, finest.x.device):
-        return apply_tower(mask_head.mask_subnet, finest.compute(), 0)
+        return apply_tower(tower, finest.compute(), 0)
     return torch.relu_(_at(layers, finest, reads, 0.0))
 
 
@@ -153,11 +155,6 @@ def _at(layers: list[PlainLayer], finest: Finest, wanted: Tensor, rest: float) -
     features = finest.compute(dilate(wanted, len(layers)))
     rows, cells = convolve_cells(layers, as_rows(features), wanted)
     return scatter(rows, cells, wanted, _zeros(rows, cells).fill_(rest))
-
-
-def _plain(layers: list[nn.Module], tower: nn.Module) -> list[PlainLayer] | None:
-    """Return the plain layers of a tower for the finest level; None if it has hooks, ..."""
-    return plain_tower(layers, 0) if is_plain(tower, nn.Sequential, LevelTower) else None
 
 
 def _zeros(rows: Tensor, cells: Cells) -> Tensor:

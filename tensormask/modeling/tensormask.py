@@ -49,6 +49,7 @@ from tensormask.modeling.inputs import (
 from tensormask.modeling.inspect import Inspection
 from tensormask.modeling.mask_head import MaskHead
 from tensormask.modeling.parts import as_levels, build_parts, check_model
+from tensormask.modeling.sampling import sampled_outputs
 from tensormask.modeling.sparse import Finest, find_sparsely, finds_sparsely
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError, unknown_name
@@ -82,6 +83,9 @@ class TensorMask(nn.Module):
         nms_threshold: IoU above which two boxes of a class are one object; the best remains.
         class_agnostic_nms: whether two boxes of different classes can be one object, too.
         num_detections: the maximum per image.
+        query_sample: share of the finest level's blocks of background whose class loss is computed
+            in a training step, see `sampling`; 0 for all of them. It needs a query, and a norm of
+            the class tower that is local.
         sum_over_ranks: see `criterion.foreground_normalizer`; needed in distributed training.
         criterion: the options of `Criterion`, such as ``assigner``, ``cls_loss``, ``box_loss``,
             ``mask_loss`` and their weights.
@@ -112,6 +116,7 @@ class TensorMask(nn.Module):
         nms_threshold: float = 0.5,
         class_agnostic_nms: bool = False,
         num_detections: int = 100,
+        query_sample: float = 0.0,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         **criterion: Unpack[CriterionOptions],
     ) -> None:
@@ -124,7 +129,7 @@ class TensorMask(nn.Module):
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.num_candidates, self.num_detections = num_candidates, num_detections
         self.nms_on, self.class_agnostic_nms = nms_on, class_agnostic_nms
-        self.sum_over_ranks = sum_over_ranks
+        self.sum_over_ranks, self.query_sample = sum_over_ranks, query_sample
         check_model(self)
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
@@ -218,19 +223,32 @@ class TensorMask(nn.Module):
         check_length("targets", targets, images)
         if self._is_compiled():  # `detect` does it, and then PyTorch expects it of every call
             torch.compiler.cudagraph_mark_step_begin()
-        dense = self.dense(images)
+        dense = None if self.query_sample else self.dense(images)
         targets = [self._checked(*pair) for pair in zip(targets, images, strict=True)]
+        if dense is None:
+            dense = self.dense(images, targets)
         if normalizer is None:
             normalizer = functools.partial(
                 foreground_normalizer, device=self.device, sum_over_ranks=self.sum_over_ranks
             )
         return self.criterion(dense, targets, self.head, self.mask_head, normalizer)
 
-    def dense(self, images: list[Tensor]) -> DenseOutputs:
-        """Run the backbone, the pyramid, and the class and box head."""
+    def dense(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> DenseOutputs:
+        """Run the backbone, the pyramid, and the class and box head.
+
+        With the targets of `forward` and ``query_sample``, on a sample of the finest level.
+        """
         batch = self.preprocess(images)
         features = as_levels(self, "backbone", self.backbone(batch), batch)
         features = as_levels(self, "fpn", self.fpn(features), batch)
+        if targets is not None and self.query_sample and not self._is_compiled():
+            grids = [size_of(x) for x in features]
+            assignment = self.criterion.assign([t["boxes"] for t in targets], grids)
+            dense = sampled_outputs(self.head, features, assignment, self.query_sample)
+            if dense is not None:
+                return dense
         # A compiled head does the same work for every image: best the deltas of all windows. So
         # does a GPU in inference: the host would wait for the windows of the candidates. For an
         # assigner that needs predictions, deltas would be computed twice.

@@ -6,7 +6,7 @@ import torch
 from pretended_cuda import pretend
 from torch.testing import assert_close
 
-from tensormask.modeling import cells, sparse, tensormask
+from tensormask.modeling import cells, sampling, sparse, tensormask
 from tensormask.modeling.assignment import assign
 from tensormask.modeling.query import Query, query_loss, query_targets
 from tensormask.modeling.windows import Windows
@@ -136,17 +136,42 @@ def test_the_loss_trains_the_query_and_the_tower_of_p3() -> None:
     assert model.head.cls_score.weight.grad is None
 
 
+@pytest.mark.parametrize("opts", [[], [_HEAD + "CLS_LOSS", "varifocal"]])
+def test_the_sampled_loss_is_an_unbiased_estimate(opts: list, always_cells, monkeypatch) -> None:
+    """The mean over draws of each single block is the loss of the whole level, with gradients."""
+    monkeypatch.setattr(sampling, "_BLOCK", 16)
+    model = tiny.build(opts=[*_ON, _HEAD + "QUERY_SAMPLE", 0.01, *opts]).double().train()
+    torch.nn.init.normal_(model.head.query.convs[0].weight, std=0.3)
+    image, target = tiny.make_image(64, 128), tiny.target(64, 128, [[20.0, 20.0, 40.0, 44.0]])
+    draws = torch.eye(2, dtype=torch.int64).flip(1)
+    results = []
+    for sample, orders in (0.0, draws[:1]), (0.01, draws):
+        model.query_sample, total = sample, 0.0
+        for order in orders:
+            monkeypatch.setattr(torch, "randperm", lambda count, order=order: order)
+            total = total + model([image], [target])["loss_cls"] / len(orders)
+        weights = [*model.head.cls_subnet.parameters(), *model.fpn.parameters()]
+        results.append([total, *torch.autograd.grad(total, weights)])
+    assert model.dense([image], [target]).sample.drawn.numel() > 0
+    assert_close(*results, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
         (["QUERY_LEVELS", ["p4"]], "QUERY_LEVELS"),
         (["NORM", "GN"], "needs all of it"),
         (["QUERY_THRESH", 1.5], "QUERY_THRESH"),
+        (["QUERY_SAMPLE", 1.5], "QUERY_SAMPLE"),
+        (["NORM", "BN", "QUERY_SAMPLE", 0.1], "batch norm of the towers"),
+        (["ASSIGNMENT", "aligned", "QUERY_SAMPLE", 0.1], "'aligned'"),
+        (["QUERY_ON", False, "QUERY_SAMPLE", 0.1], "needs a query"),
     ],
 )
 def test_invalid_options(opts: list, message: str) -> None:
+    given = [_HEAD + x if i % 2 == 0 else x for i, x in enumerate(opts)]
     with pytest.raises(UserError, match=message):
-        tiny.build(opts=[*_ON, _HEAD + opts[0], opts[1]])
+        tiny.build(opts=[*_ON, *given])
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
