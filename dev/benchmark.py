@@ -18,10 +18,12 @@ from tensormask.utils.errors import UserError
 BENCHMARKS = {
     "data": "reading training images, against torchvision; memory of worker processes",
     "evaluation": "time of COCO's evaluation with pycocotools and with faster-coco-eval",
+    "export": "detection by onnxruntime, against the model that was exported",
     "inference": "detection against torchvision's Mask R-CNN",
     "loading": "batches from worker processes, against PyTorch's DataLoader; their bytes",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",
     "sparse": "detection with parts of p2, where a query asks for it, against all of p2",
+    "tiled": "large images in tiles: peak memory, and detections against those of one pass",
     "train": "a training step against torchvision's Mask R-CNN's",
 }
 
