@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+from glob import glob
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -114,6 +115,19 @@ def test_a_gpu_without_toolkit_gets_the_cpu_kernels(build, capsys, home) -> None
     assert f"no CUDA kernels are built: no CUDA toolkit in CUDA_HOME={home}" in (
         capsys.readouterr().out
     )
+
+
+def test_every_file_of_the_package_is_in_the_wheel(build) -> None:
+    arguments, _ = build(TENSORMASK_WITHOUT_EXT="1")
+    packed = {
+        Path(path)
+        for package, patterns in arguments["package_data"].items()
+        for pattern in patterns
+        for path in glob(str(ROOT / package.replace(".", "/") / pattern), recursive=True)
+    }
+    for path in (ROOT / "tensormask").rglob("*.*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so"):
+            assert path in packed, path
 
 
 TOO_OLD = "needs PyTorch 2.11 or newer, this is 2.10.1"
