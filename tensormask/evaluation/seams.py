@@ -12,9 +12,9 @@ agree in it. What then remains of the two depends on where they end:
 A detection inside of a tile, in whose core (up to the middle of the overlaps) its center is, but
 which that tile did not find, is dropped: the core's tile sees more of the surroundings.
 
-Not SAHI 0.12 or supervision 0.31's InferenceSlicer. SAHI compares boxes: of 580 nuclei of
-nuclei_dsb2018, given exactly, in tiles of 512 px, it lost 10 and joined 9 pairs of touching ones, and
-discs longer than twice the overlap came out several times; its input is a whole image. supervision
+Not SAHI 0.12 or supervision 0.31, InferenceSlicer. SAHI compares boxes: of 580 nuclei of
+nuclei_dsb2018, given exactly, in tiles of 512 px, it lost 10 and joined 9 pairs of touching ones;
+discs much longer than the overlap came out several times; its input is a whole image. supervision
 compares masks of whole tiles, all with all: 580 nuclei took more than 110 s.
 """
 
