@@ -98,6 +98,7 @@ def _describe_set(name: str, runs: Sequence[Run], num_images: int) -> dict[str, 
         "images": [
             (title, [drawn[image_id] for image_id in ids if image_id in drawn])
             for title, ids in (("Best", best), ("Worst", worst))
+            if num_images
         ],
         "num_images": max((len(rows_of(e)) for e in by_run.values()), default=0),
     }

@@ -86,6 +86,7 @@ def test_without_the_data_set_there_are_no_images(folders, tmp_path):
     html = make([str(copy)], tmp_path / "a.html")
     assert "data:image" not in html
     assert "the data set is not available here" in html
+    assert "Best images" not in make([str(copy)], tmp_path / "a.html", "--images", "0")
 
 
 def test_many_classes_are_listed_as_pairs():
