@@ -11,6 +11,9 @@ quarter of its pixels and at least 16 pixels of each object, itself included, st
 visible object is annotated. Completely visible objects without a hole are annotated as polygons,
 all others as compressed RLE.
 
+`shapes_512_train` and `shapes_512_val` have 1,000 and 200 images of 512 x 512 pixels, with one to
+twelve objects of the same sizes in pixels: small ones, in a small part of an image.
+
 Image i is a function of (split, i) only. Outlines are rounded to 0.01 pixel and rasterized by
 pycocotools, and colors use elementary arithmetic, so that all machines generate the same set.
 """
@@ -36,17 +39,16 @@ from tensormask.utils.files import expand_home
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = ("disc", "rectangle", "triangle", "star", "ring", "crescent")
-NUM_IMAGES = {"train": 3000, "val": 200}
-IMAGE_SIZE = 128
+NUM_IMAGES = {"train": 3000, "val": 200, "512_train": 1000, "512_val": 200}
+IMAGE_SIZE = 128  # of "train" and "val"; that of another split is in its name
 MIN_SIDE, MAX_SIDE = 8.0, 110.0
-MAX_OBJECTS = 5
+MAX_OBJECTS = {128: 5, 512: 12}  # by the size of the image
 MIN_VISIBLE_SHARE = 0.25
 MIN_VISIBLE_PIXELS = 16
 
 _SPLIT_SEEDS = {"train": 1, "val": 2}
 _PLACEMENT_TRIES = 20
 _MIN_COLOR_DISTANCE = 60.0
-_WHOLE = slice(0, IMAGE_SIZE)
 
 
 def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -56,7 +58,7 @@ def ensure_shapes(split: str, root: str | os.PathLike[str]) -> tuple[Path, Path]
     renamed at the end. If another process was faster, its set is used.
 
     Args:
-        split: "train" or "val".
+        split: a key of `NUM_IMAGES`.
         root: the folder of all data sets.
 
     Returns:
@@ -91,12 +93,11 @@ def write_split(split: str, num_images: int, folder: Path) -> None:
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
         image, objects = generate_image(split, index)
+        height, width = image.shape[:2]
         image_id = index + 1
         file_name = f"{image_id:06d}.png"
         Image.fromarray(image).save(folder / "images" / file_name, compress_level=1)
-        images.append(
-            {"id": image_id, "file_name": file_name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
-        )
+        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         for fields in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **fields})
     data = {
@@ -116,7 +117,7 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
     """Generate image `index` of a split, counted from 0.
 
     Returns:
-        The image, uint8 RGB `(128, 128, 3)`, and COCO annotations without `id` and `image_id`,
+        The image, uint8 RGB `(size, size, 3)`, and COCO annotations without `id` and `image_id`,
         from the first drawn object to the last.
 
     Example:
@@ -124,11 +125,14 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
         >>> image.shape, [annotation["area"] for annotation in annotations]
         ((128, 128, 3), [865])
     """
-    rng = np.random.Generator(np.random.PCG64([_SPLIT_SEEDS[split], index]))
+    other_size, _, kind = split.rpartition("_")
+    size = int(other_size or IMAGE_SIZE)
+    seeds = [_SPLIT_SEEDS[kind], index, *([size] if other_size else [])]
+    rng = np.random.Generator(np.random.PCG64(seeds))
     base_colors = [rng.uniform(20.0, 235.0, 3)]
-    canvas = _textured(rng, base_colors[0], _WHOLE, _WHOLE)
+    canvas = _textured(rng, base_colors[0], slice(0, size), slice(0, size), size)
 
-    num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
+    num_objects = int(rng.integers(1, MAX_OBJECTS[size] + 1))
     labels = rng.integers(0, len(CLASS_NAMES), num_objects)
     sides = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE), num_objects))
     # Larger objects tend to be drawn first: in a random order they would hide most small ones.
@@ -137,14 +141,14 @@ def generate_image(split: str, index: int) -> tuple[np.ndarray, list[dict[str, A
     placed: list[dict[str, Any]] = []
     for label, side in zip(labels[order], sides[order], strict=True):
         outlines = [points * side for points in unit_outlines(rng, CLASS_NAMES[label])]
-        placement = _find_position(rng, outlines, placed)
+        placement = _find_position(rng, outlines, placed, size)
         if placement is None:
             continue
         outlines, mask = placement
         color = _distinct_color(rng, base_colors)
         base_colors.append(color)
         rows, columns = _extent(mask)
-        texture = _textured(rng, color, rows, columns)
+        texture = _textured(rng, color, rows, columns, size)
         np.copyto(canvas[:, rows, columns], texture, where=mask[rows, columns])
         for other in placed:
             other["visible"] &= ~mask
@@ -205,14 +209,14 @@ def _crescent(shift: float) -> np.ndarray:
 
 
 def _find_position(
-    rng: np.random.Generator, outlines: list[np.ndarray], placed: list[dict[str, Any]]
+    rng: np.random.Generator, outlines: list[np.ndarray], placed: list[dict[str, Any]], size: int
 ) -> tuple[list[np.ndarray], np.ndarray] | None:
     """Move outlines to a random position; return them and their mask, or None if none fits."""
     half = np.abs(outlines[0]).max(axis=0)
     for _ in range(_PLACEMENT_TRIES):
-        center = rng.uniform(half, IMAGE_SIZE - half)
+        center = rng.uniform(half, size - half)
         moved = [np.round(points + center, 2) for points in outlines]
-        mask = _rasterize(moved)
+        mask = _rasterize(moved, size)
         fits = _enough_visible(mask, mask)
         if fits and all(_enough_visible(p["visible"] & ~mask, p["full"]) for p in placed):
             return moved, mask
@@ -225,10 +229,10 @@ def _enough_visible(visible: np.ndarray, full: np.ndarray) -> bool:
     return bool(num_visible >= num_needed)
 
 
-def _rasterize(outlines: list[np.ndarray]) -> np.ndarray:
-    """Return the bool mask `(128, 128)` inside the first outline and outside of the others."""
+def _rasterize(outlines: list[np.ndarray], size: int) -> np.ndarray:
+    """Return the bool mask `(size, size)` inside the first outline and outside of the others."""
     polygons = [points.ravel().tolist() for points in outlines]
-    masks = mask_utils.decode(mask_utils.frPyObjects(polygons, IMAGE_SIZE, IMAGE_SIZE)).astype(bool)
+    masks = mask_utils.decode(mask_utils.frPyObjects(polygons, size, size)).astype(bool)
     return masks[:, :, 0] & ~masks[:, :, 1:].any(axis=2)
 
 
@@ -259,13 +263,14 @@ def _distinct_color(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndar
 
 
 def _textured(
-    rng: np.random.Generator, color: np.ndarray, rows: slice, columns: slice
+    rng: np.random.Generator, color: np.ndarray, rows: slice, columns: slice, size: int
 ) -> np.ndarray:
-    """Return a part of a float32 image `(3, 128, 128)`: a color with noise, shading, stripes."""
-    field = _value_noise(rng, int(rng.choice([4, 8, 16])), rows, columns)
+    """Return a part of a float32 image `(3, size, size)`: a color with noise, shading, stripes."""
+    scale = size // IMAGE_SIZE  # cells have the same number of pixels
+    field = _value_noise(rng, scale * int(rng.choice([4, 8, 16])), rows, columns, size)
     field *= _uniform(rng, 10.0, 35.0)
-    field += _value_noise(rng, 64, rows, columns) * _uniform(rng, 4.0, 16.0)
-    ramp = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE - np.float32(0.5)
+    field += _value_noise(rng, scale * 64, rows, columns, size) * _uniform(rng, 4.0, 16.0)
+    ramp = np.arange(size, dtype=np.float32) / size - np.float32(0.5)
     shading = ramp[rows, None] * _uniform(rng, -1.0, 1.0) + ramp[columns] * _uniform(rng, -1.0, 1.0)
     field += shading * _uniform(rng, 0.0, 60.0)
     if rng.random() < 0.3:
@@ -276,10 +281,12 @@ def _textured(
     return color.astype(np.float32)[:, None, None] + field * tint[:, None, None]
 
 
-def _value_noise(rng: np.random.Generator, cells: int, rows: slice, columns: slice) -> np.ndarray:
+def _value_noise(
+    rng: np.random.Generator, cells: int, rows: slice, columns: slice, size: int
+) -> np.ndarray:
     """Return a part of smooth noise in -1..1: a random grid of `cells + 1`, interpolated."""
     grid = rng.uniform(-1.0, 1.0, (cells + 1, cells + 1)).astype(np.float32)
-    position = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(cells / IMAGE_SIZE)
+    position = np.arange(size, dtype=np.float32) * np.float32(cells / size)
     low = position.astype(np.int64)
     weight = position - low.astype(np.float32)
     y, y_weight = low[rows], weight[rows, None]

@@ -155,3 +155,14 @@ def test_rasterized_holes_are_holes():
     mask = shapes._rasterize([square, hole])
     assert mask.sum() == 10 * 10 - 4 * 4
     assert not mask[5:9, 5:9].any()
+
+
+def test_larger_images_have_more_objects_of_the_same_sizes():
+    """Each with its own seed; `train` and `val` are as before (the example of `generate_image`)."""
+    images = [shapes.generate_image("512_train", index) for index in range(4)]
+    assert {image.shape for image, _ in images} == {(512, 512, 3)}
+    sides = [max(a["bbox"][2:]) for _, annotations in images for a in annotations]
+    assert len(sides) > 12
+    assert max(sides) <= 111
+    np.testing.assert_array_equal(images[1][0], shapes.generate_image("512_train", 1)[0])
+    assert (images[1][0] != shapes.generate_image("512_val", 1)[0]).mean() > 0.5
