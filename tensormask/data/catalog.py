@@ -91,7 +91,8 @@ def get_dataset(name: str, root: str | os.PathLike[str] | None = None) -> CocoDa
     Args:
         name: a registered name, one of COCO's (`coco_2017_val`), `shapes_train`, `shapes_val`,
             `shapes_512_train` or `shapes_512_val` (generated at first use), `nuclei_train` or
-            `nuclei_val` (in the package), `path/to/annotations.json@path/to/images`, or a split of YOLO's `path/to/data.yaml@val`,
+            `nuclei_val` (in the package), `path/to/annotations.json@path/to/images`, or a split of
+            YOLO's `path/to/data.yaml@val`,
             which is converted beside the file, again when its labels have changed.
         root: the folder of COCO and shapes; default `$TENSORMASK_DATASETS`, else
             `$DETECTRON2_DATASETS`, else `./datasets`.

@@ -152,7 +152,7 @@ def test_an_unknown_split_is_refused(tmp_path):
 def test_rasterized_holes_are_holes():
     square = np.array([[2, 2], [12, 2], [12, 12], [2, 12]], dtype=float)
     hole = np.array([[5, 5], [9, 5], [9, 9], [5, 9]], dtype=float)
-    mask = shapes._rasterize([square, hole])
+    mask = shapes._rasterize([square, hole], 128)
     assert mask.sum() == 10 * 10 - 4 * 4
     assert not mask[5:9, 5:9].any()
 
