@@ -53,16 +53,14 @@ class TileGrid:
         tiles: row by row.
 
     Raises:
-        UserError: an overlap that is negative or not smaller than the tile.
+        UserError: no pixels in a tile; an overlap that is negative or not smaller than the tile.
     """
 
     def __init__(self, size: tuple[int, int], tile: int, overlap: int) -> None:
+        if tile < 1:
+            raise UserError(f"the side of a tile must be 1 or more, got {tile}")
         if not 0 <= overlap < tile:
-            raise UserError(
-                f"the overlap must be in 0..{tile - 1}, below the tile's side {tile}, got {overlap}"
-                if tile > 0
-                else f"the side of a tile must be 1 or more, got {tile}"
-            )
+            raise UserError(f"the overlap must be below the tile's side, {tile}, got {overlap}")
         self.size = size
         self._sides = [min(tile, length) for length in size]
         self._ys, self._xs = (_starts(length, tile, overlap) for length in size)
