@@ -57,9 +57,15 @@ def test_it_detects_what_the_model_detects(name):
         assert graph.regions.grid == (29, 45)
 
 
-def test_a_batch_is_its_images():
+@pytest.fixture(scope="module")
+def built():
+    """A model, and the function of its graph."""
     model = tiny.with_detections(tiny.build("bipyramid", FEW))
-    run = run_eagerly(DetectionGraph(model, SIZE).eval())
+    return model, run_eagerly(DetectionGraph(model, SIZE).eval())
+
+
+def test_a_batch_is_its_images(built):
+    _, run = built
     images = [make_pixels(seed) for seed in (0, 1)]
     both = run(np.stack(images))
     for n, image in enumerate(images):
@@ -67,16 +73,16 @@ def test_a_batch_is_its_images():
             np.testing.assert_allclose(both[name][n], expected[0], atol=1e-4, err_msg=name)
 
 
-def test_rows_without_a_detection():
-    model = tiny.with_detections(tiny.build("bipyramid", FEW))
-    run = run_eagerly(DetectionGraph(model, SIZE).eval())
-    model.score_threshold = float(run(make_pixels()[None])["scores"][0, 7])
+def test_rows_without_a_detection(built, monkeypatch):
+    model, run = built
+    score = float(run(make_pixels()[None])["scores"][0, 7])
+    monkeypatch.setattr(model, "score_threshold", score)
     outputs = run(make_pixels()[None])
     assert outputs["num_detections"] == [7]
     assert (outputs["scores"][0, :7] > model.score_threshold).all()
     for name, padding in (("boxes", 0), ("scores", 0), ("labels", -1), ("masks", 0)):
         assert (outputs[name][0, 7:] == padding).all(), name
-    model.score_threshold = 0.999
+    monkeypatch.setattr(model, "score_threshold", 0.999)
     outputs = run(make_pixels()[None])
     assert outputs["num_detections"] == [0]
     assert not outputs["masks"].any()
@@ -115,9 +121,8 @@ def test_regions_are_parts_of_masks():
         lambda out: out["mask_boxes"].__iadd__(2),
     ],
 )
-def test_a_difference_is_seen(change):
-    model = tiny.with_detections(tiny.build("bipyramid", FEW))
-    run = run_eagerly(DetectionGraph(model, SIZE).eval())
+def test_a_difference_is_seen(change, built):
+    model, run = built
 
     def changed(pixels):
         outputs = run(pixels)

@@ -162,6 +162,7 @@ def test_pasted_masks_are_those_of_pytorch():
     assert (paste_masks(masks.numpy(), boxes.numpy(), (40, 50)) == expected).all()
 
 
+@pytest.mark.slow
 def test_a_program_of_torch(model, program, tmp_path):
     path = tmp_path / "model.pt2"
     files.write_torch(program, path, DESCRIPTION)
