@@ -3,7 +3,7 @@
 The model runs on the meta device: only shapes are computed, which takes seconds at any size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tensormask.checkpoint.loading import check_complete, load_weights
+from tensormask.checkpoint.trained import find_trained_model
 from tensormask.commands.common import (
     CommandParser,
     add_config_file,
@@ -22,6 +24,9 @@ from tensormask.commands.common import (
 )
 from tensormask.commands.synthetic import objects_per_level
 from tensormask.config import CfgNode
+from tensormask.data import build_test_loader, get_dataset
+from tensormask.engine.resume import write_torch as write_checkpoint
+from tensormask.evaluation.query import query_table
 from tensormask.layers import op_backend
 from tensormask.modeling import TensorMask, build_model
 from tensormask.modeling.inputs import padded_size
@@ -43,9 +48,27 @@ def build_parser() -> CommandParser:
         "on the levels of objects of COCO's sizes.",
         example="--config-file tensormask_R_50_FPN_1x MODEL.TENSOR_MASK.HEAD simple_natural",
     )
-    add_config_file(parser)
+    model = parser.add_mutually_exclusive_group(required=True)
+    add_config_file(model, default="")
     add_size(parser)
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, too")
+    model.add_argument(
+        "--query", metavar="CHECKPOINT", help="a trained model with a query, for its threshold"
+    )
+    query = parser.add_argument_group(
+        "the threshold of a query (MODEL.TENSOR_MASK.QUERY_ON)",
+        "Instead of counting, measure on DATASETS.TEST the recall of positive windows of the "
+        "finest level, the share of it that is computed, time and AP.",
+    )
+    query.add_argument(
+        "--recalls", type=float, nargs="+", default=[0.95, 0.98, 0.99, 0.995], metavar="R"
+    )
+    query.add_argument(
+        "--store",
+        type=float,
+        metavar="R",
+        help="write the threshold of this recall, such as 0.99, into the checkpoint",
+    )
     add_overrides(parser)
     return parser
 
@@ -187,10 +210,44 @@ def _windows(
     return rows, groups
 
 
+def analyze_query(
+    checkpoint: str, recalls: Sequence[float], stored: float | None, overrides: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Return the rows of `query_table`; write the threshold of the recall ``stored`` to the file.
+
+    Raises:
+        UserError: a recall is no share, or the model has no query.
+    """
+    recalls = [*recalls, *([] if stored is None or stored in recalls else [stored])]
+    if not all(0 < recall <= 1 for recall in recalls):
+        raise UserError(f"a recall must be a share in 0..1, such as 0.99, got {recalls}")
+    trained = find_trained_model(checkpoint, None, overrides)
+    model = build_model(trained.cfg)
+    if model.head.query is None:
+        raise UserError(f"{checkpoint} has no query (MODEL.TENSOR_MASK.QUERY_ON is False)")
+    loaded = load_weights(model, trained.path, content=trained.content)
+    check_complete(loaded, trained.path)
+    if not trained.cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a set for the measurement")
+    dataset = get_dataset(trained.cfg.DATASETS.TEST[0])
+    rows = query_table(model, build_test_loader(trained.cfg, dataset), dataset, recalls)
+    if stored is not None:
+        threshold = rows[1 + recalls.index(stored)]["threshold"]
+        weights = {**trained.content["model"], "head.query.threshold": torch.tensor(threshold)}
+        write_checkpoint(trained.path, {**trained.content, "model": weights})
+        print(f"Stored in {trained.path}: the threshold {threshold:.4g}")
+    return rows
+
+
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for an error of the user."""
     args = build_parser().parse_args(arguments)
+    if args.query:
+        rows = analyze_query(args.query, args.recalls, args.store, args.opts)
+        write_json(args.json, {"query": rows})
+        print(format_records(rows))
+        return 0
     cfg = read_config(args.config_file, args.opts)
     height, width = args.size
     results = analyze(cfg, (height, width))

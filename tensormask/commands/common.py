@@ -125,7 +125,7 @@ def is_key(word: str, cfg: CfgNode) -> bool:
     return True
 
 
-def add_config_file(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_config_file(parser: argparse._ActionsContainer, default: str | None = None) -> None:
     """Add the option `--config-file`, which is required if it has no default."""
     parser.add_argument(
         "--config-file",
