@@ -97,8 +97,10 @@ def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Ten
     if boxes.device.type == "cpu" or len(boxes) > _MAX_BOXES_MOVED_APART:
         return batched_nms(boxes, scores, groups, threshold)
     boxes = torch.where(scores[:, None] >= 0, boxes, 0.0)
-    # As in torchvision, which copies a number to the GPU: each group is moved to its own area.
-    offsets = groups.to(boxes.dtype) * (boxes.amax() + 1) if len(boxes) else scores
+    # As torchvision, which copies a number to the GPU: each group is moved to its own area. Boxes
+    # reach beyond the image: unlike torchvision's, the areas have room for negative coordinates.
+    area = boxes.amax() - boxes.amin() + 1 if len(boxes) else 0
+    offsets = groups.to(boxes.dtype) * area
     return nms(boxes + offsets[:, None], scores, threshold)
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tensormask.evaluation.results import coco_results
 from tensormask.modeling.build import use_channels_last
-from tensormask.modeling.inference import read_detection
+from tensormask.modeling.inference import _nms, read_detection
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN"]
@@ -101,3 +101,11 @@ def test_channels_last_is_on_where_tensor_cores_are(
     assert use_channels_last(cfg.MODEL.CHANNELS_LAST, torch.device(device)) is expected
     with pytest.raises(ValueError, match="True, False or 'auto', got"):
         cfg.merge_from_list(["MODEL.CHANNELS_LAST", 1])
+
+
+def test_classes_do_not_suppress_each_other() -> None:
+    """Also at negative coordinates: moved by the largest one + 1, the first box is the second."""
+    boxes = torch.tensor([[-201.0, -101.0, -1.0, -1.0], [400.0, 500.0, 600.0, 600.0]])
+    with pretend():
+        arguments = (x.to("cuda") for x in (boxes, torch.tensor([0.8, 0.9]), torch.tensor([1, 0])))
+        assert _nms(*arguments, 0.5).tolist() == [1, 0]
