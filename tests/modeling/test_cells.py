@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from tensormask.layers.plain import plain_tower
 from tensormask.layers.winograd import convolve_patches
-from tensormask.modeling.cells import Cells, as_rows, convolve_cells, dilate
+from tensormask.modeling.cells import Cells, are_faster, as_rows, convolve_cells, dilate
 from tensormask.modeling.head import conv_tower
 
 _PLACES = {
@@ -62,6 +62,19 @@ def test_winograd_of_patches_equals_the_convolution() -> None:
     with torch.no_grad():
         actual = convolve_patches(rows, index, conv.weight, conv.bias)
     assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_work_depends_on_the_number_of_cells() -> None:
+    """A tenth of a level of 56 x 56 is faster in cells, its half with borders is not."""
+    layers = plain_tower([*make_tower([3, 5, 4])])
+    few, many = (torch.zeros(1, 56, 56, dtype=torch.bool) for _ in range(2))
+    few[0, :12, :24], many[0, ::4, ::8] = True, True
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert are_faster(layers, few, cpu)
+    assert not are_faster(layers, many, cpu)
+    assert not are_faster(layers, few, cpu, max_work=0.1)
+    assert not are_faster(layers, few[:, :28], cpu)  # a small level
+    assert not are_faster(layers, few, gpu)  # saves few multiplications
 
 
 def test_cells_and_their_locations() -> None:

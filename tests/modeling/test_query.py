@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from tensormask.modeling import cells, sampling, sparse, tensormask
 from tensormask.modeling.assignment import assign
+from tensormask.modeling.inference import read_detection
 from tensormask.modeling.query import Query, query_loss, query_targets
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
@@ -178,6 +179,9 @@ def test_invalid_options(opts: list, message: str) -> None:
 def test_on_a_gpu_the_host_waits_once_more(always_cells) -> None:
     images = [tiny.make_image(64, 96), tiny.make_image(64, 96, seed=1)]
     waits = []
+    with torch.no_grad():
+        on_cpu = build("paper's")
+        expected = on_cpu.detect(images)
     with torch.no_grad(), pretend() as record:
         for with_query in (False, True):
             model = (
@@ -185,11 +189,16 @@ def test_on_a_gpu_the_host_waits_once_more(always_cells) -> None:
                 if with_query
                 else tiny.with_detections(tiny.build(opts=["MODEL.DEVICE", "cuda", *_ON[2:]]))
             )
+            if with_query:
+                model.load_state_dict(on_cpu.state_dict())
             inputs = [image.pin_memory() for image in images]
             model.detect(inputs)
             record.clear()
-            model.detect(inputs)
+            detections = model.detect(inputs)
             assert not record.mixes
             assert not record.unpinned
             waits.append(record.waits.total())
+        actual = [read_detection(detection) for detection in detections]
+    for name in ("boxes", "scores", "labels"):
+        assert_close([d[name] for d in actual], [d[name] for d in expected], rtol=1e-4, atol=1e-4)
     assert waits[1] <= waits[0] + 1, record.waits
