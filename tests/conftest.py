@@ -56,7 +56,8 @@ def fakes(monkeypatch):
         return state.results
 
     content = {"name": "fake", "class_names": ["star", "ring"], "category_ids": [1, 2]}
-    content |= {"has_annotations": True, "num_annotations": 7}
+    content |= {"has_annotations": True, "num_annotations": 7, "image_ids": range(7)}
+    content["image_size"] = lambda self, image_id: (48, 64)
     content["issues"] = state.issues = IssueLog()
     dataset = type("FakeDataset", (list,), content)(range(7))
     for module in (trainer, evaluator):

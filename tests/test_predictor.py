@@ -321,7 +321,7 @@ def test_the_snippets_of_the_page(tmp_path, cfg, model, monkeypatch, capsys):
     (tmp_path / "output" / "quickstart").mkdir(parents=True)
     checkpoint(tmp_path / "output" / "quickstart", "model_final.pth", **names)
     (tmp_path / "images").mkdir()
-    for path in ("image.jpg", "a.jpg", "b.jpg", "images/c.jpg"):
+    for path in ("image.jpg", "a.jpg", "b.jpg", "images/c.jpg", "slide.tif"):
         Image.fromarray(make_image()).save(path, quality=95)
     monkeypatch.setattr(
         predictor_module, "download", lambda url, path, **options: shutil.copy("image.jpg", path)
@@ -337,5 +337,5 @@ def test_the_snippets_of_the_page(tmp_path, cfg, model, monkeypatch, capsys):
     assert variables["stars"]["class_names"] == ["star"]
     assert len(variables["polygons"]) == 2
     assert type(variables["plain"]) is dict
-    assert model.options[-2:] == [{"class_agnostic_nms": True}, {}]
+    assert model.options[-3:] == [{"class_agnostic_nms": True}, {}, {}]
     assert {"drawing.png", "detections.json"} <= {path.name for path in tmp_path.iterdir()}

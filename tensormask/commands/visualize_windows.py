@@ -285,12 +285,15 @@ def chosen_levels(names: list[str], text: str | None) -> list[int]:
 @exits_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
     if not 0 <= args.threshold < 1:
         raise UserError(f"--threshold is {args.threshold}; give a score in 0..1, below 1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     image = args.image or args.input
-    if not image or (args.image and args.input):
+    if not image:
+        parser.error("the following arguments are required: IMAGE")
+    if args.image and args.input:
         raise UserError("give one image, as IMAGE or by --input")
     if args.html:
         require("jinja2", extra="report")
