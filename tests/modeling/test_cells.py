@@ -73,7 +73,7 @@ def test_work_depends_on_the_number_of_cells() -> None:
     assert are_faster(layers, few, cpu)
     assert not are_faster(layers, many, cpu)
     assert not are_faster(layers, few, cpu, max_work=0.1)
-    assert not are_faster(layers, few[:, :28], cpu)  # a small level
+    assert not are_faster(layers, few[:, :24], cpu)  # a small level
     assert not are_faster(layers, few, gpu)  # saves few multiplications
 
 
