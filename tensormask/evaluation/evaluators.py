@@ -15,13 +15,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tensormask.evaluation.matching import greedy_match
 from tensormask.evaluation.results import Result
 from tensormask.utils.errors import UserError, unknown_name
 from tensormask.utils.extras import require
 
 PYCOCOTOOLS, FASTER = EVALUATORS = ("pycocotools", "faster_coco_eval")  # of TEST.EVALUATOR
-
-
 _BOUNDARY = 0.02  # its width as a share of the image's diagonal
 
 
@@ -108,7 +107,7 @@ class Matches(NamedTuple):
 
 
 def find_matches(coco_eval: Any, max_dets: int) -> Matches:
-    """Match detections with objects of all areas at the lowest IoU threshold, 0.5, as COCOeval.
+    """Match detections with objects of all areas at an IoU of 0.5, as COCOeval.
 
     faster-coco-eval does not return its matches. Detections that match a crowd, which COCO ignores,
     are left out.
@@ -129,7 +128,7 @@ def find_matches(coco_eval: Any, max_dets: int) -> Matches:
         if key in objects:
             crowd = np.array([a["iscrowd"] for a in objects[key]], bool)
             ious = np.asarray(coco_eval.ious[key])[:max_dets]
-            matched = _match(ious, crowd, is_ignored[key], coco_eval.params.iouThrs[0])
+            matched = greedy_match(ious, crowd, is_ignored[key])
         for found, index in zip(group, matched.tolist(), strict=True):
             if index >= 0 and is_ignored[key][index]:
                 continue
@@ -146,26 +145,3 @@ def _grouped(coco: Any) -> dict[tuple[int, int], list[Result]]:
     for entry in coco.dataset["annotations"]:
         groups[entry["image_id"], entry["category_id"]].append(entry)
     return groups
-
-
-def _match(
-    ious: np.ndarray, is_crowd: np.ndarray, is_ignored: np.ndarray, threshold: float
-) -> np.ndarray:
-    """Return the index of the object that each detection matches, -1 for none.
-
-    Args:
-        ious: (D, G), of detections by descending scores with the objects.
-        is_crowd: (G,), objects that several detections match.
-        is_ignored: (G,), objects that a detection matches only if it matches no other one.
-    """
-    matched, is_free = np.full(len(ious), -1), np.ones(len(is_crowd), bool)
-    for detection in np.flatnonzero((ious >= threshold).any(axis=1)):
-        candidates = (ious[detection] >= threshold) & (is_free | is_crowd)
-        if (candidates & ~is_ignored).any():
-            candidates &= ~is_ignored
-        if candidates.any():
-            values = np.where(candidates, ious[detection], -1.0)
-            best = len(values) - 1 - int(values[::-1].argmax())  # the last of equal ones
-            matched[detection] = best
-            is_free[best] = False
-    return matched

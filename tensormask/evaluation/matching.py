@@ -53,10 +53,17 @@ def match_images(
         yield _match_image(objects_of[image], results_of[image], iou_type)
 
 
-def greedy_match(iou: np.ndarray) -> np.ndarray:
+def greedy_match(
+    iou: np.ndarray, is_crowd: np.ndarray | None = None, is_ignored: np.ndarray | None = None
+) -> np.ndarray:
     """Match rows, best first, with the remaining columns: the highest IoU of at least 0.5.
 
     Of several columns with this IoU the last one is taken, as by pycocotools.
+
+    Args:
+        iou: `(D, G)`.
+        is_crowd: bool `(G,)`, columns that several rows match; None: none.
+        is_ignored: bool `(G,)`, columns that a row matches only if no other is left; None: none.
 
     Returns:
         int `(D,)`: the column of each row, or -1.
@@ -65,13 +72,18 @@ def greedy_match(iou: np.ndarray) -> np.ndarray:
         >>> greedy_match(np.array([[0.6, 0.5], [0.9, 0.4], [0.7, 0.8]]))
         array([ 0, -1,  1])
     """
-    remaining = iou.copy()
-    matched = np.full(len(iou), -1)
+    none = np.zeros(iou.shape[1], bool)
+    is_crowd = none if is_crowd is None else is_crowd
+    is_ignored = none if is_ignored is None else is_ignored
+    matched, remains = np.full(len(iou), -1), ~none
     for row in np.flatnonzero((iou >= FOREGROUND_IOU).any(axis=1)):
-        column = iou.shape[1] - 1 - remaining[row, ::-1].argmax()
-        if remaining[row, column] >= FOREGROUND_IOU:
-            matched[row] = column
-            remaining[:, column] = 0
+        candidates = (iou[row] >= FOREGROUND_IOU) & (remains | is_crowd)
+        if (candidates & ~is_ignored).any():
+            candidates &= ~is_ignored
+        if candidates.any():
+            values = np.where(candidates, iou[row], -1.0)
+            matched[row] = len(values) - 1 - int(values[::-1].argmax())
+            remains[matched[row]] = False
     return matched
 
 
