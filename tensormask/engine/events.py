@@ -284,7 +284,8 @@ def _write_curve(board: "SummaryWriter", tag: str, precision: list[float], itera
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a `metrics.json`, without an incomplete line of a killed run."""
     path = Path(expand_home(path))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = content.splitlines(keepends=True)
     return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
 
 
@@ -318,6 +319,7 @@ def _iteration_of(line: str) -> float:
     if not line.endswith("\n"):
         return math.inf
     try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
+        iteration = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return iteration if isinstance(iteration, int) else math.inf

@@ -20,7 +20,7 @@ from tensormask.checkpoint.hub import (
 from tensormask.checkpoint.trained import find_trained_model
 from tensormask.checkpoint.zoo import MODELS, PACKAGED
 from tensormask.config import CfgNode, get_cfg
-from tensormask.engine.events import METRICS, flatten_results
+from tensormask.engine.events import METRICS, flatten_results, read_metrics
 from tensormask.engine.resume import BEST_CHECKPOINT, FINAL_EMA
 from tensormask.hub.card import render_card
 from tensormask.predictor import Predictor
@@ -113,17 +113,12 @@ def _recorded_results(path: Path, content: Mapping[str, Any], cfg: CfgNode) -> d
     if measured is not None:  # by dev/model_card.py
         masks = {name: measured[name] for name in ("AP", "AP50", "AP75", "AP@400")}
         return {MODELS[PACKAGED].source: {"bbox": {"AP": measured["box AP"]}, "segm": masks}}
-    try:
-        lines = (path.parent / METRICS).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return {}
     is_averaged = path.name == FINAL_EMA or (
         path.name == BEST_CHECKPOINT and cfg.SOLVER.CHECKPOINT_BEST.startswith("ema/")
     )
     results: dict[str, Any] = {}
-    for record in records:
-        if "iteration" in content and record.get("iteration") == content["iteration"]:
+    for record in read_metrics(path.parent / METRICS):
+        if record["iteration"] == content.get("iteration"):
             results |= {name: value for name, value in record.items() if "/" in name}
     own = {name for name in results if name.startswith("ema/") == is_averaged}
     return {name.removeprefix("ema/"): results[name] for name in results if name in own}

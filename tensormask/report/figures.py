@@ -2,11 +2,13 @@
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from tensormask.report.curves import Curve
+from tensormask.utils.errors import shorten
 from tensormask.utils.extras import require
 
 NUM_COLORS = 6  # --c0 ... --c5 of base.html.j2
@@ -39,6 +41,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+_MAX_NAME = 24  # characters in a legend
 _LINES = ("-", "--", ":", "-.")  # beyond six curves
 
 
@@ -70,12 +73,14 @@ def draw_precision(
     """
     with _matplotlib():
         figure, axis = _panel(title)
-        for number, (name, precision) in enumerate(curves.items()):
+        for number, precision in enumerate(curves.values()):
             recalls = [index / (len(precision) - 1) for index in range(len(precision))]
-            axis.plot(recalls, precision, label=name, **_line(number))
+            axis.plot(recalls, precision, **_line(number))
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         if legend and curves:
-            figure.legend(loc="outside lower left", ncols=3, handlelength=1.2)
+            # Given apart: of labels of lines, those that begin with _ are left out.
+            names = [shorten(name, _MAX_NAME) for name in curves]
+            figure.legend(axis.lines, names, loc="outside lower left", ncols=3, handlelength=1.2)
         return _to_svg(figure, f"{title}: precision over recall")
 
 
@@ -100,7 +105,9 @@ def _line(number: int) -> dict[str, Any]:
 def _to_svg(figure: Any, description: str) -> str:
     """Return the element `svg`, without a size of its own, with names of the page's colors."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's fonts have more letters
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", svg, flags=re.S)
@@ -109,5 +116,5 @@ def _to_svg(figure: Any, description: str) -> str:
     (view_box,) = re.findall(r'viewBox="[^"]*"', head)
     head = f'<svg {view_box} role="img" aria-label="{escape(description)}">'
     body = re.sub(r"font-family: [^;]*; ", "", body)
-    body = re.sub(r"#[12]0000\d", lambda color: f"var({_VARIABLES[color[0]]})", body)
+    body = re.sub("|".join(_VARIABLES), lambda color: f"var({_VARIABLES[color[0]]})", body)
     return head + body

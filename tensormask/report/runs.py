@@ -1,6 +1,7 @@
 """What the folder of a run holds: curves, evaluations, config, environment."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from tensormask.evaluation.coco import CURVES_FILE, RESULTS_FILE
 from tensormask.evaluation.details import DETAILS_FILE
 from tensormask.report.curves import Curves, read_curves, short_names
 from tensormask.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TASKS = {"segm": "masks", "bbox": "boxes"}
 
@@ -106,7 +109,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: a folder without metrics and evaluations.
     """
-    folders = list(dict.fromkeys(folders))
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     return [read_run(*pair) for pair in zip(folders, short_names(folders), strict=True)]
 
 
@@ -127,10 +130,14 @@ def _read_evaluations(folder: Path) -> dict[str, Evaluation]:
     evaluations = {}
     for part, suffix in (("inference", ""), ("ema/inference", " (averaged weights)")):
         for path in sorted((folder / part).glob(f"**/{DETAILS_FILE}")):
-            details = json.loads(path.read_bytes())
-            precision = json.loads(_read(path.with_name(CURVES_FILE)) or "{}")
-            evaluation = Evaluation(details, precision, path.with_name(RESULTS_FILE))
-            evaluations[details["dataset"] + suffix] = evaluation
+            try:
+                details = json.loads(path.read_bytes())
+                precision = json.loads(_read(path.with_name(CURVES_FILE)) or "{}")
+                name = details["dataset"] + suffix
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("%s is left out, it cannot be read: %s", path.parent, error)
+                continue
+            evaluations[name] = Evaluation(details, precision, path.with_name(RESULTS_FILE))
     return evaluations
 
 

@@ -121,7 +121,8 @@ def test_an_evaluation_in_tensorboard(tmp_path):
 def test_incomplete_lines_are_not_read(tmp_path):
     path = tmp_path / "metrics.json"
     assert events.read_metrics(path) == []
-    path.write_text('{"iteration": 3, "loss": 1.5}\n{"iteration": 4, "lo')
+    broken = '{"iteration": "a"}\n[1]\n{"iteration": null}\n{"iteration": 4, "lo'
+    path.write_text('{"iteration": 3, "loss": 1.5}\n' + broken)
     assert events.read_metrics(path) == [{"iteration": 3, "loss": 1.5}]
 
 

@@ -11,6 +11,7 @@ from grey import GreyDataset, evaluate_found, noisy_case
 from run_folders import write_run
 
 from tensormask import cli
+from tensormask.report.figures import draw_precision
 from tensormask.report.images import choose_images
 from tensormask.report.page import _confusion, changed_options
 from tensormask.report.runs import Evaluation, read_runs
@@ -87,6 +88,24 @@ def test_without_the_data_set_there_are_no_images(folders, tmp_path):
     assert "data:image" not in html
     assert "the data set is not available here" in html
     assert "Best images" not in make([str(copy)], tmp_path / "a.html", "--images", "0")
+
+
+def test_a_file_that_is_half_written_is_left_out(folders, tmp_path, caplog):
+    shutil.copytree(folders[1], tmp_path / "b")
+    path = tmp_path / "b" / "inference" / "precision_recall.json"
+    path.write_bytes(path.read_bytes()[:100])
+    (run,) = read_runs([tmp_path / "b"])
+    assert run.curves
+    assert run.evaluations == {}
+    assert f"{path.parent} is left out" in caplog.text
+
+
+def test_names_in_a_figure():
+    names = ["_a", "<script>", "#100009", "$x_1$", "x" * 200, "\N{HEBREW LETTER ALEF}", "\n"]
+    svg = draw_precision("<b>", {name: [1.0, 0.5] for name in names})
+    for name in ("_a", "&lt;script&gt;", "#100009", "$x_1$", "x" * 21 + "...", names[5], r"'\n'"):
+        assert f">{name}</text>" in svg, name
+    assert "<b>" not in svg
 
 
 def test_many_classes_are_listed_as_pairs():
