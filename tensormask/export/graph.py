@@ -133,10 +133,15 @@ class DetectionGraph(nn.Module):
         model, head = self.model, self.model.head
         logits = torch.cat([x.flatten(1) for x in dense.logits], dim=1)
         logits, index = logits.topk(self._num_candidates, dim=1)
-        n = torch.arange(index.shape[0])[:, None].expand(index.shape).flatten()
-        logits, index = logits.flatten(), index.flatten()
         threshold = logit_threshold(model.score_threshold, mask_iou=head.mask_iou)
         scores = torch.where(logits > threshold, logits.float().sigmoid(), -1.0)
+        # NMS keeps the first of equal scores: the order is that of `find_candidates`. (The operator
+        # of ONNX sorts equal values by their positions.)
+        index, order = index.sort(dim=1)
+        scores, order = scores.gather(1, order).sort(dim=1, descending=True)
+        index = index.gather(1, order)
+        n = torch.arange(index.shape[0])[:, None].expand(index.shape).flatten()
+        scores, index = scores.flatten(), index.flatten()
         num_sizes, grids = model.windows.num_sizes, self._grids
         level, size, label, y, x = locate(index, grids, num_sizes, head.num_classes)
         boxes = window_boxes = model.windows.boxes(level, size, y, x)

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 
+from tensormask.export import graph as graph_module
 from tensormask.export.check import Differences, compare
 from tensormask.export.graph import DetectionGraph, _suppress
 from tensormask.layers import op_backend
@@ -131,3 +132,39 @@ def test_a_difference_is_seen(change, built):
 
     differences: Differences = compare(model, changed, [make_pixels()])
     assert differences.too_large, differences
+
+
+@pytest.mark.parametrize("head, opts", [("bipyramid", []), ("aligned", NO_BOXES)])
+def test_of_equal_scores_any_may_be_kept(head, opts, monkeypatch):
+    """NMS with other last digits of the scores has another result, which is accepted."""
+    model = tiny.with_detections(tiny.build(head, [*FEW, *opts]))
+    model.head.cls_score.weight.data *= 0.01
+    noise = 5e-5
+
+    def suppress(boxes, scores, groups, threshold):
+        generator = torch.Generator().manual_seed(0)
+        noisy = scores + noise * torch.rand(scores.shape, generator=generator)
+        kept = _suppress(boxes, torch.where(scores >= 0, noisy, -1.0), groups, threshold)
+        return torch.where(kept >= 0, scores, -1.0)
+
+    monkeypatch.setattr(graph_module, "_suppress", suppress)
+    run = run_eagerly(DetectionGraph(model, SIZE).eval())
+    images = [make_pixels(seed) for seed in range(2)]
+    differences = compare(model, run, images)
+    assert not differences.too_large, differences
+    assert differences.num_ties > 0
+    noise = 5e-3
+    assert compare(model, run, images).too_large
+
+
+@pytest.mark.parametrize("threshold", [0.35, 0.65])
+def test_another_nms_is_refused(threshold, built, monkeypatch):
+    model, run = built
+
+    def changed(pixels):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "nms_threshold", threshold)
+            return run(pixels)
+
+    assert model.nms_threshold == 0.5
+    assert compare(model, changed, [make_pixels()]).too_large
