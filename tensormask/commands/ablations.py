@@ -16,6 +16,7 @@ from tensormask.commands.common import (
     add_config_file,
     add_overrides,
     exits_on_user_error,
+    log_to_stderr,
     read_config,
 )
 from tensormask.config import config_names
@@ -108,7 +109,7 @@ def markdown_table(results: dict[str, dict[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 1 for a failed run, 2 for an error of the user."""
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     rows = find_rows(args.rows)
     cfg = read_config(args.config_file, args.opts)
     num_levels = len(cfg.MODEL.TENSOR_MASK.IN_FEATURES)

@@ -8,6 +8,7 @@ Overrides are pairs `KEY VALUE`, which are accepted anywhere in a command line:
 import argparse
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -176,6 +177,12 @@ def name_splits(cfg: CfgNode) -> None:
     sets = cfg.DATASETS
     train, test = with_splits(sets.TRAIN, sets.TEST)
     sets.TRAIN, sets.TEST = tuple(train), tuple(test)
+
+
+def log_to_stderr(form: str = "%(message)s") -> None:
+    """Show the messages of this package on stderr, of other packages only warnings."""
+    logging.basicConfig(format=form)
+    logging.getLogger("tensormask").setLevel(logging.INFO)
 
 
 def write_json(path: str, content: object) -> None:

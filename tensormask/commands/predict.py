@@ -31,6 +31,7 @@ from tensormask.commands.common import (
     add_config_file,
     add_overrides,
     exits_on_user_error,
+    log_to_stderr,
 )
 from tensormask.commands.inputs import find_inputs, list_suffixes
 from tensormask.commands.prediction import InputProcessor, output_stems
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         to stop a camera and gives 0 there. What was done before is complete in all files.
     """
     args = parse_arguments(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    log_to_stderr("%(levelname)s %(message)s")
     (inputs, others, without), output = find_inputs(args.inputs), Path(args.output)
     stems = output_stems(inputs, output, args.save)
     for message in without:

@@ -4,7 +4,6 @@ Takes the config and overrides of a training, and writes a PNG per image and a m
 """
 
 import itertools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tensormask.commands.common import (
     add_config_file,
     add_overrides,
     exits_on_user_error,
+    log_to_stderr,
     read_config,
 )
 from tensormask.config import CfgNode
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.num < 1:
         raise UserError(f"--num is {args.num}; give 1 or more images")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     cfg = read_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     cfg.SEED = max(cfg.SEED, 0) if args.seed is None else args.seed
     num_drawn = draw(cfg, Path(args.output), args.num)

@@ -4,7 +4,6 @@ Shows which windows fire, and the masks of all windows as two views of one 4D te
 docs/representation.md. With `--html`, it is a page on which every window can be looked at.
 """
 
-import logging
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ from tensormask.commands.common import (
     add_config_file,
     add_overrides,
     exits_on_user_error,
+    log_to_stderr,
 )
 from tensormask.data.geometry import transform_image
 from tensormask.data.images import read_image
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not 0 <= args.threshold < 1:
         raise UserError(f"--threshold is {args.threshold}; give a score in 0..1, below 1")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    log_to_stderr("%(levelname)s %(message)s")
     image = args.image or args.input
     if not image:
         parser.error("the following arguments are required: IMAGE")

@@ -35,10 +35,11 @@ from tensormask.engine import distributed
 from tensormask.engine.anomaly import check_weights
 from tensormask.engine.events import append_issues, flatten_results
 from tensormask.engine.memory import evaluation_advice
-from tensormask.engine.output_dir import open_output_dir
+from tensormask.engine.output_dir import open_output_dir, record_start
 from tensormask.engine.resume import (
     FINAL_CHECKPOINT,
     FINAL_EMA,
+    LAST_CHECKPOINT,
     checkpoint_to_resume,
     find_last_checkpoint,
     restore_model,
@@ -70,7 +71,8 @@ def evaluate_only(
 
     The classes of each data set are matched with those of the weights (`match_dataset`).
 
-    Files go to `OUTPUT_DIR/inference`, and replace those there. A file in `MODEL.WEIGHTS` is not
+    Files go to `OUTPUT_DIR/inference`, and replace those there; in a folder without a training,
+    `config.yaml` and `environment.txt` say what was evaluated. A file in `MODEL.WEIGHTS` is not
     changed; with `resume`, the final checkpoint gets the `score_threshold`, as from `train`.
 
     Args:
@@ -109,6 +111,9 @@ def evaluate_only(
                 "or --resume to use the last checkpoint in OUTPUT_DIR"
             )
         del content  # its memory
+        # A training's folder keeps the config and the environment of the training.
+        if distributed.is_main_process() and not (output_dir / LAST_CHECKPOINT).exists():
+            record_start(output_dir, cfg)
         results = evaluate_all(cfg, model, output_dir, reporter, evaluators, classes)
         if checkpoint is not None and cfg.SOLVER.EMA.ENABLED and checkpoint.get("ema"):
             logger.info("Evaluation of the averaged weights (SOLVER.EMA):")

@@ -11,12 +11,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from tensormask.config import CfgNode
 from tensormask.engine.distributed import broadcast_object, is_main_process
 from tensormask.engine.events import LOG, METRICS, log_error, setup_logging
 from tensormask.engine.resume import LAST_CHECKPOINT
 from tensormask.utils import env
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import expand_home, remove_leftovers
+from tensormask.utils.files import expand_home, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,12 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
         if leftovers := remove_leftovers(output_dir):
             logger.info("Removed temporary files of a killed run: %s", ", ".join(leftovers))
         yield
+
+
+def record_start(output_dir: Path, cfg: CfgNode) -> None:
+    """Write `config.yaml`, and append to `environment.txt`."""
+    write_atomically(output_dir / CONFIG, lambda file: file.write(cfg.dump().encode()))
+    record_environment(output_dir)
 
 
 def record_environment(output_dir: str | Path) -> None:

@@ -28,13 +28,7 @@ from tensormask.engine.evaluator import (
     check_evaluation,
     store_score_thresholds,
 )
-from tensormask.engine.output_dir import (
-    CONFIG,
-    holds_run,
-    link_latest,
-    open_output_dir,
-    record_environment,
-)
+from tensormask.engine.output_dir import holds_run, link_latest, open_output_dir, record_start
 from tensormask.engine.precision import build_autocast, set_float32_precision
 from tensormask.engine.resume import LAST_CHECKPOINT, checkpoint_to_resume
 from tensormask.engine.run import (
@@ -52,7 +46,6 @@ from tensormask.evaluation import verify_results
 from tensormask.evaluation.metrics import check_metrics
 from tensormask.modeling import build_model
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import write_atomically
 from tensormask.utils.random import seed_everything, set_determinism
 
 logger = logging.getLogger(__name__)
@@ -166,8 +159,7 @@ def train(
                 (output_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
             if not (resume and holds_run(output_dir)):
                 link_latest(given_dir, output_dir)
-            write_atomically(output_dir / CONFIG, lambda f: f.write(cfg.dump().encode()))
-            record_environment(output_dir)
+            record_start(output_dir, cfg)
         with events.MetricsWriter(output_dir, start) as run.writer, saved_if_out_of_memory(run):
             if not run.finished:
                 _run_iterations(run, batches)

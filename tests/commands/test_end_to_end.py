@@ -84,6 +84,8 @@ def test_eval_only_repeats_the_results(run, shapes, tmp_path) -> None:
     assert train.main(["--eval-only", *arguments(shapes, tmp_path, *more)]) == 1
     results = "inference/coco_instances_results.json"
     assert (tmp_path / results).read_text() == (run / results).read_text()
+    assert "MAX_ITER: 4" in (tmp_path / "config.yaml").read_text()  # for a report
+    assert "command" in (tmp_path / "environment.txt").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_not_evaluated(run, shapes, tmp_path, capsys) -> None:

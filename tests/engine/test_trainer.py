@@ -202,4 +202,7 @@ def test_an_evaluation_needs_no_training_data(fakes, tmp_path, monkeypatch):
     trainer.train(make_cfg(tmp_path))
     test_set = evaluator.get_dataset("b")
     monkeypatch.setattr(evaluator, "get_dataset", {"b": test_set}.__getitem__)
-    assert evaluator.evaluate_only(make_cfg(tmp_path), resume=True) == fakes.results
+    config = (tmp_path / "config.yaml").read_bytes()
+    cfg = make_cfg(tmp_path, "TEST.MAX_DETS", 7)
+    assert evaluator.evaluate_only(cfg, resume=True) == fakes.results
+    assert (tmp_path / "config.yaml").read_bytes() == config  # of the training
