@@ -261,15 +261,24 @@ class Source:
 
 
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return the files below a folder with one of the suffixes, sorted; hidden ones are ignored."""
-    wanted, found = frozenset(suffixes), []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if Path(name).suffix.lower() in wanted and not name.startswith(".")
-        ]
+    """Return the files below a folder with one of the suffixes, sorted.
+
+    Hidden files and folders are ignored. Links to folders are followed, each folder once.
+    """
+    wanted, found = frozenset(suffixes), list[Path]()
+    pending, visited = [folder], set[str]()
+    while pending:  # links last: files inside of the folder have their own paths
+        for parent, folders, names in os.walk(pending.pop(0)):
+            target = os.path.realpath(parent)
+            is_new = target not in visited
+            visited.add(target)
+            folders[:] = sorted(n for n in folders if is_new and not n.startswith("."))
+            pending += [Path(parent, n) for n in folders if os.path.islink(Path(parent, n))]
+            found += [
+                Path(parent, name)
+                for name in names
+                if is_new and Path(name).suffix.lower() in wanted and not name.startswith(".")
+            ]
     return sorted(found)
 
 

@@ -33,3 +33,17 @@ def test_the_result_does_not_depend_on_the_order_of_the_files(tmp_path, monkeypa
     walk = os.walk
     monkeypatch.setattr(sources.os, "walk", lambda p: ((a, b, c[::-1]) for a, b, c in walk(p)))
     assert [i.path.stem for i in read(read_yolo, tmp_path).images] == ["a", "b", "c"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder, outside = tmp_path / "set", tmp_path / "outside"
+    for path in (folder / "z" / "a.png", outside / "b.png", folder / ".hidden" / "c.png"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    try:
+        for name, target in {"a": "z", "images": outside, "again": outside, "z/up": folder}.items():
+            (folder / name).symlink_to(target, target_is_directory=True)
+    except OSError:
+        pytest.skip("no links here")
+    found = sources.images_below(folder)
+    assert [path.relative_to(folder).as_posix() for path in found] == ["again/b.png", "z/a.png"]
