@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -35,6 +34,7 @@ from tensormask.data import build_test_loader, get_dataset
 from tensormask.data.images import image_suffixes
 from tensormask.evaluation import evaluate, evaluate_results
 from tensormask.evaluation.coco import RESULTS_FILE
+from tensormask.evaluation.matching import greedy_match
 from tensormask.evaluation.results import coco_results, read_results
 from tensormask.utils.tables import markdown_table
 
@@ -44,7 +44,6 @@ CARD = WEIGHTS / "README.md"
 
 MAX_DETS = 400  # val has up to 340 nuclei in an image
 DEFAULT_THRESHOLD = 0.5  # of `tensormask predict`, for a file without one
-MATCH_IOU = 0.5
 
 # Groups of images: from a number of nuclei, or a size, to below another.
 CROWDS = {
@@ -197,11 +196,7 @@ def count_matches(
     found = sorted(found, key=lambda result: -result["score"])
     true = [coco.annToRLE(nucleus) for nucleus in nuclei]
     ious = mask_utils.iou([result["segmentation"] for result in found], true, [0] * len(true))
-    is_free = np.ones(len(true), dtype=bool)
-    for row in ious:
-        best = np.where(is_free, row, 0).argmax()
-        is_free[best] &= row[best] < MATCH_IOU
-    return int((~is_free).sum())
+    return int((greedy_match(ious) >= 0).sum())
 
 
 def count_detections(weights: Path, files: Sequence[Path], threshold: float) -> Row:
