@@ -1,4 +1,4 @@
-"""An ONNX file, and its use without PyTorch. One small model is exported for all tests."""
+"""An ONNX file, and its use without PyTorch. One small model is exported for all slow tests."""
 
 import json
 import subprocess
@@ -66,6 +66,7 @@ def onnx_file(program, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_file_detects_what_the_model_detects(model, onnx_file):
     predictor = OnnxPredictor(onnx_file)
     differences = compare(model, predictor.run, [make_pixels(n, SIZE) for n in range(2)])
@@ -74,6 +75,7 @@ def test_the_file_detects_what_the_model_detects(model, onnx_file):
     assert (predictor.class_names, predictor.score_threshold) == (["a", "b", "ü"], 0.4)
 
 
+@pytest.mark.slow
 def test_without_torch(model, onnx_file, tmp_path):
     """An image that is resized to half and padded; detections are those of the model on it."""
     pixels = make_pixels(1, (128, 150))
@@ -95,6 +97,7 @@ def test_without_torch(model, onnx_file, tmp_path):
     assert (found["masks"] != masks).sum() <= 5
 
 
+@pytest.mark.slow
 def test_lists_and_thresholds(onnx_file):
     predictor = OnnxPredictor(onnx_file)
     images = [make_pixels(n, size) for n, size in enumerate([(64, 96), (50, 30)])]
