@@ -1,4 +1,4 @@
-"""Folders of runs, without the runs."""
+"""Folders of runs, and what their files contain."""
 
 import json
 
@@ -17,3 +17,11 @@ def write_run(folder, factor=1.0):
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.json").write_text(text + '{"iteration": 9')
     return folder
+
+
+def content(path):
+    """Return the bytes of a file, of `evaluation.json` all but the measured time."""
+    data = path.read_bytes()
+    if path.name != "evaluation.json":
+        return data
+    return {key: value for key, value in json.loads(data).items() if key != "seconds_per_image"}

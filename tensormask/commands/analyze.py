@@ -67,7 +67,7 @@ def build_parser() -> CommandParser:
         "--store",
         type=float,
         metavar="R",
-        help="write the threshold of this recall, such as 0.99, into the checkpoint",
+        help="store the threshold of this recall, such as 0.99, into the checkpoint",
     )
     add_overrides(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Draw a model's windows: `tensormask visualize windows IMAGE --weights FILE`.
+"""Draw a model's windows: `tensormask visualize windows INPUT --weights FILE`.
 
 Shows which windows fire, and the masks of all windows as two views of one 4D tensor; see
 docs/representation.md. With `--html`, it is a page on which every window can be looked at.
@@ -78,7 +78,7 @@ def build_parser() -> CommandParser:
         "make it smaller.",
         example="image.jpg --weights output/quickstart/model_final.pth",
     )
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image")
+    parser.add_argument("image", nargs="?", metavar="INPUT", help="an image")
     parser.add_argument("--input", metavar="FILE", help="the same")
     add_config_file(parser, default="")
     parser.add_argument(
@@ -292,9 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr("%(levelname)s %(message)s")
     image = args.image or args.input
     if not image:
-        parser.error("the following arguments are required: IMAGE")
+        parser.error("the following arguments are required: INPUT")
     if args.image and args.input:
-        raise UserError("give one image, as IMAGE or by --input")
+        raise UserError("give one image, as INPUT or by --input")
     if args.html:
         require("jinja2", extra="report")
     output = Path(args.output or (DEFAULT_PAGE if args.html else DEFAULT_OUTPUT))

@@ -20,6 +20,7 @@ from tensormask import cli
 from tensormask import predictor as predictor_module
 from tensormask.commands import predict
 from tensormask.commands.inputs import find_inputs
+from tensormask.config import get_cfg
 from tensormask.utils.video import VideoReader
 
 
@@ -301,5 +302,5 @@ def test_the_commands_of_the_page():
     assert len(lines) > 3
     for words in lines:
         args = predict.parse_arguments(words[2:])
-        assert args.opts == []
+        get_cfg().merge_from_list(args.opts)
         assert args.inputs

@@ -264,7 +264,7 @@ def test_mistakes_are_one_line(saved_run, tmp_path, capsys):
         (["--threshold", "1.5"], "score in 0..1"),
         (["--levels", "p2,p9"], "unknown level p9; the model's levels are p2, p3"),
         (["--input", str(tmp_path / "no.png")], "no.png"),
-        (["image.png"], "give one image, as IMAGE or by --input"),
+        (["image.png"], "give one image, as INPUT or by --input"),
         (["--html"], "is a folder: --html writes one file"),
         (["MODEL.TENSOR_MASK.HAED", "bipyramid"], "HEAD"),
     ):

@@ -97,7 +97,7 @@ def test_an_image_depends_only_on_split_and_index():
 
 def test_images_have_not_changed():
     """The expected results of the quickstart were measured on images with these masks."""
-    assert shapes.NUM_IMAGES == {"train": 3000, "val": 200}
+    assert (shapes.NUM_IMAGES["train"], shapes.NUM_IMAGES["val"]) == (3000, 200)
     areas = [[a["area"] for a in shapes.generate_image("val", i)[1]] for i in range(4)]
     assert areas == [[865], [283, 1565, 731, 235, 503], [1323, 533, 680, 50], [446]]
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from fakes import make_cfg as make_fake_cfg
 from grey import CATEGORY_IDS, FakeModel, GreyDataset, coco_json, detections, noisy_case, rectangle
+from run_folders import content
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -262,7 +263,7 @@ def test_evaluation_in_shares_equals_one(tmp_path, world_size, caplog):
     assert results_table(results.pop(0)) == results_table(expected)
     assert all(each == {} for each in results.values())
     one, many = (
-        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        {p.relative_to(folder): content(p) for p in folder.rglob("*") if p.is_file()}
         for folder in (tmp_path / "one", tmp_path / "many")
     )
     assert len(one) >= 5  # results, three images, the montage

@@ -204,7 +204,7 @@ RECORDS = [
     ],
 )
 def test_results_are_those_of_the_run_at_the_iteration(tmp_path, name, iteration, best, expected):
-    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, RECORDS)))
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     cfg = tensormask.get_cfg()
     cfg.SOLVER.CHECKPOINT_BEST = best
     content = {} if iteration is None else {"iteration": iteration}
