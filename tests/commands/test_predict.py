@@ -198,7 +198,7 @@ def test_an_interrupt_leaves_complete_files(tmp_path, run, out, model, repeat, c
     def interrupted(*arguments, **options):
         if len(model.seen) == 2:
             for _ in range(1 + repeat):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         return detect(*arguments, **options)
 
     model.detect = interrupted

@@ -159,12 +159,15 @@ def test_no_batch_is_a_warning_and_then_an_error(failure, monkeypatch, caplog):
 
 
 def test_workers_and_thread_end_with_their_iterator(monkeypatch):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     batches = iterate(size=5_000_000)
     next(batches)
     del batches
     assert multiprocessing.active_children() == []
-    assert threading.active_count() == threads
+    deadline = time.monotonic() + 10  # the thread of a queue ends a little later
+    while not set(threading.enumerate()) <= threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     monkeypatch.setattr(prefetch, "_TIME_TO_END", 0.1)
     batches = iterate({0: "sleep"}, num_workers=1)
     del batches  # the fixture looks for processes
