@@ -189,8 +189,17 @@ def test_a_url(tmp_path, run, out, monkeypatch, caplog):
     assert "404" in caplog.text
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 @pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_complete_files(tmp_path, run, out, model, repeat, capsys):
     """A second one in the same image ends the command at once, without files that look complete."""
     detect = model.detect
