@@ -57,7 +57,7 @@ def test_readme_from_top_to_bottom(tmp_path):
     assert len(list((tmp_path / "output/drawings").glob("*.png"))) == len(val)
     assert (tmp_path / "output/predict/image.png").is_file()
     assert (tmp_path / "drawing.png").is_file()
-    section = README.partition("A run leaves in its `OUTPUT_DIR`:")[2].partition("\n\nA run")[0]
+    section = README.partition("A run leaves in its `OUTPUT_DIR`")[2].partition("\n\nA run")[0]
     left = re.findall(r"`([\w./*]+)`", section)
     assert len(left) == 9
     for run_name in ("nuclei", "mine"):
