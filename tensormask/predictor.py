@@ -1,49 +1,38 @@
 """`Predictor`: images in, detections out."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from tensormask.checkpoint.downloads import download, resolve
 from tensormask.checkpoint.files import get_description
 from tensormask.checkpoint.loading import check_complete, load_weights
 from tensormask.checkpoint.trained import find_trained_model
 from tensormask.config import CfgNode
 from tensormask.data import get_dataset
-from tensormask.data.arrays import image_to_rgb
 from tensormask.data.augmentation import build_test_transform
 from tensormask.data.checks.issues import Identity
 from tensormask.data.classes import present_classes
 from tensormask.data.geometry import transform_image
-from tensormask.data.images import ImageError, read_image
+from tensormask.data.images import ImageError
 from tensormask.data.large_images import LargeImage, open_large_image
 from tensormask.data.transforms import image_to_tensor
 from tensormask.detections import ClassChoice, Detections, check_limits, find_labels
 from tensormask.engine.anomaly import check_weights
 from tensormask.evaluation.seams import TileGrid, TileJoiner
 from tensormask.evaluation.tta import build_augmented_detector
+from tensormask.input_image import ImageInput, read_input
 from tensormask.modeling import build_model
 from tensormask.modeling.inference import paste_detection
 from tensormask.modeling.inputs import padded_size, size_of
 from tensormask.utils.errors import UserError
-from tensormask.utils.files import expand_home
 from tensormask.visualization.instances import class_name
 
 logger = logging.getLogger(__name__)
-
-ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
-
-MAX_DOWNLOADED_BYTES = 100_000_000  # of an image
 
 
 class CallOptions(TypedDict, total=False):
@@ -328,37 +317,6 @@ class Predictor:
             category_ids=self.category_ids,
             image=image,
         )
-
-
-def read_input(image: Any, channel_order: str = "RGB") -> np.ndarray:
-    """Return one input of `Predictor` as uint8 RGB `(H, W, 3)`.
-
-    Raises:
-        UserError, ImageError, OSError: as `Predictor`.
-    """
-    if not isinstance(image, str | PathLike):
-        return image_to_rgb(image, channel_order)
-    scheme, separator, _ = os.fspath(image).partition("://")
-    if isinstance(image, str) and separator:
-        if scheme.lower() in ("https", "http"):
-            return _read_url(image)
-        if scheme.lower() != "file":
-            raise UserError(f"{image!r} is not the URL of an image: http, https or file")
-        image = resolve(image)
-    image = expand_home(image)
-    if os.path.isdir(image):
-        raise UserError(f"{image} is a folder: give its files, as in Path({image!r}).glob('*.jpg')")
-    return read_image(image)
-
-
-def _read_url(url: str) -> np.ndarray:
-    """Download an image, without keeping its file."""
-    with tempfile.TemporaryDirectory(prefix="tensormask-") as folder:
-        path = download(url, path=Path(folder) / "image", max_bytes=MAX_DOWNLOADED_BYTES)
-        try:
-            return read_image(path)
-        except ImageError as error:
-            raise ImageError(error.kind, url, error.reason) from None
 
 
 def _find_classes(cfg: CfgNode, stored: dict[str, Any]) -> tuple[list[str], list[Identity]]:

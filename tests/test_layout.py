@@ -11,7 +11,7 @@ FLOORS = (
     {"data", "modeling"},
     {"checkpoint", "evaluation", "visualization"},
     {"engine", "model_zoo"},
-    {"predictor", "detections", "report", "hub", "export"},
+    {"predictor", "input_image", "detections", "report", "hub", "export"},
     {"commands"},
     {"cli"},
     {"__main__"},

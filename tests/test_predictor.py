@@ -14,6 +14,7 @@ from loopback import Answer, serve
 from PIL import Image
 from torch import nn
 
+from tensormask import input_image
 from tensormask import predictor as predictor_module
 from tensormask.predictor import Predictor
 
@@ -211,7 +212,7 @@ def test_every_kind_of_input_gives_the_same(tmp_path, predictor, monkeypatch):
 
 def test_a_url_without_an_image(predictor, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(predictor_module, "MAX_DOWNLOADED_BYTES", 100)
+    monkeypatch.setattr(input_image, "MAX_DOWNLOADED_BYTES", 100)
     with serve() as server:
         url = server.add("/a.png", Answer(b"no image"))
         with pytest.raises(ValueError, match=rf"^{url} is not an image"):
@@ -324,7 +325,7 @@ def test_the_snippets_of_the_page(tmp_path, cfg, model, monkeypatch, capsys):
     for path in ("image.jpg", "a.jpg", "b.jpg", "images/c.jpg", "slide.tif"):
         Image.fromarray(make_image()).save(path, quality=95)
     monkeypatch.setattr(
-        predictor_module, "download", lambda url, path, **options: shutil.copy("image.jpg", path)
+        input_image, "download", lambda url, path, **options: shutil.copy("image.jpg", path)
     )
     page = (Path(__file__).parents[1] / "docs" / "predict.md").read_text(encoding="utf-8")
     variables: dict = {}

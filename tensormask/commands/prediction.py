@@ -18,7 +18,8 @@ from tensormask.commands.inputs import Input
 from tensormask.data.large_images import open_large_image
 from tensormask.detections import Detections
 from tensormask.evaluation.results import ResultsWriter
-from tensormask.predictor import Predictor, read_input
+from tensormask.input_image import read_input
+from tensormask.predictor import Predictor
 from tensormask.utils.errors import UserError
 from tensormask.utils.video import VideoError, VideoReader, VideoWriter
 from tensormask.visualization.instances import unique_stem
