@@ -223,6 +223,7 @@ class TensorMask(nn.Module):
         check_length("targets", targets, images)
         if self._is_compiled():  # `detect` does it, and then PyTorch expects it of every call
             torch.compiler.cudagraph_mark_step_begin()
+        # A GPU computes while the host checks the targets; a sample needs them.
         dense = None if self.query_sample else self.dense(images)
         targets = [self._checked(*pair) for pair in zip(targets, images, strict=True)]
         if dense is None:

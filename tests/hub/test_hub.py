@@ -26,7 +26,8 @@ from tensormask.utils.errors import UserError
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
 
-from hub_server import HubServer, serve_hub  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+from loopback import serve  # noqa: E402
 
 from tensormask.hub import mixin  # noqa: E402
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
-    with serve_hub() as server:
+    with serve(HubServer) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)

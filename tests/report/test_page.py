@@ -156,7 +156,7 @@ def test_in_a_browser(folders, tmp_path, width, scheme):
     """Nothing is loaded or wrong, images and colors are there, and it fits the window."""
     browsers = pytest.importorskip("playwright.sync_api")
     if not (chromium := shutil.which("chromium")):
-        pytest.skip("no chromium")
+        pytest.skip("needs Chromium (Debian's package chromium)")
     make(folders, tmp_path / "ab.html")
     messages: list[str] = []
     with browsers.sync_playwright() as playwright:
