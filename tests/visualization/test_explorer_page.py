@@ -13,6 +13,8 @@ from tensormask.layers import nat2align
 from tensormask.modeling.inspect import predicted_tensor
 from tensormask.visualization.explorer import write_explorer
 
+# Whether a point of the page is within some pixels of the value.
+CLOSE = "{0}.every((number, axis) => Math.abs(number - value[axis]) <= {1})"
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [
@@ -74,6 +76,11 @@ def call(page, function: str, *arguments):
     )
 
 
+def becomes(page, condition: str, *values) -> None:
+    """Wait until a condition in JavaScript, of a `value`, holds: events may be late."""
+    page.wait_for_function(f"([value]) => {condition}", arg=[*values])
+
+
 def drawn(page) -> None:
     """Wait until the page shows its state."""
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -116,6 +123,7 @@ def test_a_mouse_points_and_holds(opened):
     def point(y, x):
         box = page.locator("#image").bounding_box()
         page.mouse.move(box["x"] + x * box["width"] / WIDTH, box["y"] + y * box["height"] / HEIGHT)
+        becomes(page, CLOSE.format("state.pixel", 0.5), [y, x])
         drawn(page)
         return page.locator("#window").inner_text()
 
@@ -123,13 +131,13 @@ def test_a_mouse_points_and_holds(opened):
     assert "row 10 and column 5 of 24 × 32, centered at pixel x 20, y 40" in point(41, 19)
     page.mouse.down()
     page.mouse.up()
-    assert page.get_by_role("button", name="Hold").get_attribute("aria-pressed") == "true"
+    becomes(page, "byId('hold').ariaPressed === 'true'")
     assert "row 10 and column 5" in point(60, 39)  # the window stays, the location moves
     assert page.locator("#natural-value").inner_text() == (
         page.locator("#aligned-value").inner_text()
     )  # lambda is 1 on p2: the same number
     page.locator("h1").hover()
-    assert page.evaluate("state.pixel") == pytest.approx([41, 19], abs=0.5)
+    becomes(page, CLOSE.format("state.pixel", 0.5), [41, 19])
 
 
 def test_every_number_is_reached_by_keys(opened):
@@ -180,9 +188,10 @@ def test_a_finger_drags(opened):
         ("touchEnd",),
     ):
         touch(kind, *points)
+    becomes(page, CLOSE.format("state.pixel", 1), [0.25 * HEIGHT, 0.75 * WIDTH])
     pixel = page.evaluate("state.pixel")
-    assert pixel == pytest.approx([0.25 * HEIGHT, 0.75 * WIDTH], abs=1)
     page.get_by_role("button", name="Hold").tap()
+    becomes(page, "state.held !== null")
     page.touchscreen.tap(x, y)
     assert page.evaluate("state.held") == pytest.approx(pixel, abs=1e-6)
 
