@@ -104,11 +104,11 @@ _DEFAULTS: dict[str, Any] = {
             # Which windows are positive for an object, of those that contain it and are not much
             # larger: "paper", those near its center, unless several objects claim one; "nearest",
             # the same, but the nearest of several objects wins; "atss", the nearest ones of all
-            # levels and sizes; "aligned", near ones with the best scores and boxes.
+            # levels and sizes.
             "ASSIGNMENT": "paper",
             # How near: the distance of the centers, in strides of the level.
             "ASSIGN_RADIUS": 1.0,
-            # The largest number of positive windows of an object, for "atss" and "aligned".
+            # The largest number of positive windows of an object, for "atss".
             "ASSIGN_TOPK": 9,
             # Factor of the mask loss, and of its foreground pixels.
             "MASK_LOSS_WEIGHT": 2.0,

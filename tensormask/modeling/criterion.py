@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tensormask.layers import crop_masks
 from tensormask.layers.masks import to_device
-from tensormask.modeling.assigners import Assigner, Predictions, predictions_of
+from tensormask.modeling.assigners import Assigner
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.box_coder import BOX_WEIGHTS, decode_boxes, encode_boxes
 from tensormask.modeling.box_losses import box_ious, box_loss
@@ -93,8 +93,7 @@ class Criterion(nn.Module):
         windows: geometry of the sliding windows.
         assigner: from the boxes of each image, the windows, and the grid ``(H, W)`` of each level
             to the positive windows, as `assign`. `Assignment.make` and `Assignment.select` return
-            what it has to. One with ``needs_predictions = True`` also gets the keyword
-            ``predictions``, see `assigners.Predictions`.
+            what it has to.
         cls_loss: of the logits per level and the indices of the positive ones, as
             `focal_loss_star`.
         quality_loss: used instead of ``cls_loss``; also of the IoUs per level of the boxes of the
@@ -140,10 +139,6 @@ class Criterion(nn.Module):
         self.mask_loss_weight, self.dice_loss_weight = mask_loss_weight, dice_loss_weight
         self.mask_iou_loss_weight = mask_iou_loss_weight
 
-    @property
-    def needs_predictions(self) -> bool:
-        return getattr(self.assigner, "needs_predictions", False)
-
     def forward(
         self,
         dense: DenseOutputs,
@@ -160,9 +155,8 @@ class Criterion(nn.Module):
                 positive windows.
         """
         device = dense.logits[0].device
-        predictions = self.predictions(dense, targets, head)
         grids = list(map(size_of, dense.logits))
-        prepared = self.prepare(targets, grids, head.num_classes, predictions)
+        prepared = self.prepare(targets, grids, head.num_classes)
         assignment = prepared.assignment
         num_positives = len(assignment.object)
         divisor = normalizer(num_positives) if callable(normalizer) else normalizer
@@ -207,7 +201,6 @@ class Criterion(nn.Module):
         targets: list[dict[str, Tensor]],
         grids: list[tuple[int, int]],
         num_classes: int,
-        predictions: Predictions | None = None,
     ) -> PreparedTargets:
         """Return the part of the losses that needs no gradient, computed on the CPU.
 
@@ -215,9 +208,8 @@ class Criterion(nn.Module):
             targets: of `inputs.checked_target`.
             grids: per level ``(H, W)``, rows and columns of windows.
             num_classes: of the model.
-            predictions: for an assigner that needs them.
         """
-        assignment = self.assign([t["boxes"] for t in targets], grids, predictions)
+        assignment = self.assign([t["boxes"] for t in targets], grids)
         image, y, x = assignment.image, assignment.y, assignment.x
         # Rows in the objects of the whole batch.
         first = image.new_tensor([0] + [len(t["boxes"]) for t in targets]).cumsum(0)
@@ -231,27 +223,13 @@ class Criterion(nn.Module):
             torch.stack([target_deltas, assignment.boxes]),
         )
 
-    def predictions(
-        self, dense: DenseOutputs, targets: list[dict[str, Tensor]], head: ClassBoxHead
-    ) -> Predictions | None:
-        """Return what the assigner needs of the outputs; None if it needs none."""
-        if not self.needs_predictions:
-            return None
-        return predictions_of(dense, head, self.windows, targets, self.box_weights)
-
-    def assign(
-        self,
-        boxes_per_image: list[Tensor],
-        grids: list[tuple[int, int]],
-        predictions: Predictions | None = None,
-    ) -> Assignment:
+    def assign(self, boxes_per_image: list[Tensor], grids: list[tuple[int, int]]) -> Assignment:
         """Assign objects to the windows of a batch, on grids ``(H, W)`` per level.
 
         Raises:
             UserError: an own assigner returned a window outside of the grid.
         """
-        options = {} if predictions is None else {"predictions": predictions}
-        assignment = self.assigner(boxes_per_image, self.windows, grids, **options)
+        assignment = self.assigner(boxes_per_image, self.windows, grids)
         height, width = torch.tensor(grids)[assignment.level].unbind(1)
         if ((assignment.y >= height) | (assignment.x >= width)).any():
             raise UserError(f"the assigner returned windows outside of the grids (H, W) = {grids}")

@@ -211,11 +211,6 @@ def check_model(model: Any) -> None:
             "the model has no box head (BOX_ON is False): set CLS_LOSS to 'focal_star' or BOX_ON "
             "to True"
         )
-    if model.criterion.needs_predictions and not model.head.with_boxes:
-        raise UserError(
-            "the assigner (MODEL.TENSOR_MASK.ASSIGNMENT 'aligned') needs boxes, but the model has "
-            "no box head (BOX_ON is False): set ASSIGNMENT to 'nearest' or BOX_ON to True"
-        )
     if model.query_sample:
         _check_query_sample(model)
     coarsest = max(_said(model, "backbone.strides") or [1])
@@ -241,12 +236,6 @@ def _check_query_sample(model: Any) -> None:
         raise UserError(
             f"{key} trains on a part of the finest level, but the batch norm of the towers "
             "(MODEL.TENSOR_MASK.NORM 'BN') needs all of it: set NORM to '' or 'LN', or it to 0"
-        )
-    if model.criterion.needs_predictions:
-        raise UserError(
-            f"{key} trains on a part of the finest level, but the assigner "
-            "(MODEL.TENSOR_MASK.ASSIGNMENT 'aligned') needs all of it: set ASSIGNMENT to "
-            "'nearest', or it to 0"
         )
 
 

@@ -251,11 +251,9 @@ class TensorMask(nn.Module):
             if dense is not None:
                 return dense
         # A compiled head does the same work for every image: best the deltas of all windows. So
-        # does a GPU in inference: the host would wait for the windows of the candidates. For an
-        # assigner that needs predictions, deltas would be computed twice.
+        # does a GPU in inference: the host would wait for the windows of the candidates.
         on_gpu = batch.device.type != "cpu"
         dense_boxes = self._is_compiled() or (on_gpu and not self.training)
-        dense_boxes |= self.training and self.criterion.needs_predictions
         return DenseOutputs(features, *self.head(features, dense_boxes=dense_boxes))
 
     def _is_compiled(self) -> bool:
@@ -311,8 +309,7 @@ class TensorMask(nn.Module):
         assignment = None
         if target is not None:
             checked, grids = self._checked(target, image), list(map(size_of, dense.logits))
-            predictions = self.criterion.predictions(dense, [checked], self.head)
-            assignment = self.criterion.assign([checked["boxes"]], grids, predictions)
+            assignment = self.criterion.assign([checked["boxes"]], grids)
         return Inspection(self, dense, threshold, detections, assignment)
 
     # ---- inference ----

@@ -1,26 +1,17 @@
 """Assigners that give an object more windows than the paper's, against their rules in loops."""
 
-import functools
-import math
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import build, get_cfg, make_image, target, with_detections
-from torch.testing import assert_close
-from torchvision.ops import box_iou
+from tiny import get_cfg
 
 from tensormask.modeling import assign, build_model
 from tensormask.modeling.assigners import (
     ASSIGNERS,
-    AlignedAssigner,
     NearestAssigner,
     make_assigner,
-    predictions_of,
 )
-from tensormask.modeling.box_coder import BOX_WEIGHTS
 from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 from tests.modeling.test_assignment import (
@@ -111,49 +102,6 @@ def test_atss_gives_small_objects_as_many_as_others() -> None:
     assert [[of.count(0), of.count(1)] for of in counts] == [[4, 4 + 4 + 3], [9, 9]]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_aligned_equals_the_rule(seed) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    corner, sides = torch.rand(2, 6, 2, generator=generator)
-    boxes = torch.cat([corner * 80, corner * 80 + 8 + sides * 50], 1)
-    outputs = torch.rand(2, 3, 2, 30, 30, generator=generator) ** 0.5
-
-    def predictions(image, level, size, y, x, obj):
-        return outputs[:, level, size, y, x].unbind()
-
-    radius, topk = 2.0, 5
-    owners, costs = owners_by_the_rule(boxes, WINDOWS, GRIDS, radius), {}
-    gains = dict.fromkeys(range(6), 0.0)
-    for (level, size, y, x), (_, area, k) in owners.items():
-        iou, of_window = (
-            float(outputs[1, level, size, y, x]),
-            area / WINDOWS.sizes[level][size] ** 2,
-        )
-        gains[k] = max(gains[k], (iou - of_window) / (1 - of_window))
-    for window, (distance, _, k) in owners.items():
-        score, iou = outputs[(slice(None), *window)].tolist()
-        costs[window] = -math.exp(-distance / radius**2) * (score * iou**6) ** gains[k]
-    expected = best_by_the_rule(owners, costs, topk)
-    assigner = functools.partial(AlignedAssigner(radius, topk), predictions=predictions)
-    assert positives(assigner, boxes) == expected
-
-
-def test_aligned_by_hand() -> None:
-    """Predictions that equal the windows leave the nearest; a good box far away wins over them."""
-    boxes = torch.tensor([[36.0, 36.0, 44.0, 44.0]])  # at the center of window (10, 10)
-    best = (0, 0, 11, 11)  # level, size, y, x
-
-    def predictions(image, level, size, y, x, obj, iou):
-        found = (torch.stack([level, size, y, x], 1) == torch.tensor(best)).all(1)
-        return torch.full((len(y),), 0.01), torch.where(found, iou, 64 / 44**2)
-
-    for iou, expected in ((64 / 44**2, (0, 0, 0, 10, 10)), (0.9, (0, *best))):
-        of_iou = functools.partial(predictions, iou=iou)
-        assigner = functools.partial(AlignedAssigner(1.5, 1), predictions=of_iou)
-        assert positives(assigner, boxes) == {expected}
-    assert positives(AlignedAssigner(1.5, 1), boxes) == {(0, 0, 0, 10, 10)}
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -180,60 +128,3 @@ def test_config_builds_the_assigner() -> None:
 def test_no_objects(name) -> None:
     assignment = make_assigner(name)([torch.zeros(0, 4), torch.zeros(0, 4)], WINDOWS, GRIDS)
     assert assignment.groups() == []
-
-
-@pytest.mark.parametrize("dense_boxes", [True, False])
-def test_predictions_of_a_model(dense_boxes) -> None:
-    """The scores and boxes that `inspect` shows, for windows of two images and all levels."""
-    model = with_detections(build())
-    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
-    images = [make_image(64, 96), make_image(64, 96, seed=1)]
-    targets = [
-        target(64, 96, [[10, 10, 40, 50]]),
-        target(64, 96, [[5, 5, 30, 20], [20, 8, 60, 40]]),
-    ]
-    dense = model.dense(images)
-    if dense_boxes:
-        dense = dense._replace(deltas=list(model.head(dense.features)[1]))
-    image, obj = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
-    level, size = torch.tensor([1, 0, 5, 0]), torch.tensor([0, 1, 1, 0])
-    y, x = torch.tensor([2, 3, 0, 15]), torch.tensor([3, 20, 0, 2])
-    predict = predictions_of(dense, model.head, model.windows, targets, BOX_WEIGHTS)
-    scores, ious = predict(image, level, size, y, x, obj)
-    assert not scores.requires_grad
-    assert not ious.requires_grad
-    inspections = list(map(model.inspect, images))
-    for row, (n, k, p, s, v, u) in enumerate(zip(image, obj, level, size, y, x, strict=True)):
-        box, label = targets[n]["boxes"][k], targets[n]["labels"][k]
-        assert_close(scores[row], inspections[n].class_scores[p][s, label, v, u])
-        assert_close(ious[row], box_iou(inspections[n].boxes(p)[s, v, u][None], box[None])[0, 0])
-
-
-def test_training_with_predictions() -> None:
-    """The assigner gets them in `forward` and `inspect`; the box tower runs once a level."""
-    model, calls = build("bipyramid", [f"{KEYS}.ASSIGNMENT", "aligned"]), []
-
-    @dataclass(frozen=True)
-    class Recorder(AlignedAssigner):
-        def __call__(self, *args, predictions=None):
-            calls.append(predictions)
-            return super().__call__(*args, predictions=predictions)
-
-    assert model.criterion.assigner == AlignedAssigner()
-    model.criterion.assigner = Recorder()
-    num_levels = []
-    model.head.bbox_pred.register_forward_hook(lambda *_: num_levels.append(1))
-    image, truth = make_image(64, 96), target(64, 96, [[10, 10, 40, 50]])
-    losses = model.train()([image], [truth])
-    assert len(num_levels) == model.windows.num_levels
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert len(model.eval().inspect(image, truth).assignment.object) > 0
-    assert len(calls) == 2
-    assert None not in calls
-
-
-def test_aligned_needs_boxes() -> None:
-    with pytest.raises(UserError, match=r"'aligned'\) needs boxes"):
-        build("bipyramid", [f"{KEYS}.ASSIGNMENT", "aligned", f"{KEYS}.BOX_ON", False,
-            f"{KEYS}.NMS_ON", "masks"])  # fmt: skip

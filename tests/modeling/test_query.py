@@ -165,7 +165,6 @@ def test_the_sampled_loss_is_an_unbiased_estimate(opts: list, always_cells, monk
         (["QUERY_THRESH", 1.5], "QUERY_THRESH"),
         (["QUERY_SAMPLE", 1.5], "QUERY_SAMPLE"),
         (["NORM", "BN", "QUERY_SAMPLE", 0.1], "batch norm of the towers"),
-        (["ASSIGNMENT", "aligned", "QUERY_SAMPLE", 0.1], "'aligned'"),
         (["QUERY_ON", False, "QUERY_SAMPLE", 0.1], "needs a query"),
     ],
 )
