@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import yaml
@@ -166,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
         if find_run(args.results, settings):
             continue
         print(f"{args.data} {name}, seed {seed}", flush=True)
-        folder = args.results.parent / "runs" / f"{args.data}_{name}_{seed}"
+        opts = f"_{crc32(' '.join(args.opts).encode()):08x}" if args.opts else ""
+        folder = args.results.parent / "runs" / f"{args.data}_{name}_{seed}{opts}"
         append_run(args.results, settings, in_fresh_process(run, settings, args.nuclei, folder))
     print_table(read_runs(args.results), args.data, variants)
     return 0
