@@ -42,11 +42,10 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if is_eager(x, weight, bias) and _is_native(x, weight, bias):
-            return _ChannelsFirst.apply(x, weight, bias, self.eps)
+        if is_eager(x, weight, bias) and has_kernels(x, weight, bias):
+            return _LayerNorm.apply(x, weight, bias, self.eps)
         if is_transformed(x, weight, bias):  # PyTorch's operator lacks higher derivatives
-            y, _ = _normalize(x.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
-            return (y * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+            return differentiable_layer_norm(x, weight, bias, self.eps)
         y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, self.eps)
         return y.to(x.dtype).permute(0, 3, 1, 2)
 
@@ -54,44 +53,77 @@ class LayerNorm2d(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-def _is_native(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Return whether the compiled op computes the norm: where PyTorch's copies the feature map.
-
-    PyTorch's reads the channels of a location in sequence. With channels first, the copies that it
-    makes for that take several times as long as the norm.
-    """
+def has_kernels(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Return whether `layer_norm` computes the norm without a copy of the feature map."""
     return (
         x.device.type == "cpu"
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == weight.dtype == bias.dtype
-        and x.is_contiguous()
-        and not x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
-        and _native.use_native("cpu")
+        and (_has_channels_last(x) or (x.is_contiguous() and _native.use_native("cpu")))
     )
 
 
-class _ChannelsFirst(torch.autograd.Function):
+def _has_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Return the norm, with the strides of ``x``, and mean and factor of each location.
+
+    PyTorch's operator reads the channels of a location in sequence. With channels first, the copies
+    that it makes for that take several times as long as the norm: there it is the compiled op.
+    """
+    if _has_channels_last(x):
+        rows, *statistics = torch.native_layer_norm(
+            x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps
+        )
+        # No view for autograd, which would copy the gradients of a change in place.
+        return rows.permute(0, 3, 1, 2).data, *statistics
+    out, mean = torch.empty_like(x), x.new_empty(len(x), 1, *x.shape[2:])
+    rstd = torch.empty_like(mean)
+    torch.ops.tensormask.layer_norm(x, weight, bias, eps, out=out, mean=mean, rstd=rstd)
+    return out, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weight and bias, with the statistics of `layer_norm`."""
+    if _has_channels_last(x):
+        rows, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            *(each.permute(0, 2, 3, 1) for each in (grad, x)),
+            *(weight.shape, mean, rstd, weight, weight, [True] * 3),  # the bias' values do not count
+        )
+        return rows.permute(0, 3, 1, 2), of_weight, of_bias
+    out, sums = torch.empty_like(x), x.new_empty(_PARTS, 2, len(weight))
+    backward = torch.ops.tensormask.layer_norm_backward
+    backward(grad.contiguous(), x, mean, rstd, weight, out=out, sums=sums)
+    return out, *sums.sum(0)
+
+
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        out, mean = torch.empty_like(x), x.new_empty(len(x), 1, *x.shape[2:])
-        rstd = torch.empty_like(mean)
-        torch.ops.tensormask.layer_norm(x, weight, bias, eps, out=out, mean=mean, rstd=rstd)
-        ctx.save_for_backward(x, mean, rstd, weight)
+        out, *statistics = layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, *statistics)
         ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
+        x, weight, *statistics = ctx.saved_tensors
         # To be differentiated again, or a batch of gradients.
         if torch.is_grad_enabled() or not is_eager(grad):
             return *_backward(grad, x, weight, ctx.eps), None
-        out, sums = torch.empty_like(x), x.new_empty(_PARTS, 2, len(weight))
-        backward = torch.ops.tensormask.layer_norm_backward
-        backward(grad.contiguous(), x, mean, rstd, weight, out=out, sums=sums)
-        return out, *sums.sum(0), None
+        return *layer_norm_backward(grad, x, weight, *statistics), None
+
+
+def differentiable_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Compute the norm in operations that have all derivatives."""
+    y, _ = _normalize(x.to(torch.promote_types(x.dtype, torch.float32)), eps)
+    return (y * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
