@@ -13,6 +13,7 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from tensormask.layers.norm import LayerNorm2d
+from tensormask.layers.norm_relu import instead_of, norm_relu
 from tensormask.layers.plain import is_plain, is_plain_conv
 from tensormask.layers.winograd import conv2d
 from tensormask.modeling.folding import fold
@@ -40,9 +41,14 @@ def _residual(block: Any, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Te
         shortcut = conv_norm(downsample[0], downsample[1], x)
     elif downsample is not None:
         shortcut = downsample(x)
+    recomputed = None
     for conv, norm in layers[:-1]:
-        x = block.relu(conv_norm(conv, norm, x))
-    x = conv_norm(*layers[-1], x)
+        known = is_plain(norm, nn.BatchNorm2d, LayerNorm2d) and is_plain(block.relu, nn.ReLU)
+        with instead_of(recomputed):
+            x = conv(x) if known else block.relu(conv_norm(conv, norm, x))
+        x, recomputed = norm_relu(norm, x) if known else (x, None)
+    with instead_of(recomputed):
+        x = conv_norm(*layers[-1], x)
     x += shortcut
     return block.relu(x)
 

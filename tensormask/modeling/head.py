@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tensormask.layers.masks import to_device
 from tensormask.layers.norm import LevelNorms, LevelTower, recomputation
+from tensormask.layers.norm_relu import sequential
 from tensormask.layers.plain import Kernel, PlainLayer, is_plain, plain_tower
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling.backbone import get_norm
@@ -49,9 +50,17 @@ def conv_tower(
     return LevelTower(*layers) if norm == "BN" else nn.Sequential(*layers)
 
 
-def apply_tower(tower: nn.Module, x: Tensor, level: int) -> Tensor:
-    """Return the results of a tower, whose norms may depend on the level of the features."""
-    return tower(x, level) if isinstance(tower, LevelTower) else tower(x)
+def apply_tower(tower: nn.Module, x: Tensor, level: int, *then: nn.Module) -> Tensor:
+    """Return the results of a tower, and of layers after it.
+
+    The tower's norms may depend on the level of the features.
+    """
+    if is_plain(tower, nn.Sequential):
+        return sequential([*cast(nn.Sequential, tower), *then], x)
+    x = tower(x, level) if isinstance(tower, LevelTower) else tower(x)
+    for layer in then:
+        x = layer(x)
+    return x
 
 
 def init_convs(module: nn.Module, init: str) -> None:
@@ -256,9 +265,10 @@ class ClassBoxHead(nn.Module):
         return self._with_ious(layers) if layers is not None and self.mask_iou else layers
 
     def _classes(self, x: Tensor, level: int) -> tuple[Tensor, Tensor | None]:
+        if self.query is None or not 1 <= level <= self.query.num_levels:
+            return apply_tower(self.cls_subnet, x, level, self.cls_score), None
         x = apply_tower(self.cls_subnet, x, level)
-        is_read = self.query is not None and 1 <= level <= self.query.num_levels
-        return self.cls_score(x), x if is_read else None
+        return self.cls_score(x), x
 
     def _deltas(self, x: Tensor, level: int) -> Tensor:
         x = apply_tower(self.bbox_subnet, x, level)
