@@ -94,14 +94,8 @@ def layer_norm_backward(
     if _has_channels_last(x):
         rows, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
             *(each.permute(0, 2, 3, 1) for each in (grad, x)),
-            *(
-                weight.shape,
-                mean,
-                rstd,
-                weight,
-                weight,
-                [True] * 3,
-            ),  # the bias' values do not count
+            # The second weight stands for the bias, whose values do not count.
+            *(weight.shape, mean, rstd, weight, weight, [True] * 3),
         )
         return rows.permute(0, 3, 1, 2), of_weight, of_bias
     out, sums = torch.empty_like(x), x.new_empty(_PARTS, 2, len(weight))
