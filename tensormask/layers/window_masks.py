@@ -18,8 +18,9 @@ from tensormask.layers.swap_align2nat import swap_align2nat_at
 
 # Channels that a window reads at a location, as the op computes them.
 _CHANNELS_READ = 16
-# Time of a product of the op, over that of a product of the convolution and of what follows it.
-_TIME_OF_PRODUCT = 0.25
+# Time of a product of the op, over that of a product of the convolution and of what follows it,
+# with upsampling and without.
+_TIME_OF_PRODUCT, _TIME_OF_PRODUCT_UNZOOMED = 0.25, 1.0
 
 
 def upsample_locations(x: Tensor, zoom: int) -> Tensor:
@@ -74,8 +75,7 @@ def window_masks(
     """
     inputs = (x, weight, bias)
     if (
-        zoom > 1
-        and x.dtype in (torch.float32, torch.float64)
+        x.dtype in (torch.float32, torch.float64)
         and x.dtype == weight.dtype == bias.dtype
         and x.device.type == "cpu"
         and is_eager(*inputs)
@@ -86,7 +86,7 @@ def window_masks(
 
 
 def is_faster(
-    num_locations: int, grid: tuple[int, int], side: int, windows: Tensor, steps: int
+    num_locations: int, grid: tuple[int, int], side: int, windows: Tensor, steps: int, zoom: int
 ) -> bool:
     """Return whether the op at windows takes less time than the convolution at many locations.
 
@@ -94,12 +94,13 @@ def is_faster(
         num_locations: of the convolution.
         grid: rows and columns of the feature map.
         side: V == U.
-        windows, steps: of `window_masks`, on the CPU.
+        windows, steps, zoom: of `window_masks`, on the CPU.
     """
     centers, reach = windows[:, 1:] * steps, steps * side / 2 + 1
     sides = (centers + reach).minimum(centers.new_tensor(grid)) - (centers - reach).clamp(min=0)
     num_products = _CHANNELS_READ * sides.prod(1).sum().item()
-    return _TIME_OF_PRODUCT * num_products <= side**2 * num_locations
+    time = _TIME_OF_PRODUCT if zoom > 1 else _TIME_OF_PRODUCT_UNZOOMED
+    return time * num_products <= side**2 * num_locations
 
 
 class _WindowMasks(torch.autograd.Function):

@@ -9,6 +9,7 @@ the next as the convolutions reach.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensormask.layers.masks import to_device
 from tensormask.layers.plain import PlainLayer
 from tensormask.layers.winograd import convolve_patches
 from tensormask.modeling.tiles import MIN_LOCATIONS, MIN_SAVED_ON_GPU, to_device_at_once
@@ -32,14 +34,22 @@ class Cells(NamedTuple):
     row: Tensor  # of cells
     column: Tensor
     size: tuple[int, int, int]  # N, H, W of the feature map
+    shift: int = 0  # rows and columns of the first cells that are outside of it
 
     @classmethod
     def touching(cls, wanted: Tensor) -> Cells:
-        """Return the cells with a True value in ``wanted``, bool (N, H, W), on the CPU."""
-        any_in_cell = F.max_pool2d(wanted[:, None].float(), SIDE, ceil_mode=True)[:, 0] > 0
+        """Return the cells with a True value in ``wanted``, bool (N, H, W), on the CPU.
+
+        Of cells that begin at location 0 and at -1, the fewer ones: a query asks for blocks of 2x2
+        locations, whose borders begin at odd ones.
+        """
         num, height, width = wanted.shape
-        n, row, column = any_in_cell.nonzero().unbind(1)
-        return cls(n, row, column, (num, height, width))
+        found = []
+        for shift in (0, 1):
+            padded = F.pad(wanted[:, None].float(), (shift, 0, shift, 0))
+            found.append((F.max_pool2d(padded, SIDE, ceil_mode=True)[:, 0] > 0).nonzero())
+        shift = int(len(found[1]) < len(found[0]))
+        return cls(*found[shift].unbind(1), (num, height, width), shift)
 
     def locations(self, border: int = 0) -> Tensor:
         """Return the numbers of the locations of each cell, row by row.
@@ -48,18 +58,31 @@ class Cells(NamedTuple):
             int64 (P, 4 + 2 * border, 4 + 2 * border); -1 outside of the feature map.
         """
         _, height, width = self.size
-        reach = torch.arange(-border, SIDE + border)
+        reach = torch.arange(-border, SIDE + border) - self.shift
         y = (self.row[:, None] * SIDE + reach)[:, :, None]
         x = (self.column[:, None] * SIDE + reach)[:, None, :]
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         return torch.where(inside, (self.n[:, None, None] * height + y) * width + x, -1)
+
+    def rows_at(self) -> Tensor:
+        """Return the row of each location among those of the cells, int64 (N * H * W + 1,).
+
+        It is -1 outside of the cells, and for the number -1.
+        """
+        at = self.locations().flatten()
+        row = torch.full((math.prod(self.size) + 1,), -1)
+        row[at] = torch.arange(len(at))
+        row[-1] = -1
+        return row
 
 
 def dilate(wanted: Tensor, reach: int) -> Tensor:
     """Return the locations at most ``reach`` rows and columns from a True one; bool (N, H, W)."""
     if reach == 0:
         return wanted
-    return F.max_pool2d(wanted[:, None].float(), 2 * reach + 1, 1, reach)[:, 0] > 0
+    x, side = wanted[:, None].float(), 2 * reach + 1
+    x = F.max_pool2d(x, (side, 1), 1, (reach, 0))
+    return F.max_pool2d(x, (1, side), 1, (0, reach))[:, 0] > 0
 
 
 def convolve_cells(
@@ -80,15 +103,11 @@ def convolve_cells(
         - the P' cells with a chosen location.
     """
     regions = cells_of_layers(len(layers), wanted)
-    number, indices = torch.full((wanted.numel() + 1,), -1), []
+    indices = []
     for source, cells in zip([below, *regions], regions, strict=False):
         index = cells.locations(border=1).flatten()
         if source is not None:  # from numbers of locations to rows of the layer below
-            at = source.locations().flatten()
-            number.fill_(-1)
-            number[at] = torch.arange(len(at))
-            number[-1] = -1
-            index = number[index]
+            index = source.rows_at()[index]
         indices.append(index)
     on_device = to_device_at_once(indices, rows.device)
     for i, ((conv, norm), index) in enumerate(zip(layers, on_device, strict=True)):
@@ -96,6 +115,26 @@ def convolve_cells(
         x = x if norm is None else norm(x)
         rows = as_rows(F.relu(x, inplace=True) if i < len(layers) - 1 else x)
     return rows, regions[-1]
+
+
+def convolve_cells_at(
+    layers: Sequence[PlainLayer], x: Tensor, n: Tensor, row: Tensor, column: Tensor
+) -> Tensor | None:
+    """Return the results (K, C') at K locations of a feature map, None if that is not faster.
+
+    Args:
+        layers: of a `plain_tower`.
+        x: the feature map (N, C, H, W).
+        n, row, column: the locations, int64 (K,) each, on the CPU.
+    """
+    height, width = x.shape[2:]
+    wanted = torch.zeros(len(x), height, width, dtype=torch.bool)
+    wanted_at = (n * height + row) * width + column
+    wanted.view(-1)[wanted_at] = True
+    if not are_faster(layers, wanted, x.device):
+        return None
+    rows, cells = convolve_cells(layers, as_rows(x), wanted)
+    return rows[to_device(cells.rows_at()[wanted_at], x.device)]
 
 
 def cells_of_layers(num_layers: int, wanted: Tensor) -> list[Cells]:

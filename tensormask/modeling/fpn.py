@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensormask.layers._transforms import is_eager
 from tensormask.layers.masks import to_device
 from tensormask.layers.norm import is_local
 from tensormask.layers.plain import PlainLayer, is_plain, is_plain_conv, plain_tower
@@ -133,7 +134,12 @@ class FPN(nn.Module):
             last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
             if not is_plain(last, Conv2d, *PLAIN_NORMS):
                 x = x.clone()  # a hook may keep it
-            x += upsample(above, 2.0, mode="nearest")
+            if is_eager(x, above) and not torch.is_grad_enabled() and x.device.type == "cpu":
+                # By pairs of rows and of columns: the result of `upsample` takes time to allocate.
+                pairs = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+                pairs += above[:, :, :, None, :, None]
+            else:
+                x += upsample(above, 2.0, mode="nearest")
             if self.fuse == "avg":
                 x /= 2
         return x

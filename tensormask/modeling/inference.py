@@ -221,7 +221,7 @@ def _iter_masks(
     if is_plain(mask_head, MaskHead):
         plain = cast(MaskHead, mask_head)
         of_finest = None
-        if finest is not None and plain.bipyramid and groups:
+        if finest is not None and not finest.all_asked and plain.bipyramid and groups:
             of_finest = mask_features(plain, finest, groups)
         return plain.iter_masks(features, groups, of_finest)
     windows = to_device_at_once([group[2] for group in groups], features[0].device)

@@ -25,6 +25,7 @@ from tensormask.layers import (
     up_bilinear,
     up_nearest,
 )
+from tensormask.layers._transforms import is_eager
 from tensormask.layers.norm import LevelTower
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.layers.window_masks import is_faster, upsample_locations, window_masks
@@ -158,8 +159,10 @@ class MaskHead(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the mask logits of `forward` group by group: only one group is in memory.
 
-        ``finest``: the features of the tower on the finest level of a bipyramid, if known.
+        ``finest``: the features of the tower on the finest level of a bipyramid, if known. Then
+        masks may differ from those of `forward` by rounding.
         """
+        may_round = self.zoom > 1 or finest is not None
         given = [windows for *_, windows in windows_per_group]
         windows_of_group = iter(to_device_at_once(given, features[0].device))
         for level, of_level in itertools.groupby(windows_per_group, key=lambda group: group[0]):
@@ -174,7 +177,11 @@ class MaskHead(nn.Module):
             x = self._call(self.level_features, features, level, finest, tiles)
             whole: Tensor | None = None  # without tiles, in channels_last
             for (_, size, _), windows in zip(groups, windows_of_group, strict=False):
-                if finest is None or not self._reads_few_channels(x, finest, level, size, windows):
+                if (
+                    finest is None
+                    or not may_round
+                    or not self._reads_few_channels(x, finest, level, size, windows)
+                ):
                     yield self.masks_at(x, level, size, windows, untile)
                     continue
                 if whole is None:
@@ -217,7 +224,10 @@ class MaskHead(nn.Module):
             x = apply_tower(self.mask_subnet, features[level], level)
             scale = float(self.steps[level])
             x = upsample(x, scale, mode="bilinear")
-        x = x[:, :, :height, :width] + finest
+        x = x[:, :, :height, :width]
+        # What `upsample` has made may be written to: memory for a sum takes long to allocate.
+        in_place = level > 0 and is_eager(x, finest) and not torch.is_grad_enabled()
+        x = x.add_(finest) if in_place and x.dtype == finest.dtype else x + finest
         if tiles is None:
             return apply_tower(self.mask_fuse, x, level)
         layers = plain_tower([*self.mask_fuse], level)
@@ -298,8 +308,7 @@ class MaskHead(nn.Module):
         """
         pred: Any = self.mask_pred[size]
         return (
-            self.zoom > 1
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
             and is_plain_conv(pred)
             and (pred.kernel_size, pred.stride, pred.padding) == ((1, 1), (1, 1), (0, 0))
             and pred.bias is not None
@@ -309,6 +318,7 @@ class MaskHead(nn.Module):
                 self.mask_sizes[size],
                 windows,
                 self.steps[level],
+                self.zoom,
             )
         )
 

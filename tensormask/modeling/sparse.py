@@ -39,6 +39,7 @@ class Finest:
         self.fpn, self.x, self.above = fpn, x, above
         self.computed = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool)
         self.features: Tensor | None = None
+        self.all_asked = False  # by the query: then results have the bits of a model without one
 
     def compute(self, wanted: Tensor | None = None) -> Tensor:
         """Return the features (N, C, H, W), with zeros where they have never been wanted.
@@ -98,6 +99,7 @@ def find_sparsely(
     query = head.query_logits(towers)
     finest = Finest(fpn, features[fpn.first - fpn.first_in], above)
     asked = head.query.asked(query, finest.x.shape[2:]).cpu()
+    finest.all_asked = bool(asked.all())
     if whole:
         finest.compute()
     logits.insert(0, _logits(head, finest, asked))

@@ -36,6 +36,7 @@ def results(inputs: list[Tensor], steps: int, zoom: int, backend: str = "auto") 
     "side, steps, zoom",
     [
         *[(1, 1, 2), (3, 1, 2), (3, 1, 4), (6, 1, 2), (4, 1, 3), (3, 1, 3), (15, 1, 2)],
+        *[(1, 1, 1), (3, 1, 1), (6, 1, 1), (15, 1, 1), (3, 2, 1), (6, 2, 1), (4, 16, 1)],
         *[(3, 2, 2), (6, 2, 4), (5, 2, 3), (3, 8, 2), (4, 16, 4)],
     ],
 )
@@ -106,9 +107,9 @@ def test_when_the_op_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window of 15 locations reads at most 17 x 17 of them, and less at the border."""
     monkeypatch.setattr(window_masks, "_TIME_OF_PRODUCT", 1.0)
     few, many = torch.tensor([[0, 50, 50]]), torch.tensor([[0, 50, 50]] * 500)
-    assert is_faster(100 * 100, (100, 100), 15, few, 1)
-    assert not is_faster(100 * 100, (100, 100), 15, many, 1)
+    assert is_faster(100 * 100, (100, 100), 15, few, 1, 2)
+    assert not is_faster(100 * 100, (100, 100), 15, many, 1, 2)
     enough = 16 * 17 * 17 // 15**2 + 1  # locations of the convolution, or of its tiles
-    assert is_faster(enough, (100, 100), 15, few, 1)
-    assert not is_faster(enough - 1, (100, 100), 15, few, 1)
-    assert is_faster(enough - 1, (100, 100), 15, torch.tensor([[0, 0, 0]]), 1)
+    assert is_faster(enough, (100, 100), 15, few, 1, 2)
+    assert not is_faster(enough - 1, (100, 100), 15, few, 1, 2)
+    assert is_faster(enough - 1, (100, 100), 15, torch.tensor([[0, 0, 0]]), 1, 2)

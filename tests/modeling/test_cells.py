@@ -68,7 +68,7 @@ def test_work_depends_on_the_number_of_cells() -> None:
     """A tenth of a level of 56 x 56 is faster in cells, its half with borders is not."""
     layers = plain_tower([*make_tower([3, 5, 4])])
     few, many = (torch.zeros(1, 56, 56, dtype=torch.bool) for _ in range(2))
-    few[0, :12, :24], many[0, ::4, ::8] = True, True
+    few[0, :12, :24], many[0, ::4, ::6] = True, True
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert are_faster(layers, few, cpu)
     assert not are_faster(layers, many, cpu)
@@ -85,3 +85,13 @@ def test_cells_and_their_locations() -> None:
     assert numbers[:3, :3].tolist() == [[21, 22, 23], [27, 28, 29], [33, 34, 35]]
     assert (numbers == -1).sum() == 36 - 9
     assert dilate(choose([(0, 4, 5)], (1, 6, 6)), 1).sum() == 6
+
+
+def test_cells_begin_where_fewer_are_needed() -> None:
+    """Rows 3 to 6, columns 3 to 5, in one cell instead of four."""
+    cells = Cells.touching(dilate(choose([(0, y, 4) for y in (4, 5)], (1, 12, 12)), 1))
+    assert (cells.shift, len(cells.n)) == (1, 1)
+    assert cells.locations()[0, 0, 0] == 3 * 12 + 3
+    assert cells.locations()[0, 3, 3] == 6 * 12 + 6
+    corner = Cells.touching(choose([(0, 0, 0), (0, 3, 3), (0, 4, 4)], (1, 5, 5)))
+    assert (corner.shift, len(corner.n)) == (0, 2)

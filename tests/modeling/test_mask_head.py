@@ -82,17 +82,23 @@ def test_locations_of_finer_masks() -> None:
 
 
 @pytest.mark.parametrize("few_channels", [False, True])
-def test_both_ways_to_finer_masks(few_channels: bool, monkeypatch) -> None:
-    """Those of all channels, and of the channels that windows read; at tiles."""
+@pytest.mark.parametrize("name", ["finer", "bipyramid"])
+def test_both_ways_to_masks(name: str, few_channels: bool, monkeypatch) -> None:
+    """Those of all channels, and of the channels that windows read; at tiles.
+
+    Of masks that are not finer, the second is for features of the finest level that are given.
+    """
     monkeypatch.setattr(mask_head, "is_faster", lambda *args: few_channels)
     monkeypatch.setattr(mask_head.Tiles, "are_faster", lambda *args: True)
-    head, features = make_head("finer"), make_features(13, 21)
+    head, features = make_head(name), make_features(13, 21)
+    finest = head.mask_subnet(features[0]) if name == "bipyramid" else None
     called = []
     monkeypatch.setattr(
         head, "masks_at", lambda *a: called.append(a) or type(head).masks_at(head, *a)
     )
     groups = some_windows(features)
-    for masks, (level, size, windows) in zip(head(features, groups), groups, strict=True):
+    found = head.iter_masks(features, groups, finest)
+    for masks, (level, size, windows) in zip(found, groups, strict=True):
         n, y, x = windows.unbind(1)
         assert_close(masks.flatten(1), head.dense(features)[level][size][n, :, y, x])
     assert len(called) == (0 if few_channels else len(groups))
