@@ -49,7 +49,8 @@ class Cells(NamedTuple):
             padded = F.pad(wanted[:, None].float(), (shift, 0, shift, 0))
             found.append((F.max_pool2d(padded, SIDE, ceil_mode=True)[:, 0] > 0).nonzero())
         shift = int(len(found[1]) < len(found[0]))
-        return cls(*found[shift].unbind(1), (num, height, width), shift)
+        n, row, column = found[shift].unbind(1)
+        return cls(n, row, column, (num, height, width), shift)
 
     def locations(self, border: int = 0) -> Tensor:
         """Return the numbers of the locations of each cell, row by row.
