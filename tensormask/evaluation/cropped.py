@@ -57,7 +57,8 @@ class CroppedMask:
         self.extent = Region(*map(int, corners))
         mask = mask[top:bottom, left:right]
         self.area = int(np.count_nonzero(mask))
-        self._bits = np.packbits(mask, axis=1)
+        # Not an array: small ones, between the large tensors of tiles, keep freed memory apart.
+        self._bits = np.packbits(mask, axis=1).tobytes()
 
     def array(self) -> np.ndarray:
         """Return the bool mask `(h, w)` inside of `extent`."""
@@ -92,7 +93,8 @@ class CroppedMask:
         width = self.extent.x1 - self.extent.x0
         if not width:
             return np.zeros((end - start, 0), bool)
-        return np.unpackbits(self._bits[start:end], axis=1, count=width).view(bool)
+        bits = np.frombuffer(self._bits, np.uint8).reshape(-1, -(-width // 8))
+        return np.unpackbits(bits[start:end], axis=1, count=width).view(bool)
 
 
 def unite(masks: Sequence[CroppedMask]) -> CroppedMask:

@@ -220,7 +220,9 @@ def test_ablation_of_two_steps(shapes, tmp_path, capsys, in_this_process):
     }
     assert record["steps"] == 2
     assert 0 < record["train_cpu_seconds"] < record["cpu_seconds"]
-    (dumped,) = (path.read_text() for path in tmp_path.glob("runs/shapes_second_1_????????/config.yaml"))
+    (dumped,) = (
+        path.read_text() for path in tmp_path.glob("runs/shapes_second_1_????????/config.yaml")
+    )
     assert "MASK_LOSS_WEIGHT: 3.0" in dumped
     assert "BASE_LR: 0.002" in dumped
 
