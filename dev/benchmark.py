@@ -19,6 +19,7 @@ BENCHMARKS = {
     "data": "reading training images, against torchvision; memory of worker processes",
     "evaluation": "time of COCO's evaluation with pycocotools and with faster-coco-eval",
     "export": "detection by onnxruntime, against the model that was exported",
+    "growth": "detection by image area, number of objects and share of p2, with a plot",
     "inference": "detection against torchvision's Mask R-CNN",
     "loading": "batches from worker processes, against PyTorch's DataLoader; their bytes",
     "op": "swap_align2nat per level of the bipyramid, against copy_, x + 1 and plain PyTorch",

@@ -93,6 +93,7 @@ def build_mask_rcnn(cfg: CfgNode, size: tuple[int, int], *, positive_iou: float 
     model = MaskRCNN(
         resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3),
         _NUM_CLASSES,
+        box_score_thresh=cfg.MODEL.TENSOR_MASK.SCORE_THRESH_TEST,
         box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
         box_fg_iou_thresh=positive_iou,
         box_bg_iou_thresh=positive_iou,

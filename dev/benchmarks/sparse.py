@@ -36,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[5, 10, 20, 100], metavar="PERCENT", help="of p2"
     )
+    add_objects_option(parser)
+    parser.add_argument(
+        "--small", action="store_true", help="all detections are on p2, none on coarser levels"
+    )
+    models.add_options(parser, size=(800, 1344), rounds=3)
+
+
+def add_objects_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--objects`, the data sets of `boxes_of_objects`."""
     parser.add_argument(
         "--objects",
         nargs="+",
@@ -43,10 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATASET",
         help="whose small objects are where the query asks for p2",
     )
-    parser.add_argument(
-        "--small", action="store_true", help="all detections are on p2, none on coarser levels"
-    )
-    models.add_options(parser, size=(800, 1344), rounds=3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
