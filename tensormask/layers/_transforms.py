@@ -1,5 +1,8 @@
 """Whether more than reverse-mode autograd follows a call: not every fast path supports more."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -46,3 +49,18 @@ def any_true(x: Tensor) -> bool:
     while is_wrapped(x):
         x = torch._C._functorch.get_unwrapped(x)
     return bool(x.any())
+
+
+def differentiate(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> tuple[Any, ...]:
+    """Return the gradients of inputs that need them, to be differentiated again.
+
+    It is for the backward pass of a `torch.autograd.Function`: ``function`` computes its forward
+    pass in operations that have all derivatives, and ``grad`` is the gradient of the result.
+    """
+    with torch.enable_grad():
+        y = function(*inputs)
+    needed = [each for each in inputs if each.requires_grad]
+    grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
+    return tuple(next(grads) if each.requires_grad else None for each in inputs)

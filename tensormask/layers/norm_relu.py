@@ -5,7 +5,7 @@ of the next layer's weights need. Here that result is computed again from the in
 less than 2 % of a step's time and saves about half of the memory of both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensormask.layers._transforms import is_eager
+from tensormask.layers._transforms import differentiate, is_eager
 from tensormask.layers.norm import (
     LayerNorm2d,
     differentiable_layer_norm,
@@ -63,7 +63,7 @@ class Recomputed:
     def __call__(self) -> Tensor:
         if not self.shared:
             with torch.no_grad():
-                self.shared.append(_forward(self.norm, *(x() for x in self.inputs))[0])
+                self.shared.append(norm_forward(self.norm, *(x() for x in self.inputs))[0].relu_())
         return self.shared[0]
 
     def instead(self) -> AbstractContextManager[Any]:
@@ -88,7 +88,7 @@ def norm_relu(norm: nn.Module, x: Tensor) -> tuple[Tensor, Recomputed | None]:
         norm: a plain one (`is_plain`) of `torch.nn`, or `LayerNorm2d`.
         x (Tensor[N, C, H, W]): its input, which must not be changed in place afterwards.
     """
-    if not _can_recompute(norm, x):
+    if not (x.requires_grad and can_recompute(norm, x, nn.BatchNorm2d, LayerNorm2d)):
         return F.relu(norm(x), inplace=True), None
     known = cast(Norm, norm)
     shared: list[Tensor] = []
@@ -119,11 +119,12 @@ def sequential(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _can_recompute(norm: nn.Module, x: Tensor) -> bool:
-    if not torch.is_grad_enabled() or not is_plain(norm, nn.BatchNorm2d, LayerNorm2d):
+def can_recompute(norm: nn.Module, x: Tensor, *norms: type[nn.Module]) -> bool:
+    """Return whether a norm is a plain one of `norms`, and what it keeps of ``x`` can be chosen."""
+    if not torch.is_grad_enabled() or not is_plain(norm, *norms):
         return False
     weight, bias = cast(Norm, norm).weight, cast(Norm, norm).bias
-    if weight is None or not is_eager(x, weight, bias) or not x.requires_grad:
+    if weight is None or not is_eager(x, weight, bias):
         return False
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
@@ -140,18 +141,25 @@ def _can_recompute(norm: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _forward(
+def norm_forward(
     norm: Norm, x: Tensor, weight: Tensor, bias: Tensor, *, track: bool = False
 ) -> tuple[Tensor, ...]:
     """Return the result, and the norm's statistics; ``track`` updates the running ones."""
     if isinstance(norm, LayerNorm2d):
-        y, *statistics = layer_norm(x, weight, bias, norm.eps)
-    else:
-        running = (norm.running_mean, norm.running_var) if track else (None, None)
-        y, *statistics = torch.native_batch_norm(
-            x, weight, bias, *running, True, norm.momentum or 0.0, norm.eps
-        )
-    return y.relu_(), *statistics
+        return layer_norm(x, weight, bias, norm.eps)
+    running = (norm.running_mean, norm.running_var) if track else (None, None)
+    return torch.native_batch_norm(x, weight, bias, *running, True, norm.momentum or 0.0, norm.eps)
+
+
+def norm_backward(
+    norm: Norm, grad: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weight and bias, with the statistics of `norm_forward`."""
+    if isinstance(norm, LayerNorm2d):
+        return layer_norm_backward(grad, x, weight, *statistics)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, *statistics, True, norm.eps, [True] * 3
+    )
 
 
 class _NormRelu(torch.autograd.Function):
@@ -159,38 +167,25 @@ class _NormRelu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, shared: list[Tensor]
     ) -> Tensor:
-        result, *statistics = _forward(norm, x, weight, bias, track=True)
+        result, *statistics = norm_forward(norm, x, weight, bias, track=True)
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.norm, ctx.shared = norm, shared
-        return result
+        return result.relu_()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *statistics = ctx.saved_tensors
         norm, inputs, y = ctx.norm, (x, weight, bias), ctx.shared.pop() if ctx.shared else None
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            if isinstance(norm, LayerNorm2d):
+                return differentiable_layer_norm(x, weight, bias, norm.eps).relu()
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps).relu()
+
         # To be differentiated again, or a batch of gradients.
         if torch.is_grad_enabled() or not is_eager(grad):
-            return *_differentiate(norm, inputs, grad), None, None
-        y = _forward(norm, *inputs)[0] if y is None else y
+            return *differentiate(plain, inputs, grad), None, None
+        y = norm_forward(norm, *inputs)[0].relu_() if y is None else y
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
         del y
-        if isinstance(norm, LayerNorm2d):
-            return *layer_norm_backward(grad, x, weight, *statistics), None, None
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, *statistics, True, norm.eps, [True] * 3
-        )
-        return *grads, None, None
-
-
-def _differentiate(norm: Norm, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Any, ...]:
-    """Return the gradients in operations that have all derivatives."""
-    with torch.enable_grad():
-        x, weight, bias = inputs
-        if isinstance(norm, LayerNorm2d):
-            y = differentiable_layer_norm(x, weight, bias, norm.eps)
-        else:
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
-        y = y.relu()
-    needed = [each for each in inputs if each.requires_grad]
-    grads = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
-    return tuple(next(grads) if each.requires_grad else None for each in inputs)
+        return *norm_backward(norm, grad, x, weight, statistics), None, None

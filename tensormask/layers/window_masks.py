@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensormask.layers import _native
-from tensormask.layers._transforms import is_eager
+from tensormask.layers._transforms import differentiate, is_eager
 from tensormask.layers.swap_align2nat import swap_align2nat_at
 
 # Channels that a window reads at a location, as the op computes them.
@@ -119,13 +119,11 @@ class _WindowMasks(torch.autograd.Function):
         steps, zoom, _ = ctx.rest
         # To be differentiated again, or a batch of gradients.
         if torch.is_grad_enabled() or not is_eager(grad):
-            with torch.enable_grad():
-                masks = _by_aligned_masks(x, weight, bias, windows, *ctx.rest)
-            inputs = (x, weight, bias)
-            needed = [each for each in inputs if each.requires_grad]
-            grads = iter(torch.autograd.grad(masks, needed, grad, create_graph=True))
-            grad_inputs = [next(grads) if each.requires_grad else None for each in inputs]
-            return *grad_inputs, None, None, None, None
+
+            def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return _by_aligned_masks(x, weight, bias, windows, *ctx.rest)
+
+            return *differentiate(plain, (x, weight, bias), grad), None, None, None, None
         x, weight, windows, grad = *_contiguous(x, weight, windows), grad.contiguous()
         of_x, *others = torch.ops.tensormask.window_masks_backward(
             grad, x, weight, windows, steps, zoom

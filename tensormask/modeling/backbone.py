@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
+from tensormask.layers.conv_norm import norm_of_conv
 from tensormask.layers.norm import LayerNorm2d
-from tensormask.layers.norm_relu import instead_of, norm_relu
+from tensormask.layers.norm_relu import Recomputed, instead_of, norm_relu
 from tensormask.layers.plain import is_plain, is_plain_conv
 from tensormask.layers.winograd import conv2d
 from tensormask.modeling.folding import fold
@@ -22,16 +23,18 @@ from tensormask.utils.errors import UserError, nearest_name
 PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 
 
-def conv_norm(conv: Any, norm: Any, x: Tensor) -> Tensor:
+def conv_norm(conv: Any, norm: Any, x: Tensor, recomputed: Recomputed | None = None) -> Tensor:
     """Return ``norm(conv(x))``, with a frozen batch norm folded into the weights.
 
     The result can be changed in place: a module whose hooks may keep its output gets a copy.
+    ``recomputed`` is that of `norm_relu` if it returned ``x``.
     """
     if not (is_plain(norm, FrozenBatchNorm2d) and is_plain_conv(conv) and conv.bias is None):
-        x = norm(conv(x))
+        x = norm_of_conv(conv, norm, x, recomputed)
         return x if is_plain(norm, *PLAIN_NORMS) else x.clone()
     weight, bias = fold(conv, norm)
-    return conv2d(x, weight, bias, conv.stride, conv.padding)
+    with instead_of(recomputed):
+        return conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 def _residual(block: Any, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Tensor:
@@ -47,8 +50,7 @@ def _residual(block: Any, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Te
         with instead_of(recomputed):
             x = conv(x) if known else block.relu(conv_norm(conv, norm, x))
         x, recomputed = norm_relu(norm, x) if known else (x, None)
-    with instead_of(recomputed):
-        x = conv_norm(*layers[-1], x)
+    x = conv_norm(*layers[-1], x, recomputed)
     x += shortcut
     return block.relu(x)
 

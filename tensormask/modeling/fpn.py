@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormask.layers._transforms import is_eager
+from tensormask.layers.conv_norm import norm_of_conv
 from tensormask.layers.masks import to_device
 from tensormask.layers.norm import is_local
 from tensormask.layers.plain import PlainLayer, is_plain, is_plain_conv, plain_tower
@@ -128,8 +129,11 @@ class FPN(nn.Module):
         return self.output[f"p{self.first}"](self._merge(x, self.first, above))
 
     def _merge(self, x: Tensor, level: int, above: Tensor | None) -> Tensor:
-        lateral = self.lateral[f"p{level}"]
-        x = lateral(x)
+        lateral: Any = self.lateral[f"p{level}"]
+        if is_plain(lateral, nn.Sequential) and len(lateral) == 2:
+            x = norm_of_conv(lateral[0], lateral[1], x)
+        else:
+            x = lateral(x)
         if above is not None:
             last = [*lateral][-1] if isinstance(lateral, nn.Sequential) else lateral
             if not is_plain(last, Conv2d, *PLAIN_NORMS):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from tensormask.layers import _native, norm_relu
+from tensormask.layers import _native, conv_norm, norm_relu
 from tensormask.layers.norm import LayerNorm2d
 from tensormask.layers.winograd import Conv2d
 from tensormask.modeling import ResNet
@@ -136,5 +136,6 @@ def test_trunk(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return [*(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()]
 
     actual = gradients()
-    monkeypatch.setattr(norm_relu, "_can_recompute", lambda *given: False)
+    for module in (norm_relu, conv_norm):
+        monkeypatch.setattr(module, "can_recompute", lambda *given: False)
     assert_close(actual, gradients(), rtol=1e-9, atol=1e-9)
