@@ -37,7 +37,8 @@ def draw_comparison(
         rgb, _ = dataset.load(image_id)
         boxes, labels, masks, _ = ground_truth(rgb.shape[:2], dataset, image_id)
         colors = [instance_color(row) for row in range(len(labels))]
-        panels = {"ground truth": _draw(rgb, boxes, labels, masks, colors)}
+        names = dataset.class_names
+        panels = {"ground truth": _draw(rgb, boxes, labels, masks, colors, names)}
         for title, of_image in results.items():
             found = detections_of(of_image[image_id], dataset.category_ids)
             order = np.argsort(-found["scores"], kind="stable")
@@ -45,7 +46,8 @@ def draw_comparison(
             matched = match(found["boxes"], found.get("masks"), boxes, masks)
             colors = [instance_color(row) if row >= 0 else UNMATCHED for row in matched]
             missed, wrong = len(labels) - (matched >= 0).sum(), (matched < 0).sum()
-            drawn = _draw(rgb, found["boxes"], found["labels"], found.get("masks"), colors)
+            objects = found["boxes"], found["labels"], found.get("masks")
+            drawn = _draw(rgb, *objects, colors, names)
             panels[f"{title}: {missed} missed, {wrong} wrong"] = drawn
         cells += [titled(panel, title) for title, panel in panels.items()]
     save_image(output, montage(cells, columns=1 + len(models)))
@@ -60,6 +62,8 @@ def _read(path: Path, threshold: float, image_ids: Sequence[Any]) -> dict[Any, l
     return of_image
 
 
-def _draw(rgb: np.ndarray, boxes: Any, labels: Any, masks: Any, colors: Any) -> np.ndarray:
+def _draw(
+    rgb: np.ndarray, boxes: Any, labels: Any, masks: Any, colors: Any, names: Sequence[str]
+) -> np.ndarray:
     options = {"draw_boxes": False, "magnify": 2 if max(rgb.shape) <= SMALL else 1}
-    return draw_instances(rgb, boxes, labels, masks, colors=colors, **options)
+    return draw_instances(rgb, boxes, labels, masks, class_names=names, colors=colors, **options)

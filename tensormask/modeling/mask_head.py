@@ -27,15 +27,13 @@ from tensormask.layers import (
 )
 from tensormask.layers._transforms import is_eager
 from tensormask.layers.norm import LevelTower
+from tensormask.layers.padded_conv import conv1x1
 from tensormask.layers.plain import is_plain, is_plain_conv, plain_tower
 from tensormask.layers.window_masks import is_faster, upsample_locations, window_masks
 from tensormask.modeling.fpn import upsample
 from tensormask.modeling.head import apply_tower, conv_tower, init_convs, maybe_checkpoint
 from tensormask.modeling.tiles import Tiles, to_device_at_once
 from tensormask.utils.errors import UserError
-
-# Of a feature map, for `_predict`. By a count at 400 TFLOP/s, not measured.
-_MIN_LOCATIONS = 1 << 14
 
 
 class MaskHead(nn.Module):
@@ -280,7 +278,7 @@ class MaskHead(nn.Module):
         """
         pred: Any = self.mask_pred[size]
         if self.aligned:
-            masks = _predict(pred, x)
+            masks = conv1x1(pred, x)
             masks = masks if untile is None else untile(masks)
             if self.upscale > 1:
                 return up_align2nat_at(masks, windows, self.upscale, mode=self.upscale_mode)
@@ -328,36 +326,6 @@ class MaskHead(nn.Module):
             return masks
         up = up_nearest if self.upscale_mode == "nearest" else up_bilinear
         return up(masks, self.upscale)
-
-
-def _predict(pred: Any, x: Tensor) -> Tensor:
-    """Return ``pred(x)``, (N, V*U, H, W), computed so that tensor cores are used in training.
-
-    They need a multiple of 8 channels in half precision, and 15 * 15 and 11 * 11 are none: the
-    weights get rows of zeros. The product is one of matrices, whose rows are the locations, and so
-    are those of its gradients: the gradient of `swap_align2nat_at` is brought into this order once.
-    """
-    if not _can_be_padded(pred, x):
-        return pred(x)
-    more = -len(pred.weight) % 8
-    weight, bias = F.pad(pred.weight.flatten(1), (0, 0, 0, more)), F.pad(pred.bias, (0, more))
-    masks = F.linear(x.permute(0, 2, 3, 1), weight, bias)
-    return masks[..., : len(pred.weight)].permute(0, 3, 1, 2)
-
-
-def _can_be_padded(pred: Any, x: Tensor) -> bool:
-    half = (torch.float16, torch.bfloat16)
-    return (
-        x.is_cuda
-        and x.dtype in half
-        # In inference, and on small maps, the additional launches take longer.
-        and torch.is_grad_enabled()
-        and x[:, 0].numel() >= _MIN_LOCATIONS
-        and is_plain_conv(pred)
-        and (pred.kernel_size, pred.stride, pred.padding) == ((1, 1), (1, 1), (0, 0))
-        and pred.bias is not None
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def _to_4d(masks: Tensor) -> Tensor:

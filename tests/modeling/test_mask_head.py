@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from pretended_cuda import pretend
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from tensormask.modeling import mask_head
@@ -136,49 +135,3 @@ def test_levels_without_windows_are_not_computed() -> None:
 def test_invalid_units_and_upscaling_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         MaskHead(6, [3, 4], STRIDES, **{"aligned": False, "bipyramid": False, **options})
-
-
-@pytest.mark.parametrize("side", [11, 15, 16])
-def test_padded_channels_of_the_last_convolutions(side: int, monkeypatch) -> None:
-    """The product that a GPU computes in half precision: values and gradients."""
-    torch.manual_seed(0)
-    pred = nn.Conv2d(6, side**2, 1, dtype=torch.float64)
-    x = torch.randn(2, 6, 7, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
-    monkeypatch.setattr(mask_head, "_can_be_padded", lambda pred, x: True)
-    results = []
-    for function in (pred, lambda x: mask_head._predict(pred, x)):
-        masks = function(x)
-        grads = torch.autograd.grad(masks.sin().sum(), (x, pred.weight, pred.bias))
-        results.append([masks, *grads])
-    assert_close(*results)
-
-
-def test_half_precision_on_a_gpu(monkeypatch) -> None:
-    """Where the channels are padded; upsampling stays in half precision within autocast."""
-    monkeypatch.setattr(mask_head, "_MIN_LOCATIONS", 40)
-    pred, autocast = nn.Conv2d(4, 9, 1), []
-    interpolate = nn.functional.interpolate
-
-    def recorded(*args, **kwargs):
-        autocast.append(torch.is_autocast_enabled("cuda"))
-        return interpolate(*args, **kwargs)
-
-    monkeypatch.setattr(nn.functional, "interpolate", recorded)
-    for make, padded in (
-        (lambda x: x, True),
-        (lambda x: x.float(), False),
-        (lambda x: x.contiguous(), False),
-        (lambda x: x[:, :, :3], False),
-    ):
-        x = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        assert not mask_head._can_be_padded(pred, make(x))
-        with pretend(), torch.autocast("cuda", torch.bfloat16):
-            on_gpu = make(x.to("cuda"))
-            assert mask_head._can_be_padded(pred.to("cuda"), on_gpu) == padded
-            assert torch.is_autocast_enabled("cuda")
-            with torch.no_grad():
-                assert not mask_head._can_be_padded(pred, on_gpu)
-                upsampled = mask_head.upsample(on_gpu, 2.0, "bilinear")
-            assert upsampled.dtype == on_gpu.dtype
-            assert autocast.pop() == (on_gpu.dtype == torch.float32)
