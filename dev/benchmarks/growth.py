@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from benchmarks import inference, models, sparse
 from benchmarks.measure import in_fresh_process, time_in_turn
 from benchmarks.models import OURS, THEIRS
 from tensormask.commands.benchmark import SMALL, peak_memory
 from tensormask.config import CfgNode
+from tensormask.modeling.windows import Windows
 from tensormask.utils.errors import UserError
 from tensormask.utils.extras import require
 from tensormask.utils.tables import format_records
@@ -104,10 +107,18 @@ def cfg_of(cfg: CfgNode, point: Point) -> CfgNode:
     return cfg
 
 
-def asked_at(args: argparse.Namespace, point: Point) -> Any:
-    """Return the locations (1, H, W) of p2 that the query asks for at a point."""
-    boxes = sparse.boxes_of_objects(args.objects, point.size)
-    return sparse.draw_locations(boxes, point.size, point.share / 100)
+def asked_at(args: argparse.Namespace, point: Point) -> Tensor:
+    """Return the locations (1, H, W) of p2 that the query asks for at a point.
+
+    Objects keep their size in pixels: those of `--size` are repeated, or cut.
+    """
+    size = tuple(args.size)
+    asked = sparse.draw_locations(
+        sparse.boxes_of_objects(args.objects, size), size, point.share / 100
+    )
+    height, width = Windows.of_strides([4]).grids(point.size)[0]
+    rows, columns = -(-height // asked.shape[1]), -(-width // asked.shape[2])
+    return asked.repeat(1, rows, columns)[:, :height, :width]
 
 
 def call_of(
