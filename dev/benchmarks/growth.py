@@ -6,6 +6,7 @@ time; peak memory is that above a call of 128 x 128 px, each in a fresh process.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from tensormask.utils.tables import format_records
 
 DENSE, QUERY = "all of p2", "query"
 _NEVER = 0.9999  # a score that no made-up detection has
+_LARGE = 1e6  # pixels: what a first call does once takes no time beside it
 _AXES = {"megapixels": "megapixels", "objects": "objects", "share": "share of p2 asked for"}
 
 
@@ -80,15 +82,22 @@ def points_of(args: argparse.Namespace, cfg: CfgNode) -> dict[str, list[Point]]:
 
 def measure(args: argparse.Namespace, cfg: CfgNode, point: Point) -> dict[str, Any]:
     """Return a row of a table: seconds of processor time and MiB of each model at a point."""
-    calls = {name: call_of(args, cfg, name, point) for name in (DENSE, QUERY, THEIRS)}
-    for name, call in calls.items():
-        if point.objects:
-            inference.check_detections(cfg_of(cfg, point), name, call())
-    times = time_in_turn(calls, rounds=args.rounds, warmup=0)
+    found: dict[str, Any] = {}
+
+    def timed(name: str) -> Callable[[], None]:
+        call = call_of(args, cfg, name, point)
+        return lambda: found.update({name: call()})
+
+    small = math.prod(point.size) < _LARGE
+    calls = {name: timed(name) for name in (DENSE, QUERY, THEIRS)}
+    times = time_in_turn(calls, rounds=args.rounds, warmup=int(small))
     calls.clear()
+    for name, detections in found.items():
+        if point.objects:
+            inference.check_detections(cfg_of(cfg, point), name, detections)
     seconds = {name: statistics.median(times[name]["cpu"]) for name in times}
     row: dict[str, Any] = {
-        "megapixels": point.size[0] * point.size[1] / 1e6,
+        "megapixels": math.prod(point.size) / 1e6,
         "objects": point.objects,
         "share": asked_at(args, point).float().mean().item(),
     }
