@@ -9,7 +9,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shares", nargs="+", type=float, default=[5, 20, 50, 100], metavar="PERCENT", help="of p2"
     )
     add("--share", type=float, default=20, metavar="PERCENT", help="where another changes")
-    add("--plot", type=Path, metavar="FILE", help="draw the numbers, too")
+    add("--plot", metavar="FILE", help="draw the numbers, too")
     sparse.add_objects_option(parser)
     models.add_options(parser, size=(800, 1344), rounds=2)
 
@@ -103,7 +102,9 @@ def measure(args: argparse.Namespace, cfg: CfgNode, point: Point) -> dict[str, A
     }
     row |= {f"{name} s": value for name, value in seconds.items()}
     row |= {f"{name} / {THEIRS}": seconds[name] / seconds[THEIRS] for name in (DENSE, QUERY)}
-    return row | {f"{n} MiB": in_fresh_process(peak_of, args, n, point) for n in times}
+    if "memory" not in args.without:
+        row |= {f"{name} MiB": in_fresh_process(peak_of, args, name, point) for name in times}
+    return row
 
 
 def cfg_of(cfg: CfgNode, point: Point) -> CfgNode:
@@ -149,18 +150,21 @@ def peak_of(args: argparse.Namespace, name: str, point: Point) -> float | None:
     return peak_memory(call_of(args, cfg, name, point), cfg.MODEL.DEVICE)
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(results: dict[str, list[dict[str, Any]]], path: str) -> None:
     """Draw time above and memory below, a column for each axis, a line for each model."""
     figure = require("matplotlib.figure", extra="report").Figure((11, 6), layout="constrained")
-    panels = figure.subplots(2, len(results), squeeze=False)
+    units = {"s": "processor time, s", "MiB": "peak memory, MiB"}
+    if not any(key.endswith("MiB") for rows in results.values() for key in rows[0]):
+        del units["MiB"]
+    panels = figure.subplots(len(units), len(results), squeeze=False)
     for column, (axis, rows) in enumerate(results.items()):
-        for panel, unit in zip(panels[:, column], ("s", "MiB"), strict=True):
+        for panel, unit in zip(panels[:, column], units, strict=True):
             for name in (DENSE, QUERY, THEIRS):
                 values = [row[f"{name} {unit}"] for row in rows]
                 label = name if name == THEIRS else f"{OURS}, {name}"
                 panel.plot([row[axis] for row in rows], values, marker="o", label=label)
             panel.set_xlabel(_AXES[axis])
-            panel.set_ylabel("processor time, s" if unit == "s" else "peak memory, MiB")
+            panel.set_ylabel(units[unit])
             panel.grid(alpha=0.4)
             if axis == "megapixels":
                 panel.set_xscale("log"), panel.set_yscale("log")

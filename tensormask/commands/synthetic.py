@@ -144,9 +144,11 @@ def make_up_logits(
     """
     # Half of the strong ones may be suppressed by others.
     num_strong = 2 * model.num_detections
+    highest = -0.1
     lowest = math.log(model.score_threshold / (1 - model.score_threshold)) + 0.1
     strong = torch.linspace(4.0, 0.0, num_strong)
-    weak = torch.linspace(lowest, -0.1, max(0, model.num_candidates - num_strong))
+    num_weak = max(0, model.num_candidates - num_strong)
+    weak = torch.linspace(min(lowest, highest), highest, num_weak)
     largest = [max(sides) for sides in model.windows.sizes]
     counts = objects_per_level(largest, size, model.num_detections)
     if finest_only:
