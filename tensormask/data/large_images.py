@@ -12,6 +12,7 @@ Letters: (H, W) the image, C channels, (h, w) a part.
 """
 
 import logging
+import math
 import os
 import zipfile
 from collections import OrderedDict
@@ -37,7 +38,7 @@ TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".btf", ".tf8
 MAX_WHOLE_PIXELS = 178_956_970  # PIL refuses more: twice PIL.Image.MAX_IMAGE_PIXELS
 _ORIENTATION_TAG = 274
 _JPEG_COMPRESSIONS = (6, 7, 33007, 34892)
-_CACHED_BYTES = 256 << 20  # of decoded strips or tiles of a TIFF
+_CACHED_BYTES = 128 << 20  # of decoded strips or tiles of a TIFF
 _BAND_BYTES = 32 << 20  # read at once where the whole image is needed
 _MAX_SEGMENT_BYTES = 512 << 20
 
@@ -238,8 +239,7 @@ class _TiffReader:
                 f"parts: convert it, as in `vips tiffsave {path.name} tiled.tif --tile --bigtiff "
                 "--compression deflate`"
             )
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
+        self._cache = _Segments(self._step, planes * self._grid()[0] * self._grid()[1])
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         tifffile = require("tifffile", extra="large-images")
@@ -271,9 +271,9 @@ class _TiffReader:
 
     def _segment(self, page: Any, index: int) -> np.ndarray:
         """Return a decoded tile or strip `(h, w, C)`."""
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
         handle = page.parent.filehandle
         size = page.databytecounts[index]
         data = None
@@ -292,9 +292,40 @@ class _TiffReader:
             ) from error
         if decoded is None:  # a part without data
             decoded = np.full(shape, page.nodata, page.dtype)
-        segment = decoded[0]
-        self._cache[index] = segment
-        self._cached_bytes += segment.nbytes
-        while self._cached_bytes > _CACHED_BYTES and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return segment
+        return self._cache.put(index, decoded[0])
+
+
+class _Segments:
+    """The last decoded tiles or strips, in one block of memory.
+
+    Each in its own, they would lie between the tensors of a model, and keep freed memory apart.
+
+    Args:
+        sides: rows and columns of the largest.
+        number: of all.
+    """
+
+    def __init__(self, sides: tuple[int, int], number: int) -> None:
+        self._sides, self._number = sides, number
+        self._block = np.empty(0)
+        self._slots: OrderedDict[int, tuple[int, tuple[int, ...]]] = OrderedDict()  # and shape
+
+    def get(self, index: int) -> np.ndarray | None:
+        """Return a segment `(h, w, C)`, valid until the next is put; None if it is not there."""
+        if index not in self._slots:
+            return None
+        self._slots.move_to_end(index)
+        slot, (height, width, _) = self._slots[index]
+        return self._block[slot, :height, :width]
+
+    def put(self, index: int, segment: np.ndarray) -> np.ndarray:
+        """Keep and return a segment; the one that was not asked for the longest is dropped."""
+        if not self._slots:
+            shape = (*self._sides, segment.shape[2])
+            most = _CACHED_BYTES // (math.prod(shape) * segment.itemsize)
+            self._block = np.empty((min(self._number, max(1, most)), *shape), segment.dtype)
+        full = len(self._slots) == len(self._block)
+        slot = self._slots.popitem(last=False)[1][0] if full else len(self._slots)
+        self._slots[index] = slot, segment.shape
+        self._block[slot, : segment.shape[0], : segment.shape[1]] = segment
+        return self._block[slot, : segment.shape[0], : segment.shape[1]]

@@ -5,6 +5,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tensormask.data import large_images
 from tensormask.data.images import ImageError, read_image
 from tensormask.data.large_images import open_large_image
 from tensormask.utils.errors import UserError
@@ -98,10 +99,21 @@ def test_decoded_parts_in_memory_are_limited(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression="zlib", **TILED)
     part = 16 * 32 * 3
     monkeypatch.setattr("tensormask.data.large_images._CACHED_BYTES", 2 * part)
+    decoded, put = [], large_images._Segments.put
+    monkeypatch.setattr(
+        large_images._Segments, "put", lambda *args: decoded.append(args[1]) or put(*args)
+    )
     large = open_large_image(tmp_path / "a.tif")
-    reader = large._read.__self__
     assert_same_parts(large, RGB)
-    assert reader._cached_bytes == sum(x.nbytes for x in reader._cache.values()) == 2 * part
+    assert large._read.__self__._cache._block.nbytes == 2 * part
+    decoded.clear()
+    for y0, x0 in ((0, 0), (0, 16), (0, 32), (0, 48), (0, 0)):  # tiles 0, 0, 1, 1, 0
+        large.read(y0, y0 + 16, x0, x0 + 16)
+    assert decoded == [0, 1]
+    large.read(16, 32, 0, 16)  # drops tile 1
+    large.read(0, 16, 32, 64)
+    large.read(0, 16, 0, 16)
+    assert decoded[2:] == [decoded[2], 1, 0]
 
 
 @pytest.mark.parametrize(
