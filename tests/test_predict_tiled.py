@@ -63,6 +63,15 @@ def test_whole_objects_over_seams(predictor, model):
         detections.to_supervision()
 
 
+def test_freed_memory_is_returned_now_and_then(predictor, monkeypatch):
+    returned, done = [], []
+    monkeypatch.setattr(predictor_module, "return_freed_memory", lambda: returned.append(done[-1:]))
+    image = np.zeros((300, 300, 3), np.uint8)
+    tiled(predictor, image, on_tiles=lambda number, _: done.append(number))
+    assert returned == [[], [8], [16], [24], [32]]
+    assert len(done) == 36
+
+
 @pytest.mark.parametrize("image", [make_image(), IMAGE[:64, :64]])
 def test_an_image_not_larger_than_a_tile_is_detected_as_ever(predictor, image):
     detections, plain = tiled(predictor, image), predictor(image)

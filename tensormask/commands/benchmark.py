@@ -5,7 +5,6 @@ objects, because what it costs depends on their number.
 """
 
 import argparse
-import ctypes
 import functools
 import gc
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from tensormask.modeling import TensorMask, build_model
 from tensormask.modeling.build import resolve_device
 from tensormask.utils.env import describe_machine
 from tensormask.utils.errors import UserError
+from tensormask.utils.memory import return_freed_memory
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 # Pixels, of a call before the one whose memory is measured. Not smaller: in bfloat16 on a CPU,
@@ -143,9 +143,7 @@ def peak_memory(call: Callable[[], object], device: str) -> float | None:
     if not reset.exists():
         return None
     # Freed memory that glibc keeps would hide as much of the peak.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
     before = _status_kib("VmRSS")
     reset.write_text("5", encoding="ascii")  # the peak counts from here
     call()

@@ -1,5 +1,6 @@
-"""Out of memory: the errors that mean it, and one error that says so."""
+"""Memory: returning what is free, and the errors that mean that there is too little of it."""
 
+import ctypes
 import errno
 import re
 import traceback
@@ -55,3 +56,13 @@ def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
         reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
         traceback.clear_frames(error.__traceback__)
         raise OutOfMemory(f"Out of memory in {what} ({reason}). {advice}") from error
+
+
+def return_freed_memory() -> None:
+    """Return memory of the CPU that is free to the system, where the C library can (glibc).
+
+    Otherwise it keeps what is free between things that are not.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

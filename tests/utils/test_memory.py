@@ -1,5 +1,6 @@
-"""Errors that mean out of memory become one that says so."""
+"""Errors that mean out of memory become one that says so; freed memory is returned."""
 
+import ctypes
 import errno
 import os
 
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tensormask.utils.memory import OutOfMemory, explain_out_of_memory, is_out_of_memory
+from tensormask.commands.benchmark import _status_kib
+from tensormask.utils.memory import (
+    OutOfMemory,
+    explain_out_of_memory,
+    is_out_of_memory,
+    return_freed_memory,
+)
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
 ERRORS = [
@@ -75,3 +82,14 @@ def test_memory_of_the_failed_functions_is_free_again():
         fails()
     assert isinstance(caught.value.__cause__, MemoryError)  # it refers to the failed functions
     assert Large.alive == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_memory_is_returned() -> None:
+    blocks = [np.ones(60_000, np.uint8) for _ in range(2000)]  # 120 MB, not mapped one by one
+    kept = blocks[::50]
+    del blocks
+    before = _status_kib("VmRSS")
+    return_freed_memory()
+    assert _status_kib("VmRSS") < before - 80_000
+    assert all(block.all() for block in kept)
