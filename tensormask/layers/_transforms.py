@@ -1,4 +1,4 @@
-"""Whether more than reverse-mode autograd follows a call: not every fast path supports more."""
+"""Whether more than reverse-mode autograd follows a call, which not every fast path supports."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
