@@ -155,7 +155,8 @@ def dice_loss(logits: Tensor, target_masks: Tensor) -> Tensor:
         tensor(0.2857)
     """
     probabilities = at_least_float32(logits).flatten(1).sigmoid()
-    target = target_masks.flatten(1).to(probabilities.dtype)
-    overlap = (probabilities * target).sum(1)
+    target = target_masks.flatten(1)
+    # No product: of that, the backward pass would keep the targets as floating values.
+    overlap = torch.where(target, probabilities, 0).sum(1)
     area = probabilities.sum(1) + target.sum(1)
     return (1 - (2 * overlap + 1) / (area + 1)).sum()
