@@ -1,4 +1,4 @@
-"""Memory: returning what is free, and the errors that mean that there is too little of it."""
+"""Errors that mean out of memory, one error that says so, and returning freed memory."""
 
 import ctypes
 import errno
