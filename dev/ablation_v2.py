@@ -23,7 +23,7 @@ import torch
 import yaml
 from benchmarks import ROOT
 from benchmarks.measure import in_fresh_process
-from runs import append_run, find_run, group_seeds, markdown, read_runs, score, summarize
+from runs import append_run, choose_runs, find_run, group_seeds, markdown, score, summarize
 
 import tensormask
 from tensormask.commands.common import exits_on_user_error
@@ -136,21 +136,15 @@ def run(settings: Mapping[str, Any], nuclei: str, folder: Path) -> dict[str, Any
     }
 
 
-def print_table(records: list[dict[str, Any]], data: str, variants: Mapping[str, Any]) -> None:
-    """Print the runs of the variants, the seeds of the same settings in one row."""
-    chosen = [
-        record
-        for record in records
-        if record["settings"]["data"] == data and record["settings"]["variant"] in variants
-    ]
+def print_table(records: list[dict[str, Any]]) -> None:
+    """Print runs, the seeds of the same settings in one row."""
     rows = []
-    for runs in group_seeds(chosen):
+    for runs in group_seeds(records):
         settings = runs[0]["settings"]
         seconds = statistics.median(run["cpu_seconds_per_step"] for run in runs)
         row = {"variant": " ".join([settings["variant"], *settings["opts"]]), **summarize(runs)}
         rows.append({**row, "CPU s/step": f"{seconds:.3f}"})
-    if rows:
-        print(markdown(rows))
+    print(markdown(rows))
 
 
 @exits_on_user_error
@@ -170,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         opts = f"_{crc32(' '.join(args.opts).encode()):08x}" if args.opts else ""
         folder = args.results.parent / "runs" / f"{args.data}_{name}_{seed}{opts}"
         append_run(args.results, settings, in_fresh_process(run, settings, args.nuclei, folder))
-    print_table(read_runs(args.results), args.data, variants)
+    print_table(choose_runs(args.results, args.data, variant=variants))
     return 0
 
 

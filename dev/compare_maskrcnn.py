@@ -24,7 +24,8 @@ import torch
 from benchmarks.measure import in_fresh_process
 from draw_comparison import draw_comparison
 from mask_rcnn import WIDTHS, MaskRCNNAdapter
-from runs import append_run, find_run, group_seeds, markdown, read_runs, score, summarize
+from plot_comparison import plot_comparison
+from runs import append_run, choose_runs, find_run, group_seeds, markdown, score, summarize
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.ops import masks_to_boxes
@@ -117,9 +118,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--cpu-seconds", type=float, help="of training steps, without loading")
     add("--table", action="store_true", help="only print the runs of these models in FILE")
     add("--draw", type=Path, metavar="IMAGE", help="only draw the best runs with this budget")
+    add("--plot", type=Path, metavar="IMAGE", help="only plot the runs with --lr")
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides, of all models")
     args = parser.parse_args(arguments)
-    if not (args.table or args.draw or args.steps or args.cpu_seconds):
+    if not (args.table or args.draw or args.plot or args.steps or args.cpu_seconds):
         parser.error("give --steps or --cpu-seconds")
     return args
 
@@ -278,13 +280,8 @@ def run(settings: dict[str, Any], nuclei: str, folder: Path) -> dict[str, Any]:
 
 def print_table(args: argparse.Namespace) -> None:
     """Print the runs of the models, the seeds of the same settings in one row."""
-    chosen = [
-        record
-        for record in read_runs(args.results)
-        if record["settings"]["data"] == args.data and record["settings"]["model"] in args.model
-    ]
     rows = []
-    for runs in group_seeds(chosen):
+    for runs in group_seeds(choose_runs(args.results, args.data, model=args.model)):
         settings = runs[0]["settings"]
         steps, seconds = settings["steps"], settings["cpu_seconds"]
         regions = [f"({settings['regions']} regions)"] if settings["regions"] else []
@@ -293,17 +290,15 @@ def print_table(args: argparse.Namespace) -> None:
         row["budget"] = f"{steps} steps" if steps else f"{seconds:g} CPU s"
         test = statistics.fmean(run["test_cpu_seconds_per_image"] for run in runs)
         rows.append({**row, **summarize(runs), "test CPU s/image": f"{test:.2f}"})
-    if rows:
-        print(markdown(rows))
+    print(markdown(rows))
 
 
 def draw_best(args: argparse.Namespace) -> None:
     """Draw the detections of the best run of each model, by mask AP, beside the ground truth."""
     best: dict[str, dict[str, Any]] = {}
-    for record in read_runs(args.results):
+    for record in choose_runs(args.results, args.data, model=args.model):
         settings = record["settings"]
-        same = all(settings[key] == getattr(args, key) for key in ("data", "steps", "cpu_seconds"))
-        if same and settings["model"] in args.model:
+        if all(settings[key] == getattr(args, key) for key in ("steps", "cpu_seconds")):
             rivals = [record, best.get(settings["model"], record)]
             best[settings["model"]] = max(rivals, key=lambda run: run["segm"]["AP@100"])
     if not best:
@@ -325,7 +320,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # as in the processes of the runs
     if args.draw:
         draw_best(args)
-    elif not args.table:
+        return 0
+    if args.plot:
+        runs = choose_runs(args.results, args.data, model=args.model, lr=args.lr)
+        plot_comparison(runs, args.plot)
+        return 0
+    if not args.table:
         for choice in itertools.product(args.seed, args.lr, args.model):
             seed, lr, model = choice
             settings = settings_of(args, model, lr, seed)
@@ -337,8 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = args.results.parent / "runs" / name
             results = in_fresh_process(run, settings, args.nuclei, folder)
             append_run(args.results, settings, results)
-    if not args.draw:
-        print_table(args)
+    print_table(args)
     return 0
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from benchmarks import ROOT
 from pycocotools.cocoeval import COCOeval
 
 from tensormask.utils.env import describe_machine
+from tensormask.utils.errors import UserError
 
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # on COCOeval's area axis
 
@@ -28,6 +29,24 @@ def find_run(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the record with these settings, or None."""
     wanted = json.loads(json.dumps(settings))
     return next((run for run in read_runs(path) if run["settings"] == wanted), None)
+
+
+def choose_runs(path: Path, data: str, **wanted: Collection[Any]) -> list[dict[str, Any]]:
+    """Return the records of a data set, with one of the wanted values for each named setting.
+
+    Raises:
+        UserError: there are none.
+    """
+    runs = [
+        run
+        for run in read_runs(path)
+        if run["settings"]["data"] == data
+        and all(run["settings"][name] in values for name, values in wanted.items())
+    ]
+    if not runs:
+        wishes = "".join(f", {name} {[*values]}" for name, values in wanted.items())
+        raise UserError(f"{path} has no run of {data}{wishes}")
+    return runs
 
 
 def append_run(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:

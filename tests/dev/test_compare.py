@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import ablation_v2
 import compare_maskrcnn
 import numpy as np
+import plot_comparison
 import pytest
 import runs
 import tiny
 import torch
 from mask_rcnn import MaskRCNNAdapter
+from matplotlib.figure import Figure
 
 from tensormask.data import CocoDataset
 from tensormask.data.shapes import write_split
@@ -41,6 +43,17 @@ def test_runs_are_found_by_their_settings(tmp_path):
     assert runs.find_run(file, {"lr": 0.2, "sizes": (1, 2)})["AP"] == 4.0
     assert runs.find_run(file, {"lr": 0.2, "sizes": (1, 3)}) is None
     assert {"commit", "machine"} < runs.read_runs(file)[0].keys()
+
+
+def test_runs_are_chosen_by_values(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    for model, lr in (("v1", 0.1), ("v1", 0.2), ("v2", 0.1)):
+        runs.append_run(file, {"data": "shapes", "model": model, "lr": lr}, {})
+    assert len(runs.choose_runs(file, "shapes")) == 3
+    (run,) = runs.choose_runs(file, "shapes", model=["v1", "v3"], lr=[0.1])
+    assert (run["settings"]["model"], run["settings"]["lr"]) == ("v1", 0.1)
+    with pytest.raises(UserError, match=r"no run of nuclei, lr \[0.1\]"):
+        runs.choose_runs(file, "nuclei", lr=[0.1])
 
 
 def test_seeds_are_rows_of_mean_and_spread():
@@ -95,6 +108,33 @@ def test_score_by_hand(tmp_path):
         assert metrics["APm@100"] == -1
     (tmp_path / "found.json").write_text("[]")
     assert runs.score(dataset, tmp_path / "found.json", [100])["segm"]["AP@100"] == 0
+
+
+def test_points_of_a_plot(tmp_path, monkeypatch):
+    """A point is the mean of the seeds, their range the bar; a model's line goes up in time."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
+    records = [
+        {
+            "settings": {"model": model, "opts": [], "budget": seconds, "seed": seed},
+            "segm": {"AP@100": ap},
+            **{"train_cpu_seconds": seconds + seed, "steps": 10 * seconds},
+        }
+        for model, seconds, seed, ap in (
+            ("v2", 300, 1, 40.0),
+            ("v2", 100, 1, 20.0),
+            ("v2", 300, 3, 46.0),
+            ("maskrcnn", 100, 1, 10.0),
+        )
+    ]
+    plot_comparison.plot_comparison(records, tmp_path / "a.png")
+    by_time, by_steps = figures[0].axes
+    (ours, _, (bars,)), (theirs, *_) = by_time.containers
+    assert ours.get_xydata().tolist() == [[101, 20], [302, 43]]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[20, 20], [40, 46]]
+    assert theirs.get_xydata().tolist() == [[101, 10]]
+    assert by_steps.containers[0][0].get_xydata().tolist() == [[1000, 20], [3000, 43]]
+    assert [text.get_text() for text in by_time.get_legend().texts] == ["v2", "maskrcnn"]
 
 
 # ---- Mask R-CNN ----
@@ -200,6 +240,8 @@ def test_comparison_of_two_steps(shapes, tmp_path, capsys, in_this_process):
     assert len(runs.read_runs(tmp_path / "runs.jsonl")) == 2
     assert compare_maskrcnn.main([*words, "--draw", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").is_file()
+    assert compare_maskrcnn.main([*words, "--plot", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "b.png").is_file()
 
 
 def test_ablation_of_two_steps(shapes, tmp_path, capsys, in_this_process):
