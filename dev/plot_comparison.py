@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from runs import group_seeds
@@ -25,7 +26,7 @@ def plot_comparison(runs: Sequence[Mapping[str, Any]], output: Path) -> None:
         for label, budgets in groups.items():
             points = sorted(_point(seeds, key) for seeds in budgets)
             x, mean, below, above = zip(*points, strict=True)
-            panel.errorbar(x, mean, (below, above), marker="o", capsize=4, label=label)
+            panel.errorbar(x, mean, (below, above), marker="o", capsize=4, label=fill(label, 40))
         panel.set_xlabel(title)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.4)
