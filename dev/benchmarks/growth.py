@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--share", type=float, default=20, metavar="PERCENT", help="where another changes")
     add("--plot", metavar="FILE", help="draw the numbers, too")
     sparse.add_objects_option(parser)
-    models.add_options(parser, size=(800, 1344), rounds=2)
+    models.add_options(parser, size=(800, 1344), rounds=2, without=["memory"])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

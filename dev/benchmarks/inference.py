@@ -26,7 +26,8 @@ Size = tuple[int, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    models.add_options(parser, size=(480, 640), rounds=7)
+    tables = ("floor", "parts", "memory")
+    models.add_options(parser, size=(480, 640), rounds=7, without=tables, choose_models=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

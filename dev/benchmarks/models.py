@@ -5,7 +5,7 @@ candidates and detections as on a photograph, on levels as for objects of COCO's
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,35 @@ _NUM_CLASSES = 91  # of torchvision's COCO models, the background first
 _CANDIDATES = 500  # above Mask R-CNN's score threshold
 
 
-def add_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: int) -> None:
-    """Add the options of `inference` and `train`."""
+def add_options(
+    parser: argparse.ArgumentParser,
+    size: tuple[int, int],
+    rounds: int,
+    *,
+    without: Sequence[str] = (),
+    choose_models: bool = False,
+) -> None:
+    """Add the options of a comparison with torchvision's model, and their defaults.
+
+    Args:
+        without: tables that `--without` can leave out.
+        choose_models: add `--versus` and `--models`.
+    """
+    names = [OURS, THEIRS]
+    parser.set_defaults(versus=None, models=names)
     parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE", help="our model")
-    parser.add_argument(
-        "--versus",
-        metavar="FILE",
-        help="instead of torchvision's model, the base is a model of ours with this config",
-    )
     parser.add_argument("--rounds", type=int, default=rounds, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    names = [OURS, THEIRS]
-    parser.add_argument("--models", nargs="+", default=names, choices=names)
-    tables = ("floor", "parts", "memory")
-    parser.add_argument("--without", nargs="+", default=[], choices=tables)
-    parser.epilog = "Put another option between the list of --models or --without and KEY VALUE."
+    if choose_models:
+        parser.add_argument(
+            "--versus",
+            metavar="FILE",
+            help="instead of torchvision's model, the base is a model of ours with this config",
+        )
+        parser.add_argument("--models", nargs="+", default=names, choices=names)
+    if without:
+        parser.add_argument("--without", nargs="+", default=[], choices=without)
+    parser.epilog = "Put another option between a list, as of --without, and KEY VALUE."
     add_model_options(parser)
     parser.set_defaults(size=size)
 

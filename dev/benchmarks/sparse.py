@@ -56,14 +56,13 @@ def add_objects_option(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return its numbers."""
-    configs, size = models.configure(args), tuple(args.size)
-    cfg = configs[OURS]
-    calls: dict[str, Callable[[], Any]] = {}
+    cfg, size = models.configure(args)[OURS], tuple(args.size)
+    theirs = inference.build(cfg, THEIRS, size, args.batch)
+    calls: dict[str, Callable[[], Any]] = {
+        THEIRS: inference.make_call(cfg, THEIRS, theirs, size, args.batch),
+        "all of p2": call_of(cfg, size, args.batch, None, small=args.small),
+    }
     rows = []
-    if THEIRS in configs:
-        theirs = inference.build(cfg, THEIRS, size, args.batch)
-        calls[THEIRS] = inference.make_call(cfg, THEIRS, theirs, size, args.batch)
-    calls["all of p2"] = call_of(cfg, size, args.batch, None, small=args.small)
     boxes = boxes_of_objects(args.objects, size)
     shares = {}
     for share in args.shares:

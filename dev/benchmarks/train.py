@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threshold of Mask R-CNN's positive regions; few of its random proposals reach "
         "torchvision's 0.5, and at 0.1 it has as many as it may have (default: 0.5)",
     )
-    models.add_options(parser, size=(800, 1344), rounds=5)
+    models.add_options(parser, size=(800, 1344), rounds=5, without=["memory"], choose_models=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
