@@ -23,7 +23,15 @@ import torch
 import yaml
 from benchmarks import ROOT
 from benchmarks.measure import in_fresh_process
-from runs import append_run, choose_runs, find_run, group_seeds, markdown, score, summarize
+from experiments.runs import (
+    append_run,
+    choose_runs,
+    find_run,
+    group_seeds,
+    markdown,
+    score,
+    summarize,
+)
 
 import tensormask
 from tensormask.commands.common import exits_on_user_error

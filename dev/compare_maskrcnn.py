@@ -22,10 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.measure import in_fresh_process
-from draw_comparison import draw_comparison
-from mask_rcnn import WIDTHS, MaskRCNNAdapter
-from plot_comparison import plot_comparison
-from runs import append_run, choose_runs, find_run, group_seeds, markdown, score, summarize
+from experiments.drawing import draw_comparison
+from experiments.mask_rcnn import WIDTHS, MaskRCNNAdapter
+from experiments.plot import plot_comparison
+from experiments.runs import (
+    append_run,
+    choose_runs,
+    find_run,
+    group_seeds,
+    markdown,
+    score,
+    summarize,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.ops import masks_to_boxes

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import ablation_v2
 import compare_maskrcnn
 import numpy as np
-import plot_comparison
 import pytest
-import runs
 import tiny
 import torch
-from mask_rcnn import MaskRCNNAdapter
+from experiments import plot, runs
+from experiments.mask_rcnn import MaskRCNNAdapter
 from matplotlib.figure import Figure
 
 from tensormask.data import CocoDataset
@@ -127,7 +126,7 @@ def test_points_of_a_plot(tmp_path, monkeypatch):
             ("maskrcnn", 100, 1, 10.0),
         )
     ]
-    plot_comparison.plot_comparison(records, tmp_path / "a.png")
+    plot.plot_comparison(records, tmp_path / "a.png")
     by_time, by_steps = figures[0].axes
     (ours, _, (bars,)), (theirs, *_) = by_time.containers
     assert ours.get_xydata().tolist() == [[101, 20], [302, 43]]

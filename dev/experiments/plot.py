@@ -6,8 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from runs import group_seeds
-
+from experiments.runs import group_seeds
 from tensormask.utils.extras import require
 
 # Title, and key of a record.
