@@ -119,9 +119,8 @@ _DEFAULTS: dict[str, Any] = {
             # inference; and the factor of its loss.
             "MASK_IOU_ON": False,
             "MASK_IOU_LOSS_WEIGHT": 1.0,
-            # Loss of the boxes, and its factor: "l1" of their deltas, or "giou" or "diou" of the
-            # boxes. Where gradients are clipped, a larger factor makes the other losses smaller.
-            "BBOX_REG_LOSS_TYPE": "l1",
+            # Factor of the box loss. Where gradients are clipped, a larger one makes the other
+            # losses smaller.
             "BBOX_REG_LOSS_WEIGHT": 1.0,
             # Mask head: "simple_natural", "simple_aligned", "upscale_natural", "upscale_aligned",
             # "bipyramid", or "auto", the head of detectron2's two switches below. A file or command

@@ -4,7 +4,7 @@ from tensormask.modeling.assigners import make_assigner
 from tensormask.modeling.assignment import Assignment, assign
 from tensormask.modeling.backbone import ResNet, freeze
 from tensormask.modeling.box_coder import decode_boxes, encode_boxes
-from tensormask.modeling.box_losses import box_ious, box_loss, diou_loss, giou_loss
+from tensormask.modeling.box_losses import box_ious, box_loss
 from tensormask.modeling.build import build_model
 from tensormask.modeling.fpn import FPN
 from tensormask.modeling.head import ClassBoxHead
@@ -30,11 +30,9 @@ __all__ = [
     "build_model",
     "decode_boxes",
     "dice_loss",
-    "diou_loss",
     "encode_boxes",
     "focal_loss_star",
     "freeze",
-    "giou_loss",
     "make_assigner",
     "mask_loss",
     "quality_focal_loss",

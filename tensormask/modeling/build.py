@@ -10,8 +10,7 @@ from torch import Tensor
 from tensormask.config import CfgNode, get_cfg
 from tensormask.config.detectron2 import HEAD_SWITCHES
 from tensormask.modeling.assigners import Assigner, make_assigner
-from tensormask.modeling.box_losses import box_loss, diou_loss, giou_loss
-from tensormask.modeling.criterion import BoxLoss, QualityLoss
+from tensormask.modeling.criterion import QualityLoss
 from tensormask.modeling.losses import focal_loss_star, mask_loss
 from tensormask.modeling.quality_losses import quality_focal_loss, varifocal_loss
 from tensormask.modeling.tensormask import TensorMask
@@ -91,7 +90,6 @@ def build_model(
             focal_loss_star, alpha=head.FOCAL_LOSS_ALPHA, gamma=head.FOCAL_LOSS_GAMMA
         ),
         quality_loss=_quality_loss(head.CLS_LOSS),
-        box_loss=_box_loss(head.BBOX_REG_LOSS_TYPE, head.BBOX_REG_WEIGHTS),
         box_loss_weight=head.BBOX_REG_LOSS_WEIGHT,
         mask_loss=functools.partial(mask_loss, positive_weight=head.POSITIVE_WEIGHT),
         mask_loss_weight=head.MASK_LOSS_WEIGHT,
@@ -230,19 +228,6 @@ def _quality_loss(name: str) -> QualityLoss | None:
             unknown_name("a loss of classes (MODEL.TENSOR_MASK.CLS_LOSS)", name, losses)
         )
     return losses[name]
-
-
-def _box_loss(name: str, weights: tuple[float, ...]) -> BoxLoss:
-    """Return the loss of boxes of a name; UserError if there is none."""
-    of_overlap = {"giou": giou_loss, "diou": diou_loss}
-    if name == "l1":
-        return box_loss
-    if name not in of_overlap:
-        known = ["l1", *of_overlap]
-        raise UserError(
-            unknown_name("a loss of boxes (MODEL.TENSOR_MASK.BBOX_REG_LOSS_TYPE)", name, known)
-        )
-    return functools.partial(of_overlap[name], weights=weights)
 
 
 def build_windows(cfg: CfgNode) -> Windows:

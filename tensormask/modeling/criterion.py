@@ -110,9 +110,9 @@ class Criterion(nn.Module):
         box_weights: factors of the offsets ``(dx, dy, dw, dh)``.
 
     Example:
-        >>> from tensormask.modeling import TensorMask, giou_loss
+        >>> from tensormask.modeling import TensorMask, quality_focal_loss
         >>> model = TensorMask.build(
-        ...     depth=18, num_classes=3, box_loss=giou_loss, dice_loss_weight=1.0
+        ...     depth=18, num_classes=3, quality_loss=quality_focal_loss, dice_loss_weight=1.0
         ... )
     """
 

@@ -12,9 +12,8 @@ from torchvision.ops import box_iou
 from tensormask.modeling import (
     TensorMask,
     Windows,
+    box_loss,
     decode_boxes,
-    diou_loss,
-    giou_loss,
     quality_focal_loss,
     varifocal_loss,
 )
@@ -25,8 +24,8 @@ SMALL |= {"bbox_channels": 16, "mask_channels": 16, "windows": Windows.of_stride
 
 # Each option once.
 OPTIONS: list[dict[str, Any]] = [
-    {"box_loss": giou_loss, "quality_loss": quality_focal_loss, "dice_loss_weight": 1.0},
-    {"box_loss": diou_loss, "quality_loss": varifocal_loss, "mask_iou": True},
+    {"quality_loss": quality_focal_loss, "dice_loss_weight": 1.0},
+    {"quality_loss": varifocal_loss, "mask_iou": True},
 ]
 
 
@@ -92,8 +91,7 @@ def test_weights_of_the_losses() -> None:
 
 def test_keys_of_the_losses() -> None:
     head = "MODEL.TENSOR_MASK."
-    opts = [head + "BBOX_REG_LOSS_TYPE", "giou", head + "BBOX_REG_WEIGHTS", [1.0, 1.0, 2.0, 2.0]]
-    opts += [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
+    opts = [head + "BBOX_REG_LOSS_WEIGHT", 0.5, head + "DICE_LOSS_WEIGHT", 0.25]
     opts += [head + "CLS_LOSS", "varifocal", head + "MASK_IOU_ON", True]
     opts += [head + "MASK_IOU_LOSS_WEIGHT", 0.75]
     model = tiny.build(opts=opts)
@@ -103,15 +101,11 @@ def test_keys_of_the_losses() -> None:
     assert criterion.box_loss_weight == 0.5
     assert criterion.dice_loss_weight == 0.25
     assert criterion.quality_loss is varifocal_loss
-    deltas, window = torch.ones(1, 4), torch.tensor([[0.0, 0.0, 44.0, 44.0]])
-    expected = giou_loss(deltas, deltas * 0, window, weights=(1.0, 1.0, 2.0, 2.0))
-    assert torch.equal(criterion.box_loss(deltas, deltas * 0, window), expected)
 
 
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["BBOX_REG_LOSS_TYPE", "gious"], r"BBOX_REG_LOSS_TYPE.*nearest name is 'giou'"),
         (["CLS_LOSS", "focalstar"], r"CLS_LOSS.*nearest name is 'focal_star'"),
         (["CLS_LOSS", "quality", "BOX_ON", False, "NMS_ON", "masks"], "needs boxes"),
         (["MASK_IOU_ON", True, "BOX_ON", False, "NMS_ON", "masks"], "needs the box head"),
@@ -131,12 +125,12 @@ def test_qualities_are_the_ious_of_the_predicted_boxes() -> None:
         seen.append(inputs)
         return quality_focal_loss(*inputs)
 
-    def box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor) -> Tensor:
+    def own_box_loss(deltas: Tensor, target_deltas: Tensor, windows: Tensor) -> Tensor:
         boxes, targets = (decode_boxes(x, windows) for x in (deltas, target_deltas))
         seen.append(box_iou(boxes, targets).diagonal())
-        return giou_loss(deltas, target_deltas, windows)
+        return box_loss(deltas, target_deltas)
 
-    losses = losses_of(build(quality_loss=quality_loss, box_loss=box_loss))
+    losses = losses_of(build(quality_loss=quality_loss, box_loss=own_box_loss))
     ious, (logits, positives, per_level) = seen
     assert_close(torch.cat(per_level), ious)
     assert not per_level[0].requires_grad
