@@ -52,7 +52,6 @@ from tensormask.engine.solver import (
 from tensormask.engine.step import TrainState, train_step
 from tensormask.evaluation.coco import RESULTS_FILE, evaluate
 from tensormask.modeling import build_model
-from tensormask.utils.errors import UserError
 from tensormask.utils.random import seed_everything
 
 NUCLEI = "../shared/data/nuclei_dsb2018"
@@ -304,13 +303,11 @@ def print_table(args: argparse.Namespace) -> None:
 def draw_best(args: argparse.Namespace) -> None:
     """Draw the detections of the best run of each model, by mask AP, beside the ground truth."""
     best: dict[str, dict[str, Any]] = {}
-    for record in choose_runs(args.results, args.data, model=args.model):
-        settings = record["settings"]
-        if all(settings[key] == getattr(args, key) for key in ("steps", "cpu_seconds")):
-            rivals = [record, best.get(settings["model"], record)]
-            best[settings["model"]] = max(rivals, key=lambda run: run["segm"]["AP@100"])
-    if not best:
-        raise UserError(f"{args.results} has no run of {args.model} with this budget")
+    budget = {"steps": [args.steps], "cpu_seconds": [args.cpu_seconds]}
+    for record in choose_runs(args.results, args.data, model=args.model, **budget):
+        name = record["settings"]["model"]
+        rivals = [record, best.get(name, record)]
+        best[name] = max(rivals, key=lambda run: run["segm"]["AP@100"])
     first = next(iter(best.values()))["settings"]
     dataset = get_dataset(build_config(first, args.nuclei).DATASETS.TEST[0])
     models = {

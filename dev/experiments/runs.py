@@ -35,7 +35,7 @@ def choose_runs(path: Path, data: str, **wanted: Collection[Any]) -> list[dict[s
     """Return the records of a data set, with one of the wanted values for each named setting.
 
     Raises:
-        UserError: there are none.
+        UserError: no record has them.
     """
     runs = [
         run

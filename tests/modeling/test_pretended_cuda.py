@@ -25,8 +25,8 @@ _NO_BOXES = ["MODEL.TENSOR_MASK.BOX_ON", False, "MODEL.TENSOR_MASK.NMS_ON", "mas
 _CLIPPED = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", True]
 _BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
 _HEAD = "MODEL.TENSOR_MASK."
-_OF_V2 = [_HEAD + "CLS_LOSS", "varifocal"]
-_OF_V2 += [_HEAD + "DICE_LOSS_WEIGHT", 1.0, _HEAD + "MASK_IOU_ON", True]
+_DICE = [_HEAD + "DICE_LOSS_WEIGHT", 1.0]
+_OF_V2 = [*_DICE, _HEAD + "CLS_LOSS", "varifocal", _HEAD + "MASK_IOU_ON", True]
 CASES = {
     "bipyramid": ("bipyramid", []),
     "aligned": ("aligned", []),
