@@ -1,1 +1,1 @@
-"""What dev/compare_maskrcnn.py and dev/ablation_v2.py share, and the Mask R-CNN that the first trains."""
+"""What dev/compare_maskrcnn.py and dev/ablation_v2.py share, and the former's Mask R-CNN."""
